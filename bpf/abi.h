@@ -1,0 +1,402 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/*
+ * The one home of every structure and number that the kernel programs share
+ * with user space. Package bpf/abi is generated from this file's BTF; nothing
+ * is mirrored by hand.
+ *
+ * Rules of this file:
+ *  - enums are append-only: a number, once published, keeps its meaning;
+ *  - the zero of every enum and every flag is the side that lets nothing pass;
+ *  - every structure is padded by hand and has a size assertion;
+ *  - addresses are 16 bytes, IPv4 as ::ffff:a.b.c.d, so that one code path
+ *    serves both families; ports are in host byte order unless it says BE;
+ *  - times are CLOCK_BOOTTIME in nanoseconds.
+ */
+#ifndef PC_ABI_H
+#define PC_ABI_H
+
+enum pc_abi { PC_ABI_VERSION = 1 };
+
+/* ---- verdicts and reasons ------------------------------------------- */
+
+enum pc_verdict {
+	PC_VERDICT_DROP = 0,
+	PC_VERDICT_PASS = 1,
+	PC_VERDICT_HOLD = 2, /* copied to user space while its binding is confirmed */
+	PC_VERDICT_MAX,
+};
+
+/* Why a packet was dropped. Every drop has exactly one (I6). */
+enum pc_reason {
+	PC_REASON_NONE = 0,		 /* not dropped */
+	PC_REASON_POLICY_DENIED = 1,
+	PC_REASON_REFUSED = 2,		 /* the owner said no */
+	PC_REASON_OWNER_UNREACHABLE = 3, /* no session with the owner */
+	PC_REASON_HOLD_TIMEOUT = 4,
+	PC_REASON_HOLD_OVERFLOW = 5,
+	PC_REASON_STALE_LEASE = 6,	 /* past its deadline, and no hold is possible */
+	PC_REASON_UNBOUND = 7,		 /* no binding, and no hold is possible */
+	PC_REASON_GENERATION_CHANGED = 8,
+	PC_REASON_EVIDENCE_TOO_WEAK = 9,
+	PC_REASON_CONFLICT = 10,
+	PC_REASON_SPOOFED = 11,
+	PC_REASON_QUARANTINED = 12,
+	PC_REASON_MAP_FULL = 13,
+	PC_REASON_MALFORMED = 14,
+	PC_REASON_UNSUPPORTED = 15,
+	PC_REASON_NO_ENDPOINT = 16,	 /* device without an endpoint, or a closed one */
+	PC_REASON_MAX,
+};
+
+/* How strongly a binding is known; the order is the strength. */
+enum pc_evidence {
+	PC_EVIDENCE_NONE = 0,
+	PC_EVIDENCE_WATCH = 1,
+	PC_EVIDENCE_LEASE = 2,
+	PC_EVIDENCE_SVID = 3,
+	PC_EVIDENCE_LOCAL = 4,
+	PC_EVIDENCE_MAX,
+};
+
+/* The hook, seen from the workload. Also the index of its judgement where the
+ * endpoint opened the flow (EGRESS) or was called (INGRESS). */
+enum pc_direction {
+	PC_DIR_EGRESS = 0,  /* from_workload */
+	PC_DIR_INGRESS = 1, /* to_workload */
+	PC_DIR_MAX,
+};
+
+/* ---- identities ------------------------------------------------------ */
+
+enum pc_identity {
+	PC_ID_UNKNOWN = 0,
+	PC_ID_HOST = 1,
+	PC_ID_WORLD = 2,
+	PC_ID_UNMANAGED = 3,
+	PC_ID_HEALTH = 4,
+	PC_ID_INIT = 5,
+	PC_ID_REMOTE_NODE = 6,
+	PC_ID_KUBE_APISERVER = 7,
+	PC_ID_INGRESS = 8,
+	PC_ID_FIRST_FREE = 256,
+	PC_ID_ANY = 0xffffffff, /* in a policy key: the entry speaks of every peer, whoever it is */
+};
+
+/* ---- addresses and endpoints ---------------------------------------- */
+
+struct pc_addr {
+	__u64 d[2]; /* network byte order */
+};
+
+enum pc_endpoint_state {
+	PC_EP_CLOSED = 0,      /* drops everything: the gate of an ended workload */
+	PC_EP_QUARANTINED = 1, /* drops everything but ARP and DAD */
+	PC_EP_ACTIVE = 2,
+};
+
+/* Flags of an endpoint. */
+enum pc_endpoint_flag {
+	PC_EP_ENFORCE_INGRESS = 1, /* its ingress is under policy */
+	PC_EP_ENFORCE_EGRESS = 2, /* its egress is under policy */
+	PC_EP_CHECK_MAC = 4, /* anti-spoofing looks at the MAC too */
+	PC_EP_STRICT_TCP = 8, /* a TCP flow must begin with a SYN */
+};
+
+/* Map `endpoints`: ifindex (u32) of the host side of the veth -> this.
+ * An update replaces the whole element, so readers see the old or the new. */
+struct pc_endpoint {
+	struct pc_addr ip4; /* zero: has none */
+	struct pc_addr ip6; /* zero: has none */
+	__u64 generation;   /* of its bindings */
+	__u32 id;	    /* never reused in a boot: conntrack judgements carry it */
+	__u32 ifindex;	    /* again, so that a recycled element is noticed */
+	__u32 state;	    /* enum pc_endpoint_state */
+	__u32 flags;
+	__u32 identity;
+	__u32 policy;	    /* the policy set in force: also the policy epoch */
+	__u32 hold_index;   /* index into `hold_quota`; > 0 */
+	__u8 mac[6];
+	__u8 pad[2];
+	__u8 uid[16];	    /* of the workload */
+	__u8 pad2[4];
+};
+
+/* ---- bindings, slots, leases ---------------------------------------- */
+
+/* Map `bindings`: struct pc_addr -> this. Preallocated hash. */
+struct pc_binding {
+	__u64 stamp;
+	__u32 slot;
+	__u32 pad;
+};
+
+/* Map `slots`: array, mmapable. All but `lease` is written before `stamp` is
+ * published and never again while it stands; revoking is one aligned 8-byte
+ * store of 0 to `stamp` (I1, I2). A slot counts only for a packet whose peer
+ * is `ip` and whose stamp, taken from a binding or a judgement, is `stamp`. */
+struct pc_slot {
+	__u64 stamp;	    /* 0: empty */
+	struct pc_addr ip;
+	__u64 installed;    /* BOOTTIME of the installation */
+	__u64 generation;
+	__u32 identity;	    /* numeric */
+	__u32 lease;	    /* index into `leases`; the one word stored in place */
+	__u32 ifindex;	    /* of a local endpoint's veth; 0: remote, must enter by an uplink */
+	__u8 evidence;	    /* enum pc_evidence */
+	__u8 pad[3];
+	__u64 pad2;	    /* to a cache line */
+};
+
+/* Map `slots_cold`: array, mmapable, beside `slots`: what only user space
+ * needs, to rebuild Hello after a restart. */
+struct pc_slot_cold {
+	__u64 stamp;	    /* which installation this describes */
+	__u8 uid[16];
+	__u8 owner_boot[16];
+	__u8 identity_hash[32];
+	__u8 owner[64];	    /* node name, zero-terminated */
+};
+
+/* Reserved indices of `leases`. */
+enum pc_lease_index {
+	PC_LEASE_NONE = 0, /* its deadline is always 0 */
+	PC_LEASE_LOCAL = 1, /* local bindings: no deadline (U64_MAX) */
+	PC_LEASE_CLASSIC = 2, /* mode classic: U64_MAX, else 0 */
+	PC_LEASE_FIRST = 3, /* sessions */
+};
+
+/* Map `leases`: array, mmapable. */
+struct pc_lease {
+	__u64 deadline; /* 0: none; a packet passes while now < deadline */
+};
+
+/* ---- ranges ---------------------------------------------------------- */
+
+/* Map `ranges`: LPM trie. No match: world. */
+struct pc_range_key {
+	__u32 prefixlen; /* bits of addr; an IPv4 prefix of n bits is 96 + n */
+	struct pc_addr addr;
+} __attribute__((packed));
+
+enum pc_range_flag {
+	PC_RANGE_KNOWN = 1, /* an IP in it needs a binding; never world (I5) */
+	PC_RANGE_HOLDABLE = 2, /* and it has an owner who can be asked */
+};
+
+struct pc_range {
+	__u32 flags;
+	__u32 identity; /* of an IP in it when not PC_RANGE_KNOWN */
+};
+
+/* ---- policy ---------------------------------------------------------- */
+
+/*
+ * Map `policy`: LPM trie, shared by all sets. The compiler folds the flags of
+ * every covering (shorter) prefix of the same set and identity into an entry,
+ * so one lookup per identity is enough. Two lookups decide:
+ *
+ *   any  = lookup(set, PC_ID_ANY, dir, proto, port)
+ *   DENY in any                        -> drop, no evidence needed
+ *   ALLOW in any and no PEER_DENY      -> pass, no evidence needed
+ *   neither ALLOW nor PEER_ALLOW       -> drop, no evidence needed
+ *   otherwise the peer must be known:
+ *   peer = lookup(set, identity, dir, proto, port)
+ *   DENY in peer -> drop; ALLOW in any or peer -> pass; else drop
+ *
+ * A missing entry is the entry with no flags.
+ */
+struct pc_policy_key {
+	__u32 prefixlen;   /* 72: all protocols; 80: one protocol; 80 + n: n bits of its port */
+	__u32 set;
+	__u32 identity;	   /* numeric, or PC_ID_ANY */
+	__u8 direction;	   /* enum pc_direction */
+	__u8 proto;	   /* IPPROTO_*; ICMP and ICMPv6 are themselves, "port" = type << 8 | code */
+	__u8 port[2];	   /* BE; the port of the side that was called */
+};
+
+enum pc_policy_prefix {
+	PC_POLICY_PREFIX_ANY = 72,
+	PC_POLICY_PREFIX_PROTO = 80,
+	PC_POLICY_PREFIX_PORT = 96,
+};
+
+enum pc_policy_flag {
+	PC_POLICY_ALLOW = 1,
+	PC_POLICY_DENY = 2,
+	PC_POLICY_PEER_ALLOW = 4, /* in PC_ID_ANY entries: some peers are allowed here */
+	PC_POLICY_PEER_DENY = 8, /* in PC_ID_ANY entries: some peers are denied here */
+};
+
+struct pc_policy {
+	__u8 flags;
+	__u8 evidence; /* least evidence asked for (enum pc_evidence); 0: the configured default */
+	__u16 pad;
+	__u32 rule;    /* which rule decided, for flow records; 0: none */
+};
+
+/* ---- conntrack ------------------------------------------------------- */
+
+/* Map `conntrack`: normalized key, so that both directions are one lookup.
+ * (a, a_port) <= (b, b_port) in memory order. ICMP echo: both ports are the
+ * identifier. */
+struct pc_ct_key {
+	struct pc_addr a;
+	struct pc_addr b;
+	__u16 a_port;
+	__u16 b_port;
+	__u8 proto;
+	__u8 pad[3];
+};
+
+/* What one endpoint decided about a flow. Counts only for that endpoint. */
+struct pc_judgement {
+	__u64 stamp;	/* of the peer's binding; 0: needed no evidence */
+	__u32 slot;	/* of the peer's binding */
+	__u32 endpoint; /* id of the judge; 0: none */
+	__u32 epoch;	/* its policy set at that time */
+	__u32 ifindex;	/* device by which the judged packet came in (INGRESS) */
+	__u8 evidence;	/* least evidence that a packet of this flow needs */
+	__u8 flags;
+	__u16 pad;
+	__u32 rule;
+};
+
+enum pc_ct_flag {
+	PC_CT_FORWARD_B = 1, /* the flow was opened by b; else by a */
+	PC_CT_FIN_FORWARD = 2,
+	PC_CT_FIN_REPLY = 4,
+	PC_CT_RST = 8,
+	PC_CT_SEEN_REPLY = 16,
+};
+
+struct pc_ct {
+	struct pc_judgement judgement[2]; /* by enum pc_direction, of the judge */
+	__u64 created;
+	__u64 last_seen; /* within a clock tick */
+	__u32 flags;
+	__u32 pad;
+};
+
+/* ---- rings ----------------------------------------------------------- */
+
+enum pc_flow_state {
+	PC_FLOW_NONE = 0,
+	PC_FLOW_NEW = 1,
+	PC_FLOW_ESTABLISHED = 2,
+	PC_FLOW_REPLY = 3,
+};
+
+enum pc_event_flag {
+	PC_EVENT_REINJECTED = 1, /* had been held */
+	PC_EVENT_NO_EVIDENCE = 2, /* the verdict is the same whoever the peer is */
+};
+
+/* Ring buffer `events`: the first packet of each flow and direction that
+ * passes, every hold, and every drop. */
+struct pc_event {
+	__u64 time;
+	__u64 stamp;	  /* of the peer's binding */
+	__u64 generation; /* of the peer's binding */
+	__u64 installed;  /* BOOTTIME of the peer's binding's installation */
+	struct pc_addr src;
+	struct pc_addr dst;
+	__u32 src_identity;
+	__u32 dst_identity;
+	__u32 ifindex;
+	__u32 endpoint;	  /* id */
+	__u32 len;
+	__u32 rule;
+	__u16 sport;
+	__u16 dport;
+	__u8 proto;
+	__u8 direction;	  /* enum pc_direction */
+	__u8 verdict;	  /* enum pc_verdict */
+	__u8 reason;	  /* enum pc_reason */
+	__u8 evidence;	  /* enum pc_evidence: what the peer's binding has */
+	__u8 state;	  /* enum pc_flow_state */
+	__u8 tcp_flags;
+	__u8 flags;
+	__u8 pad[4];
+};
+
+/* Ring buffer `held`: this header, then the packet from its link-layer
+ * header on. Two record sizes, PC_HELD_SMALL and PC_HELD_LARGE bytes. */
+struct pc_held {
+	__u64 arrival;	    /* BOOTTIME at the hook */
+	struct pc_addr peer;
+	struct pc_addr local;
+	__u32 endpoint;	    /* id */
+	__u32 ifindex;
+	__u32 hold_index;
+	__u32 len;	    /* of the packet, in bytes */
+	__u16 gso_size;	    /* 0: not a GSO packet */
+	__u16 gso_segs;
+	__u8 direction;
+	__u8 proto;
+	__u8 reason;	    /* what it would be dropped for were no hold possible */
+	__u8 pad;
+	__u16 sport;
+	__u16 dport;
+	__u32 pad2;
+};
+
+enum pc_held_size {
+	PC_HELD_SMALL = 2048,
+	PC_HELD_LARGE = 67584,
+};
+
+/* Map `hold_quota`: array, mmapable, by hold_index; index 0 counts all. The
+ * kernel adds to `in`, the agent to `out`; in - out packets are outstanding. */
+struct pc_hold_quota {
+	__u64 in;
+	__u64 out;
+};
+
+/* Map `state`: array of one, mmapable. Pinned: it outlives the agent. */
+struct pc_state {
+	__u64 reader_tick;   /* BOOTTIME of the hold reader's last turn; older than 1 s: no holds */
+	__u64 next_stamp;    /* stamps are never reused in a boot */
+	__u64 next_endpoint; /* nor are endpoint ids */
+	__u64 next_policy;   /* nor policy sets */
+	__u64 last_generation;
+	__u64 lost_events;   /* the ring was full; added to by the kernel */
+	__u64 abi_version;
+	__u64 pad;
+};
+
+/* Map `counters`: per-CPU array; index = (direction * PC_REASON_MAX + reason) * PC_VERDICT_MAX + verdict. */
+struct pc_counter {
+	__u64 packets;
+	__u64 bytes;
+};
+
+/* Map `clock`: per-CPU array of one: BOOTTIME, read again only when the
+ * coarse clock has moved. Hence deadlines are written one tick early. */
+struct pc_clock {
+	__u64 coarse;
+	__u64 boot;
+};
+
+/* Map `uplinks`: hash, ifindex (u32) -> this. Remote sources enter by these only. */
+struct pc_uplink {
+	__u32 flags;
+};
+
+/* ---- sizes ----------------------------------------------------------- */
+
+_Static_assert(sizeof(struct pc_addr) == 16, "pc_addr");
+_Static_assert(sizeof(struct pc_endpoint) == 96, "pc_endpoint");
+_Static_assert(sizeof(struct pc_binding) == 16, "pc_binding");
+_Static_assert(sizeof(struct pc_slot) == 64, "pc_slot");
+_Static_assert(sizeof(struct pc_slot_cold) == 136, "pc_slot_cold");
+_Static_assert(sizeof(struct pc_range_key) == 20, "pc_range_key");
+_Static_assert(sizeof(struct pc_policy_key) == 16, "pc_policy_key");
+_Static_assert(sizeof(struct pc_policy) == 8, "pc_policy");
+_Static_assert(sizeof(struct pc_ct_key) == 40, "pc_ct_key");
+_Static_assert(sizeof(struct pc_judgement) == 32, "pc_judgement");
+_Static_assert(sizeof(struct pc_ct) == 88, "pc_ct");
+_Static_assert(sizeof(struct pc_event) == 104, "pc_event");
+_Static_assert(sizeof(struct pc_held) == 72, "pc_held");
+_Static_assert(sizeof(struct pc_state) == 64, "pc_state");
+
+#endif

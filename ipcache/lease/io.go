@@ -1,0 +1,323 @@
+package lease
+
+import (
+	"net/netip"
+	"time"
+
+	"portcullis/identity"
+)
+
+// StreamID names one stream on this node, never reused by a process.
+type StreamID uint64
+
+// ---- owner ------------------------------------------------------------
+
+// OwnerInput is what happens to an owner. Exactly one of the types below.
+type OwnerInput interface{ isOwnerInput() }
+
+type (
+	// StreamAccepted: an authenticated verifier opened a stream.
+	StreamAccepted struct {
+		Stream   StreamID
+		Verifier identity.NodeName
+	}
+	// FromVerifier: a message was read from the stream.
+	FromVerifier struct {
+		Stream  StreamID
+		Message Message
+	}
+	// VerifierGone: the stream ended, whoever ended it.
+	VerifierGone struct{ Stream StreamID }
+
+	// Add: a workload asks for its IPs. Its endpoint exists already,
+	// quarantined and enforced.
+	Add struct {
+		UID      identity.UID
+		IPs      []netip.Addr
+		Identity identity.Identity
+		Ports    []identity.NamedPort
+	}
+	// Adopt: the pinned endpoints map holds this very workload, active: it
+	// is not a rebind.
+	Adopt struct {
+		Add
+		Generation identity.Generation
+	}
+	// Delete: the workload is gone and the gate of its endpoint is closed.
+	// A UID that is not held changes nothing.
+	Delete struct{ UID identity.UID }
+
+	// Leave: planned restart: announce Going on every stream.
+	Leave struct{}
+
+	// OwnerTick: time has passed. Sent at the latest when the last
+	// OwnerTimer asked for it; early ones do no harm.
+	OwnerTick struct{}
+)
+
+// OwnerOutput is what an owner wants done. A step's outputs are carried out in
+// order, each before the next; if one fails, the rest of that step's outputs
+// are dropped and the failure is fed back (JournalFailed).
+type OwnerOutput interface{ isOwnerOutput() }
+
+type (
+	// SendToVerifier puts a message into the stream's queue. A full queue
+	// closes the stream; it never drops.
+	SendToVerifier struct {
+		Stream  StreamID
+		Message Message
+	}
+	// CloseVerifier ends a stream.
+	CloseVerifier struct {
+		Stream StreamID
+		Why    string
+	}
+	// Activate lifts the quarantine: every IP of the workload is free.
+	Activate struct {
+		UID        identity.UID
+		Generation identity.Generation
+	}
+	// Journal makes a record durable, before anything after it is done.
+	Journal struct{ Record Record }
+	// OwnerTimer asks for an OwnerTick at that time. Replaces the last one.
+	OwnerTimer struct{ At Time }
+	// OwnerLog is a line of the confirmation log.
+	OwnerLog struct{ Entry LogEntry }
+)
+
+// JournalFailed is fed back when a Journal output failed: nothing after it was
+// done.
+type JournalFailed struct{ Record Record }
+
+// Record is one line of the owner's journal. Replayed in order, records
+// rebuild what is needed to keep I1 after a restart.
+type Record struct {
+	Kind       RecordKind
+	At         Time // BOOTTIME
+	Boot       identity.BootID
+	Verifier   identity.NodeName `json:",omitempty"` // of a grant
+	IP         netip.Addr
+	Generation identity.Generation
+	UID        identity.UID
+}
+
+// RecordKind tells what a Record is.
+type RecordKind uint8
+
+// The kinds of journal records. The zero is not one.
+const (
+	_                RecordKind = iota
+	RecordGrant                 // the verifier may hold a lease on the binding
+	RecordGrantEnded            // acked, released, expired, or accounted for
+	RecordBound                 // the IP was activated
+	RecordEnded                 // the binding ended
+)
+
+// LogEntry is one line of the confirmation log (I6): a fact about a binding
+// that an auditor wants to find.
+type LogEntry struct {
+	Kind       LogKind
+	Peer       identity.NodeName // the other agent; "" for local facts
+	IP         netip.Addr
+	Generation identity.Generation
+	UID        identity.UID
+	Identity   identity.Identity
+	Evidence   identity.Evidence
+	Reason     string        // of a refusal, of a session's end
+	Duration   time.Duration // of a quarantine, of a renewal gap
+}
+
+// LogKind tells what a LogEntry is.
+type LogKind string
+
+// The kinds of confirmation log lines.
+const (
+	LogGrant       LogKind = "grant"       // owner: a binding was confirmed to a verifier
+	LogConfirmed   LogKind = "confirmed"   // verifier: a binding was installed
+	LogRefusal     LogKind = "refusal"     // owner or verifier: a confirmation was refused
+	LogRevocation  LogKind = "revocation"  // owner: revoked; verifier: zeroed
+	LogAcked       LogKind = "acked"       // owner: the revocation was acknowledged
+	LogExpiry      LogKind = "expiry"      // owner: a grant's deadline passed
+	LogQuarantine  LogKind = "quarantine"  // owner: an endpoint waits
+	LogActivation  LogKind = "activation"  // owner: an endpoint may send and receive
+	LogRelease     LogKind = "release"     // a grant was given back
+	LogRenewalGap  LogKind = "renewal-gap" // verifier: a lease ran out with bindings on it
+	LogSessionUp   LogKind = "session-up"
+	LogSessionDown LogKind = "session-down"
+)
+
+func (StreamAccepted) isOwnerInput() {}
+func (FromVerifier) isOwnerInput()   {}
+func (VerifierGone) isOwnerInput()   {}
+func (Add) isOwnerInput()            {}
+func (Adopt) isOwnerInput()          {}
+func (Delete) isOwnerInput()         {}
+func (Leave) isOwnerInput()          {}
+func (OwnerTick) isOwnerInput()      {}
+func (JournalFailed) isOwnerInput()  {}
+
+func (SendToVerifier) isOwnerOutput() {}
+func (CloseVerifier) isOwnerOutput()  {}
+func (Activate) isOwnerOutput()       {}
+func (Journal) isOwnerOutput()        {}
+func (OwnerTimer) isOwnerOutput()     {}
+func (OwnerLog) isOwnerOutput()       {}
+
+// ---- verifier ---------------------------------------------------------
+
+// VerifierInput is what happens to a verifier. Exactly one of the types below.
+// One Verifier serves all owners of a node.
+type VerifierInput interface{ isVerifierInput() }
+
+type (
+	// Want: a packet needs the binding of this IP. Owner is a hint of whom
+	// to ask; "" means that nobody is known. Held tells that a packet is
+	// held for it, which arrived at that time.
+	Want struct {
+		IP      netip.Addr
+		Owner   identity.NodeName
+		Arrival Time
+	}
+	// Unwant: nobody waits for the IP any more (its holds timed out).
+	Unwant struct{ IP netip.Addr }
+	// StreamOpened answers OpenStream: the transport has an authenticated
+	// stream to the owner.
+	StreamOpened struct {
+		Owner  identity.NodeName
+		Stream StreamID
+	}
+	// FromOwner: a message was read from the stream.
+	FromOwner struct {
+		Stream  StreamID
+		Message Message
+	}
+	// OwnerGone: the stream ended, or could not be opened (Stream 0).
+	OwnerGone struct {
+		Owner  identity.NodeName
+		Stream StreamID
+		Why    string
+	}
+	// Used: these bindings carried packets since the last such input.
+	Used struct{ IPs []netip.Addr }
+	// StoreFailed: the write failed; the step's later outputs were dropped.
+	StoreFailed struct{ Write Write }
+	// AskMax: planned restart of this node's agent: ask for MaxLease now.
+	AskMax struct{}
+	// ResetSession: an operator wants the session closed and forgotten.
+	ResetSession struct{ Owner identity.NodeName }
+	// VerifierTick: time has passed, as OwnerTick.
+	VerifierTick struct{}
+)
+
+// VerifierOutput is what a verifier wants done; carried out in order, as
+// OwnerOutput. A failed Write drops the step's rest and is fed back as
+// StoreFailed.
+type VerifierOutput interface{ isVerifierOutput() }
+
+type (
+	// OpenStream asks the transport for a stream to the owner.
+	OpenStream struct{ Owner identity.NodeName }
+	// CloseOwner ends a stream.
+	CloseOwner struct {
+		Stream StreamID
+		Why    string
+	}
+	// SendToOwner puts a message into the stream's queue. A full queue
+	// closes the stream.
+	SendToOwner struct {
+		Stream  StreamID
+		Message Message
+	}
+	// Answer ends the wait for an IP. Reason "" means that slot and lease
+	// are live: re-inject what arrived after NotBefore, drop the rest
+	// (generation-changed). Otherwise drop what arrived before Asked; what
+	// came later stays held, and is asked again.
+	Answer struct {
+		IP        netip.Addr
+		Live      bool
+		NotBefore Time // with Live
+		Asked     Time // without: when the Confirm was sent
+		Refusal   Refusal
+		Why       Unanswered
+	}
+	// VerifierTimer asks for a VerifierTick at that time. Replaces the last.
+	VerifierTimer struct{ At Time }
+	// VerifierLog is a line of the confirmation log.
+	VerifierLog struct{ Entry LogEntry }
+)
+
+// Unanswered is why an Answer is not Live.
+type Unanswered uint8
+
+// Why a wait ended without a binding.
+const (
+	AnsweredRefused     Unanswered = iota // Refusal tells more
+	UnansweredNoOwner                     // nobody to ask
+	UnansweredNoSession                   // the owner cannot be reached
+	UnansweredMapFull
+)
+
+// Write is a change of the kernel's maps. Verifier outputs contain the types
+// below; each is idempotent.
+type Write interface {
+	VerifierOutput
+	isWrite()
+}
+
+type (
+	// Install publishes a binding under a fresh stamp: slot first, then
+	// the binding of its IP.
+	Install struct {
+		Stamp     uint64
+		Slot      uint32
+		Lease     uint32
+		Binding   identity.Binding
+		OwnerBoot identity.BootID
+		Evidence  identity.Evidence
+	}
+	// Zero stores 0 into the stamp of a slot, in place, and removes the
+	// binding of its IP if it still names this stamp.
+	Zero struct {
+		IP    netip.Addr
+		Slot  uint32
+		Stamp uint64
+	}
+	// SwitchLease stores another lease index into a standing slot.
+	SwitchLease struct {
+		Slot  uint32
+		Stamp uint64
+		Lease uint32
+	}
+	// SetDeadline stores the deadline of a lease. 0 ends it.
+	SetDeadline struct {
+		Lease    uint32
+		Deadline Time
+	}
+)
+
+func (Want) isVerifierInput()         {}
+func (Unwant) isVerifierInput()       {}
+func (StreamOpened) isVerifierInput() {}
+func (FromOwner) isVerifierInput()    {}
+func (OwnerGone) isVerifierInput()    {}
+func (Used) isVerifierInput()         {}
+func (StoreFailed) isVerifierInput()  {}
+func (AskMax) isVerifierInput()       {}
+func (ResetSession) isVerifierInput() {}
+func (VerifierTick) isVerifierInput() {}
+
+func (OpenStream) isVerifierOutput()    {}
+func (CloseOwner) isVerifierOutput()    {}
+func (SendToOwner) isVerifierOutput()   {}
+func (Answer) isVerifierOutput()        {}
+func (VerifierTimer) isVerifierOutput() {}
+func (VerifierLog) isVerifierOutput()   {}
+func (Install) isVerifierOutput()       {}
+func (Zero) isVerifierOutput()          {}
+func (SwitchLease) isVerifierOutput()   {}
+func (SetDeadline) isVerifierOutput()   {}
+
+func (Install) isWrite()     {}
+func (Zero) isWrite()        {}
+func (SwitchLease) isWrite() {}
+func (SetDeadline) isWrite() {}
