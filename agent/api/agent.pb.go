@@ -3214,7 +3214,7 @@ func (x *FlowEvent) GetPolicy() string {
 type FlowEnd struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Ip            string                 `protobuf:"bytes,1,opt,name=ip,proto3" json:"ip,omitempty"`
-	Port          uint32                 `protobuf:"varint,2,opt,name=port,proto3" json:"port,omitempty"`         // ICMP: 0
+	Port          uint32                 `protobuf:"varint,2,opt,name=port,proto3" json:"port,omitempty"`         // of an ICMP echo its identifier
 	Identity      uint32                 `protobuf:"varint,3,opt,name=identity,proto3" json:"identity,omitempty"` // numeric, of this node
 	Labels        []string               `protobuf:"bytes,4,rep,name=labels,proto3" json:"labels,omitempty"`
 	Workload      string                 `protobuf:"bytes,5,opt,name=workload,proto3" json:"workload,omitempty"`  // "NS/NAME" where known

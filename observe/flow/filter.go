@@ -1,0 +1,107 @@
+package flow
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"portcullis/bpf/abi"
+)
+
+// Filter chooses records: those that match every field that is set. A field
+// with several values matches any of them; where it speaks of an end, either
+// end will do. The zero Filter matches everything.
+type Filter struct {
+	Verdicts   []abi.Verdict
+	Reasons    []abi.Reason
+	Directions []abi.Direction
+	Prefixes   []netip.Prefix // of either end's address
+	Labels     []Label        // of either end's identity
+	Ports      []uint16       // of either end
+	Protocols  []uint8
+	Endpoints  []uint32 // ids: the judge or either end
+	Workloads  []string // "NS/NAME" of either end
+}
+
+// Match reports whether the filter chooses the record.
+func (f *Filter) Match(r *Record) bool {
+	either := func(match func(*End) bool) bool { return match(&r.Source) || match(&r.Dest) }
+	return matchAny(f.Verdicts, r.Verdict) &&
+		matchAny(f.Reasons, r.Reason) &&
+		matchAny(f.Directions, r.Direction) &&
+		matchAny(f.Protocols, r.Protocol) &&
+		(len(f.Prefixes) == 0 || either(func(e *End) bool {
+			return slices.ContainsFunc(f.Prefixes, func(p netip.Prefix) bool { return p.Contains(e.IP) })
+		})) &&
+		(len(f.Labels) == 0 || either(func(e *End) bool {
+			return slices.ContainsFunc(f.Labels, func(l Label) bool { return slices.ContainsFunc(e.Labels, l.Match) })
+		})) &&
+		(len(f.Ports) == 0 || hasPorts(r.Protocol) && either(func(e *End) bool { return slices.Contains(f.Ports, e.Port) })) &&
+		(len(f.Endpoints) == 0 || slices.Contains(f.Endpoints, r.Endpoint) ||
+			either(func(e *End) bool { return e.Endpoint != 0 && slices.Contains(f.Endpoints, e.Endpoint) })) &&
+		(len(f.Workloads) == 0 || either(func(e *End) bool { return e.Workload != "" && slices.Contains(f.Workloads, e.Workload) }))
+}
+
+func matchAny[T comparable](want []T, have T) bool {
+	return len(want) == 0 || slices.Contains(want, have)
+}
+
+// hasPorts is false where an End's Port is something else.
+func hasPorts(proto uint8) bool { return proto != protoICMPv4 && proto != protoICMPv6 }
+
+// Label is a condition on one label of an identity.
+type Label struct {
+	Source string // "k8s", "reserved"; "": any
+	Key    string
+	Value  string
+	Exact  bool // the value must be Value; else any
+}
+
+// ParseLabel parses [source:]key[=value].
+func ParseLabel(s string) (Label, error) {
+	l := splitLabel(s)
+	if l.Key == "" {
+		return Label{}, fmt.Errorf("label %q has no key: want [source:]key[=value], e.g. org=empire or reserved:world", s)
+	}
+	return l, nil
+}
+
+// String returns the text that ParseLabel parses.
+func (l Label) String() string {
+	s := l.Key
+	if l.Source != "" {
+		s = l.Source + ":" + s
+	}
+	if l.Exact {
+		s += "=" + l.Value
+	}
+	return s
+}
+
+// Match reports whether a label (source:key[=value]) meets the condition.
+func (l Label) Match(label string) bool {
+	have := splitLabel(label)
+	return (l.Source == "" || l.Source == have.Source) && l.Key == have.Key && (!l.Exact || l.Value == have.Value)
+}
+
+func splitLabel(s string) (l Label) {
+	l.Key, l.Value, l.Exact = strings.Cut(s, "=")
+	if source, key, ok := strings.Cut(l.Key, ":"); ok {
+		l.Source, l.Key = source, key
+	}
+	return l
+}
+
+// ParsePrefix parses an address or a prefix.
+func ParsePrefix(s string) (netip.Prefix, error) {
+	if ip, err := netip.ParseAddr(s); err == nil {
+		ip = ip.Unmap().WithZone("")
+		return netip.PrefixFrom(ip, ip.BitLen()), nil
+	}
+	p, err := netip.ParsePrefix(s)
+	if err != nil {
+		return netip.Prefix{}, fmt.Errorf("%q is neither an address nor a prefix: want e.g. 10.1.0.7 or 10.1.0.0/24", s)
+	}
+	return p.Masked(), nil
+}

@@ -1,0 +1,109 @@
+package flow
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strconv"
+	"strings"
+	"time"
+
+	"portcullis/identity"
+)
+
+// The JSON form. Field names are stable and only ever added to. 64-bit
+// numbers are strings: many readers keep 53 bits of a number. Durations are
+// in seconds with their unit ("1.5s").
+type jsonRecord struct {
+	Time             *time.Time        `json:"time,omitempty"`
+	BootTime         uint64            `json:"bootTime,string"`
+	Node             identity.NodeName `json:"node,omitempty"`
+	Flow             string            `json:"flow"` // hash, derived
+	Verdict          string            `json:"verdict"`
+	Reason           string            `json:"reason"`
+	Direction        string            `json:"direction"`
+	State            string            `json:"state"`
+	Protocol         string            `json:"protocol"`
+	TCPFlags         []string          `json:"tcpFlags,omitempty"`
+	Source           jsonEnd           `json:"source"`
+	Dest             jsonEnd           `json:"destination"`
+	Length           uint32            `json:"length"`
+	Endpoint         uint32            `json:"endpoint"`
+	Ifindex          uint32            `json:"ifindex"`
+	Evidence         string            `json:"evidence"`
+	NoEvidenceNeeded bool              `json:"noEvidenceNeeded"`
+	Generation       uint64            `json:"generation,string"`
+	Stamp            uint64            `json:"stamp,string"`
+	BindingAge       string            `json:"bindingAge,omitempty"`
+	Reinjected       bool              `json:"reinjected"`
+	Rule             uint32            `json:"rule,omitempty"`
+	Policy           string            `json:"policy,omitempty"`
+}
+
+type jsonEnd struct {
+	IP       netip.Addr `json:"ip"`
+	Port     uint16     `json:"port"`
+	Identity uint32     `json:"identity"`
+	Text     string     `json:"text,omitempty"`
+	Labels   []string   `json:"labels,omitempty"`
+	Workload string     `json:"workload,omitempty"`
+	Endpoint uint32     `json:"endpoint,omitempty"`
+}
+
+// MarshalJSON implements json.Marshaler.
+func (r Record) MarshalJSON() ([]byte, error) {
+	j := jsonRecord{
+		BootTime: r.BootTime, Node: r.Node, Flow: fmt.Sprintf("0x%08x", r.Hash()),
+		Verdict: r.Verdict.String(), Reason: r.Reason.String(), Direction: r.Direction.String(), State: r.State.String(),
+		Protocol: Protocol(r.Protocol), TCPFlags: TCPFlags(r.TCPFlags), Source: toJSON(r.Source), Dest: toJSON(r.Dest),
+		Length: r.Length, Endpoint: r.Endpoint, Ifindex: r.Ifindex,
+		Evidence: r.Evidence.String(), NoEvidenceNeeded: r.NoEvidenceNeeded,
+		Generation: uint64(r.Generation), Stamp: r.Stamp, Reinjected: r.Reinjected, Rule: r.Rule, Policy: r.Policy,
+	}
+	if !r.Time.IsZero() {
+		t := r.Time.UTC()
+		j.Time = &t
+	}
+	if r.Stamp != 0 {
+		j.BindingAge = strconv.FormatFloat(r.BindingAge.Seconds(), 'f', -1, 64) + "s"
+	}
+	return json.Marshal(j)
+}
+
+// UnmarshalJSON implements json.Unmarshaler. A word that is not known is an
+// error.
+func (r *Record) UnmarshalJSON(b []byte) error {
+	var j jsonRecord
+	if err := json.Unmarshal(b, &j); err != nil {
+		return err
+	}
+	*r = Record{
+		BootTime: j.BootTime, Node: j.Node, Source: j.Source.end(), Dest: j.Dest.end(), Length: j.Length,
+		Endpoint: j.Endpoint, Ifindex: j.Ifindex, NoEvidenceNeeded: j.NoEvidenceNeeded,
+		Generation: identity.Generation(j.Generation), Stamp: j.Stamp, Reinjected: j.Reinjected, Rule: j.Rule, Policy: j.Policy,
+	}
+	if j.Time != nil {
+		r.Time = *j.Time
+	}
+	var errs [8]error
+	r.Verdict, errs[0] = ParseVerdict(j.Verdict)
+	r.Reason, errs[1] = ParseReason(j.Reason)
+	r.Direction, errs[2] = ParseDirection(j.Direction)
+	r.State, errs[3] = ParseState(j.State)
+	r.Protocol, errs[4] = ParseProtocol(j.Protocol)
+	r.TCPFlags, errs[5] = parseTCPFlags(j.TCPFlags)
+	r.Evidence, errs[6] = ParseEvidence(j.Evidence)
+	if j.BindingAge != "" {
+		r.BindingAge, errs[7] = time.ParseDuration(strings.TrimSpace(j.BindingAge))
+	}
+	return errors.Join(errs[:]...)
+}
+
+func toJSON(e End) jsonEnd {
+	return jsonEnd{IP: e.IP, Port: e.Port, Identity: uint32(e.Identity), Text: e.Text, Labels: e.Labels, Workload: e.Workload, Endpoint: e.Endpoint}
+}
+
+func (e jsonEnd) end() End {
+	return End{IP: e.IP, Port: e.Port, Identity: identity.Numeric(e.Identity), Text: e.Text, Labels: e.Labels, Workload: e.Workload, Endpoint: e.Endpoint}
+}
