@@ -1,0 +1,149 @@
+package floors
+
+// Kind tells which rules a package is under.
+type Kind int
+
+// The kinds of packages.
+const (
+	Product Kind = iota // under the floors
+	Tests               // may import anything of the module; only tests import it
+	Tool                // a program that runs when code is generated; nobody imports it
+)
+
+// Row is one package of the layout.
+type Row struct {
+	Path  string // below the module; every package has its own row
+	Floor int    // imports strictly lower floors, or a package whose path is a prefix of its own
+	Kind  Kind
+	Leaf  []string // not nil: the only packages of the module that it may import
+	Holds string
+}
+
+var nothing = []string{}
+
+// Table is the layout. A package that is not in it fails the test; a row whose
+// package does not exist yet does no harm.
+var Table = []Row{
+	{Path: "bpf", Floor: 0, Holds: "the committed object, embedded"},
+	{Path: "bpf/abi", Floor: 0, Leaf: nothing, Holds: "generated structures and enums"},
+	{Path: "bpf/internal/gen", Kind: Tool, Holds: "writes bpf/abi from BTF"},
+	{Path: "bpf/tests", Kind: Tests, Holds: "packet-life tests by program test-run"},
+	{Path: "identity", Floor: 0, Leaf: []string{"bpf/abi"}, Holds: "labels, identities, bindings"},
+
+	{Path: "observe/flow", Floor: 1, Holds: "flow and confirmation records"},
+	{Path: "ipcache", Floor: 1, Holds: "desired state of slots"},
+	{Path: "ipcache/lease", Floor: 1, Holds: "owner and verifier machines"},
+	{Path: "ipcache/lease/sim", Floor: 1, Holds: "their simulation"},
+	{Path: "authz", Floor: 1, Holds: "rule model, compiler, evaluator"},
+	{Path: "authz/dialect", Floor: 1, Holds: "one entry for all dialects"},
+	{Path: "authz/dialect/k8s", Floor: 1, Holds: "NetworkPolicy"},
+	{Path: "authz/dialect/cilium", Floor: 1, Holds: "CiliumNetworkPolicy"},
+	{Path: "authz/dialect/clusternp", Floor: 1, Holds: "ClusterNetworkPolicy"},
+	{Path: "authz/dialect/tree", Floor: 1, Holds: "the 2017 policy tree"},
+	{Path: "authz/l7", Floor: 1, Holds: "HTTP, DNS, SNI matchers"},
+	{Path: "authz/tools", Floor: 1, Holds: "matrix, trace, diff"},
+	{Path: "chaos/check", Floor: 1, Leaf: []string{"identity"}, Holds: "judges histories"},
+
+	{Path: "datapath", Floor: 2, Holds: "load, pins, reconcile, events"},
+	{Path: "datapath/hold", Floor: 2, Holds: "held packets"},
+	{Path: "datapath/netdev", Floor: 2, Holds: "netlink, links, uplinks"},
+	{Path: "datapath/doctor", Floor: 2, Holds: "what the kernel offers"},
+	{Path: "ipcache/session", Floor: 2, Holds: "gRPC over mTLS, authorizers"},
+	{Path: "ipcache/journal", Floor: 2, Holds: "the owner's journal file"},
+	{Path: "identity/svid", Floor: 2, Holds: "sources of SVIDs"},
+	{Path: "identity/labca", Floor: 2, Holds: "the lab's trust domain"},
+	{Path: "identity/issuer", Floor: 2, Holds: "node SVIDs by token review"},
+	{Path: "agent/kube", Floor: 2, Holds: "Kubernetes sources"},
+	{Path: "agent/api", Floor: 2, Holds: "the local API, generated"},
+	{Path: "proxy", Floor: 2, Holds: "L7 forwarding"},
+	{Path: "proxy/dns", Floor: 2, Holds: "DNS"},
+	{Path: "observe/hubble", Floor: 2, Holds: "Hubble API and relay"},
+	{Path: "observe/export", Floor: 2, Holds: "exporters"},
+	{Path: "observe/metrics", Floor: 2, Holds: "metrics"},
+	{Path: "observe/ui", Floor: 2, Holds: "web page"},
+	{Path: "observe/audit", Floor: 2, Holds: "confirmation log"},
+
+	{Path: "agent", Floor: 3, Holds: "the loop, wiring"},
+	{Path: "agent/cni", Floor: 3, Holds: "chained plugin, registrar"},
+	{Path: "agent/install", Floor: 3, Holds: "into a cluster"},
+
+	{Path: "chaos", Floor: 4, Holds: "scenarios, report"},
+	{Path: "chaos/lab", Floor: 4, Holds: "a cluster of namespaces"},
+	{Path: "chaos/lab/probe", Floor: 4, Leaf: nothing, Holds: "small clients and servers"},
+	{Path: "chaos/fault", Floor: 4, Holds: "faults"},
+	{Path: "chaos/demo", Floor: 4, Holds: "the story"},
+
+	{Path: "cmd/portcullis", Floor: 5, Holds: "commands, no logic"},
+
+	{Path: "test/bench", Kind: Tests},
+	{Path: "test/conformance", Kind: Tests},
+	{Path: "test/e2e", Kind: Tests},
+	{Path: "test/floors", Kind: Tests},
+	{Path: "test/loadable", Kind: Tests},
+	{Path: "test/summary", Kind: Tests, Leaf: nothing, Holds: "runs go test, counts"},
+}
+
+// Only is a package (or a tree of them) that few may import.
+type Only struct {
+	Import  string   // an import path, and all below it
+	By      []string // packages of the module, exact
+	ByTests []string // packages whose tests may too
+	Why     string
+}
+
+// OnlyImporters holds the rows "only X imports Y". Packages of kind Tests are
+// under them as well.
+var OnlyImporters = []Only{
+	{
+		Import: "github.com/cilium/ebpf", By: []string{"datapath", "bpf/internal/gen"},
+		ByTests: []string{"datapath", "bpf/tests", "test/bench", "test/conformance", "test/e2e", "test/loadable"},
+		Why:     "one package speaks to the kernel's maps and programs",
+	},
+	{
+		Import: "k8s.io/client-go", By: []string{"agent/kube", "agent/install"},
+		ByTests: []string{"test/e2e"},
+		Why:     "Kubernetes is one source among several",
+	},
+}
+
+// NeverMeet are trees of packages that import nothing of each other, whatever
+// their floors.
+var NeverMeet = [][2]string{{"authz", "ipcache"}}
+
+// Exception allows one import that the rules forbid, for a stated reason. An
+// exception that nothing needs any more fails the test.
+type Exception struct{ From, To, Why string }
+
+// Exceptions to the floors.
+var Exceptions = []Exception{}
+
+// PureFloor is the highest floor whose packages are pure: no I/O, no clock, no
+// goroutine.
+const PureFloor = 1
+
+// PureForbidden are imports that a pure package may not have, with all below
+// them. What is not of the standard library is forbidden unless it stands in
+// PureAllowed.
+var PureForbidden = []string{
+	"os", "io/ioutil", "net", "syscall", "log", "plugin", "unsafe", "database/sql",
+	"crypto/rand", "math/rand", "crypto/tls", "expvar", "runtime/debug", "runtime/pprof", "runtime/trace", "testing",
+}
+
+// PureAllowed are imports that a pure package may have although a rule above
+// forbids them.
+var PureAllowed = []string{
+	"net/netip", "net/url",
+	"github.com/hashicorp/golang-lru/v2", "go.yaml.in/yaml/v3",
+}
+
+// PureExceptions allow one import to one pure package.
+var PureExceptions = []Exception{
+	{"identity", "crypto/rand", "NewUID draws a random UID; nothing else in the package is random"},
+}
+
+// ImpureWords are functions of allowed packages that a pure package may not
+// use: they read a clock, start a timer, or speak to the outside.
+var ImpureWords = map[string][]string{
+	"time": {"Now", "Since", "Until", "Sleep", "After", "AfterFunc", "Tick", "NewTimer", "NewTicker"},
+	"fmt":  {"Print", "Printf", "Println", "Scan", "Scanf", "Scanln"},
+}
