@@ -1,3 +1,5 @@
+//go:build ignore
+
 // SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
 /* Nothing runs from this file: it makes clang emit the BTF of all of abi.h,
  * from which bpf/internal/gen writes package bpf/abi. */
@@ -19,6 +21,7 @@ EMIT_ENUM(pc_lease_index);
 EMIT_ENUM(pc_range_flag);
 EMIT_ENUM(pc_policy_prefix);
 EMIT_ENUM(pc_policy_flag);
+EMIT_ENUM(pc_judgement_flag);
 EMIT_ENUM(pc_ct_flag);
 EMIT_ENUM(pc_flow_state);
 EMIT_ENUM(pc_event_flag);

@@ -45,6 +45,7 @@ enum pc_reason {
 	PC_REASON_MALFORMED = 14,
 	PC_REASON_UNSUPPORTED = 15,
 	PC_REASON_NO_ENDPOINT = 16,	 /* device without an endpoint, or a closed one */
+	PC_REASON_NO_FLOW = 17,		 /* strict TCP: not a SYN, and of no known flow */
 	PC_REASON_MAX,
 };
 
@@ -113,7 +114,8 @@ struct pc_endpoint {
 	__u32 state;	    /* enum pc_endpoint_state */
 	__u32 flags;
 	__u32 identity;
-	__u32 policy;	    /* the policy set in force: also the policy epoch */
+	__u32 policy;	    /* the policy set in force: also the policy epoch. A change of the
+			     * ENFORCE flags needs a new number too: flows are judged again only then */
 	__u32 hold_index;   /* index into `hold_quota`; > 0 */
 	__u8 mac[6];
 	__u8 pad[2];
@@ -133,7 +135,10 @@ struct pc_binding {
 /* Map `slots`: array, mmapable. All but `lease` is written before `stamp` is
  * published and never again while it stands; revoking is one aligned 8-byte
  * store of 0 to `stamp` (I1, I2). A slot counts only for a packet whose peer
- * is `ip` and whose stamp, taken from a binding or a judgement, is `stamp`. */
+ * is `ip` and whose stamp, taken from a binding or a judgement, is `stamp`.
+ * An emptied slot is not filled again for a second: on a CPU that reorders
+ * loads, a program's second read of the stamp then still comes before the new
+ * contents. */
 struct pc_slot {
 	__u64 stamp;	    /* 0: empty */
 	struct pc_addr ip;
@@ -187,6 +192,9 @@ struct pc_range {
 	__u32 flags;
 	__u32 identity; /* of an IP in it when not PC_RANGE_KNOWN */
 };
+/* After a change of `ranges`, and after a binding for an IP outside the known
+ * ranges, user space adds 1 to state.range_epoch: flows that were judged by
+ * range are then judged again (I5). */
 
 /* ---- policy ---------------------------------------------------------- */
 
@@ -203,7 +211,11 @@ struct pc_range {
  *   peer = lookup(set, identity, dir, proto, port)
  *   DENY in peer -> drop; ALLOW in any or peer -> pass; else drop
  *
- * A missing entry is the entry with no flags.
+ * A missing entry is the entry with no flags. Where the peer is known, `rule`
+ * and `evidence` are those of the entry that decides: peer's if it has DENY or
+ * ALLOW, else any's. A peer known by its range only (world, CIDR identities)
+ * has evidence none: it satisfies the default, and nothing that asks for more
+ * by number.
  */
 struct pc_policy_key {
 	__u32 prefixlen;   /* 72: all protocols; 80: one protocol; 80 + n: n bits of its port */
@@ -237,8 +249,8 @@ struct pc_policy {
 /* ---- conntrack ------------------------------------------------------- */
 
 /* Map `conntrack`: normalized key, so that both directions are one lookup.
- * (a, a_port) <= (b, b_port) in memory order. ICMP echo: both ports are the
- * identifier. */
+ * a <= b in memory order, and a_port <= b_port where a is b. ICMP echo: the
+ * port of the side that asks is the identifier, the other's is 0. */
 struct pc_ct_key {
 	struct pc_addr a;
 	struct pc_addr b;
@@ -248,15 +260,25 @@ struct pc_ct_key {
 	__u8 pad[3];
 };
 
-/* What one endpoint decided about a flow. Counts only for that endpoint. */
+enum pc_judgement_flag {
+	PC_JUDGED_BY_RANGE = 1, /* the peer was known by its range: slot is state.range_epoch's low half */
+	PC_JUDGED_REPLY_SEEN = 2, /* this judge has let a reply pass */
+};
+
+/* What one endpoint decided about a flow. Counts only for that endpoint, and
+ * only if `seal` is right: a sum over the flow's key and the fields that
+ * decide, so that neither a half-written judgement nor one read from an
+ * element that was recycled for another flow ever counts (I4). The kernel
+ * alone writes judgements. */
 struct pc_judgement {
 	__u64 stamp;	/* of the peer's binding; 0: needed no evidence */
+	__u64 seal;
 	__u32 slot;	/* of the peer's binding */
 	__u32 endpoint; /* id of the judge; 0: none */
 	__u32 epoch;	/* its policy set at that time */
-	__u32 ifindex;	/* device by which the judged packet came in (INGRESS) */
+	__u32 ifindex;	/* device by which the peer's packets were last seen to come in; 0: not yet */
 	__u8 evidence;	/* least evidence that a packet of this flow needs */
-	__u8 flags;
+	__u8 flags;	/* enum pc_judgement_flag */
 	__u16 pad;
 	__u32 rule;
 };
@@ -361,7 +383,7 @@ struct pc_state {
 	__u64 last_generation;
 	__u64 lost_events;   /* the ring was full; added to by the kernel */
 	__u64 abi_version;
-	__u64 pad;
+	__u64 range_epoch;   /* see pc_range */
 };
 
 /* Map `counters`: per-CPU array; index = (direction * PC_REASON_MAX + reason) * PC_VERDICT_MAX + verdict. */
@@ -393,8 +415,8 @@ _Static_assert(sizeof(struct pc_range_key) == 20, "pc_range_key");
 _Static_assert(sizeof(struct pc_policy_key) == 16, "pc_policy_key");
 _Static_assert(sizeof(struct pc_policy) == 8, "pc_policy");
 _Static_assert(sizeof(struct pc_ct_key) == 40, "pc_ct_key");
-_Static_assert(sizeof(struct pc_judgement) == 32, "pc_judgement");
-_Static_assert(sizeof(struct pc_ct) == 88, "pc_ct");
+_Static_assert(sizeof(struct pc_judgement) == 40, "pc_judgement");
+_Static_assert(sizeof(struct pc_ct) == 104, "pc_ct");
 _Static_assert(sizeof(struct pc_event) == 104, "pc_event");
 _Static_assert(sizeof(struct pc_held) == 72, "pc_held");
 _Static_assert(sizeof(struct pc_state) == 64, "pc_state");

@@ -206,6 +206,15 @@ func (x Identity) String() string {
 	return "Identity(" + strconv.FormatUint(uint64(x), 10) + ")"
 }
 
+// JudgementFlag is enum pc_judgement_flag.
+type JudgementFlag uint32
+
+// The values of enum pc_judgement_flag.
+const (
+	JudgedByRange   JudgementFlag = 1
+	JudgedReplySeen JudgementFlag = 2
+)
+
 // LeaseIndex is enum pc_lease_index.
 type LeaseIndex uint32
 
@@ -269,7 +278,8 @@ const (
 	ReasonMalformed         Reason = 14
 	ReasonUnsupported       Reason = 15
 	ReasonNoEndpoint        Reason = 16
-	ReasonMax               Reason = 17
+	ReasonNoFlow            Reason = 17
+	ReasonMax               Reason = 18
 )
 
 // String returns the word for the value, as everywhere in logs, metrics and records.
@@ -309,6 +319,8 @@ func (x Reason) String() string {
 		return "unsupported"
 	case 16:
 		return "no-endpoint"
+	case 17:
+		return "no-flow"
 	}
 	return "Reason(" + strconv.FormatUint(uint64(x), 10) + ")"
 }
@@ -356,7 +368,7 @@ type Counter struct {
 	Bytes   uint64
 }
 
-// CT is struct pc_ct, 88 bytes.
+// CT is struct pc_ct, 104 bytes.
 type CT struct {
 	Judgement [2]Judgement
 	Created   uint64
@@ -446,9 +458,10 @@ type HoldQuota struct {
 	Out uint64
 }
 
-// Judgement is struct pc_judgement, 32 bytes.
+// Judgement is struct pc_judgement, 40 bytes.
 type Judgement struct {
 	Stamp    uint64
+	Seal     uint64
 	Slot     uint32
 	Endpoint uint32
 	Epoch    uint32
@@ -526,7 +539,7 @@ type State struct {
 	LastGeneration uint64
 	LostEvents     uint64
 	ABIVersion     uint64
-	_              uint64
+	RangeEpoch     uint64
 }
 
 // Uplink is struct pc_uplink, 4 bytes.

@@ -1,0 +1,42 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/*
+ * Constants that the loader sets before the programs are loaded (.rodata: the
+ * verifier sees them as constants, so an unused branch costs nothing). The
+ * values here are the defaults, and each default is the safe side.
+ */
+#ifndef PC_CONFIG_H
+#define PC_CONFIG_H
+
+/*
+ * Marks. A packet carries one when (skb->mark & mark_mask) == mark. Random per
+ * boot, since any process with NET_RAW on the node can set a mark. A workload
+ * cannot: the kernel scrubs the mark when a packet crosses a namespace. 0
+ * switches recognition off: nothing is then taken for re-injected.
+ */
+const volatile __u32 mark_mask = 0;
+
+/* Sent by the agent's packet socket after a hold: was held once and is judged
+ * again. It never means "allow". */
+const volatile __u32 reinject_mark = 0;
+
+/* In to_workload: turn this packet round, into from_workload of the same
+ * device. It never means "allow" either. */
+const volatile __u32 turn_mark = 0;
+
+/* Packets outstanding with the agent: of one endpoint, and of all. */
+const volatile __u32 hold_per_endpoint = 64;
+const volatile __u32 hold_total = 4096;
+
+/* ns; when the hold reader has not ticked for this long nothing is held: a
+ * dead agent must not turn drops into silence. */
+const volatile __u64 hold_reader_timeout = 1000000000;
+
+/* Evidence that a policy entry asks for when it names none (enum pc_evidence):
+ * PC_EVIDENCE_LEASE; in mode classic PC_EVIDENCE_WATCH. */
+const volatile __u32 default_evidence = PC_EVIDENCE_LEASE;
+
+/* 1: mode classic. Without it no slot with lease index PC_LEASE_CLASSIC ever
+ * counts, whatever stands in `leases`. */
+const volatile __u32 classic = 0;
+
+#endif

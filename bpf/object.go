@@ -1,0 +1,13 @@
+// Package bpf carries the compiled kernel programs. bpf/README.md describes
+// them; bpf/abi.h is their contract with user space, spoken in Go by package
+// bpf/abi. This package imports nothing and runs nothing.
+package bpf
+
+import _ "embed" // for the object
+
+// Object is the ELF object with the programs from_workload and to_workload,
+// their maps and their BTF, for little-endian machines. `make generate` writes
+// it. It must not be modified.
+//
+//go:embed portcullis_bpfel.o
+var Object []byte
