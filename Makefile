@@ -1,0 +1,89 @@
+# `make help` explains every target. Everything here needs Go (any version from
+# 1.21 on fetches the one that go.mod names) and nothing else; see README.md
+# for what the programs need when they run.
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test test-all generate lint floors race bench prepare clean
+
+# ---- the Go command ----------------------------------------------------
+
+GO := $(or $(GO),$(shell command -v go 2>/dev/null || { test -x /usr/local/go/bin/go && echo /usr/local/go/bin/go; }))
+ifneq ($(GO),)
+export PATH := $(dir $(abspath $(shell command -v $(GO)))):$(PATH)
+endif
+# Some distributions ship Go with GOTOOLCHAIN=local; what go.mod asks for is
+# fetched unless the environment forbids it.
+export GOTOOLCHAIN ?= auto
+# No C compiler is needed, and a broken one does no harm.
+export CGO_ENABLED ?= 0
+# Without a home directory (some CI systems) Go's caches live in out/.
+ifeq ($(HOME),)
+export HOME := $(CURDIR)/out/_home
+endif
+# A checkout that belongs to another user must not stop the build.
+BUILDVCS := $(shell git rev-parse HEAD >/dev/null 2>&1 && echo auto || echo false)
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+
+BUILD = $(GO) build -trimpath -buildvcs=$(BUILDVCS)
+TEST_FLAGS ?= -count=1 -timeout=12m
+TEST_PACKAGES ?= ./...
+GENERATORS := $(wildcard */generate.sh */*/generate.sh)
+
+.PHONY: need-go
+need-go:
+	@test -n "$(GO)" || { echo "make: no Go found in PATH or /usr/local/go/bin: install Go 1.21 or newer (https://go.dev/dl/)" >&2; exit 1; }
+
+# ---- for everybody -----------------------------------------------------
+
+help: ## print this list
+	@echo "Portcullis. Targets:"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+
+build: need-go ## build bin/portcullis (no clang needed: the BPF object is committed)
+	$(BUILD) -o bin/portcullis ./cmd/portcullis
+	@echo "built bin/portcullis ($(VERSION))"
+
+demo: build ## run the story and the stale-identity attack in a lab on this machine (root, under a minute)
+	@test/prepare strict
+	bin/portcullis demo
+
+test: need-go ## run all tests, the privileged ones too when root; ends with a count (under 15 minutes)
+	@test/prepare
+	@$(BUILD) -o out/summary ./test/summary
+	@echo "running the tests of $(TEST_PACKAGES); a line for each package as it ends"
+	@out/summary $(TEST_FLAGS) $(TEST_PACKAGES)
+
+# ---- for those who change it -------------------------------------------
+
+test-all: test ## `test`, then the lease simulation with 1,000,000 schedules and a minute of every fuzz target (hours)
+	$(GO) test -count=1 -timeout=12h -v -run 'Schedules' ./ipcache/lease/sim -schedules=1000000
+	@test/fuzz 60s
+
+generate: need-go ## rebuild what is generated and committed (needs clang 19.1.x, llvm-strip and protoc)
+	@for g in $(GENERATORS); do echo "$$g"; ./$$g || exit 1; done
+
+lint: need-go ## gofmt, go vet, staticcheck
+	@echo gofmt; files=$$(find . -name '*.go' -not -path './out/*' -not -path './.git/*' -print0 | xargs -0 "$$($(GO) env GOROOT)/bin/gofmt" -l) && test -z "$$files" || { echo "gofmt would change:" $$files; exit 1; }
+	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+
+floors: need-go ## check the layout: who imports whom, purity, sizes, comments, documents
+	$(GO) test -count=1 ./test/floors
+
+# The machines, parsers and stores, and the parts that run goroutines.
+RACE_PACKAGES ?= ./identity/... ./ipcache/... ./authz/... ./observe/... ./datapath/hold ./agent/... ./test/summary
+race: need-go ## run the tests of RACE_PACKAGES under the race detector (needs gcc)
+	@test/prepare
+	@$(BUILD) -o out/summary ./test/summary
+	@CGO_ENABLED=1 out/summary -race -short -count=1 -timeout=20m $(RACE_PACKAGES)
+
+bench: need-go ## ns per packet by program test-run, beside the empty program in the same run (root)
+	@test/prepare strict
+	$(GO) test -count=1 -run '^$$' -bench . ./test/bench
+
+prepare: ## check the kernel and mount the BPF file system where it is missing
+	@test/prepare strict
+
+clean: ## remove bin/ and out/
+	@if [ -d out/_home ]; then chmod -R u+w out/_home; fi
+	rm -rf bin out
