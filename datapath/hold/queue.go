@@ -1,0 +1,257 @@
+package hold
+
+import (
+	"math"
+	"net/netip"
+	"time"
+
+	"portcullis/bpf/abi"
+	"portcullis/datapath"
+)
+
+// Record is one held packet.
+type Record = datapath.HeldPacket
+
+// Ended is a hold that ended without its packet being let go.
+type Ended struct {
+	Record
+	Why abi.Reason // never ReasonNone
+}
+
+// Limits bound a Queue. 0 takes the default.
+type Limits struct {
+	PerEndpoint int           // packets per local endpoint; default 64
+	PerSource   int           // packets per peer IP; default 16
+	Total       int           // packets; default 4096
+	Bytes       int           // of packets; default 64 MiB
+	Timeout     time.Duration // from arrival at the hook; default 1 s
+}
+
+func (l Limits) withDefaults() Limits {
+	def := func(p *int, v int) {
+		if *p <= 0 {
+			*p = v
+		}
+	}
+	def(&l.PerEndpoint, 64)
+	def(&l.PerSource, 16)
+	def(&l.Total, 4096)
+	def(&l.Bytes, 64<<20)
+	if l.Timeout <= 0 {
+		l.Timeout = time.Second
+	}
+	return l
+}
+
+// Queue holds packets by the IP whose binding they wait for. Every record
+// given to Add ends exactly once: by Add itself (no room), Answer, Refuse,
+// Expire, DropEndpoint or DropAll; at that moment, and only then, it is given
+// back to the kernel's quota.
+type Queue struct {
+	limits   Limits
+	giveBack func(holdIndex uint32)
+
+	byIP       map[netip.Addr]*waiting
+	byEndpoint map[uint32]int // packets; an entry of 0 is deleted
+	first      *entry         // of all, oldest Add first
+	last       *entry
+	packets    int
+	bytes      int
+}
+
+// waiting are the holds of one IP. It never is empty.
+type waiting struct {
+	entries []*entry   // in the order of Add: the order of the ring
+	why     abi.Reason // what they are dropped for when they time out
+}
+
+type entry struct {
+	rec        Record
+	deadline   int64
+	prev, next *entry
+}
+
+// NewQueue returns an empty queue. giveBack is called once for each hold that
+// ends, with its hold index (datapath.ReleaseHold in the product); it must not
+// fail and must not call the queue.
+func NewQueue(l Limits, giveBack func(holdIndex uint32)) *Queue {
+	return &Queue{limits: l.withDefaults(), giveBack: giveBack, byIP: map[netip.Addr]*waiting{}, byEndpoint: map[uint32]int{}}
+}
+
+// Len returns how many packets are held.
+func (q *Queue) Len() int { return q.packets }
+
+// Waits reports whether packets wait for the IP.
+func (q *Queue) Waits(ip netip.Addr) bool { return q.byIP[ip] != nil }
+
+// Add holds a packet. ask reports that it is the only one of its IP, so that
+// nobody has asked for the IP yet. When a limit is reached the packet ends at
+// once (hold-overflow), those that wait already keep their place: a storm
+// never pushes out an earlier first contact. dropped is nil otherwise.
+func (q *Queue) Add(rec Record) (ask bool, dropped *Ended) {
+	w := q.byIP[rec.Peer]
+	if q.packets >= q.limits.Total || q.bytes+len(rec.Packet) > q.limits.Bytes ||
+		q.byEndpoint[rec.Endpoint] >= q.limits.PerEndpoint ||
+		w != nil && len(w.entries) >= q.limits.PerSource {
+		q.giveBack(rec.HoldIndex)
+		return false, &Ended{Record: rec, Why: abi.ReasonHoldOverflow}
+	}
+	if w == nil {
+		w = &waiting{why: abi.ReasonHoldTimeout}
+		q.byIP[rec.Peer] = w
+	}
+	e := &entry{rec: rec, deadline: rec.Arrival + int64(q.limits.Timeout), prev: q.last}
+	if q.last != nil {
+		q.last.next = e
+	} else {
+		q.first = e
+	}
+	q.last = e
+	w.entries = append(w.entries, e)
+	q.packets++
+	q.bytes += len(rec.Packet)
+	q.byEndpoint[rec.Endpoint]++
+	return len(w.entries) == 1, nil
+}
+
+// Answer ends all holds of an IP whose slot and lease are live. inject are the
+// packets that arrived after notBefore, in their order; they are to be sent
+// before anything else is done for this IP. drop are the others: the previous
+// holder of the IP may have sent them (generation-changed).
+func (q *Queue) Answer(ip netip.Addr, notBefore int64) (inject []Record, drop []Ended) {
+	w := q.byIP[ip]
+	if w == nil {
+		return nil, nil
+	}
+	for _, e := range w.entries {
+		q.end(e)
+		if e.rec.Arrival > notBefore {
+			inject = append(inject, e.rec)
+		} else {
+			// Equal is not later: the safe side is to drop.
+			drop = append(drop, Ended{Record: e.rec, Why: abi.ReasonGenerationChanged})
+		}
+	}
+	delete(q.byIP, ip)
+	return inject, drop
+}
+
+// Refuse ends the holds of an IP that arrived before arrivedBefore, for the
+// reason given. remaining reports that later ones stay held: they are to be
+// asked for again. If they time out, it is for this reason.
+func (q *Queue) Refuse(ip netip.Addr, arrivedBefore int64, why abi.Reason) (drop []Ended, remaining bool) {
+	why = aReason(why)
+	w := q.byIP[ip]
+	if w == nil {
+		return nil, false
+	}
+	w.why = why
+	drop = q.filter(ip, w, why, func(r *Record) bool { return r.Arrival < arrivedBefore })
+	return drop, q.byIP[ip] != nil
+}
+
+// Note sets what the holds of an IP are dropped for if they time out, for
+// instance owner-unreachable while no session can be made.
+func (q *Queue) Note(ip netip.Addr, why abi.Reason) {
+	if w := q.byIP[ip]; w != nil {
+		w.why = aReason(why)
+	}
+}
+
+// Expire ends the holds whose time is over at now (CLOCK_BOOTTIME ns). gone
+// are the IPs for which nobody waits any more.
+func (q *Queue) Expire(now int64) (drop []Ended, gone []netip.Addr) {
+	for q.first != nil && q.first.deadline <= now {
+		e := q.first
+		w := q.byIP[e.rec.Peer]
+		// The oldest of all is the oldest of its IP.
+		w.entries[0] = nil
+		w.entries = w.entries[1:]
+		q.end(e)
+		drop = append(drop, Ended{Record: e.rec, Why: w.why})
+		if len(w.entries) == 0 {
+			delete(q.byIP, e.rec.Peer)
+			gone = append(gone, e.rec.Peer)
+		}
+	}
+	return drop, gone
+}
+
+// Next returns when Expire is to be called (CLOCK_BOOTTIME ns); ok is false
+// when nothing is held.
+func (q *Queue) Next() (at int64, ok bool) {
+	if q.first == nil {
+		return 0, false
+	}
+	return q.first.deadline, true
+}
+
+// DropEndpoint ends all holds of an endpoint that is going away. gone are the
+// IPs for which nobody waits any more.
+func (q *Queue) DropEndpoint(id uint32, why abi.Reason) (drop []Ended, gone []netip.Addr) {
+	why = aReason(why)
+	for ip, w := range q.byIP {
+		d := q.filter(ip, w, why, func(r *Record) bool { return r.Endpoint == id })
+		if len(d) > 0 && q.byIP[ip] == nil {
+			gone = append(gone, ip)
+		}
+		drop = append(drop, d...)
+	}
+	return drop, gone
+}
+
+// DropAll ends every hold, at the end of the agent.
+func (q *Queue) DropAll(why abi.Reason) []Ended {
+	why = aReason(why)
+	drop, _ := q.Expire(math.MaxInt64)
+	for i := range drop {
+		drop[i].Why = why
+	}
+	return drop
+}
+
+// filter ends those holds of one IP for which end is true.
+func (q *Queue) filter(ip netip.Addr, w *waiting, why abi.Reason, end func(*Record) bool) (drop []Ended) {
+	kept := make([]*entry, 0, len(w.entries))
+	for _, e := range w.entries {
+		if end(&e.rec) {
+			q.end(e)
+			drop = append(drop, Ended{Record: e.rec, Why: why})
+		} else {
+			kept = append(kept, e)
+		}
+	}
+	if w.entries = kept; len(kept) == 0 {
+		delete(q.byIP, ip)
+	}
+	return drop
+}
+
+// end takes an entry off the books, but for its IP's list.
+func (q *Queue) end(e *entry) {
+	if e.prev != nil {
+		e.prev.next = e.next
+	} else {
+		q.first = e.next
+	}
+	if e.next != nil {
+		e.next.prev = e.prev
+	} else {
+		q.last = e.prev
+	}
+	e.prev, e.next = nil, nil
+	q.packets--
+	q.bytes -= len(e.rec.Packet)
+	if q.byEndpoint[e.rec.Endpoint]--; q.byEndpoint[e.rec.Endpoint] == 0 {
+		delete(q.byEndpoint, e.rec.Endpoint)
+	}
+	q.giveBack(e.rec.HoldIndex)
+}
+
+// aReason keeps a drop from having none (I6).
+func aReason(why abi.Reason) abi.Reason {
+	if why == abi.ReasonNone || why >= abi.ReasonMax {
+		return abi.ReasonHoldTimeout
+	}
+	return why
+}
