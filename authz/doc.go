@@ -1,0 +1,14 @@
+// Package authz is policy: the one rule model that every dialect compiles
+// into, its compilation into the entries of the kernel's policy map, and the
+// evaluator that reads those same entries and is the oracle for the kernel's
+// verdicts.
+//
+//	YAML, JSON --authz/dialect--> Policy --Repository.Compile--> Set --WithSet--> policy map
+//	                                                              |                  |
+//	                                                            Judge  == tested ==  BPF
+//
+// It is pure: no I/O, no clock, no goroutines. It imports identity and bpf/abi
+// only, and never meets ipcache. A Policy is immutable once it is put; a
+// Repository and the sets that it makes belong to one loop; Judge is safe for
+// concurrent use if its lookup is.
+package authz

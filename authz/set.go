@@ -1,0 +1,239 @@
+package authz
+
+import (
+	"maps"
+	"math/bits"
+	"slices"
+
+	"portcullis/bpf/abi"
+	"portcullis/identity"
+)
+
+// RuleRef says which rule of which policy an entry comes from.
+type RuleRef struct {
+	Policy    Ref           `json:"policy"`
+	Path      string        `json:"path"`
+	Direction abi.Direction `json:"direction"`
+	Action    Action        `json:"action"`
+}
+
+// Set is the policy of one subject, ready for the kernel. It belongs to the
+// loop that owns its Repository. It goes on meaning what the repository meant
+// when it was compiled, whatever is put there later.
+type Set struct {
+	EnforceIngress, EnforceEgress bool
+	// Entries of the policy map, with 0 in the place of the set's number.
+	// Never nil. The flags of shorter prefixes are folded into longer ones.
+	Entries map[abi.PolicyKey]abi.Policy
+	// Rules by abi.Policy.Rule; 0 is no rule.
+	Rules []RuleRef
+
+	rules []numbered // those behind Rules[1:]
+	match func(*Rule, identity.Identity) bool
+}
+
+type numbered struct {
+	*Rule
+	number uint32
+}
+
+func (s *Set) addRule(ref RuleRef, r *Rule) {
+	s.rules = append(s.rules, numbered{r, uint32(len(s.Rules))})
+	s.Rules = append(s.Rules, ref)
+}
+
+// Enforce reports whether the direction is under policy.
+func (s Set) Enforce(dir abi.Direction) bool {
+	if dir == abi.DirIngress {
+		return s.EnforceIngress
+	}
+	return s.EnforceEgress
+}
+
+// Equal reports whether the kernel, and who reads its records, would see no
+// difference between two sets.
+func (s Set) Equal(o Set) bool {
+	return s.EnforceIngress == o.EnforceIngress && s.EnforceEgress == o.EnforceEgress &&
+		maps.Equal(s.Entries, o.Entries) && slices.Equal(s.Rules, o.Rules)
+}
+
+// WithSet returns the entries under the number of a set.
+func (s Set) WithSet(id uint32) map[abi.PolicyKey]abi.Policy { return withSet(s.Entries, id) }
+
+func withSet(entries map[abi.PolicyKey]abi.Policy, id uint32) map[abi.PolicyKey]abi.Policy {
+	out := make(map[abi.PolicyKey]abi.Policy, len(entries))
+	for k, v := range entries {
+		k.Set = id
+		out[k] = v
+	}
+	return out
+}
+
+// AddPeer adds the entries of one numeric identity to the set and returns them
+// (often none), with 0 in the place of the set's number. They never change
+// what the set says of anybody else, so the epoch stays; they must be in the
+// kernel before anything is published there under the number.
+func (s *Set) AddPeer(n identity.Numeric, id identity.Identity) map[abi.PolicyKey]abi.Policy {
+	if n == NoPeer {
+		return nil // the wildcard is nobody's number
+	}
+	t := trie{}
+	for _, r := range s.rules {
+		if !r.AnyPeer && s.match(r.Rule, id) {
+			t.add(r, uint32(n), flag(r.Action, abi.PolicyAllow, abi.PolicyDeny))
+		}
+	}
+	out := t.fold()
+	maps.Copy(s.Entries, out)
+	return out
+}
+
+// RemovePeer removes the entries of a numeric identity that nobody bears any
+// more and returns their keys, with 0 in the place of the set's number.
+func (s *Set) RemovePeer(n identity.Numeric) []abi.PolicyKey {
+	if n == NoPeer {
+		return nil
+	}
+	var out []abi.PolicyKey
+	for k := range s.Entries {
+		if k.Identity == uint32(n) {
+			out = append(out, k)
+			delete(s.Entries, k)
+		}
+	}
+	return out
+}
+
+// compileAny returns the entries that speak of every peer. A rule that names
+// peers counts here too, whether somebody it names exists or not: where it
+// applies, the peer must be known.
+func (s *Set) compileAny() map[abi.PolicyKey]abi.Policy {
+	t := trie{}
+	for _, r := range s.rules {
+		switch {
+		case r.AnyPeer:
+			t.add(r, uint32(abi.IDAny), flag(r.Action, abi.PolicyAllow, abi.PolicyDeny))
+		case len(r.Peers) > 0:
+			t.add(r, uint32(abi.IDAny), flag(r.Action, abi.PolicyPeerAllow, abi.PolicyPeerDeny))
+		}
+	}
+	return t.fold()
+}
+
+func flag(a Action, allow, deny abi.PolicyFlag) uint8 {
+	if a == Allow {
+		return uint8(allow)
+	}
+	return uint8(deny)
+}
+
+// trie collects entries before they are folded.
+type trie map[abi.PolicyKey]cell
+
+// cell is an entry in the making: its flags, and the first rule behind its
+// ALLOW and its DENY (0: none).
+type cell struct {
+	flags       uint8
+	allow, deny uint32
+}
+
+func (c cell) merge(o cell) cell {
+	c.flags |= o.flags
+	c.allow = first(c.allow, o.allow)
+	c.deny = first(c.deny, o.deny)
+	return c
+}
+
+// first returns the lower of two rule numbers, of which 0 is none.
+func first(a, b uint32) uint32 {
+	if a == 0 || b != 0 && b < a {
+		return b
+	}
+	return a
+}
+
+// add enters a flag under each prefix that the rule's ports come to.
+func (t trie) add(r numbered, id uint32, flags uint8) {
+	c := cell{flags: flags}
+	switch {
+	case flags&uint8(abi.PolicyAllow) != 0:
+		c.allow = r.number
+	case flags&uint8(abi.PolicyDeny) != 0:
+		c.deny = r.number
+	}
+	key := abi.PolicyKey{Identity: id, Direction: uint8(r.Direction), Prefixlen: uint32(abi.PolicyPrefixAny)}
+	if r.AnyPort {
+		t[key] = t[key].merge(c)
+		return
+	}
+	for _, p := range r.Ports {
+		key.Proto = p.Proto
+		for port, n := range prefixes(p.First, p.Last) {
+			k := key
+			k.Prefixlen = uint32(abi.PolicyPrefixProto) + uint32(n)
+			k.Port = [2]uint8{uint8(port >> 8), uint8(port)}
+			t[k] = t[k].merge(c)
+		}
+	}
+}
+
+// fold returns the entries, each with what its shorter prefixes say merged in:
+// the kernel finds the longest match only.
+func (t trie) fold() map[abi.PolicyKey]abi.Policy {
+	out := make(map[abi.PolicyKey]abi.Policy, len(t))
+	for k, c := range t {
+		for n := range shorter(k.Prefixlen) {
+			c = c.merge(t[truncate(k, n)])
+		}
+		e := abi.Policy{Flags: c.flags, Rule: c.allow}
+		if c.flags&uint8(abi.PolicyDeny) != 0 {
+			e.Rule = c.deny
+		}
+		out[k] = e
+	}
+	return out
+}
+
+// shorter yields the prefix lengths below n that an entry can have, longest
+// first.
+func shorter(n uint32) func(func(uint32) bool) {
+	return func(yield func(uint32) bool) {
+		for n > uint32(abi.PolicyPrefixProto) {
+			n--
+			if !yield(n) {
+				return
+			}
+		}
+		if n > uint32(abi.PolicyPrefixAny) {
+			yield(uint32(abi.PolicyPrefixAny))
+		}
+	}
+}
+
+// truncate returns the key with its prefix cut to n bits.
+func truncate(k abi.PolicyKey, n uint32) abi.PolicyKey {
+	k.Prefixlen = n
+	if n < uint32(abi.PolicyPrefixProto) {
+		k.Proto, k.Port = 0, [2]uint8{}
+		return k
+	}
+	port := uint16(k.Port[0])<<8 | uint16(k.Port[1])
+	port &= ^uint16(0) << (uint32(abi.PolicyPrefixPort) - n)
+	k.Port = [2]uint8{uint8(port >> 8), uint8(port)}
+	return k
+}
+
+// prefixes yields the fewest prefixes (port, bits) that cover exactly
+// first..last: at most 30.
+func prefixes(first, last uint16) func(func(uint16, int) bool) {
+	return func(yield func(uint16, int) bool) {
+		for lo, hi := uint32(first), uint32(last); lo <= hi; {
+			// The largest aligned block that begins at lo and ends by hi.
+			size := min(bits.TrailingZeros32(lo|1<<16), bits.Len32(hi-lo+1)-1)
+			if !yield(uint16(lo), 16-size) {
+				return
+			}
+			lo += 1 << size
+		}
+	}
+}
