@@ -1,0 +1,135 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"portcullis/agent/api"
+	"portcullis/bpf/abi"
+	"portcullis/observe/flow"
+)
+
+func newMonitorCmd(env *Env) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "monitor",
+		Short: "Show flow events as they happen, until Ctrl-C",
+		Long: `Show flow events as they happen, until Ctrl-C: the first packet of each flow and
+direction that passes, every packet that is held, and every packet that is dropped.
+
+  -> endpoint 24 ...            passed, towards endpoint 24 of this node
+  <- endpoint 24 ...            passed, sent by endpoint 24 of this node
+  .. hold ...                   kept until its peer's binding is confirmed
+  xx drop (policy-denied) ...   dropped, and why
+
+Filters: an event is shown when it matches every filter that is given; a filter
+that is given several times matches any of its values.`,
+		Example: "  portcullis monitor --verdict drop\n  portcullis monitor --label org=alliance --port 80 -o json",
+		Args:    usageArgs(cobra.NoArgs),
+	}
+	req := &api.MonitorRequest{}
+	var ports, endpoints []uint
+	f := cmd.Flags()
+	f.StringSliceVar(&req.Verdicts, "verdict", nil, strings.Join(flow.Words(abi.VerdictMax), ", "))
+	f.StringSliceVar(&req.Reasons, "reason", nil, "of a drop: policy-denied, refused, stale-lease, ...")
+	f.StringSliceVar(&req.Directions, "direction", nil, "as seen from the workload: "+strings.Join(flow.Words(abi.DirMax), ", "))
+	f.StringSliceVar(&req.Prefixes, "ip", nil, "address or prefix of either end")
+	f.StringArrayVar(&req.Labels, "label", nil, "[source:]key[=value] of either end's identity")
+	f.UintSliceVar(&ports, "port", nil, "of either end")
+	f.StringSliceVar(&req.Protocols, "protocol", nil, "TCP, UDP, SCTP, ICMPv4, ICMPv6 or a number")
+	f.UintSliceVar(&endpoints, "endpoint", nil, "id of an endpoint of this node")
+	f.StringSliceVar(&req.Workloads, "workload", nil, "NAMESPACE/NAME of either end, where known")
+	count := f.UintP("count", "n", 0, "stop after this many events; 0: never")
+	var line flow.Formatter
+	f.BoolVarP(&line.Time, "timestamps", "t", false, "the time first")
+	f.BoolVarP(&line.Verbose, "verbose", "v", false, "the labels of both ends too")
+	o := addOutput(cmd)
+
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if *o == outYAML {
+			return usagef("monitor writes table or json, not yaml")
+		}
+		for _, p := range ports {
+			req.Ports = append(req.Ports, uint32(min(p, 1<<31)))
+		}
+		for _, e := range endpoints {
+			req.Endpoints = append(req.Endpoints, uint32(min(e, 1<<31)))
+		}
+		if _, err := req.Filter(); err != nil { // the agent would say the same
+			return usageError{err}
+		}
+		client, err := api.Dial(env.socket)
+		if err != nil {
+			return err
+		}
+		defer client.Close()
+		stream, err := client.Monitor(cmd.Context(), req)
+		if err != nil {
+			return err
+		}
+		if _, err := stream.Header(); err == nil { // subscribed: nothing is missed from here
+			fmt.Fprintln(env.Stderr, "Listening for events. Press Ctrl-C to quit.")
+		}
+		err = printEvents(env, stream, *o, line, uint64(*count))
+		if cmd.Context().Err() != nil {
+			return nil // asked to stop
+		}
+		return err
+	}
+	return cmd
+}
+
+// printEvents prints until the stream ends or count events were printed.
+func printEvents(env *Env, stream interface {
+	Recv() (*api.MonitorResponse, error)
+}, o output, line flow.Formatter, count uint64) error {
+	for n := uint64(0); count == 0 || n < count; {
+		msg, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			return status.Error(codes.Unavailable, "the agent ended the stream")
+		}
+		if err != nil {
+			return err
+		}
+		if lost := msg.GetLost(); lost != nil {
+			fmt.Fprintf(env.Stderr, "%s lost: %s\n", plural(int(lost.GetCount()), "event", "events"), lostWhere(lost.GetWhere()))
+			continue
+		}
+		if msg.GetFlow() == nil {
+			continue // an event of a later version
+		}
+		rec, err := api.ToRecord(msg.GetFlow())
+		if err != nil {
+			return fmt.Errorf("the agent speaks another version than this command: %w", err)
+		}
+		if o == outJSON {
+			b, err := json.Marshal(rec)
+			if err != nil {
+				return err
+			}
+			if _, err := env.Stdout.Write(append(b, '\n')); err != nil {
+				return err
+			}
+		} else {
+			rec.Time = rec.Time.Local()
+			if _, err := fmt.Fprintln(env.Stdout, line.Line(&rec)); err != nil {
+				return err
+			}
+		}
+		n++
+	}
+	return nil
+}
+
+func lostWhere(where string) string {
+	if where == "kernel" {
+		return "the kernel's ring was full"
+	}
+	return "this command was too slow; filters help"
+}

@@ -1,0 +1,206 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+	"go.yaml.in/yaml/v3"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"portcullis/agent/api"
+	"portcullis/observe/flow"
+)
+
+// callTimeout bounds one question to the agent.
+const callTimeout = 10 * time.Second
+
+// output is the value of --output.
+type output string
+
+const (
+	outTable output = "table"
+	outJSON  output = "json"
+	outYAML  output = "yaml"
+)
+
+func (o *output) String() string { return string(*o) }
+
+func (o *output) Type() string { return "format" }
+
+func (o *output) Set(s string) error {
+	switch output(s) {
+	case outTable, outJSON, outYAML:
+		*o = output(s)
+		return nil
+	}
+	return fmt.Errorf("there is no format %q: want table, json or yaml", s)
+}
+
+// addOutput gives a command its --output flag.
+func addOutput(cmd *cobra.Command) *output {
+	o := outTable
+	cmd.Flags().VarP(&o, "output", "o", "table, json or yaml (PORTCULLIS_OUTPUT)")
+	err := cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(
+		[]cobra.Completion{string(outTable), string(outJSON), string(outYAML)}, cobra.ShellCompDirectiveNoFileComp))
+	if err != nil {
+		panic(err) // the flag stands two lines above
+	}
+	return &o
+}
+
+// ask connects to the agent and calls f, within callTimeout.
+func ask(ctx context.Context, env *Env, f func(context.Context, *api.Client) error) error {
+	client, err := api.Dial(env.socket)
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	return f(ctx, client)
+}
+
+// explain says in plain words what an error of the agent means.
+func explain(err error) error {
+	s, ok := status.FromError(err)
+	if !ok {
+		return err
+	}
+	switch s.Code() {
+	case codes.Unavailable:
+		return fmt.Errorf("lost the agent in the middle of the call (%s): see its log, then try again", s.Message())
+	case codes.DeadlineExceeded:
+		return fmt.Errorf("the agent did not answer within %s: it may be overloaded or stuck: see its log", callTimeout)
+	case codes.Unimplemented:
+		return errors.New("the running agent does not know this command: it is older than this binary: restart it")
+	case codes.Canceled:
+		return errors.New("interrupted")
+	}
+	return errors.New(s.Message())
+}
+
+// list prints messages: json and yaml as one list, table by rows.
+func list[M proto.Message](w io.Writer, o output, items []M, table func(*tabwriter.Writer)) error {
+	if o == outTable {
+		tw := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
+		table(tw)
+		return tw.Flush()
+	}
+	raw := make([]json.RawMessage, len(items))
+	for i, m := range items {
+		b, err := marshal.Marshal(m)
+		if err != nil {
+			return err
+		}
+		raw[i] = b
+	}
+	b, err := json.Marshal(raw)
+	if err != nil {
+		return err
+	}
+	return structured(w, o, b)
+}
+
+// object prints one message.
+func object(w io.Writer, o output, m proto.Message) error {
+	b, err := marshal.Marshal(m)
+	if err != nil {
+		return err
+	}
+	return structured(w, o, b)
+}
+
+// Every field is there, also the empty ones: readers need no defaults.
+var marshal = protojson.MarshalOptions{EmitDefaultValues: true}
+
+// structured prints JSON, indented, or the same as YAML.
+func structured(w io.Writer, o output, b []byte) error {
+	if o == outYAML {
+		var doc yaml.Node // JSON is YAML; a node keeps the order of the fields
+		if err := yaml.Unmarshal(b, &doc); err != nil {
+			return err
+		}
+		plain(&doc)
+		enc := yaml.NewEncoder(w)
+		enc.SetIndent(2)
+		return errors.Join(enc.Encode(&doc), enc.Close())
+	}
+	var out bytes.Buffer
+	if err := json.Indent(&out, b, "", "  "); err != nil {
+		return err
+	}
+	out.WriteByte('\n')
+	_, err := w.Write(out.Bytes())
+	return err
+}
+
+// plain drops JSON's quotes and braces; what must be quoted still is.
+func plain(n *yaml.Node) {
+	n.Style = 0
+	for _, c := range n.Content {
+		plain(c)
+	}
+}
+
+// row writes one line of a table.
+func row(tw *tabwriter.Writer, cells ...any) {
+	s := make([]string, len(cells))
+	for i, c := range cells {
+		if s[i] = fmt.Sprint(c); s[i] == "" {
+			s[i] = "-"
+		}
+	}
+	fmt.Fprintln(tw, strings.Join(s, "\t"))
+}
+
+// span writes a duration; nil is "-".
+func span(d *durationpb.Duration) string {
+	if d == nil {
+		return "-"
+	}
+	return flow.Age(d.AsDuration())
+}
+
+// since writes how long ago something was; a zero time is "-".
+func since(env *Env, t interface{ AsTime() time.Time }, set bool) string {
+	if !set {
+		return "-"
+	}
+	return flow.Age(max(0, env.Now().Sub(t.AsTime()))) + " ago"
+}
+
+func workload(w *api.Workload) string {
+	switch {
+	case w.GetName() != "":
+		return w.GetNamespace() + "/" + w.GetName()
+	case w.GetUid() != "":
+		return w.GetUid()
+	}
+	return "-"
+}
+
+func identityText(id *api.Identity) string {
+	if id == nil {
+		return "-"
+	}
+	return fmt.Sprintf("%d %s", id.GetNumeric(), id.GetText())
+}
+
+func plural(n int, one, many string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return fmt.Sprintf("%d %s", n, many)
+}

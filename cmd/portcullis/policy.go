@@ -1,0 +1,167 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"portcullis/agent/api"
+)
+
+func newPolicyCmd(env *Env) *cobra.Command {
+	return group("policy", "Policies of this node: import, look, delete",
+		newPolicyImportCmd(env), newPolicyGetCmd(env), newPolicyDeleteCmd(env))
+}
+
+func newPolicyImportCmd(env *Env) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "import -f FILE...",
+		Short: "Add or replace the policies in files, all or none",
+		Long: `Add or replace the policies in files, all or none.
+
+A FILE is YAML or JSON with NetworkPolicy and CiliumNetworkPolicy documents; a
+directory stands for its *.yaml, *.yml and *.json files; - is the standard input.
+What is not supported is refused with the path of its field, never ignored.`,
+		Example: "  portcullis policy import -f deny-all.yaml -f policies/\n  kubectl get cnp -A -o yaml | portcullis policy import -f -",
+		Args:    usageArgs(cobra.NoArgs),
+	}
+	files := addFiles(cmd)
+	o := addOutput(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		in, err := readFiles(env, *files)
+		if err != nil {
+			return err
+		}
+		return ask(cmd.Context(), env, func(ctx context.Context, c *api.Client) error {
+			res, err := c.ImportPolicies(ctx, &api.ImportPoliciesRequest{Files: in})
+			if err != nil {
+				return err
+			}
+			if *o != outTable {
+				if err := object(env.Stdout, *o, res); err != nil {
+					return err
+				}
+				if len(res.GetProblems()) > 0 {
+					return exitError{exitFailed}
+				}
+				return nil
+			}
+			if len(res.GetProblems()) > 0 {
+				printProblems(env, res.GetProblems())
+				return fmt.Errorf("nothing was imported: %s", plural(len(res.GetProblems()), "problem", "problems"))
+			}
+			for _, p := range res.GetImported() {
+				what := "imported"
+				if p.GetReplaced() {
+					what = "replaced"
+				}
+				fmt.Fprintf(env.Stdout, "%s %s\n", p.GetRef().Ref(), what)
+			}
+			return nil
+		})
+	}
+	return cmd
+}
+
+func printProblems(env *Env, problems []*api.PolicyProblem) {
+	for _, p := range problems {
+		fmt.Fprint(env.Stderr, p.GetFile()+": ")
+		if p.GetPolicy() != "" {
+			fmt.Fprint(env.Stderr, p.GetPolicy()+": ")
+		}
+		if p.GetField() != "" {
+			fmt.Fprint(env.Stderr, p.GetField()+": ")
+		}
+		fmt.Fprintln(env.Stderr, p.GetText())
+	}
+}
+
+func newPolicyGetCmd(env *Env) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "get [KIND/NAMESPACE/NAME]",
+		Short: "List the policies in force, or print the source of one as it was imported",
+		Args:  usageArgs(cobra.MaximumNArgs(1)),
+	}
+	o := addOutput(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if len(args) == 0 {
+			return listPolicies(cmd.Context(), env, *o)
+		}
+		ref, err := api.ParseRef(args[0])
+		if err != nil {
+			return usageError{err}
+		}
+		return ask(cmd.Context(), env, func(ctx context.Context, c *api.Client) error {
+			res, err := c.GetPolicy(ctx, &api.GetPolicyRequest{Ref: ref})
+			if status.Code(err) == codes.NotFound {
+				return fmt.Errorf("there is no policy %s: `portcullis policy get` lists those in force", ref.Ref())
+			}
+			if err != nil {
+				return err
+			}
+			if *o != outTable {
+				return object(env.Stdout, *o, res.GetPolicy())
+			}
+			_, err = env.Stdout.Write(res.GetPolicy().GetSource())
+			return err
+		})
+	}
+	return cmd
+}
+
+func listPolicies(ctx context.Context, env *Env, o output) error {
+	return ask(ctx, env, func(ctx context.Context, c *api.Client) error {
+		res, err := c.ListPolicies(ctx, &api.ListPoliciesRequest{Source: o != outTable})
+		if err != nil {
+			return err
+		}
+		return list(env.Stdout, o, res.GetPolicies(), func(tw *tabwriter.Writer) {
+			row(tw, "POLICY", "ENDPOINTS", "IMPORTED", "FILE")
+			for _, p := range res.GetPolicies() {
+				row(tw, p.GetRef().Ref(), p.GetEndpoints(), since(env, p.GetImported(), p.GetImported() != nil), p.GetFile())
+			}
+		})
+	})
+}
+
+func newPolicyDeleteCmd(env *Env) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "delete (KIND/NAMESPACE/NAME... | --all)",
+		Short: "Remove policies, all of those named or none",
+	}
+	all := cmd.Flags().Bool("all", false, "every policy")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if *all == (len(args) > 0) {
+			return usagef("name the policies to delete, or say --all: usage: %s", cmd.UseLine())
+		}
+		req := &api.DeletePoliciesRequest{All: *all}
+		var errs []error
+		for _, a := range args {
+			ref, err := api.ParseRef(a)
+			errs = append(errs, err)
+			req.Refs = append(req.Refs, ref)
+		}
+		if err := errors.Join(errs...); err != nil {
+			return usageError{err}
+		}
+		return ask(cmd.Context(), env, func(ctx context.Context, c *api.Client) error {
+			res, err := c.DeletePolicies(ctx, req)
+			if status.Code(err) == codes.NotFound {
+				return fmt.Errorf("nothing was deleted: %s: `portcullis policy get` lists the policies in force", status.Convert(err).Message())
+			}
+			if err != nil {
+				return err
+			}
+			for _, ref := range res.GetDeleted() {
+				fmt.Fprintf(env.Stdout, "%s deleted\n", ref.Ref())
+			}
+			return nil
+		})
+	}
+	return cmd
+}

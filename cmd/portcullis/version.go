@@ -1,0 +1,71 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"runtime"
+	"runtime/debug"
+
+	"github.com/spf13/cobra"
+
+	"portcullis/bpf/abi"
+)
+
+// version is set by the linker: -X main.version=v1.2.3.
+var version = ""
+
+type versionInfo struct {
+	Version  string `json:"version"`
+	Revision string `json:"revision"`
+	Modified bool   `json:"modified"` // built from a tree with changes
+	Go       string `json:"go"`
+	Platform string `json:"platform"`
+	ABI      uint32 `json:"abi"` // of the kernel programs
+}
+
+func buildVersion() versionInfo {
+	v := versionInfo{Version: version, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH, ABI: uint32(abi.ABIVersion)}
+	info, ok := debug.ReadBuildInfo()
+	if v.Version == "" {
+		v.Version = "devel"
+		if ok && info.Main.Version != "" && info.Main.Version != "(devel)" {
+			v.Version = info.Main.Version
+		}
+	}
+	if ok {
+		for _, s := range info.Settings {
+			switch s.Key {
+			case "vcs.revision":
+				v.Revision = s.Value
+			case "vcs.modified":
+				v.Modified = s.Value == "true"
+			}
+		}
+	}
+	return v
+}
+
+func newVersionCmd(env *Env) *cobra.Command {
+	cmd := &cobra.Command{Use: "version", Short: "Tell this binary's version", Args: usageArgs(cobra.NoArgs)}
+	o := addOutput(cmd)
+	cmd.RunE = func(*cobra.Command, []string) error {
+		v := buildVersion()
+		if *o != outTable {
+			b, err := json.Marshal(v)
+			if err != nil {
+				return err
+			}
+			return structured(env.Stdout, *o, b)
+		}
+		revision := v.Revision
+		if v.Modified {
+			revision += " with changes"
+		}
+		if revision != "" {
+			revision = " (" + revision + ")"
+		}
+		_, err := fmt.Fprintf(env.Stdout, "portcullis %s%s, %s, %s, kernel ABI %d\n", v.Version, revision, v.Go, v.Platform, v.ABI)
+		return err
+	}
+	return cmd
+}
