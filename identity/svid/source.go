@@ -1,0 +1,221 @@
+package svid
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	"go.uber.org/zap"
+)
+
+// Errors of a Source. Callers may match them; the text around them says more.
+var (
+	// ErrNone: the Workload API has not given an SVID yet.
+	ErrNone = errors.New("no SVID yet")
+	// ErrExpired: the SVID's certificate, or one that it was signed by, is
+	// past its end.
+	ErrExpired = errors.New("the SVID has expired")
+	// ErrNotYetValid: the certificate's life begins in the future.
+	ErrNotYetValid = errors.New("the SVID is not valid yet: compare the clocks of this host and of the SPIFFE server")
+	// ErrNoSocket: there is no socket at the Workload API's address.
+	ErrNoSocket = errors.New("there is no Workload API socket: is the SPIFFE agent running, and is its socket's directory visible here?")
+	// ErrWrongID: the Workload API knows this process by other names.
+	ErrWrongID = errors.New("the Workload API gave no SVID of that name: is this process registered under it?")
+)
+
+// Config says where SVIDs come from. All fields but Log are required.
+type Config struct {
+	// Address of the Workload API: unix:///absolute/path.
+	Address string
+	// ID is the name that the SVID must bear. SVIDs of other names are not used.
+	ID spiffeid.ID
+	// Log gets rotations, failures and alarms. nil: none.
+	Log *zap.Logger
+}
+
+// Source holds the newest SVID and bundles. It implements x509svid.Source and
+// x509bundle.Source.
+type Source struct {
+	cfg  Config
+	path string // of the socket
+
+	mu      sync.Mutex
+	svid    *x509svid.SVID  // guarded by mu; nil until given
+	bundles *x509bundle.Set // guarded by mu; nil until given
+	last    error           // guarded by mu; why the last watch failed, nil while it stands
+	changed chan struct{}   // guarded by mu; closed and replaced at each change
+	gaveUp  string          // guarded by mu; the last failure that was logged
+}
+
+// New checks the configuration. Nothing is read before Run.
+func New(cfg Config) (*Source, error) {
+	path, err := socketPath(cfg.Address)
+	if err != nil {
+		return nil, err
+	}
+	if cfg.ID.IsZero() {
+		return nil, errors.New("svid: Config.ID is required: the SPIFFE ID of this process")
+	}
+	if cfg.Log == nil {
+		cfg.Log = zap.NewNop()
+	}
+	return &Source{cfg: cfg, path: path, changed: make(chan struct{})}, nil
+}
+
+// socketPath returns the path of a unix:///path address. Other transports have
+// no way to tell which process asks.
+func socketPath(addr string) (string, error) {
+	u, err := url.Parse(addr)
+	if err != nil || u.Scheme != "unix" || u.Host != "" || u.Opaque != "" || !filepath.IsAbs(u.Path) {
+		return "", fmt.Errorf("the Workload API address %q must look like unix:///run/spire/agent.sock", addr)
+	}
+	return u.Path, nil
+}
+
+// Run keeps the SVID and the bundles up to date until ctx ends; then it returns
+// nil. What is wrong with the Workload API is no error of Run: it is logged,
+// tried again, and told by GetX509SVID and Wait.
+func (s *Source) Run(ctx context.Context) error {
+	client, err := workloadapi.New(ctx, clientOptions(s.cfg.Address)...)
+	if err != nil {
+		return fmt.Errorf("svid: %w", err)
+	}
+	defer client.Close()
+	var wg sync.WaitGroup
+	wg.Go(func() { s.alarms(ctx) })
+	defer wg.Wait()
+	for ctx.Err() == nil {
+		// The watch tries again by itself but for errors that it believes
+		// to be final. A SPIFFE agent that was replaced can answer later.
+		if err := client.WatchX509Context(ctx, (*watcher)(s)); ctx.Err() == nil {
+			s.failed(err)
+			pause(ctx, retryMax)
+		}
+	}
+	return nil
+}
+
+// Wait returns when there is an SVID that can be used. If ctx ends before, the
+// error says what stands in the way.
+func (s *Source) Wait(ctx context.Context) error {
+	for {
+		changed := s.Changed()
+		if _, err := s.GetX509SVID(); err == nil {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			_, err := s.GetX509SVID() // asked again: by now it may know the reason
+			if err == nil {
+				return nil
+			}
+			return fmt.Errorf("%w (waited for it: %w)", err, context.Cause(ctx))
+		}
+	}
+}
+
+// Changed returns a channel that is closed at the next change of the SVID or of
+// a bundle. Take the channel first and read the values after it, and no change
+// is missed.
+func (s *Source) Changed() <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.changed
+}
+
+// GetX509SVID returns the newest SVID. It never returns one that has expired.
+func (s *Source) GetX509SVID() (*x509svid.SVID, error) {
+	s.mu.Lock()
+	svid, last := s.svid, s.last
+	s.mu.Unlock()
+	err := ErrNone
+	if svid != nil {
+		if err = usable(svid, time.Now()); err == nil {
+			return svid, nil
+		}
+	}
+	if last != nil {
+		return nil, fmt.Errorf("%s at %s: %w: %w", s.cfg.ID, s.cfg.Address, err, last)
+	}
+	return nil, fmt.Errorf("%s at %s: %w", s.cfg.ID, s.cfg.Address, err)
+}
+
+// GetX509BundleForTrustDomain returns the newest bundle of a trust domain.
+func (s *Source) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
+	s.mu.Lock()
+	bundles := s.bundles
+	s.mu.Unlock()
+	if bundles == nil {
+		return nil, fmt.Errorf("bundle of %s: %w", td, ErrNone)
+	}
+	return bundles.GetX509BundleForTrustDomain(td)
+}
+
+// Life returns when the newest SVID's life begins and ends, as the wall clock
+// tells it; zero times if there is none. It is for display: ask GetX509SVID
+// whether the SVID can be used.
+func (s *Source) Life() (begin, end time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.svid == nil {
+		return begin, end
+	}
+	return life(s.svid)
+}
+
+// usable tells whether the wall clock lies in the SVID's life.
+func usable(svid *x509svid.SVID, now time.Time) error {
+	begin, end := life(svid)
+	switch {
+	case !now.Before(end):
+		return fmt.Errorf("%w (at %s)", ErrExpired, end.Format(time.RFC3339))
+	case now.Before(begin):
+		return fmt.Errorf("%w (from %s)", ErrNotYetValid, begin.Format(time.RFC3339))
+	}
+	return nil
+}
+
+// life is the time in which all certificates of the SVID's chain are valid.
+func life(svid *x509svid.SVID) (begin, end time.Time) {
+	for i, c := range svid.Certificates {
+		if i == 0 || c.NotBefore.After(begin) {
+			begin = c.NotBefore
+		}
+		if i == 0 || c.NotAfter.Before(end) {
+			end = c.NotAfter
+		}
+	}
+	return begin, end
+}
+
+func (s *Source) notify() { // mu is held
+	close(s.changed)
+	s.changed = make(chan struct{})
+}
+
+func pause(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}
+
+// socketError returns ErrNoSocket if that explains err better.
+func socketError(path string, err error) error {
+	if _, statErr := os.Stat(path); errors.Is(statErr, os.ErrNotExist) {
+		return ErrNoSocket
+	}
+	return err
+}
