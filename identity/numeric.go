@@ -102,6 +102,9 @@ func (a *Allocator) Release(n Numeric) (gone bool) {
 	return true
 }
 
+// Users returns how many users the number has: 0 when it is not in use.
+func (a *Allocator) Users(n Numeric) int { return a.byNum[n].refs }
+
 // Lookup returns the identity of a number.
 func (a *Allocator) Lookup(n Numeric) (Identity, bool) {
 	e, ok := a.byNum[n]
