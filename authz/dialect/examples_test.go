@@ -1,0 +1,140 @@
+package dialect_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"portcullis/authz"
+	"portcullis/authz/dialect"
+	"portcullis/authz/dialect/cilium"
+	"portcullis/authz/dialect/k8s"
+	"portcullis/bpf/abi"
+	"portcullis/identity"
+)
+
+func parse(name string, data string) ([]*authz.Policy, error) {
+	return dialect.ParseFile(name, []byte(data), k8s.Dialect, cilium.Dialect)
+}
+
+func example(t *testing.T, name string) string {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join("testdata", name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+// The files that people have: taken verbatim, compiled, and obeyed.
+func TestExamples(t *testing.T) {
+	const td = "td"
+	who := map[string]identity.Identity{
+		"deathstar":     identity.New(td, "default", "default", map[string]string{"org": "empire", "class": "deathstar"}),
+		"tiefighter":    identity.New(td, "default", "default", map[string]string{"org": "empire", "class": "tiefighter"}),
+		"xwing":         identity.New(td, "default", "default", map[string]string{"org": "alliance", "class": "xwing"}),
+		"other-ns":      identity.New(td, "elsewhere", "default", map[string]string{"org": "empire", "class": "tiefighter"}),
+		"sleep-v1":      identity.New(td, "default", "sleep-v1", map[string]string{"app": "sleep"}),
+		"sleep-v2":      identity.New(td, "default", "sleep-v2", map[string]string{"app": "sleep"}),
+		"helloworld-v1": identity.New(td, "default", "helloworld-v1", map[string]string{"app": "helloworld"}),
+		"helloworld-v2": identity.New(td, "default", "helloworld-v2", map[string]string{"app": "helloworld"}),
+		"world":         {Reserved: "world"},
+	}
+	type flow struct {
+		from, to string
+		proto    uint8
+		port     uint16
+		pass     bool
+	}
+	const tcp, udp = authz.ProtoTCP, authz.ProtoUDP
+	starwars := []flow{
+		{"tiefighter", "deathstar", tcp, 80, true},
+		{"xwing", "deathstar", tcp, 80, false},
+		{"other-ns", "deathstar", tcp, 80, false},
+		{"world", "deathstar", tcp, 80, false},
+		{"tiefighter", "deathstar", tcp, 81, false},
+		{"tiefighter", "deathstar", udp, 80, false},
+		{"tiefighter", "deathstar", authz.ProtoICMP, 8 << 8, false},
+		{"xwing", "tiefighter", tcp, 80, true}, // no policy selects tiefighter
+	}
+	stale := []flow{
+		{"sleep-v1", "helloworld-v1", tcp, 5000, true},
+		{"sleep-v2", "helloworld-v1", tcp, 5000, false},
+		{"sleep-v1", "helloworld-v2", tcp, 5000, false},
+		{"sleep-v2", "helloworld-v2", tcp, 5000, true},
+		{"helloworld-v1", "sleep-v1", tcp, 5000, true},
+	}
+	for file, flows := range map[string][]flow{
+		"networkpolicy-L4.yaml":        starwars,
+		"networkpolicy-k8s.yaml":       starwars,
+		"stale-identity-policies.yaml": append([]flow{{"sleep-v1", "helloworld-v1", udp, 5000, false}}, stale...),
+		"stale-identity-udp.yaml":      append([]flow{{"sleep-v1", "helloworld-v1", udp, 5000, true}, {"sleep-v2", "helloworld-v1", udp, 5000, false}}, stale...),
+	} {
+		policies, err := parse(file, example(t, file))
+		if err != nil {
+			t.Errorf("%s: %v", file, err)
+			continue
+		}
+		r := authz.NewRepository(authz.Options{TrustDomain: td})
+		if err := r.Put(policies...); err != nil {
+			t.Errorf("%s: %v", file, err)
+		}
+		alloc := identity.NewAllocator()
+		for _, id := range who {
+			alloc.Acquire(id)
+		}
+		for _, f := range flows {
+			set := r.Compile(who[f.to], alloc.All)
+			n, _ := alloc.Acquire(who[f.from])
+			if d := set.Judge(abi.DirIngress, n, f.proto, f.port); (d.Verdict == abi.VerdictPass) != f.pass {
+				t.Errorf("%s: %+v: %+v", file, f, d)
+			}
+		}
+	}
+}
+
+// The model of a document, in full: everything that a flow record, a trace or
+// policy get shows comes from it.
+func TestModelGolden(t *testing.T) {
+	src := example(t, "networkpolicy-L4.yaml")
+	got, err := parse("f", src)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []*authz.Policy{{
+		Ref: authz.Ref{Kind: "CiliumNetworkPolicy", Namespace: "default", Name: "rule1"}, Source: src,
+		Subject:     authz.Selector{authz.InNamespace("default"), authz.Label("org", "empire"), authz.Label("class", "deathstar")},
+		DenyIngress: true,
+		Rules: []authz.Rule{{
+			Direction: abi.DirIngress, Action: authz.Allow, Path: "spec.ingress[0]",
+			Peers: []authz.Selector{{authz.Label("org", "empire"), authz.InNamespace("default")}},
+			Ports: []authz.PortRange{authz.Port(authz.ProtoTCP, 80)},
+		}},
+	}}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Error(d)
+	}
+}
+
+// What is refused, and the words: file, line, document, path, what to do.
+func TestRefusedExamples(t *testing.T) {
+	for file, want := range map[string]string{
+		"networkpolicy-L7.yaml": `networkpolicy-L7.yaml:20: document 1: spec.ingress[0].toPorts[0].rules: not supported yet: rules inside a protocol (L7) are not enforced; remove them to allow the whole port, or remove the port`,
+		"talk-policies.yaml": `talk-policies.yaml:16: document 1: spec.ingress[0].toPorts[0].rules: not supported yet: rules inside a protocol (L7) are not enforced; remove them to allow the whole port, or remove the port
+talk-policies.yaml:27: document 2: spec.egress: not supported yet: egress is not enforced: remove it, and write what must be limited as ingress of the other side
+talk-policies.yaml:42: document 3: kind: "cilium.io/v2" "CiliumClusterwideNetworkPolicy" is not supported; accepted are: networking.k8s.io/v1 NetworkPolicy, cilium.io/v2 CiliumNetworkPolicy`,
+	} {
+		policies, err := parse(file, example(t, file))
+		var problems authz.Problems
+		if !errors.As(err, &problems) || policies != nil {
+			t.Fatalf("%s: %v, %v", file, policies, err)
+		}
+		if d := cmp.Diff(strings.Split(want, "\n"), strings.Split(err.Error(), "\n")); d != "" {
+			t.Errorf("%s: %s", file, d)
+		}
+	}
+}

@@ -1,0 +1,337 @@
+package dialect
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"regexp"
+	"strconv"
+	"strings"
+
+	"go.yaml.in/yaml/v3"
+
+	"portcullis/authz"
+)
+
+// Document is one document of a file, while it is being parsed.
+type Document struct {
+	File   string
+	Index  int    // in the file, from 1
+	Line   int    // of its first line, from 1
+	Source string // verbatim
+
+	root     *Value
+	problems []authz.Problem
+	values   int
+}
+
+// Root returns the document's value.
+func (d *Document) Root() *Value { return d.root }
+
+// Problems returns what has been refused so far.
+func (d *Document) Problems() []authz.Problem { return d.problems }
+
+// Value is one value of a document. It knows where it stands.
+type Value struct {
+	Line int // in the file
+
+	doc    *Document
+	parent *Value // nil: the root
+	key    string // in a parent that is a map
+	index  int    // in a parent that is a list
+	tag    string // !!map, !!seq, !!str, !!int, ...
+	scalar string
+	keys   []string // of a map, in order
+	fields map[string]*Value
+	items  []*Value
+}
+
+// read parses the source. empty tells that there is nothing in it.
+func (d *Document) read() (empty bool) {
+	d.root = &Value{doc: d, Line: d.Line}
+	// The reader spends some 200 bytes on a node; count what can begin one
+	// before it does.
+	marks := strings.Count(d.Source, "\n")
+	for _, c := range []string{",", ":", "[", "{", "- ", "? ", "-\t", "?\t"} {
+		marks += strings.Count(d.Source, c)
+	}
+	if marks > maxMarks {
+		d.root.Refuse("the document is too large: split it")
+		return false
+	}
+	dec := yaml.NewDecoder(strings.NewReader(d.Source))
+	var node, more yaml.Node
+	err := dec.Decode(&node)
+	switch {
+	case errors.Is(err, io.EOF):
+		return true
+	case err != nil:
+		d.root.Refuse("not YAML or JSON: %s", d.explain(err))
+		return false
+	}
+	if err := dec.Decode(&more); !errors.Is(err, io.EOF) {
+		d.root.Refuse("there is something behind the document's end: separate documents by a line that is ---")
+		return false
+	}
+	if node.Kind != yaml.DocumentNode || len(node.Content) != 1 {
+		d.root.Refuse("not one YAML document")
+		return false
+	}
+	d.root = d.convert(node.Content[0], Value{}, 0)
+	return d.root.tag == "!!null" && len(d.problems) == 0
+}
+
+var yamlLine = regexp.MustCompile(`line (\d+)`)
+
+// explain puts the file's line numbers into the YAML reader's message.
+func (d *Document) explain(err error) string {
+	msg := strings.TrimPrefix(err.Error(), "yaml: ")
+	return yamlLine.ReplaceAllStringFunc(msg, func(m string) string {
+		n, err := strconv.Atoi(m[len("line "):])
+		if err != nil {
+			return m
+		}
+		return fmt.Sprintf("line %d", n+d.Line-1)
+	})
+}
+
+// convert makes a tree without aliases. It refuses what people and parsers
+// read differently. at says where the value stands in its parent.
+func (d *Document) convert(n *yaml.Node, at Value, depth int) *Value {
+	v := &at
+	v.doc, v.Line, v.tag = d, n.Line+d.Line-1, n.ShortTag()
+	if d.values++; d.values > maxValues {
+		if d.values == maxValues+1 {
+			v.Refuse("the document has more than %d values (aliases count as what they stand for): split it", maxValues)
+		}
+		return v
+	}
+	if depth > maxDepth {
+		v.Refuse("nested more than %d deep", maxDepth)
+		return v
+	}
+	if n.Style&yaml.TaggedStyle != 0 {
+		v.Refuse("tag %s: YAML tags are not supported; remove it", quote(n.Tag))
+		return v
+	}
+	switch n.Kind {
+	case yaml.AliasNode:
+		// An anchor within itself ends at maxDepth.
+		return d.convert(n.Alias, at, depth+1)
+	case yaml.MappingNode:
+		d.convertMap(v, n, depth)
+	case yaml.SequenceNode:
+		for i, c := range n.Content {
+			v.items = append(v.items, d.convert(c, Value{parent: v, index: i}, depth+1))
+			if d.values > maxValues {
+				break
+			}
+		}
+	case yaml.ScalarNode:
+		v.scalar = n.Value
+		if n.Style == 0 && v.tag == "!!str" && yaml11Bool[n.Value] {
+			v.tag = "!!bool" // as Kubernetes reads it
+		}
+	}
+	return v
+}
+
+// yaml11Bool are the plain words that Kubernetes' YAML 1.1 reader takes for
+// true and false.
+var yaml11Bool = map[string]bool{
+	"y": true, "Y": true, "yes": true, "Yes": true, "YES": true, "on": true, "On": true, "ON": true,
+	"n": true, "N": true, "no": true, "No": true, "NO": true, "off": true, "Off": true, "OFF": true,
+}
+
+func (d *Document) convertMap(v *Value, n *yaml.Node, depth int) {
+	v.fields = make(map[string]*Value, len(n.Content)/2)
+	for i := 0; i+1 < len(n.Content) && d.values <= maxValues; i += 2 {
+		k := n.Content[i]
+		line := k.Line + d.Line - 1
+		at := Value{parent: v, key: k.Value, doc: d, Line: line}
+		switch {
+		case k.Kind == yaml.ScalarNode && k.ShortTag() == "!!merge":
+			at.Refuse("merge keys are not supported: write the fields out")
+			continue
+		case k.Kind != yaml.ScalarNode || k.ShortTag() != "!!str" || k.Style == 0 && yaml11Bool[k.Value]:
+			at.Refuse("the key is not a string: quote it")
+			continue
+		case v.fields[k.Value] != nil:
+			at.Refuse("the field is there twice: remove one")
+			continue
+		}
+		f := d.convert(n.Content[i+1], at, depth+1)
+		f.Line = line
+		v.fields[k.Value] = f
+		v.keys = append(v.keys, k.Value)
+	}
+}
+
+// simpleKey is a key that needs no quotes in a path.
+var simpleKey = regexp.MustCompile(`^[A-Za-z0-9_-]{1,64}$`)
+
+// Path returns where the value stands, as in spec.ingress[0].toPorts; of the
+// root, "".
+func (v *Value) Path() string {
+	if v.parent == nil {
+		return ""
+	}
+	path := v.parent.Path()
+	switch {
+	case v.parent.tag == "!!seq":
+		return path + "[" + strconv.Itoa(v.index) + "]"
+	case !simpleKey.MatchString(v.key):
+		return path + "[" + quote(v.key) + "]"
+	case path == "":
+		return v.key
+	default:
+		return path + "." + v.key
+	}
+}
+
+// quote quotes foreign text for a message, cut to a length for people.
+func quote(s string) string {
+	const most = 80
+	if r := []rune(s); len(r) > most {
+		s = string(r[:most]) + "..."
+	}
+	return strconv.Quote(s)
+}
+
+func (v *Value) problem(format string, args ...any) authz.Problem {
+	return authz.Problem{File: v.doc.File, Document: v.doc.Index, Line: v.Line, Path: v.Path(), Message: fmt.Sprintf(format, args...)}
+}
+
+// Refuse records a problem with the value. The message says what is wrong and
+// what to do.
+func (v *Value) Refuse(format string, args ...any) {
+	if len(v.doc.problems) <= maxProblems {
+		v.doc.problems = append(v.doc.problems, v.problem(format, args...))
+	}
+}
+
+func (v *Value) isMap() bool { return v.tag == "!!map" && v.fields != nil }
+
+// text returns the string in a field of a map, or "".
+func (v *Value) text(key string) string {
+	if f := v.fields[key]; f != nil && f.tag == "!!str" {
+		return f.scalar
+	}
+	return ""
+}
+
+// Fields are the fields that an object may have, and what to do with each.
+type Fields map[string]func(*Value)
+
+// Accept takes a field that says nothing to policy.
+func Accept(*Value) {}
+
+// NotYet refuses a field of the dialect that Portcullis does not obey yet;
+// instead says what can be done.
+func NotYet(instead string) func(*Value) {
+	return func(v *Value) {
+		v.Refuse("not supported yet: %s", instead)
+	}
+}
+
+// Object visits the fields of an object in the order of the file. A field that
+// fields does not list is refused. It reports whether v is an object.
+func (v *Value) Object(fields Fields) bool {
+	if !v.isMap() {
+		v.Refuse("want an object, not %s", v.what())
+		return false
+	}
+	for _, k := range v.keys {
+		if f := fields[k]; f != nil {
+			f(v.fields[k])
+			continue
+		}
+		v.fields[k].Refuse("unknown field: check its name and place, or remove it")
+	}
+	return true
+}
+
+// Has reports whether an object has a field.
+func (v *Value) Has(key string) bool { return v.fields[key] != nil }
+
+// Require refuses an object without a field.
+func (v *Value) Require(key string) {
+	if v.isMap() && !v.Has(key) {
+		v.Refuse("field %s is missing", key)
+	}
+}
+
+// List visits the items of a list. It reports whether v is a list.
+func (v *Value) List(item func(i int, v *Value)) bool {
+	if v.tag != "!!seq" {
+		v.Refuse("want a list, not %s", v.what())
+		return false
+	}
+	for i, c := range v.items {
+		item(i, c)
+	}
+	return true
+}
+
+// Len returns how many items a list or fields an object has.
+func (v *Value) Len() int { return len(v.items) + len(v.keys) }
+
+// Each visits the fields of an object whose keys are free.
+func (v *Value) Each(field func(key string, v *Value)) bool {
+	if !v.isMap() {
+		v.Refuse("want an object, not %s", v.what())
+		return false
+	}
+	for _, k := range v.keys {
+		field(k, v.fields[k])
+	}
+	return true
+}
+
+// Text returns a string.
+func (v *Value) Text() (string, bool) {
+	if v.tag != "!!str" {
+		hint := ""
+		if v.tag != "!!map" && v.tag != "!!seq" && v.tag != "!!null" {
+			hint = ": quote it"
+		}
+		v.Refuse("want a string, not %s%s", v.what(), hint)
+		return "", false
+	}
+	return v.scalar, true
+}
+
+// IsText reports whether the value is a string.
+func (v *Value) IsText() bool { return v.tag == "!!str" }
+
+// decimal is the only way to write a number that every YAML reader agrees on.
+var decimal = regexp.MustCompile(`^(0|[1-9][0-9]{0,8})$`)
+
+// Number returns a whole number.
+func (v *Value) Number() (int, bool) {
+	if v.tag != "!!int" || !decimal.MatchString(v.scalar) {
+		v.Refuse("want a whole decimal number, not %s", v.what())
+		return 0, false
+	}
+	n, err := strconv.Atoi(v.scalar)
+	return n, err == nil
+}
+
+// what describes the value for a message.
+func (v *Value) what() string {
+	switch v.tag {
+	case "!!map":
+		return "an object"
+	case "!!seq":
+		return "a list"
+	case "!!null":
+		return "nothing (write a value, or remove the field)"
+	case "!!str":
+		return "the string " + quote(v.scalar)
+	case "!!bool":
+		return "the boolean " + quote(v.scalar)
+	case "!!int", "!!float":
+		return "the number " + quote(v.scalar)
+	}
+	return quote(v.scalar)
+}
