@@ -61,7 +61,7 @@ type Label struct {
 // ParseLabel parses [source:]key[=value].
 func ParseLabel(s string) (Label, error) {
 	l := splitLabel(s)
-	if l.Key == "" {
+	if l.Key == "" || l.Source == "" && strings.Contains(l.Key, ":") {
 		return Label{}, fmt.Errorf("label %q has no key: want [source:]key[=value], e.g. org=empire or reserved:world", s)
 	}
 	return l, nil
@@ -102,6 +102,9 @@ func ParsePrefix(s string) (netip.Prefix, error) {
 	p, err := netip.ParsePrefix(s)
 	if err != nil {
 		return netip.Prefix{}, fmt.Errorf("%q is neither an address nor a prefix: want e.g. 10.1.0.7 or 10.1.0.0/24", s)
+	}
+	if ip := p.Addr(); ip.Is4In6() && p.Bits() >= 96 {
+		p = netip.PrefixFrom(ip.Unmap(), p.Bits()-96)
 	}
 	return p.Masked(), nil
 }
