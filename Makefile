@@ -22,7 +22,6 @@ export HOME := $(CURDIR)/out/_home
 endif
 # A checkout that belongs to another user must not stop the build.
 BUILDVCS := $(shell git rev-parse HEAD >/dev/null 2>&1 && echo auto || echo false)
-VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 
 BUILD = $(GO) build -trimpath -buildvcs=$(BUILDVCS)
 TEST_FLAGS ?= -count=1 -timeout=12m
@@ -41,7 +40,7 @@ help: ## print this list
 
 build: need-go ## build bin/portcullis (no clang needed: the BPF object is committed)
 	$(BUILD) -o bin/portcullis ./cmd/portcullis
-	@echo "built bin/portcullis ($(VERSION))"
+	@echo "built bin/portcullis"
 
 demo: build ## run the story and the stale-identity attack in a lab on this machine (root, under a minute)
 	@test/prepare strict
