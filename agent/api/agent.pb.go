@@ -2194,9 +2194,11 @@ func (x *PolicyFile) GetContent() []byte {
 type PolicyProblem struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	File          string                 `protobuf:"bytes,1,opt,name=file,proto3" json:"file,omitempty"`
-	Policy        string                 `protobuf:"bytes,2,opt,name=policy,proto3" json:"policy,omitempty"` // "KIND/NS/NAME", where known
-	Field         string                 `protobuf:"bytes,3,opt,name=field,proto3" json:"field,omitempty"`   // path of the field: "spec.ingress[0].toPorts[0].rules"
-	Text          string                 `protobuf:"bytes,4,opt,name=text,proto3" json:"text,omitempty"`
+	Policy        string                 `protobuf:"bytes,2,opt,name=policy,proto3" json:"policy,omitempty"`      // "KIND/NS/NAME", where known
+	Field         string                 `protobuf:"bytes,3,opt,name=field,proto3" json:"field,omitempty"`        // path of the field: "spec.ingress[0].toPorts[0].rules"
+	Text          string                 `protobuf:"bytes,4,opt,name=text,proto3" json:"text,omitempty"`          // what is wrong, why, and what to do
+	Document      uint32                 `protobuf:"varint,5,opt,name=document,proto3" json:"document,omitempty"` // in the file, from 1; 0: the file as a whole
+	Line          uint32                 `protobuf:"varint,6,opt,name=line,proto3" json:"line,omitempty"`         // in the file, from 1; 0: not known
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2257,6 +2259,20 @@ func (x *PolicyProblem) GetText() string {
 		return x.Text
 	}
 	return ""
+}
+
+func (x *PolicyProblem) GetDocument() uint32 {
+	if x != nil {
+		return x.Document
+	}
+	return 0
+}
+
+func (x *PolicyProblem) GetLine() uint32 {
+	if x != nil {
+		return x.Line
+	}
+	return 0
 }
 
 type ImportPoliciesRequest struct {
@@ -3493,12 +3509,14 @@ const file_agent_proto_rawDesc = "" +
 	"\n" +
 	"PolicyFile\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
-	"\acontent\x18\x02 \x01(\fR\acontent\"e\n" +
+	"\acontent\x18\x02 \x01(\fR\acontent\"\x95\x01\n" +
 	"\rPolicyProblem\x12\x12\n" +
 	"\x04file\x18\x01 \x01(\tR\x04file\x12\x16\n" +
 	"\x06policy\x18\x02 \x01(\tR\x06policy\x12\x14\n" +
 	"\x05field\x18\x03 \x01(\tR\x05field\x12\x12\n" +
-	"\x04text\x18\x04 \x01(\tR\x04text\"N\n" +
+	"\x04text\x18\x04 \x01(\tR\x04text\x12\x1a\n" +
+	"\bdocument\x18\x05 \x01(\rR\bdocument\x12\x12\n" +
+	"\x04line\x18\x06 \x01(\rR\x04line\"N\n" +
 	"\x15ImportPoliciesRequest\x125\n" +
 	"\x05files\x18\x01 \x03(\v2\x1f.portcullis.agent.v1.PolicyFileR\x05files\"\x99\x01\n" +
 	"\x16ImportPoliciesResponse\x12?\n" +
