@@ -175,4 +175,10 @@ func TestJudgeEdges(t *testing.T) {
 	if d := Judge(some, true, abi.DirIngress, 300, ProtoTCP, 80); d != (Decision{abi.VerdictPass, true, identity.EvidenceSVID, 4}) {
 		t.Errorf("a peer with its own evidence: %+v", d)
 	}
+	svid := func(abi.PolicyKey) (abi.Policy, bool) {
+		return abi.Policy{Flags: uint8(abi.PolicyAllow), Evidence: uint8(abi.EvidenceSvid), Rule: 5}, true
+	}
+	if d := Judge(svid, true, abi.DirIngress, NoPeer, ProtoTCP, 80); d != (Decision{abi.VerdictHold, true, 0, 5}) {
+		t.Errorf("everybody, but proved: %+v", d)
+	}
 }

@@ -20,8 +20,9 @@ type Decision struct {
 	Verdict abi.Verdict
 	// NeedsEvidence: the verdict is not the same for every peer.
 	NeedsEvidence bool
-	// LeastEvidence that the binding of the peer must have, where evidence is
-	// needed; none stands for the configured default.
+	// LeastEvidence that the peer's binding must have for a pass that needs
+	// evidence; none stands for the configured default. A weaker binding's
+	// packet is dropped all the same (evidence-too-weak).
 	LeastEvidence identity.Evidence
 	// Rule decided; 0: none, the default.
 	Rule uint32
@@ -40,31 +41,30 @@ func Judge(lookup Lookup, enforce bool, dir abi.Direction, peer identity.Numeric
 	}
 	// A missing entry is the entry with no flags: it drops.
 	all, _ := lookup(key)
+	d := Decision{Rule: all.Rule}
 	switch {
 	case has(all, abi.PolicyDeny):
-		return Decision{Verdict: abi.VerdictDrop, Rule: all.Rule}
-	case has(all, abi.PolicyAllow) && !has(all, abi.PolicyPeerDeny):
-		return Decision{Verdict: abi.VerdictPass, Rule: all.Rule}
+		return d
+	case has(all, abi.PolicyAllow) && !has(all, abi.PolicyPeerDeny) && all.Evidence == 0:
+		d.Verdict = abi.VerdictPass
+		return d
 	case !has(all, abi.PolicyAllow) && !has(all, abi.PolicyPeerAllow):
-		return Decision{Verdict: abi.VerdictDrop}
+		return d
 	}
-	d := Decision{NeedsEvidence: true}
+	d.NeedsEvidence = true
 	if peer == NoPeer {
 		d.Verdict = abi.VerdictHold
 		return d
 	}
 	key.Identity = uint32(peer)
 	one, _ := lookup(key)
-	d.LeastEvidence = identity.Evidence(max(all.Evidence, one.Evidence))
 	switch {
 	case has(one, abi.PolicyDeny):
-		d.Verdict, d.Rule = abi.VerdictDrop, one.Rule
+		d.Rule = one.Rule
 	case has(one, abi.PolicyAllow):
-		d.Verdict, d.Rule = abi.VerdictPass, one.Rule
+		d.Verdict, d.Rule, d.LeastEvidence = abi.VerdictPass, one.Rule, identity.Evidence(one.Evidence)
 	case has(all, abi.PolicyAllow):
-		d.Verdict, d.Rule = abi.VerdictPass, all.Rule
-	default:
-		d.Verdict = abi.VerdictDrop
+		d.Verdict, d.LeastEvidence = abi.VerdictPass, identity.Evidence(all.Evidence)
 	}
 	return d
 }

@@ -1,0 +1,89 @@
+package dialect_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"portcullis/authz"
+	"portcullis/authz/dialect"
+	"portcullis/authz/dialect/cilium"
+	"portcullis/authz/dialect/k8s"
+	"portcullis/bpf/abi"
+)
+
+func seed(f *testing.F, more ...string) {
+	files, err := filepath.Glob("testdata/*.yaml")
+	if err != nil || len(files) == 0 {
+		f.Fatal("no testdata", err)
+	}
+	for _, name := range files {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(string(b))
+	}
+	for _, s := range more {
+		f.Add(s)
+	}
+}
+
+// checkParsed: what comes out is all or nothing, means what it can be compiled
+// to, carries its source, and is the same when its source is read again.
+func checkParsed(t *testing.T, data string, dialects ...dialect.Dialect) {
+	policies, err := dialect.ParseFile("f", []byte(data), dialects...)
+	if err != nil {
+		var problems authz.Problems
+		if !errors.As(err, &problems) || len(problems) == 0 || policies != nil {
+			t.Fatalf("%d policies with %v", len(policies), err)
+		}
+		return
+	}
+	for _, p := range policies {
+		if err := p.Validate(); err != nil {
+			t.Fatal(err)
+		}
+		if !strings.Contains(data, p.Source) {
+			t.Fatalf("source %q is not in the file", p.Source)
+		}
+		if len(p.Subject) == 0 || p.Subject[0].Attribute != authz.Namespace {
+			t.Fatalf("%s: the subject is not bound to a namespace: %v", p.Ref, p.Subject)
+		}
+		for _, r := range p.Rules {
+			// What cannot be written yet must not come out of a file.
+			if r.Action != authz.Allow || r.Direction != abi.DirIngress || p.DenyEgress || !p.DenyIngress {
+				t.Fatalf("%s: %+v", p.Ref, r)
+			}
+		}
+		again, err := dialect.ParseFile("f", []byte(p.Source), dialects...)
+		if err != nil || len(again) != 1 || again[0].Ref != p.Ref || len(again[0].Rules) != len(p.Rules) {
+			t.Fatalf("source %q: %v, %v", p.Source, again, err)
+		}
+	}
+}
+
+// FuzzParseFile feeds any bytes to the whole way from file to policies.
+func FuzzParseFile(f *testing.F) {
+	seed(f, "---\n...\n", "a: &a [*a]", "{\"kind\": \"List\"}", "\ufeff%YAML 1.1\n---\n", "? [a]\n: b", "a: !!binary x", "a\u2028---\u2028b")
+	f.Fuzz(func(t *testing.T, data string) { checkParsed(t, data, k8s.Dialect, cilium.Dialect) })
+}
+
+// FuzzParseNetworkPolicy feeds any spec to the parser of NetworkPolicy.
+func FuzzParseNetworkPolicy(f *testing.F) {
+	seed(f, "{podSelector: {}, ingress: [{from: [{podSelector: {matchLabels: {a: b}}, namespaceSelector: {}}], ports: [{port: 80, protocol: UDP}, {}]}]}")
+	f.Fuzz(func(t *testing.T, spec string) {
+		checkParsed(t, "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: p}\nspec:\n "+spec, k8s.Dialect)
+	})
+}
+
+// FuzzParseCiliumNetworkPolicy feeds any spec to the parser of
+// CiliumNetworkPolicy.
+func FuzzParseCiliumNetworkPolicy(f *testing.F) {
+	seed(f, "{endpointSelector: {}, ingress: [{}, {fromEndpoints: [{matchLabels: {'k8s:io.kubernetes.pod.namespace': a}}], toPorts: [{ports: [{port: '53', protocol: ANY}]}]}]}")
+	f.Fuzz(func(t *testing.T, spec string) {
+		checkParsed(t, "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {name: p}\nspec:\n "+spec, cilium.Dialect)
+	})
+}

@@ -1,0 +1,188 @@
+package dialect_test
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+
+	"portcullis/authz"
+	"portcullis/authz/dialect"
+)
+
+const knp = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: p}\nspec:\n"
+const cnp = "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {name: p}\nspec:\n"
+
+// paths returns "line path" of each problem of a document.
+func paths(t *testing.T, doc string) string {
+	t.Helper()
+	ps, err := parse("f", doc)
+	if err == nil {
+		return "accepted"
+	}
+	var problems authz.Problems
+	if !errors.As(err, &problems) || ps != nil {
+		t.Fatalf("%v with %d policies", err, len(ps))
+	}
+	var out []string
+	for _, p := range problems {
+		if p.Message == "" || p.File != "f" || p.Document == 0 {
+			t.Errorf("%+v says too little", p)
+		}
+		out = append(out, strings.TrimSpace(fmt.Sprintf("%d %s", p.Line, p.Path)))
+	}
+	return strings.Join(out, ", ")
+}
+
+// Each feature that is not obeyed is refused where it stands.
+func TestRefusedFields(t *testing.T) {
+	for _, c := range []struct{ doc, want string }{
+		// NetworkPolicy
+		{knp + "  podSelector: {}\n  policyTypes: [Ingress, Egress]", "6 spec.policyTypes[1]"},
+		{knp + "  podSelector: {}\n  policyTypes: [Egress]", "6 spec.policyTypes[0]"},
+		{knp + "  podSelector: {}\n  policyTypes: [ingress]", "6 spec.policyTypes[0]"},
+		{knp + "  podSelector: {}\n  policyTypes: Ingress", "6 spec.policyTypes"},
+		{knp + "  podSelector: {}\n  egress: [{}]", "6 spec.egress"},
+		{knp + "  podSelector: {matchExpressions: [{key: a, operator: Exists}]}", "5 spec.podSelector.matchExpressions"},
+		{knp + "  podSelector: {matchLabel: {a: b}}", "5 spec.podSelector.matchLabel"},
+		{knp + "  podSelector: {matchLabels: {a: 1, b: true, c: null, d: [x], e: yes}}",
+			"5 spec.podSelector.matchLabels.a, 5 spec.podSelector.matchLabels.b, 5 spec.podSelector.matchLabels.c, 5 spec.podSelector.matchLabels.d, 5 spec.podSelector.matchLabels.e"},
+		{knp + "  podSelector: {matchLabels: {a: 'x y', 'b b': c, k8s:app: d}}",
+			`5 spec.podSelector.matchLabels.a, 5 spec.podSelector.matchLabels["b b"], 5 spec.podSelector.matchLabels["k8s:app"]`},
+		{knp + "  podSelector: {}\n  ingress:\n  - from:\n    - ipBlock: {cidr: 10.0.0.0/8}", "8 spec.ingress[0].from[0].ipBlock"},
+		{knp + "  podSelector: {}\n  ingress:\n  - from:\n    - {}", "8 spec.ingress[0].from[0]"},
+		{knp + "  podSelector: {}\n  ingress:\n  - from:", "7 spec.ingress[0].from"},
+		{knp + "  podSelector: {}\n  ingress:\n  - from: {podSelector: {}}", "7 spec.ingress[0].from"},
+		{knp + "  podSelector: {}\n  ingress: [{from: [{podSelector: }]}]", "6 spec.ingress[0].from[0].podSelector"},
+		{knp + "  podSelector: {}\n  ingress:\n  - ports:\n    - {port: http}\n    - {port: '80'}\n    - {port: 80, endPort: 90}\n    - {protocol: SCTP}\n    - {protocol: tcp}\n    - {port: 0}\n    - {port: 65536}\n    - {port: 0x50}\n    - {port: 080}\n    - {port: 80.0}\n    - {port: -1}",
+			"8 spec.ingress[0].ports[0].port, 9 spec.ingress[0].ports[1].port, 10 spec.ingress[0].ports[2].endPort, 11 spec.ingress[0].ports[3].protocol, 12 spec.ingress[0].ports[4].protocol, 13 spec.ingress[0].ports[5].port, 14 spec.ingress[0].ports[6].port, 15 spec.ingress[0].ports[7].port, 16 spec.ingress[0].ports[8].port, 17 spec.ingress[0].ports[9].port, 18 spec.ingress[0].ports[10].port"},
+		{knp + "  podSelector: {}\n  ingres: []", "6 spec.ingres"},
+		{knp + "  endpointSelector: {}", "5 spec.endpointSelector"},
+		{strings.TrimSuffix(knp, "spec:\n"), "1"},
+		{knp, "4 spec"},
+		{knp + "  - a", "4 spec"},
+		{"kind: NetworkPolicy\napiVersion: networking.k8s.io/v1\nspec: {podSelector: {}}", "1"},
+		{"kind: NetworkPolicy\napiVersion: networking.k8s.io/v1\nmetadata: {}\nspec: {podSelector: {}}", "3 metadata"},
+		{"kind: NetworkPolicy\napiVersion: networking.k8s.io/v1\nmetadata: {name: A_b, namespace: a.b, uid: 1, foo: x}\nspec: {podSelector: {}}",
+			"3 metadata.name, 3 metadata.namespace, 3 metadata.uid, 3 metadata.foo"},
+		{"kind: NetworkPolicy\napiVersion: networking.k8s.io/v1\nmetadata: {name: a}\nspec: {}\nextra: 1", "5 extra"},
+
+		// CiliumNetworkPolicy
+		{cnp + "  ingress: [{}]", "4 spec"},
+		{cnp + "  endpointSelector: {}\n  egress: [{}]\n  egressDeny: []\n  ingressDeny: []\n  enableDefaultDeny: {ingress: false}\n  labels: []\n  log: {value: x}\n  nodeSelector: {}",
+			"6 spec.egress, 7 spec.egressDeny, 8 spec.ingressDeny, 9 spec.enableDefaultDeny, 10 spec.labels, 11 spec.log, 12 spec.nodeSelector"},
+		{cnp + "  nodeSelector: {}", "5 spec.nodeSelector"},
+		{cnp + "  endpointSelector: {}\n  description: [1]", "6 spec.description"},
+		{cnp + "  endpointSelector: {matchLabels: {'k8s:io.kubernetes.pod.namespace': other}}", `5 spec.endpointSelector.matchLabels["k8s:io.kubernetes.pod.namespace"]`},
+		{cnp + "  endpointSelector: {}\n  ingress:\n" +
+			"  - fromEntities: [all]\n  - fromCIDR: [10.0.0.0/8]\n  - fromCIDRSet: []\n  - fromRequires: []\n  - fromNodes: []\n  - fromGroups: []\n  - icmps: []\n  - authentication: {mode: required}\n  - from: []",
+			"7 spec.ingress[0].fromEntities, 8 spec.ingress[1].fromCIDR, 9 spec.ingress[2].fromCIDRSet, 10 spec.ingress[3].fromRequires, 11 spec.ingress[4].fromNodes, 12 spec.ingress[5].fromGroups, 13 spec.ingress[6].icmps, 14 spec.ingress[7].authentication, 15 spec.ingress[8].from"},
+		{cnp + "  endpointSelector: {}\n  ingress:\n  - fromEndpoints:\n    - matchLabels: {'reserved:host': ''}\n    - matchLabels: {'container:a': b}\n    - matchLabels: {'io.cilium.k8s.policy.cluster': c1}\n    - matchLabels: {'any:io.cilium.k8s.namespace.labels.team': x}\n    - matchExpressions: [{key: a, operator: Exists}]\n    - app: x",
+			`8 spec.ingress[0].fromEndpoints[0].matchLabels["reserved:host"], 9 spec.ingress[0].fromEndpoints[1].matchLabels["container:a"], 10 spec.ingress[0].fromEndpoints[2].matchLabels["io.cilium.k8s.policy.cluster"], 11 spec.ingress[0].fromEndpoints[3].matchLabels["any:io.cilium.k8s.namespace.labels.team"], 12 spec.ingress[0].fromEndpoints[4].matchExpressions, 13 spec.ingress[0].fromEndpoints[5].app`},
+		{cnp + "  endpointSelector: {}\n  ingress:\n  - fromEndpoints:\n    toPorts: [{ports: [{port: '80'}]}]", "7 spec.ingress[0].fromEndpoints"},
+		{cnp + "  endpointSelector: {}\n  ingress:\n  - toPorts:\n    - {}\n    - ports: []\n    - ports: [{port: 80}]\n    - ports: [{protocol: TCP}]\n    - ports: [{port: '0'}]\n    - ports: [{port: http}]\n    - ports: [{port: '99999'}]\n    - ports: [{port: '080'}]\n    - ports: [{port: '80', endPort: 90}]\n    - ports: [{port: '80', protocol: tcp}]\n    - ports: [{port: '80', protocol: ICMP}]\n    - {ports: [{port: '80'}], rules: {}, listener: {}, serverNames: [], terminatingTLS: {}, originatingTLS: {}}",
+			"8 spec.ingress[0].toPorts[0], 9 spec.ingress[0].toPorts[1].ports, 10 spec.ingress[0].toPorts[2].ports[0].port, 11 spec.ingress[0].toPorts[3].ports[0], 12 spec.ingress[0].toPorts[4].ports[0].port, 13 spec.ingress[0].toPorts[5].ports[0].port, 14 spec.ingress[0].toPorts[6].ports[0].port, 15 spec.ingress[0].toPorts[7].ports[0].port, 16 spec.ingress[0].toPorts[8].ports[0].endPort, 17 spec.ingress[0].toPorts[9].ports[0].protocol, 18 spec.ingress[0].toPorts[10].ports[0].protocol, " +
+				"19 spec.ingress[0].toPorts[11].rules, 19 spec.ingress[0].toPorts[11].listener, 19 spec.ingress[0].toPorts[11].serverNames, 19 spec.ingress[0].toPorts[11].terminatingTLS, 19 spec.ingress[0].toPorts[11].originatingTLS"},
+		{strings.Replace(cnp, "spec:\n", "specs: [{endpointSelector: {}}]", 1), "4 specs"},
+		{strings.TrimSuffix(cnp, "spec:\n"), "1"},
+
+		// Documents
+		{"apiVersion: v1\nkind: List\nitems: []", "2 kind"},
+		{"apiVersion: networking.k8s.io/v1beta1\nkind: NetworkPolicy", "1 apiVersion"},
+		{"kind: NetworkPolicy", "1"},
+		{"hello", "1"},
+		{"[]", "1"},
+		{"a: [", "1"},
+		{"# nothing\n---\n\tx: y", "3"},
+		{knp + "  podSelector: {}\n---\n" + cnp + "  foo: bar\n---\nkind: X\napiVersion: v9\n", "10 spec, 11 spec.foo, 13 kind"},
+		{knp + "  podSelector: {}\n---\n" + knp + "  podSelector: {}", "7"},
+		{knp + "  podSelector: {}\n  podSelector: {matchLabels: {a: b}}", "6 spec.podSelector"},
+		{knp + "  podSelector: &a {matchLabels: {x: y}}\n  ingress: [{from: [{podSelector: {<<: *a}}]}]", `6 spec.ingress[0].from[0].podSelector["<<"]`},
+		{knp + "  podSelector: {matchLabels: {a: !!str 1, b: !x y}}", "5 spec.podSelector.matchLabels.a, 5 spec.podSelector.matchLabels.b"},
+		{knp + "  podSelector: {matchLabels: {1: a, on: b, ~: c, [x]: d}}", `5 spec.podSelector.matchLabels.1, 5 spec.podSelector.matchLabels.on, 5 spec.podSelector.matchLabels["~"], 5 spec.podSelector.matchLabels[""]`},
+		{"%YAML 1.1\n---\n" + knp + "  podSelector: {}", "1"},
+		// A line break that only YAML knows hides no document.
+		{"a: b\u2028---\u2028c: d", "1"},
+		{"a: b\u0085...\u0085c: d", "1"},
+	} {
+		if got := paths(t, c.doc); got != c.want {
+			t.Errorf("%s\n got %s\nwant %s", c.doc, got, c.want)
+		}
+	}
+}
+
+// Noise that kubectl adds, JSON, anchors, and odd but clear files are taken.
+func TestAccepted(t *testing.T) {
+	for name, c := range map[string]struct {
+		doc  string
+		want int
+	}{
+		"kubectl": {`apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata:
+  annotations: {kubectl.kubernetes.io/last-applied-configuration: "{}"}
+  creationTimestamp: "2026-11-01T00:00:00Z"
+  finalizers: []
+  generation: 1
+  labels: {a: b}
+  managedFields: [{apiVersion: v1, fieldsType: FieldsV1, fieldsV1: {"f:spec": {".": {}}}}]
+  name: p
+  namespace: default
+  ownerReferences: []
+  resourceVersion: "1"
+  selfLink: x
+  uid: 0a0b0c0d-0000-4000-8000-000000000000
+spec: {podSelector: {}, policyTypes: [Ingress], egress: [], ingress: [{from: [], ports: []}]}
+status: {}
+`, 1},
+		"json":           {"{\n\t\"apiVersion\": \"networking.k8s.io/v1\",\n\t\"kind\": \"NetworkPolicy\",\n\t\"metadata\": {\"name\": \"p\", \"creationTimestamp\": null},\n\t\"spec\": {\"podSelector\": {\"matchLabels\": {\"a\": \"\\u0062\"}}}\n}", 1},
+		"empty ones":     {"---\n---\n# x\n---\n" + knp + "  podSelector: {}\n---\n~\n...\n---\n", 1},
+		"marker in text": {cnp + "  endpointSelector: {}\n  description: |\n    a\n     ---\n    ---\n    b\n", 1},
+		"crlf":           {strings.ReplaceAll(knp+"  podSelector: {}\n---\n"+cnp+"  endpointSelector: {}\n", "\n", "\r\n"), 2},
+		"bom":            {"\ufeff" + knp + "  podSelector: {}", 1},
+		"inline":         {"--- {apiVersion: cilium.io/v2, kind: CiliumNetworkPolicy, metadata: {name: a}, spec: {endpointSelector: {}}}\n--- {apiVersion: cilium.io/v2, kind: CiliumNetworkPolicy, metadata: {name: b}, spec: {endpointSelector: {}}}", 2},
+		"alias":          {knp + "  podSelector: &s {matchLabels: {a: b}}\n  ingress: [{from: [{podSelector: *s}]}]", 1},
+	} {
+		ps, err := parse("f", c.doc)
+		if err != nil || len(ps) != c.want {
+			t.Errorf("%s: %d policies, %v", name, len(ps), err)
+		}
+	}
+	ps, err := parse("f", "# head\n"+knp+"  podSelector: {} # why\n---\n# second\n"+cnp+"  endpointSelector: {}\n")
+	if err != nil || ps[0].Source != "# head\n"+knp+"  podSelector: {} # why\n" || ps[1].Source != "# second\n"+cnp+"  endpointSelector: {}\n" {
+		t.Errorf("the source is not verbatim: %v, %q", err, ps)
+	}
+}
+
+// Hostile input costs little and is refused.
+func TestHostile(t *testing.T) {
+	laughs := "a: &a0 [x,x,x,x,x,x,x,x,x,x]\n"
+	for i := range 20 {
+		laughs += fmt.Sprintf("a%d: &a%d [*a%d,*a%d,*a%d,*a%d,*a%d,*a%d,*a%d,*a%d]\n", i, i+1, i, i, i, i, i, i, i, i)
+	}
+	for name, doc := range map[string]string{
+		"size":      strings.Repeat("#", dialect.MaxFile+1),
+		"utf-8":     "a: \xff",
+		"laughs":    laughs,
+		"cycle":     "a: &a [*a]",
+		"depth":     strings.Repeat("[", 100000),
+		"depth ok":  strings.Repeat("[", 200) + strings.Repeat("]", 200),
+		"nodes":     "[" + strings.Repeat("a,", 400000) + "]",
+		"dashes":    strings.Repeat("- ", 500000),
+		"long keys": strings.Repeat("{"+strings.Repeat("k", 1000)+": ", 60) + "[" + strings.Repeat("!x a,", 90000),
+		"documents": strings.Repeat("---\na\n", 100000),
+		"problems":  knp + "  podSelector: {matchLabels: {" + strings.Repeat("a: b, ", 70000) + "}}",
+		"mappings":  strings.Repeat("? ", 400000),
+		"anchors":   "[" + strings.Repeat("&a a,", 100000) + "]",
+		"empty":     "",
+		"comment":   "# nothing\n---\n",
+	} {
+		ps, err := parse("f", doc)
+		var problems authz.Problems
+		if !errors.As(err, &problems) || ps != nil {
+			t.Errorf("%s: %d policies, %v", name, len(ps), err)
+		} else if len(problems) > 1002 {
+			t.Errorf("%s: %d problems", name, len(problems))
+		}
+	}
+}
