@@ -4,8 +4,11 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"portcullis/bpf/abi"
 )
 
 // ErrDropped is returned by Inject when the packet was not queued: most often
@@ -16,26 +19,27 @@ var ErrDropped = errors.New("the packet was dropped on its way back")
 // Injector sends held packets back to the devices from which they were taken.
 // What it sends is judged again: it cannot make a packet pass.
 type Injector struct {
-	fd  int
-	hdr [vnetHeaderLen]byte
+	fd   int
+	hdr  [vnetHeaderLen]byte
+	turn []byte // control message: the mark of packets for from_workload
 }
 
 // NewInjector opens the packet socket, in the calling thread's network
-// namespace. mark is Datapath.ReinjectMark. It needs CAP_NET_RAW and
+// namespace. The marks are those of Datapath.Marks. It needs CAP_NET_RAW and
 // CAP_NET_ADMIN.
-func NewInjector(mark uint32) (*Injector, error) {
+func NewInjector(reinject, turn uint32) (*Injector, error) {
 	// Protocol 0: the socket receives nothing. PACKET_QDISC_BYPASS must stay
 	// off: it would skip the programs, and with them the second judgement.
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		return nil, fmt.Errorf("open a packet socket (needs CAP_NET_RAW): %w", err)
 	}
-	in := &Injector{fd: fd}
+	in := &Injector{fd: fd, turn: markMessage(turn)}
 	if err := unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_VNET_HDR, 1); err != nil {
 		in.Close()
 		return nil, fmt.Errorf("set PACKET_VNET_HDR: %w", err)
 	}
-	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, int(int32(mark))); err != nil {
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, int(int32(reinject))); err != nil {
 		in.Close()
 		return nil, fmt.Errorf("set the re-injection mark (needs CAP_NET_ADMIN): %w", err)
 	}
@@ -43,21 +47,24 @@ func NewInjector(mark uint32) (*Injector, error) {
 }
 
 // Inject sends the packet back to its device and returns when the kernel has
-// judged and queued it. Slot, lease and binding must be live before: otherwise
-// the program would hold it again. The packet's bytes may be changed. An error
+// judged it. A packet held at to_workload goes there; one held at
+// from_workload goes to to_workload too, with the mark that makes the program
+// turn it round. Slot, lease and binding must be live before: otherwise the
+// program would hold it again. The packet's bytes may be changed. An error
 // means that it is lost: the caller counts it, unless it is ErrDropped.
-func (in *Injector) Inject(rec *Record) error {
+func (in *Injector) Inject(rec Record) error {
 	f, err := prepare(rec.Packet, rec.GSOSize, &in.hdr)
 	if err != nil {
 		return err
 	}
-	to := &unix.SockaddrLinklayer{
-		Ifindex:  int(rec.Ifindex),
-		Protocol: htons(f.etherType),
-		Halen:    6,
-	}
+	to := &unix.SockaddrLinklayer{Ifindex: int(rec.Ifindex), Protocol: htons(f.etherType), Halen: 6}
 	copy(to.Addr[:6], rec.Packet[:6])
-	switch _, err := unix.SendmsgBuffers(in.fd, [][]byte{in.hdr[:], rec.Packet}, nil, to, unix.MSG_DONTWAIT); {
+	var control []byte
+	if rec.Direction == abi.DirEgress {
+		control = in.turn
+	}
+	// Never blocks: a full send buffer loses this packet, not the agent's loop.
+	switch _, err := unix.SendmsgBuffers(in.fd, [][]byte{in.hdr[:], rec.Packet}, control, to, unix.MSG_DONTWAIT); {
 	case err == nil:
 		return nil
 	case errors.Is(err, unix.ENOBUFS):
@@ -65,6 +72,15 @@ func (in *Injector) Inject(rec *Record) error {
 	default:
 		return fmt.Errorf("send a held packet back to device %d: %w", rec.Ifindex, err)
 	}
+}
+
+func markMessage(mark uint32) []byte {
+	b := make([]byte, unix.CmsgSpace(4))
+	h := (*unix.Cmsghdr)(unsafe.Pointer(&b[0]))
+	h.Level, h.Type = unix.SOL_SOCKET, unix.SO_MARK
+	h.SetLen(unix.CmsgLen(4))
+	binary.NativeEndian.PutUint32(b[unix.CmsgLen(0):], mark)
+	return b
 }
 
 // Close closes the socket.

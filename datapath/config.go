@@ -1,0 +1,87 @@
+package datapath
+
+import (
+	"fmt"
+	"math"
+	"math/bits"
+
+	"go.uber.org/zap"
+)
+
+// Config sizes the maps. Sizes are fixed when the pins are made; 0 takes the
+// default.
+type Config struct {
+	PinDir string // in a bpffs; one agent each
+
+	Bindings   int // IPs, local and remote; also slots. Default 65536
+	Conntrack  int // flows; default 131072
+	Endpoints  int // local workloads; hold indices are 1 to this. Default 1024
+	Leases     int // lease indices, the reserved ones included; default 4096
+	Policy     int // entries of all sets; default 65536
+	Ranges     int // prefixes; default 4096
+	HeldBytes  int // of the ring of held packets; a power of two; default 8 MiB
+	EventBytes int // of the ring of events; a power of two; default 1 MiB
+
+	HoldPerEndpoint int // packets outstanding; default 64
+	HoldTotal       int // default 4096
+
+	// MarkMask are the bits of skb->mark in which our marks stand, at least
+	// 16 of them. The default is all: a packet is ours only if the whole mark
+	// is equal, so no other software's bits are in the way.
+	MarkMask uint32
+
+	// Classic is mode classic: bindings that are believed until told
+	// otherwise. Unsafe; without it such slots never count.
+	Classic bool
+
+	Log *zap.Logger // nil: none
+}
+
+// withDefaults returns the configuration with every 0 replaced.
+func (c Config) withDefaults() (Config, error) {
+	if c.PinDir == "" {
+		return c, fmt.Errorf("no pin directory given")
+	}
+	for _, f := range []struct {
+		name string
+		v    *int
+		def  int
+	}{
+		{"bindings", &c.Bindings, 65536}, {"conntrack", &c.Conntrack, 131072}, {"endpoints", &c.Endpoints, 1024},
+		{"leases", &c.Leases, 4096}, {"policy", &c.Policy, 65536}, {"ranges", &c.Ranges, 4096},
+		{"held bytes", &c.HeldBytes, 8 << 20}, {"event bytes", &c.EventBytes, 1 << 20},
+		{"hold per endpoint", &c.HoldPerEndpoint, 64}, {"hold total", &c.HoldTotal, 4096},
+	} {
+		if *f.v == 0 {
+			*f.v = f.def
+		}
+		if *f.v < 0 || *f.v > math.MaxInt32 {
+			return c, fmt.Errorf("%s: %d is out of range", f.name, *f.v)
+		}
+	}
+	for name, v := range map[string]int{"held bytes": c.HeldBytes, "event bytes": c.EventBytes} {
+		if v < 4096 || bits.OnesCount(uint(v)) != 1 {
+			return c, fmt.Errorf("%s: %d is not a power of two of at least 4096", name, v)
+		}
+	}
+	if c.MarkMask == 0 {
+		c.MarkMask = math.MaxUint32
+	}
+	if n := bits.OnesCount32(c.MarkMask); n < 16 {
+		return c, fmt.Errorf("mark mask %#x has %d bits: a mark of less than 16 can be guessed", c.MarkMask, n)
+	}
+	if c.Log == nil {
+		c.Log = zap.NewNop()
+	}
+	return c, nil
+}
+
+// maxEntries returns the sizes of the maps that Config sets.
+func (c Config) maxEntries() map[string]uint32 {
+	return map[string]uint32{
+		"endpoints": uint32(c.Endpoints), "hold_quota": uint32(c.Endpoints) + 1, // index 0 counts all
+		"bindings": uint32(c.Bindings), "slots": uint32(c.Bindings) + 1, "slots_cold": uint32(c.Bindings) + 1, // slot 0 stays empty
+		"leases": uint32(c.Leases), "policy": uint32(c.Policy), "ranges": uint32(c.Ranges),
+		"conntrack": uint32(c.Conntrack), "held": uint32(c.HeldBytes), "events": uint32(c.EventBytes),
+	}
+}

@@ -1,0 +1,190 @@
+package datapath
+
+import (
+	"errors"
+	"net/netip"
+	"slices"
+	"time"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"portcullis/bpf/abi"
+)
+
+// How long an entry stays after its last packet. A packet that passes renews
+// it. Entries are not needed for safety, every packet is judged by them only
+// while stamp, lease and epoch are right; they are what tells a reply.
+const (
+	lifeTCPSyn         = 60 * time.Second  // no reply yet
+	lifeTCPEstablished = 6 * time.Hour     // seen both ways
+	lifeTCPHalfClosed  = 5 * time.Minute   // one side has finished
+	lifeTCPClosing     = 10 * time.Second  // both have, or a reset
+	lifeUDP            = 60 * time.Second  // one way
+	lifeUDPReplied     = 180 * time.Second // both ways
+	lifeICMP           = 30 * time.Second
+	lifeOther          = 60 * time.Second
+	// Of an entry all of whose judgements are of ended endpoints: nobody can
+	// use it. Not 0, as an endpoint may be younger than the list of endpoints.
+	lifeNoJudge = 10 * time.Second
+	// Of an entry all of whose judgements name bindings that ended. It can
+	// renew itself when the same workload is confirmed again, so that its
+	// replies keep their direction.
+	lifeDead = 60 * time.Second
+)
+
+const sweepBatch = 4096
+
+// SweepStats is what one sweep of conntrack found.
+type SweepStats struct {
+	Entries int // before the sweep
+	Expired int // removed: past their lifetime
+	Dead    int // removed: endpoint or binding ended
+	Failed  int // could not be removed; tried again next time
+	// Used are the IPs whose present binding carried packets since the last
+	// sweep, each once. The first sweep of a process tells of every flow that
+	// lives.
+	Used []netip.Addr
+}
+
+type (
+	ctKey   [unsafe.Sizeof(abi.CTKey{})]byte
+	ctValue [unsafe.Sizeof(abi.CT{})]byte
+)
+
+// SweepConntrack removes entries that nobody needs any more; now is
+// CLOCK_BOOTTIME in ns. Entries that change while it runs may be missed, or
+// seen twice. It may run beside everything else, but only once at a time.
+func (d *Datapath) SweepConntrack(now int64) (SweepStats, error) {
+	d.sweepMu.Lock()
+	defer d.sweepMu.Unlock()
+	var stats SweepStats
+	judges, err := d.judges()
+	if err != nil {
+		return stats, err
+	}
+	m := d.coll.Maps["conntrack"]
+	used := map[netip.Addr]bool{}
+	keys, values := make([]ctKey, sweepBatch), make([]ctValue, sweepBatch)
+	var cursor ebpf.MapBatchCursor
+	for done := false; !done; {
+		n, err := m.BatchLookup(&cursor, keys, values, nil)
+		if errors.Is(err, unix.ENOSPC) && n == 0 {
+			// One bucket holds more than fits: a flood of colliding keys.
+			keys, values = make([]ctKey, 2*len(keys)), make([]ctValue, 2*len(values))
+			continue
+		}
+		if done = errors.Is(err, ebpf.ErrKeyNotExist); err != nil && !done {
+			return stats, mapError("sweep", "conntrack", err)
+		}
+		for i := range n {
+			d.sweepOne(m, &keys[i], &values[i], now, judges, used, &stats)
+		}
+	}
+	for ip := range used {
+		stats.Used = append(stats.Used, ip)
+	}
+	slices.SortFunc(stats.Used, netip.Addr.Compare)
+	d.lastSweep = now
+	return stats, nil
+}
+
+func (d *Datapath) sweepOne(m *ebpf.Map, key *ctKey, value *ctValue, now int64, judges map[uint32]bool, used map[netip.Addr]bool, stats *SweepStats) {
+	stats.Entries++
+	k, ct := (*abi.CTKey)(unsafe.Pointer(key)), decodeCT(value)
+	judged, standing := false, false
+	for _, j := range ct.Judgement {
+		if !judges[j.Endpoint] {
+			continue
+		}
+		judged = true
+		if j.Stamp == 0 {
+			standing = true // needed no evidence
+			continue
+		}
+		if j.Slot == 0 || j.Slot >= d.slots.n {
+			continue
+		}
+		if s, ok := d.slot(j.Slot); ok && s.Stamp == j.Stamp {
+			standing = true
+			if int64(ct.LastSeen) > d.lastSweep {
+				used[AddrFrom(s.IP)] = true
+			}
+		}
+	}
+	life, dead := lifetime(k.Proto, abi.CTFlag(ct.Flags)), true
+	switch {
+	case !judged:
+		life = min(life, lifeNoJudge)
+	case !standing:
+		life = min(life, lifeDead)
+	default:
+		dead = false
+	}
+	if now-int64(ct.LastSeen) < int64(life) {
+		return
+	}
+	// A packet may have renewed it since it was read: look again, so that no
+	// live flow loses its entry (but for the microsecond until the delete; its
+	// next packet is then judged as a first one).
+	var again ctValue
+	if err := m.Lookup(key, &again); err != nil || decodeCT(&again).LastSeen != ct.LastSeen {
+		return
+	}
+	switch err := m.Delete(key); {
+	case err != nil && !errors.Is(err, ebpf.ErrKeyNotExist):
+		stats.Failed++
+	case dead:
+		stats.Dead++
+	default:
+		stats.Expired++
+	}
+}
+
+func decodeCT(v *ctValue) (ct abi.CT) {
+	*(*ctValue)(unsafe.Pointer(&ct)) = *v
+	return ct
+}
+
+func lifetime(proto uint8, flags abi.CTFlag) time.Duration {
+	replied := flags&abi.CTSeenReply != 0
+	switch proto {
+	case unix.IPPROTO_TCP:
+		const fin = abi.CTFinForward | abi.CTFinReply
+		switch {
+		case flags&abi.CTRst != 0 || flags&fin == fin:
+			return lifeTCPClosing
+		case flags&fin != 0:
+			return lifeTCPHalfClosed
+		case replied:
+			return lifeTCPEstablished
+		}
+		return lifeTCPSyn
+	case unix.IPPROTO_UDP:
+		if replied {
+			return lifeUDPReplied
+		}
+		return lifeUDP
+	case unix.IPPROTO_ICMP, unix.IPPROTO_ICMPV6:
+		return lifeICMP
+	}
+	return lifeOther
+}
+
+// judges returns the ids of the endpoints.
+func (d *Datapath) judges() (map[uint32]bool, error) {
+	out := map[uint32]bool{}
+	var ifindex uint32
+	var ep abi.Endpoint
+	it := d.coll.Maps["endpoints"].Iterate()
+	for it.Next(&ifindex, &ep) {
+		if ep.ID != 0 {
+			out[ep.ID] = true
+		}
+	}
+	if err := it.Err(); err != nil {
+		return nil, mapError("sweep", "endpoints", err)
+	}
+	return out, nil
+}

@@ -1,0 +1,31 @@
+// Package datapath is the only one that talks to the kernel programs: it loads
+// and pins them, attaches them to workloads' devices, writes the maps by which
+// they judge, and reads what they report. It decides nothing.
+//
+// # What outlives the agent
+//
+// Everything that judges is pinned, so a killed agent leaves the gate as it
+// is, and leases end in the kernel:
+//
+//	<pin-dir>/maps/<name>
+//	<pin-dir>/progs/{from_workload,to_workload}
+//	<pin-dir>/links/<ifname>/{from_workload,to_workload}
+//
+// Open adopts what it finds there if layout and sizes are the same, and
+// replaces the programs under the standing links, one atomic update each.
+//
+// # Falling shut
+//
+// A write that can fail (hash and LPM updates) is ordered so that what stands
+// when it fails lets less pass, never more; a revocation is a plain store into
+// mapped memory and cannot fail.
+//
+// # Concurrency
+//
+// One goroutine, the agent's loop, calls everything that writes. Events, Held
+// and SweepConntrack may each run in a goroutine of its own beside it; Now,
+// Counters, CountDrop, ReleaseHold and Marks are safe from anywhere. Nothing
+// may be called during or after Close.
+//
+// It may import bpf, bpf/abi, identity, cilium/ebpf, zap and x/sys.
+package datapath

@@ -1,0 +1,234 @@
+package datapath
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+)
+
+// pinDir is a pin directory. See the package comment for what is where.
+type pinDir string
+
+func (p pinDir) maps() string                { return filepath.Join(string(p), "maps") }
+func (p pinDir) progs() string               { return filepath.Join(string(p), "progs") }
+func (p pinDir) links() string               { return filepath.Join(string(p), "links") }
+func (p pinDir) device(ifname string) string { return filepath.Join(p.links(), escape(ifname)) }
+
+// escape makes a device's name a name in bpffs, which refuses dots.
+func escape(ifname string) string {
+	return strings.NewReplacer("%", "%25", ".", "%2e").Replace(ifname)
+}
+
+func unescape(name string) string { return strings.NewReplacer("%25", "%", "%2e", ".").Replace(name) }
+
+// pinnedMaps are the maps that are pinned, `state` last: pins without it are
+// not complete.
+func pinnedMaps[T any](of map[string]T) []string {
+	var names []string
+	for name := range of {
+		if !strings.Contains(name, ".") && name != "state" { // not .rodata: it belongs to the programs
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return append(names, "state")
+}
+
+// openMaps opens the pinned maps for adoption; none if there are no pins.
+// What an agent left that died while it made them is removed.
+func (p pinDir) openMaps(spec *ebpf.CollectionSpec) (_ map[string]*ebpf.Map, err error) {
+	maps := map[string]*ebpf.Map{}
+	defer func() {
+		if err != nil {
+			closeMaps(maps)
+		}
+	}()
+	var missing, diffs []string
+	for _, name := range pinnedMaps(spec.Maps) {
+		m, err := ebpf.LoadPinnedMap(filepath.Join(p.maps(), name), nil)
+		if errors.Is(err, fs.ErrNotExist) {
+			missing = append(missing, name)
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("open the pinned map %s: %w", name, err)
+		}
+		maps[name] = m
+		if err := spec.Maps[name].Compatible(m); err != nil {
+			diffs = append(diffs, fmt.Sprintf("map %s differs (%v)", name, err))
+		}
+	}
+	if len(missing) > 0 {
+		devices, err := p.devices()
+		if err != nil {
+			return nil, err
+		}
+		if len(devices) > 0 {
+			// Without `state` stamps would be used twice; without another map,
+			// running programs would judge by one that nobody writes.
+			return nil, &LayoutError{PinDir: string(p), Diffs: []string{"these maps are missing: " + strings.Join(missing, ", ")}}
+		}
+		closeMaps(maps)
+		if err := errors.Join(p.removeAll(p.progs()), p.removeAll(p.maps())); err != nil {
+			return nil, fmt.Errorf("remove unfinished pins: %w", err)
+		}
+		return nil, nil
+	}
+	if len(diffs) > 0 {
+		return nil, &LayoutError{PinDir: string(p), Diffs: diffs}
+	}
+	return maps, nil
+}
+
+func closeMaps(maps map[string]*ebpf.Map) {
+	for name, m := range maps {
+		m.Close()
+		delete(maps, name)
+	}
+}
+
+func (p pinDir) pinMaps(maps map[string]*ebpf.Map) error {
+	if err := os.MkdirAll(p.maps(), 0o700); err != nil {
+		return fmt.Errorf("pin maps: %w", err)
+	}
+	for _, name := range pinnedMaps(maps) {
+		if err := maps[name].Pin(filepath.Join(p.maps(), name)); err != nil {
+			return fmt.Errorf("pin map %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// pinPrograms replaces the programs' pins, each in one step.
+func (p pinDir) pinPrograms(progs map[string]*ebpf.Program) error {
+	if err := os.MkdirAll(p.progs(), 0o700); err != nil {
+		return fmt.Errorf("pin programs: %w", err)
+	}
+	for _, name := range []string{fromWorkload, toWorkload} {
+		prog := progs[name]
+		if prog == nil {
+			return fmt.Errorf("the embedded object has no program %s", name)
+		}
+		path := filepath.Join(p.progs(), name)
+		next := path + "_next"
+		if err := os.Remove(next); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("pin program %s: %w", name, err)
+		}
+		if err := prog.Pin(next); err != nil {
+			return fmt.Errorf("pin program %s: %w", name, err)
+		}
+		if err := os.Rename(next, path); err != nil {
+			return fmt.Errorf("pin program %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// devices returns the names of the devices that have a directory of links.
+func (p pinDir) devices() ([]string, error) {
+	entries, err := os.ReadDir(p.links())
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("list pinned links: %w", err)
+	}
+	var names []string
+	for _, e := range entries {
+		names = append(names, unescape(e.Name()))
+	}
+	return names, nil
+}
+
+// link opens a pinned link and returns the index of its device: 0 if that has
+// vanished. The link is nil if there is no pin.
+func (p pinDir) link(ifname, hook string) (link.Link, uint32, error) {
+	l, err := link.LoadPinnedLink(filepath.Join(p.device(ifname), hook), nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, 0, nil
+	}
+	if err != nil {
+		return nil, 0, fmt.Errorf("open the pinned link %s of %s: %w", hook, ifname, err)
+	}
+	info, err := l.Info()
+	if err != nil {
+		l.Close()
+		return nil, 0, fmt.Errorf("pinned link %s of %s: %w", hook, ifname, err)
+	}
+	tcx := info.TCX()
+	if tcx == nil {
+		l.Close()
+		return nil, 0, fmt.Errorf("pinned link %s of %s is not a tcx link", hook, ifname)
+	}
+	return l, tcx.Ifindex, nil
+}
+
+// deviceOf returns the index of the device that has the name's links: 0 if
+// there are none, or they are dead.
+func (p pinDir) deviceOf(ifname string) (uint32, error) {
+	for _, hook := range []string{fromWorkload, toWorkload} {
+		l, ifindex, err := p.link(ifname, hook)
+		if err != nil {
+			return 0, err
+		}
+		if l == nil {
+			continue
+		}
+		l.Close()
+		if ifindex != 0 {
+			return ifindex, nil
+		}
+	}
+	return 0, nil
+}
+
+// removeLinks removes the links of a name. Only for devices that are gone or
+// down, or when enforcement is to end.
+func (p pinDir) removeLinks(ifname string) error { return p.removeAll(p.device(ifname)) }
+
+// removeAll removes a directory of pins. os.RemoveAll works on bpffs.
+func (p pinDir) removeAll(dir string) error {
+	if !strings.HasPrefix(dir, string(p)+"/") {
+		return fmt.Errorf("%s is not in %s", dir, p)
+	}
+	return os.RemoveAll(dir)
+}
+
+func (p pinDir) remove() error {
+	on, err := onBPFFS(string(p))
+	if err != nil {
+		return err
+	}
+	if _, err := os.Stat(string(p)); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if !on {
+		return fmt.Errorf("%s does not lie in a bpffs: not removed", p)
+	}
+	// A detached link is gone at once, even while somebody holds it open.
+	devices, err := p.devices()
+	if err != nil {
+		return err
+	}
+	for _, ifname := range devices {
+		for _, hook := range []string{fromWorkload, toWorkload} {
+			if l, ifindex, err := p.link(ifname, hook); err == nil && l != nil {
+				if ifindex != 0 {
+					_ = l.Detach() // best effort: the pin goes below
+				}
+				l.Close()
+			}
+		}
+	}
+	if err := errors.Join(p.removeAll(p.links()), p.removeAll(p.progs()), p.removeAll(p.maps())); err != nil {
+		return fmt.Errorf("remove pins: %w", err)
+	}
+	if err := os.Remove(string(p)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove pins: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,237 @@
+package datapath
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+
+	"github.com/cilium/ebpf"
+
+	"portcullis/bpf/abi"
+)
+
+// PutPolicy adds entries to a policy set, replacing those with the same key;
+// others stay. Either all are in force afterwards, or the set is as it was and
+// the error says why (ErrMapFull). A set that an endpoint uses may only be
+// added to for identities under which nothing is published yet.
+func (d *Datapath) PutPolicy(set uint32, entries map[abi.PolicyKey]abi.Policy) error {
+	if set == 0 {
+		return errors.New("policy set 0: all numbers are used up, restart the node")
+	}
+	keys := slices.SortedFunc(maps.Keys(entries), func(a, b abi.PolicyKey) int {
+		// Narrow before widen: entries that deny first, then the more special.
+		return cmp.Or(cmp.Compare(allows(entries[a]), allows(entries[b])), cmp.Compare(b.Prefixlen, a.Prefixlen))
+	})
+	for _, k := range keys {
+		if k.Set != set {
+			return fmt.Errorf("an entry of policy set %d was given for set %d", k.Set, set)
+		}
+	}
+	have := d.sets[set]
+	for i, k := range keys {
+		v := entries[k]
+		if err := d.coll.Maps["policy"].Put(&k, &v); err != nil {
+			err = mapError(fmt.Sprintf("write policy set %d", set), "policy", err)
+			return errors.Join(err, d.restorePolicy(keys[:i], have))
+		}
+	}
+	if have == nil {
+		have = map[abi.PolicyKey]abi.Policy{}
+		d.sets[set] = have
+	}
+	maps.Copy(have, entries)
+	return nil
+}
+
+func allows(p abi.Policy) int {
+	if p.Flags&uint8(abi.PolicyDeny) != 0 {
+		return 0
+	}
+	return 1
+}
+
+// restorePolicy undoes a half-done PutPolicy, last written first.
+func (d *Datapath) restorePolicy(keys []abi.PolicyKey, have map[abi.PolicyKey]abi.Policy) (err error) {
+	m := d.coll.Maps["policy"]
+	for _, k := range slices.Backward(keys) {
+		if old, ok := have[k]; ok {
+			err = errors.Join(err, m.Put(&k, &old))
+		} else if e := m.Delete(&k); !errors.Is(e, ebpf.ErrKeyNotExist) {
+			err = errors.Join(err, e)
+		}
+	}
+	return err
+}
+
+// DeletePolicy removes entries. Keys that do not exist are no error.
+func (d *Datapath) DeletePolicy(keys []abi.PolicyKey) (err error) {
+	keys = slices.SortedFunc(slices.Values(keys), func(a, b abi.PolicyKey) int {
+		// Narrow before widen: entries that allow first, a denial last.
+		return cmp.Compare(allows(d.sets[b.Set][b]), allows(d.sets[a.Set][a]))
+	})
+	for _, k := range keys {
+		if e := d.coll.Maps["policy"].Delete(&k); e != nil && !errors.Is(e, ebpf.ErrKeyNotExist) {
+			return mapError(fmt.Sprintf("delete from policy set %d", k.Set), "policy", e)
+		}
+		delete(d.sets[k.Set], k)
+		if len(d.sets[k.Set]) == 0 {
+			delete(d.sets, k.Set)
+		}
+	}
+	return nil
+}
+
+// DeletePolicySet removes a set that no endpoint uses any more. If it fails it
+// may be repeated; what is left serves nobody, for numbers are not reused.
+func (d *Datapath) DeletePolicySet(set uint32) error {
+	return d.DeletePolicy(slices.Collect(maps.Keys(d.sets[set])))
+}
+
+// PolicySets returns how many entries each policy set has.
+func (d *Datapath) PolicySets() map[uint32]int {
+	out := map[uint32]int{}
+	for set, entries := range d.sets {
+		out[set] = len(entries)
+	}
+	return out
+}
+
+// adoptPolicy reads what the map holds, and removes the sets that no endpoint
+// uses: an agent died between writing them and using them.
+func (d *Datapath) adoptPolicy() error {
+	d.sets = map[uint32]map[abi.PolicyKey]abi.Policy{}
+	var k abi.PolicyKey
+	var v abi.Policy
+	it := d.coll.Maps["policy"].Iterate()
+	for it.Next(&k, &v) {
+		if d.sets[k.Set] == nil {
+			d.sets[k.Set] = map[abi.PolicyKey]abi.Policy{}
+		}
+		d.sets[k.Set][k] = v
+	}
+	if err := it.Err(); err != nil {
+		return mapError("adopt policy", "policy", err)
+	}
+	used := map[uint32]bool{}
+	var ifindex uint32
+	var ep abi.Endpoint
+	it = d.coll.Maps["endpoints"].Iterate()
+	for it.Next(&ifindex, &ep) {
+		used[ep.Policy] = true
+	}
+	if err := it.Err(); err != nil {
+		return mapError("adopt policy", "endpoints", err)
+	}
+	for _, set := range slices.Collect(maps.Keys(d.sets)) {
+		if !used[set] {
+			if err := d.DeletePolicySet(set); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// SetRanges makes the ranges those given. Narrow before widen: prefixes become
+// known first, and cease to be last, so that no IP of a known range is taken
+// for one of the world meanwhile (I5). On failure what is done is done: an
+// agent that could not make its ranges known must not serve, and repeats it.
+func (d *Datapath) SetRanges(want map[netip.Prefix]abi.Range) error {
+	m := d.coll.Maps["ranges"]
+	desired := map[abi.RangeKey]abi.Range{}
+	for p, r := range want {
+		if !p.IsValid() {
+			return fmt.Errorf("range %v is not a prefix", p)
+		}
+		desired[rangeKey(p)] = r
+	}
+	actual := map[abi.RangeKey]abi.Range{}
+	var k abi.RangeKey
+	var v abi.Range
+	it := m.Iterate()
+	for it.Next(&k, &v) {
+		actual[k] = v
+	}
+	if err := it.Err(); err != nil {
+		return mapError("read ranges", "ranges", err)
+	}
+	known := func(r abi.Range) bool { return r.Flags&uint32(abi.RangeKnown) != 0 }
+	put := func(which bool) error {
+		for k, r := range desired {
+			if old, ok := actual[k]; known(r) == which && (!ok || old != r) {
+				if err := m.Put(&k, &r); err != nil {
+					return mapError("set ranges", "ranges", err)
+				}
+			}
+		}
+		return nil
+	}
+	remove := func(which bool) error {
+		for k, r := range actual {
+			if _, ok := desired[k]; !ok && known(r) == which {
+				if err := m.Delete(&k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+					return mapError("set ranges", "ranges", err)
+				}
+			}
+		}
+		return nil
+	}
+	for _, step := range []func() error{
+		func() error { return put(true) }, func() error { return remove(false) },
+		func() error { return put(false) }, func() error { return remove(true) },
+	} {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func rangeKey(p netip.Prefix) abi.RangeKey {
+	p = p.Masked()
+	k := abi.RangeKey{Prefixlen: uint32(p.Bits()), Addr: Addr(p.Addr())}
+	if p.Addr().Is4() {
+		k.Prefixlen += 96
+	}
+	return k
+}
+
+// SetUplinks makes the uplinks those given, by ifindex. Those that are none
+// any more go first. On failure fewer devices may be uplinks than asked for,
+// never more; it may be repeated.
+func (d *Datapath) SetUplinks(ifindices []int) error {
+	m := d.coll.Maps["uplinks"]
+	want := map[uint32]bool{}
+	for _, i := range ifindices {
+		if i <= 0 {
+			return fmt.Errorf("uplink %d is not an interface index", i)
+		}
+		want[uint32(i)] = true
+	}
+	var k uint32
+	var v abi.Uplink
+	var stale []uint32
+	it := m.Iterate()
+	for it.Next(&k, &v) {
+		if !want[k] {
+			stale = append(stale, k)
+		}
+	}
+	if err := it.Err(); err != nil {
+		return mapError("read uplinks", "uplinks", err)
+	}
+	for _, k := range stale {
+		if err := m.Delete(k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return mapError("set uplinks", "uplinks", err)
+		}
+	}
+	for k := range want {
+		if err := m.Put(k, &abi.Uplink{}); err != nil {
+			return mapError("set uplinks", "uplinks", err)
+		}
+	}
+	return nil
+}
