@@ -1,0 +1,107 @@
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// agentPort is where agents listen: the one thing that a cut concerns.
+const agentPort = 4260
+
+// Cut keeps the agents of two nodes from talking, in both directions and in
+// silence, established connections too. Packets of workloads still pass.
+// Cutting what is cut is no error.
+func (l *Lab) Cut(ctx context.Context, a, b string) error { return l.fault(a, b, true) }
+
+// Heal ends a Cut. Healing what is whole is no error.
+func (l *Lab) Heal(ctx context.Context, a, b string) error { return l.fault(a, b, false) }
+
+// Cuts lists the cuts in force.
+func (l *Lab) Cuts() ([][2]string, error) {
+	s, err := l.read()
+	if err != nil {
+		return nil, err
+	}
+	return s.Cuts, nil
+}
+
+func (l *Lab) fault(a, b string, cut bool) error {
+	if a == b {
+		return errors.New("a cut is between two different nodes")
+	}
+	pair := [2]string{min(a, b), max(a, b)}
+	return l.update(func(s *state) error {
+		na, err := s.node(a)
+		if err != nil {
+			return err
+		}
+		nb, err := s.node(b)
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(l.setCut(na, nb, cut), l.setCut(nb, na, cut)); err != nil {
+			return err
+		}
+		s.Cuts = slices.DeleteFunc(s.Cuts, func(p [2]string) bool { return p == pair })
+		if cut {
+			s.Cuts = append(s.Cuts, pair)
+		}
+		return nil
+	})
+}
+
+// setCut makes or removes the rules at one node: what the peer's agent sends
+// to this node is dropped where it arrives. A change of rules ends the
+// kernel's cached routes, also those of open sockets.
+func (l *Lab) setCut(at, peer *nodeState, cut bool) error {
+	h, err := handleAt(l.nodeNS(at.Name))
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	for _, r := range cutRules(peer.IPs) {
+		var err error
+		if cut {
+			err = h.RuleAdd(r)
+			if errors.Is(err, unix.EEXIST) {
+				err = nil
+			}
+		} else {
+			err = h.RuleDel(r)
+			if errors.Is(err, unix.ENOENT) {
+				err = nil
+			}
+		}
+		if err != nil {
+			return fmt.Errorf("fault at node %s: %w", at.Name, err)
+		}
+	}
+	return nil
+}
+
+func cutRules(peer []netip.Addr) (rules []*netlink.Rule) {
+	port := netlink.NewRulePortRange(agentPort, agentPort)
+	for _, ip := range peer {
+		for _, dport := range []bool{true, false} {
+			r := netlink.NewRule()
+			r.Family, r.Priority, r.Type = unix.AF_INET, prefCut, unix.RTN_BLACKHOLE
+			if ip.Is6() {
+				r.Family = unix.AF_INET6
+			}
+			r.Src, r.IPProto, r.IifName = ipnet(host(ip)), unix.IPPROTO_TCP, uplink
+			if dport {
+				r.Dport = port
+			} else {
+				r.Sport = port
+			}
+			rules = append(rules, r)
+		}
+	}
+	return rules
+}
