@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -110,6 +111,44 @@ func CheckLinks(root string) (out []Breach, err error) {
 		return nil
 	})
 	return out, err
+}
+
+var (
+	inlineCode = regexp.MustCompile("`[^`\n]+`")
+	longFlag   = regexp.MustCompile(`(?:^|[\s` + "`" + `])--([a-z][a-z-]*)`)
+)
+
+// DocumentedFlags returns every "--flag" in inline code of a Markdown file.
+func DocumentedFlags(root string) (out []Breach, err error) {
+	err = Walk(root, func(rel string) error {
+		if filepath.Ext(rel) != ".md" {
+			return nil
+		}
+		src, err := os.ReadFile(filepath.Join(root, rel))
+		if err != nil {
+			return err
+		}
+		for _, code := range inlineCode.FindAllString(string(src), -1) {
+			for _, m := range longFlag.FindAllStringSubmatch(code, -1) {
+				out = append(out, Breach{rel, m[1]})
+			}
+		}
+		return nil
+	})
+	return out, err
+}
+
+// Strings returns the string literals of a file.
+func Strings(f *File) (out []string) {
+	ast.Inspect(f.AST, func(n ast.Node) bool {
+		if lit, ok := n.(*ast.BasicLit); ok && lit.Kind == token.STRING {
+			if s, err := strconv.Unquote(lit.Value); err == nil {
+				out = append(out, s)
+			}
+		}
+		return true
+	})
+	return out
 }
 
 // Headings returns the words in backquotes that are headings of the Markdown

@@ -93,6 +93,34 @@ func TestReasonsAreExplained(t *testing.T) {
 	}
 }
 
+// A flag that a document names in backquotes is one that the command line has.
+func TestFlagsInDocumentsExist(t *testing.T) {
+	root, pkgs := load(t)
+	flags := map[string]bool{"help": true}
+	for _, p := range pkgs {
+		if p.Path != "cmd/portcullis" {
+			continue
+		}
+		for _, f := range p.Files {
+			for _, s := range Strings(f) {
+				flags[s] = true
+			}
+		}
+	}
+	named, err := DocumentedFlags(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(named) == 0 {
+		t.Fatal("no document names a flag: the search is broken")
+	}
+	for _, n := range named {
+		if !flags[n.What] {
+			t.Errorf("%s: names the flag --%s, which no command has", n.Where, n.What)
+		}
+	}
+}
+
 // Every module that is used directly has its sentence of reason.
 func TestDependenciesAreExplained(t *testing.T) {
 	root, pkgs := load(t)
