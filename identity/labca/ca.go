@@ -109,15 +109,15 @@ func New(cfg Config) (*CA, error) {
 // Ready is closed when the sockets of all nodes listen.
 func (ca *CA) Ready() <-chan struct{} { return ca.ready }
 
-// Run serves until ctx ends; then it returns nil. One process at a time serves
+// Run serves until its context ends; then it returns nil. One process at a time serves
 // a lab. Run is called once.
-func (ca *CA) Run(ctx context.Context) error {
+func (ca *CA) Run(parent context.Context) error {
 	unlock, err := lock(filepath.Join(ca.cfg.Dir, "labca.lock"))
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	ctx, cancel := context.WithCancelCause(ctx)
+	ctx, cancel := context.WithCancelCause(parent)
 	defer cancel(nil)
 
 	var servers []*grpc.Server
@@ -149,10 +149,10 @@ func (ca *CA) Run(ctx context.Context) error {
 	ca.cfg.Log.Info("the lab's trust domain is served", zap.Stringer("trust_domain", ca.cfg.TrustDomain),
 		zap.String("directory", ca.cfg.Dir), zap.Int("nodes", len(ca.ids)), zap.Duration("svid_ttl", ca.cfg.TTL))
 	ca.rotate(ctx)
-	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) && !errors.Is(err, context.DeadlineExceeded) {
-		return err
+	if parent.Err() != nil {
+		return nil
 	}
-	return nil
+	return context.Cause(ctx)
 }
 
 // rotate renews SVIDs at half-life until ctx ends.

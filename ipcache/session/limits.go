@@ -1,0 +1,48 @@
+package session
+
+import (
+	"time"
+
+	"portcullis/ipcache/lease"
+)
+
+// Bounds on what a peer may say. A frame beyond them ends the stream.
+const (
+	// MaxHeld is how many bindings one Hello or Welcome may list: as many as a
+	// node can have IPs of pods many times over.
+	MaxHeld = 1 << 16
+	// maxFrame bounds a frame; a Hello with MaxHeld bindings fits.
+	maxFrame = 8 << 20
+
+	maxLabels   = 256
+	maxLabelKey = 253 + 1 + 63 // prefix/name
+	maxLabel    = 253          // Kubernetes allows 63
+	maxName     = 253          // namespace, service account, trust domain
+	maxPorts    = 256
+	maxPortName = 63
+
+	maxTTL = lease.MaxLease
+	// maxFlight bounds Binding.Flight: a packet older than a lease is nobody's.
+	maxFlight = lease.MaxLease
+)
+
+// Defaults of Config.
+const (
+	DefaultQueue       = 4096
+	DefaultDialTimeout = time.Second
+	DefaultPeerTimeout = 3 * time.Second
+)
+
+const (
+	// handshakeTimeout is how long an accepted connection may take to
+	// authenticate and to open its stream.
+	handshakeTimeout = 2 * time.Second
+	// maxPerVerifier is how many streams one verifier may have at a time: the
+	// last one, and some that are not known to be dead yet.
+	maxPerVerifier = 4
+	// maxConnections bounds accepted connections, authenticated or not.
+	maxConnections = 8192
+	// window is HTTP/2's flow control window. It is fixed, so that gRPC sends
+	// no probes of its own.
+	window = 1 << 20
+)
