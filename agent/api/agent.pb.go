@@ -2517,7 +2517,7 @@ type Policy struct {
 	File          string                 `protobuf:"bytes,2,opt,name=file,proto3" json:"file,omitempty"` // it was imported from
 	Imported      *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=imported,proto3" json:"imported,omitempty"`
 	Endpoints     uint32                 `protobuf:"varint,4,opt,name=endpoints,proto3" json:"endpoints,omitempty"` // of this node that it selects
-	Source        []byte                 `protobuf:"bytes,5,opt,name=source,proto3" json:"source,omitempty"`        // verbatim; only when asked for
+	Source        string                 `protobuf:"bytes,5,opt,name=source,proto3" json:"source,omitempty"`        // verbatim; only when asked for
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2580,11 +2580,11 @@ func (x *Policy) GetEndpoints() uint32 {
 	return 0
 }
 
-func (x *Policy) GetSource() []byte {
+func (x *Policy) GetSource() string {
 	if x != nil {
 		return x.Source
 	}
-	return nil
+	return ""
 }
 
 type GetPolicyRequest struct {
@@ -3534,7 +3534,7 @@ const file_agent_proto_rawDesc = "" +
 	"\x04file\x18\x02 \x01(\tR\x04file\x126\n" +
 	"\bimported\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\bimported\x12\x1c\n" +
 	"\tendpoints\x18\x04 \x01(\rR\tendpoints\x12\x16\n" +
-	"\x06source\x18\x05 \x01(\fR\x06source\"D\n" +
+	"\x06source\x18\x05 \x01(\tR\x06source\"D\n" +
 	"\x10GetPolicyRequest\x120\n" +
 	"\x03ref\x18\x01 \x01(\v2\x1e.portcullis.agent.v1.PolicyRefR\x03ref\"H\n" +
 	"\x11GetPolicyResponse\x123\n" +

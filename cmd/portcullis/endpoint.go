@@ -14,7 +14,7 @@ func newEndpointCmd(env *Env) *cobra.Command {
 	ls := &cobra.Command{
 		Use:   "list",
 		Short: "List this node's endpoints",
-		Args:  usageArgs(cobra.NoArgs),
+		Args:  usageArgs(noArgs),
 	}
 	o := addOutput(ls)
 	ls.RunE = func(cmd *cobra.Command, _ []string) error {

@@ -15,7 +15,7 @@ func newIdentityCmd(env *Env) *cobra.Command {
 		Short: "List the identities that are in use on this node",
 		Long: "List the identities that are in use on this node.\n\n" +
 			"Numbers are names of this node only: other nodes may use others. The hash is the same everywhere.",
-		Args: usageArgs(cobra.NoArgs),
+		Args: usageArgs(noArgs),
 	}
 	o := addOutput(ls)
 	reserved := ls.Flags().Bool("reserved", false, "the built-in identities too (host, world, ...)")

@@ -15,7 +15,7 @@ func newIPCacheCmd(env *Env) *cobra.Command {
 	ls := &cobra.Command{
 		Use:   "list",
 		Short: "List the bindings that this node knows: who holds which IP, on what evidence",
-		Args:  usageArgs(cobra.NoArgs),
+		Args:  usageArgs(noArgs),
 	}
 	lsOut := addOutput(ls)
 	ls.RunE = func(cmd *cobra.Command, _ []string) error {
@@ -66,36 +66,37 @@ func bindingTable(tw *tabwriter.Writer, bindings []*api.Binding) {
 }
 
 func bindingDetail(env *Env, b *api.Binding) error {
-	tw := tabwriter.NewWriter(env.Stdout, 0, 0, 2, ' ', 0)
-	row(tw, "IP:", b.GetIp())
-	row(tw, "State:", b.GetState())
-	row(tw, "Generation:", b.GetGeneration())
-	row(tw, "Workload:", workload(b.GetWorkload()))
-	row(tw, "UID:", b.GetWorkload().GetUid())
-	row(tw, "Identity:", identityText(b.GetIdentity()))
-	row(tw, "SPIFFE ID:", b.GetIdentity().GetSpiffeId())
 	owner := b.GetOwner()
 	if b.GetLocal() {
 		owner += " (this node)"
 	}
-	row(tw, "Owner:", owner)
-	row(tw, "Evidence:", b.GetEvidence())
-	row(tw, "Mode:", b.GetMode())
-	row(tw, "Remaining lease:", span(b.GetRemaining()))
-	row(tw, "Age:", span(b.GetAge()))
-	row(tw, "Stamp:", b.GetStamp())
-	if err := tw.Flush(); err != nil || len(b.GetGrants()) == 0 {
+	err := table(env.Stdout, 2, func(tw *tabwriter.Writer) {
+		row(tw, "IP:", b.GetIp())
+		row(tw, "State:", b.GetState())
+		row(tw, "Generation:", b.GetGeneration())
+		row(tw, "Workload:", workload(b.GetWorkload()))
+		row(tw, "UID:", b.GetWorkload().GetUid())
+		row(tw, "Identity:", identityText(b.GetIdentity()))
+		row(tw, "SPIFFE ID:", b.GetIdentity().GetSpiffeId())
+		row(tw, "Owner:", owner)
+		row(tw, "Evidence:", b.GetEvidence())
+		row(tw, "Mode:", b.GetMode())
+		row(tw, "Remaining lease:", span(b.GetRemaining()))
+		row(tw, "Age:", span(b.GetAge()))
+		row(tw, "Stamp:", b.GetStamp())
+	})
+	if err != nil || len(b.GetGrants()) == 0 {
 		return err
 	}
 	fmt.Fprintln(env.Stdout, "\nLeases on it:")
-	tw = tabwriter.NewWriter(env.Stdout, 0, 0, 3, ' ', 0)
-	row(tw, "VERIFIER", "ENDS WITHIN", "REVOKED")
-	for _, g := range b.GetGrants() {
-		revoked := "no"
-		if g.GetRevoked() {
-			revoked = "yes, not acknowledged yet"
+	return table(env.Stdout, gap, func(tw *tabwriter.Writer) {
+		row(tw, "VERIFIER", "ENDS WITHIN", "REVOKED")
+		for _, g := range b.GetGrants() {
+			revoked := "no"
+			if g.GetRevoked() {
+				revoked = "yes, not acknowledged yet"
+			}
+			row(tw, g.GetVerifier(), span(g.GetRemaining()), revoked)
 		}
-		row(tw, g.GetVerifier(), span(g.GetRemaining()), revoked)
-	}
-	return tw.Flush()
+	})
 }

@@ -31,7 +31,7 @@ direction that passes, every packet that is held, and every packet that is dropp
 Filters: an event is shown when it matches every filter that is given; a filter
 that is given several times matches any of its values.`,
 		Example: "  portcullis monitor --verdict drop\n  portcullis monitor --label org=alliance --port 80 -o json",
-		Args:    usageArgs(cobra.NoArgs),
+		Args:    usageArgs(noArgs),
 	}
 	req := &api.MonitorRequest{}
 	var ports, endpoints []uint
@@ -49,7 +49,11 @@ that is given several times matches any of its values.`,
 	var line flow.Formatter
 	f.BoolVarP(&line.Time, "timestamps", "t", false, "the time first")
 	f.BoolVarP(&line.Verbose, "verbose", "v", false, "the labels of both ends too")
+	for _, name := range []string{"port", "endpoint"} {
+		f.Lookup(name).DefValue = "" // else the help shows an empty list
+	}
 	o := addOutput(cmd)
+	f.Lookup("output").Usage = "table or json, one object per line (PORTCULLIS_OUTPUT)"
 
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		if *o == outYAML {

@@ -92,11 +92,9 @@ func explain(err error) error {
 }
 
 // list prints messages: json and yaml as one list, table by rows.
-func list[M proto.Message](w io.Writer, o output, items []M, table func(*tabwriter.Writer)) error {
+func list[M proto.Message](w io.Writer, o output, items []M, rows func(*tabwriter.Writer)) error {
 	if o == outTable {
-		tw := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
-		table(tw)
-		return tw.Flush()
+		return table(w, gap, rows)
 	}
 	raw := make([]json.RawMessage, len(items))
 	for i, m := range items {
@@ -111,6 +109,26 @@ func list[M proto.Message](w io.Writer, o output, items []M, table func(*tabwrit
 		return err
 	}
 	return structured(w, o, b)
+}
+
+// gap is the number of spaces between the columns of a listing.
+const gap = 3
+
+// table prints rows, aligned, without blanks at the ends of lines.
+func table(w io.Writer, gap int, rows func(*tabwriter.Writer)) error {
+	var b bytes.Buffer
+	tw := tabwriter.NewWriter(&b, 0, 0, gap, ' ', 0)
+	rows(tw)
+	if err := tw.Flush(); err != nil {
+		return err
+	}
+	var out bytes.Buffer
+	for line := range bytes.Lines(b.Bytes()) {
+		out.Write(bytes.TrimRight(line, " \n"))
+		out.WriteByte('\n')
+	}
+	_, err := w.Write(out.Bytes())
+	return err
 }
 
 // object prints one message.
@@ -154,7 +172,8 @@ func plain(n *yaml.Node) {
 	}
 }
 
-// row writes one line of a table.
+// row writes one line of a table. An empty cell is shown as -, a blank one as
+// nothing.
 func row(tw *tabwriter.Writer, cells ...any) {
 	s := make([]string, len(cells))
 	for i, c := range cells {

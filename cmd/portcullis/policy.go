@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"strings"
 	"text/tabwriter"
 
 	"github.com/spf13/cobra"
@@ -15,7 +17,7 @@ import (
 
 func newPolicyCmd(env *Env) *cobra.Command {
 	return group("policy", "Policies of this node: import, look, delete",
-		newPolicyImportCmd(env), newPolicyGetCmd(env), newPolicyDeleteCmd(env))
+		newPolicyImportCmd(env), newPolicyValidateCmd(env), newPolicyGetCmd(env), newPolicyDeleteCmd(env))
 }
 
 func newPolicyImportCmd(env *Env) *cobra.Command {
@@ -28,7 +30,7 @@ A FILE is YAML or JSON with NetworkPolicy and CiliumNetworkPolicy documents; a
 directory stands for its *.yaml, *.yml and *.json files; - is the standard input.
 What is not supported is refused with the path of its field, never ignored.`,
 		Example: "  portcullis policy import -f deny-all.yaml -f policies/\n  kubectl get cnp -A -o yaml | portcullis policy import -f -",
-		Args:    usageArgs(cobra.NoArgs),
+		Args:    usageArgs(noArgs),
 	}
 	files := addFiles(cmd)
 	o := addOutput(cmd)
@@ -42,42 +44,83 @@ What is not supported is refused with the path of its field, never ignored.`,
 			if err != nil {
 				return err
 			}
-			if *o != outTable {
-				if err := object(env.Stdout, *o, res); err != nil {
-					return err
-				}
-				if len(res.GetProblems()) > 0 {
-					return exitError{exitFailed}
-				}
-				return nil
-			}
-			if len(res.GetProblems()) > 0 {
-				printProblems(env, res.GetProblems())
-				return fmt.Errorf("nothing was imported: %s", plural(len(res.GetProblems()), "problem", "problems"))
-			}
-			for _, p := range res.GetImported() {
-				what := "imported"
+			return printImport(env, *o, res, "nothing was imported", func(p *api.ImportedPolicy) string {
 				if p.GetReplaced() {
-					what = "replaced"
+					return "replaced"
 				}
-				fmt.Fprintf(env.Stdout, "%s %s\n", p.GetRef().Ref(), what)
-			}
-			return nil
+				return "imported"
+			})
 		})
 	}
 	return cmd
 }
 
+func newPolicyValidateCmd(env *Env) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "validate -f FILE...",
+		Short: "Check policy files as import does, without an agent",
+		Long: `Check policy files as import does, without an agent and without changing anything.
+
+A FILE is what it is to import. Every problem of every file is shown.`,
+		Args: usageArgs(noArgs),
+	}
+	files := addFiles(cmd)
+	o := addOutput(cmd)
+	cmd.RunE = func(*cobra.Command, []string) error {
+		in, err := readFiles(env, *files)
+		if err != nil {
+			return err
+		}
+		policies, problems := api.ParsePolicies(in)
+		res := &api.ImportPoliciesResponse{Problems: problems} // the answer that an import would get
+		for _, p := range policies {
+			res.Imported = append(res.Imported, &api.ImportedPolicy{Ref: api.FromRef(p.Ref)})
+		}
+		return printImport(env, *o, res, "not valid", func(*api.ImportedPolicy) string { return "valid" })
+	}
+	return cmd
+}
+
+// printImport prints what became of each policy, or the problems, and fails
+// if there are any.
+func printImport(env *Env, o output, res *api.ImportPoliciesResponse, failed string, what func(*api.ImportedPolicy) string) error {
+	if o != outTable {
+		if err := object(env.Stdout, o, res); err != nil {
+			return err
+		}
+		if len(res.GetProblems()) > 0 {
+			return exitError{exitFailed}
+		}
+		return nil
+	}
+	if n := len(res.GetProblems()); n > 0 {
+		printProblems(env, res.GetProblems())
+		return fmt.Errorf("%s: %s", failed, plural(n, "problem", "problems"))
+	}
+	for _, p := range res.GetImported() {
+		fmt.Fprintf(env.Stdout, "%s %s\n", p.GetRef().Ref(), what(p))
+	}
+	return nil
+}
+
+// printProblems writes one line for each: file:line: document N: policy: field: text.
 func printProblems(env *Env, problems []*api.PolicyProblem) {
 	for _, p := range problems {
-		fmt.Fprint(env.Stderr, p.GetFile()+": ")
-		if p.GetPolicy() != "" {
-			fmt.Fprint(env.Stderr, p.GetPolicy()+": ")
+		var b strings.Builder
+		b.WriteString(p.GetFile())
+		if p.GetLine() > 0 {
+			fmt.Fprintf(&b, ":%d", p.GetLine())
 		}
-		if p.GetField() != "" {
-			fmt.Fprint(env.Stderr, p.GetField()+": ")
+		b.WriteString(": ")
+		if p.GetDocument() > 0 {
+			fmt.Fprintf(&b, "document %d: ", p.GetDocument())
 		}
-		fmt.Fprintln(env.Stderr, p.GetText())
+		for _, s := range []string{p.GetPolicy(), p.GetField()} {
+			if s != "" {
+				b.WriteString(s + ": ")
+			}
+		}
+		fmt.Fprintln(env.Stderr, b.String()+p.GetText())
 	}
 }
 
@@ -107,7 +150,7 @@ func newPolicyGetCmd(env *Env) *cobra.Command {
 			if *o != outTable {
 				return object(env.Stdout, *o, res.GetPolicy())
 			}
-			_, err = env.Stdout.Write(res.GetPolicy().GetSource())
+			_, err = io.WriteString(env.Stdout, res.GetPolicy().GetSource())
 			return err
 		})
 	}
@@ -152,7 +195,7 @@ func newPolicyDeleteCmd(env *Env) *cobra.Command {
 		return ask(cmd.Context(), env, func(ctx context.Context, c *api.Client) error {
 			res, err := c.DeletePolicies(ctx, req)
 			if status.Code(err) == codes.NotFound {
-				return fmt.Errorf("nothing was deleted: %s: `portcullis policy get` lists the policies in force", status.Convert(err).Message())
+				return fmt.Errorf("%s: `portcullis policy get` lists the policies in force", status.Convert(err).Message())
 			}
 			if err != nil {
 				return err

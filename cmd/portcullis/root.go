@@ -99,7 +99,7 @@ func newRoot(env *Env) *cobra.Command {
 // group returns a command that only holds others: alone, or with a word that
 // is none of them, it is a usage error.
 func group(use, short string, sub ...*cobra.Command) *cobra.Command {
-	cmd := &cobra.Command{Use: use, Short: short}
+	cmd := &cobra.Command{Use: use, Short: short, DisableFlagsInUseLine: true}
 	cmd.Args = func(cmd *cobra.Command, args []string) error {
 		if len(args) == 0 {
 			return nil
@@ -122,7 +122,15 @@ func group(use, short string, sub ...*cobra.Command) *cobra.Command {
 	return cmd
 }
 
-// argsError makes what a positional-arguments check finds a usage error.
+// noArgs is cobra.NoArgs in plain words.
+func noArgs(cmd *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return fmt.Errorf("%s takes no arguments, but was given %q", cmd.CommandPath(), args)
+	}
+	return nil
+}
+
+// usageArgs makes what a positional-arguments check finds a usage error.
 func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
 		if err := check(cmd, args); err != nil {

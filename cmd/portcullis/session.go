@@ -18,7 +18,7 @@ func newSessionCmd(env *Env) *cobra.Command {
 		Short: "List the sessions with other agents",
 		Long: "List the sessions with other agents.\n\n" +
 			"Role is this node's part: a verifier holds leases of the peer, an owner has given leases to the peer.",
-		Args: usageArgs(cobra.NoArgs),
+		Args: usageArgs(noArgs),
 	}
 	o := addOutput(ls)
 	ls.RunE = func(cmd *cobra.Command, _ []string) error {

@@ -15,7 +15,7 @@ func newStatusCmd(env *Env) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "status",
 		Short: "Tell the health of the agent, its sources, sessions and maps (exit status 1: not healthy)",
-		Args:  usageArgs(cobra.NoArgs),
+		Args:  usageArgs(noArgs),
 	}
 	o := addOutput(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
@@ -39,14 +39,21 @@ func newStatusCmd(env *Env) *cobra.Command {
 }
 
 func printStatus(env *Env, s *api.StatusResponse) error {
-	tw := tabwriter.NewWriter(env.Stdout, 0, 0, 2, ' ', 0)
+	err := table(env.Stdout, 2, func(tw *tabwriter.Writer) { statusLines(env, tw, s) })
+	if err != nil {
+		return err
+	}
+	return printStatusTables(env, s)
+}
+
+func statusLines(env *Env, tw *tabwriter.Writer, s *api.StatusResponse) {
 	health := "ok"
 	if !s.GetHealthy() {
 		health = "NOT HEALTHY"
 	}
 	row(tw, "Agent:", health)
 	for _, p := range s.GetProblems() {
-		row(tw, "", "! "+p)
+		row(tw, " ", "! "+p)
 	}
 	row(tw, "Node:", s.GetNode())
 	row(tw, "Version:", s.GetVersion())
@@ -54,10 +61,10 @@ func printStatus(env *Env, s *api.StatusResponse) error {
 	row(tw, "Evidence:", fmt.Sprintf("%s, ttl %s, heartbeat %s, reuse margin %s",
 		s.GetEvidenceMode(), span(s.GetTtl()), span(s.GetHeartbeat()), span(s.GetReuseMargin())))
 	if s.GetEvidenceMode() == "classic" {
-		row(tw, "", "! bindings are believed until told otherwise: a reused IP passes as its dead holder")
+		row(tw, " ", "! bindings are believed until told otherwise: a reused IP passes as its dead holder")
 	}
 	if w := s.GetStartupWait(); w.AsDuration() > 0 {
-		row(tw, "", "! no IP is given to a workload for another "+flow.Age(w.AsDuration())+": leases of before the start may be alive")
+		row(tw, " ", "! no IP is given to a workload for another "+flow.Age(w.AsDuration())+": leases of before the start may be alive")
 	}
 	svid := s.GetSpiffeId()
 	if e := s.GetCertificateExpiry(); e != nil {
@@ -76,10 +83,6 @@ func printStatus(env *Env, s *api.StatusResponse) error {
 	row(tw, "Held packets:", fmt.Sprintf("%d of %d; since the start %d held, %d re-injected, %d dropped",
 		h.GetOutstanding(), h.GetLimit(), h.GetTotal(), h.GetReinjected(), h.GetDropped()))
 	row(tw, "Lost events:", s.GetLostEvents())
-	if err := tw.Flush(); err != nil {
-		return err
-	}
-	return printStatusTables(env, s)
 }
 
 func printStatusTables(env *Env, s *api.StatusResponse) error {
@@ -88,12 +91,12 @@ func printStatusTables(env *Env, s *api.StatusResponse) error {
 			return nil
 		}
 		fmt.Fprintln(env.Stdout)
-		tw := tabwriter.NewWriter(env.Stdout, 0, 0, 3, ' ', 0)
-		row(tw, header...)
-		for i := range n {
-			row(tw, line(i)...)
-		}
-		return tw.Flush()
+		return table(env.Stdout, gap, func(tw *tabwriter.Writer) {
+			row(tw, header...)
+			for i := range n {
+				row(tw, line(i)...)
+			}
+		})
 	}
 	if err := section(len(s.GetAlarms()), []any{"ALARM", "SINCE", "COUNT", "TEXT"}, func(i int) []any {
 		a := s.GetAlarms()[i]

@@ -46,7 +46,7 @@ func buildVersion() versionInfo {
 }
 
 func newVersionCmd(env *Env) *cobra.Command {
-	cmd := &cobra.Command{Use: "version", Short: "Tell this binary's version", Args: usageArgs(cobra.NoArgs)}
+	cmd := &cobra.Command{Use: "version", Short: "Tell this binary's version", Args: usageArgs(noArgs)}
 	o := addOutput(cmd)
 	cmd.RunE = func(*cobra.Command, []string) error {
 		v := buildVersion()

@@ -322,7 +322,7 @@ func TestHash(t *testing.T) {
 
 func TestAge(t *testing.T) {
 	for d, want := range map[time.Duration]string{
-		0: "0ns", 999: "999ns", 1500: "1us", 412 * time.Millisecond: "412ms", 3249 * time.Millisecond: "3.2s",
+		0: "0s", 999: "999ns", 1500: "1us", 412 * time.Millisecond: "412ms", 3249 * time.Millisecond: "3.2s",
 		59990 * time.Millisecond: "59.9s", 5*time.Minute + 10*time.Second: "5m10s", 123 * time.Minute: "2h3m",
 		49 * time.Hour: "2d1h", -3 * time.Second: "-3.0s",
 	} {

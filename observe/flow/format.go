@@ -93,6 +93,8 @@ func Age(d time.Duration) string {
 	switch {
 	case d < 0:
 		return "-" + Age(-d)
+	case d == 0:
+		return "0s"
 	case d < time.Microsecond:
 		return strconv.FormatInt(int64(d), 10) + "ns"
 	case d < time.Millisecond:
