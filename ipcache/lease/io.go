@@ -38,12 +38,17 @@ type (
 		Ports    []identity.NamedPort
 	}
 	// Adopt: the pinned endpoints map holds this very workload, active: it
-	// is not a rebind.
+	// is not a rebind. Adopts come before every other input; a later one is
+	// an Add, so its endpoint must be quarantined first. Generation 0 means
+	// the journalled one (a node's own addresses are in no endpoints map);
+	// where the journal does not know it, the Adopt is an Add.
 	Adopt struct {
 		Add
 		Generation identity.Generation
 	}
-	// Delete: the workload is gone and the gate of its endpoint is closed.
+	// Delete: the workload is gone and the gate of its endpoint is closed:
+	// its programs drop everything, its held packets and re-injections are
+	// discarded. The time of the step is read after that.
 	// A UID that is not held changes nothing.
 	Delete struct{ UID identity.UID }
 
@@ -77,6 +82,17 @@ type (
 		UID        identity.UID
 		Generation identity.Generation
 	}
+	// CloseEndpoint: another workload was given the IP. Close the gate of
+	// this one's endpoint, then send Delete. The newcomer waits for that.
+	CloseEndpoint struct {
+		UID identity.UID
+		Why string
+	}
+	// Rejected: an Add was not taken up; the endpoint stays quarantined.
+	Rejected struct {
+		UID identity.UID
+		Why string
+	}
 	// Journal makes a record durable, before anything after it is done.
 	Journal struct{ Record Record }
 	// OwnerTimer asks for an OwnerTick at that time. Replaces the last one.
@@ -86,19 +102,20 @@ type (
 )
 
 // JournalFailed is fed back when a Journal output failed: nothing after it was
-// done.
+// done. It comes before any other input.
 type JournalFailed struct{ Record Record }
 
 // Record is one line of the owner's journal. Replayed in order, records
 // rebuild what is needed to keep I1 after a restart.
 type Record struct {
-	Kind       RecordKind
-	At         Time // BOOTTIME
-	Boot       identity.BootID
-	Verifier   identity.NodeName `json:",omitempty"` // of a grant
-	IP         netip.Addr
-	Generation identity.Generation
-	UID        identity.UID
+	Kind         RecordKind
+	At           Time              // BOOTTIME
+	Boot         identity.BootID   // of this node's kernel
+	Verifier     identity.NodeName `json:",omitempty"` // of a grant
+	VerifierBoot identity.BootID   // of a grant: the verifier's kernel
+	IP           netip.Addr
+	Generation   identity.Generation
+	UID          identity.UID
 }
 
 // RecordKind tells what a Record is.
@@ -111,6 +128,7 @@ const (
 	RecordGrantEnded            // acked, released, expired, or accounted for
 	RecordBound                 // the IP was activated
 	RecordEnded                 // the binding ended
+	RecordWait                  // nothing is known of what was before At: no IP is bound until then
 )
 
 // LogEntry is one line of the confirmation log (I6): a fact about a binding
@@ -159,6 +177,8 @@ func (JournalFailed) isOwnerInput()  {}
 func (SendToVerifier) isOwnerOutput() {}
 func (CloseVerifier) isOwnerOutput()  {}
 func (Activate) isOwnerOutput()       {}
+func (CloseEndpoint) isOwnerOutput()  {}
+func (Rejected) isOwnerOutput()       {}
 func (Journal) isOwnerOutput()        {}
 func (OwnerTimer) isOwnerOutput()     {}
 func (OwnerLog) isOwnerOutput()       {}
@@ -171,8 +191,8 @@ type VerifierInput interface{ isVerifierInput() }
 
 type (
 	// Want: a packet needs the binding of this IP. Owner is a hint of whom
-	// to ask; "" means that nobody is known. Held tells that a packet is
-	// held for it, which arrived at that time.
+	// to ask; "" means that nobody is known. Arrival is when the packet
+	// that is held for it reached the kernel (without one: now).
 	Want struct {
 		IP      netip.Addr
 		Owner   identity.NodeName
@@ -181,7 +201,8 @@ type (
 	// Unwant: nobody waits for the IP any more (its holds timed out).
 	Unwant struct{ IP netip.Addr }
 	// StreamOpened answers OpenStream: the transport has an authenticated
-	// stream to the owner.
+	// stream to the owner. Every OpenStream is answered, by this or by
+	// OwnerGone with Stream 0, within about the TTL.
 	StreamOpened struct {
 		Owner  identity.NodeName
 		Stream StreamID
@@ -200,6 +221,7 @@ type (
 	// Used: these bindings carried packets since the last such input.
 	Used struct{ IPs []netip.Addr }
 	// StoreFailed: the write failed; the step's later outputs were dropped.
+	// It comes before any other input.
 	StoreFailed struct{ Write Write }
 	// AskMax: planned restart of this node's agent: ask for MaxLease now.
 	AskMax struct{}
@@ -240,6 +262,13 @@ type (
 		Refusal   Refusal
 		Why       Unanswered
 	}
+	// Learned completes what is known of a slot that was restored after a
+	// restart: the kernel's maps keep an identity's hash alone. No write.
+	Learned struct {
+		Slot    uint32
+		Stamp   uint64
+		Binding identity.Binding
+	}
 	// VerifierTimer asks for a VerifierTick at that time. Replaces the last.
 	VerifierTimer struct{ At Time }
 	// VerifierLog is a line of the confirmation log.
@@ -254,8 +283,19 @@ const (
 	AnsweredRefused     Unanswered = iota // Refusal tells more
 	UnansweredNoOwner                     // nobody to ask
 	UnansweredNoSession                   // the owner cannot be reached
-	UnansweredMapFull
+	UnansweredMapFull                     // no room for the binding, the lease or the wait
+	UnansweredTimeout                     // asked, no answer yet (Verifier.Reason only)
 )
+
+var unansweredNames = [...]string{"refused", "no-owner", "no-session", "map-full", "timeout"}
+
+// String returns the word used in logs.
+func (u Unanswered) String() string {
+	if int(u) < len(unansweredNames) {
+		return unansweredNames[u]
+	}
+	return "invalid"
+}
 
 // Write is a change of the kernel's maps. Verifier outputs contain the types
 // below; each is idempotent.
@@ -288,7 +328,8 @@ type (
 		Stamp uint64
 		Lease uint32
 	}
-	// SetDeadline stores the deadline of a lease. 0 ends it.
+	// SetDeadline stores the deadline of a lease. 0 ends it. (The datapath
+	// writes it one clock tick early, see pc_clock in bpf/abi.h.)
 	SetDeadline struct {
 		Lease    uint32
 		Deadline Time
@@ -311,6 +352,7 @@ func (CloseOwner) isVerifierOutput()    {}
 func (SendToOwner) isVerifierOutput()   {}
 func (Answer) isVerifierOutput()        {}
 func (VerifierTimer) isVerifierOutput() {}
+func (Learned) isVerifierOutput()       {}
 func (VerifierLog) isVerifierOutput()   {}
 func (Install) isVerifierOutput()       {}
 func (Zero) isVerifierOutput()          {}

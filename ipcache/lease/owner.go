@@ -1,0 +1,496 @@
+package lease
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"portcullis/identity"
+)
+
+// OwnerMachine is what Owner and ClassicOwner have in common.
+type OwnerMachine interface {
+	// Step tells the machine what happened and returns what is to be done,
+	// in order. now is this node's BOOTTIME, read after the input was.
+	Step(now Time, in OwnerInput) []OwnerOutput
+	// Workloads returns what the owner knows of this node's workloads.
+	Workloads() []WorkloadInfo
+	// Sessions returns the sessions with verifiers.
+	Sessions() []OwnerSession
+}
+
+// OwnerConfig is what an Owner must know. Fields without a default are required.
+type OwnerConfig struct {
+	Node identity.NodeName
+	Boot identity.BootID // of this kernel
+
+	// ReuseMargin is how long an IP rests between two workloads: at least
+	// (1 + rho) x (Flight + one confirmation round trip). Required, > 0.
+	ReuseMargin time.Duration
+	// Flight is F: the longest a packet stays between leaving its workload
+	// and being judged (A5). Default: a third of ReuseMargin.
+	Flight time.Duration
+	// Grants bounds the grant table. Full means Refused(busy); a grant is
+	// never evicted (I6). Default 65,536.
+	Grants int
+	// MaxWorkloads bounds the workloads. Default 4,096.
+	MaxWorkloads int
+	// ConfirmRate and ConfirmBurst bound the Confirms of each verifier, in
+	// requests per second and requests. Defaults 5,000 and 5,000.
+	ConfirmRate, ConfirmBurst int
+
+	// Nonce returns a fresh random nonce. Required.
+	Nonce func() Nonce
+	// Mine tells whether this node may speak for an IP: its ranges and its
+	// own addresses. Required.
+	Mine func(netip.Addr) bool
+
+	// LastGeneration is the greatest generation known to have been given in
+	// this boot, from a pinned map; the journal's are taken into account.
+	LastGeneration identity.Generation
+	// Journal tells what is known of the process before; see JournalState.
+	// Required.
+	Journal JournalState
+	// Records are the journal's, oldest first.
+	Records []Record
+	// FreshRanges states that this node's ranges were never served in this
+	// boot, so a missing journal means that there was nothing to write. It
+	// is never a default: wrong, it breaks I1.
+	FreshRanges bool
+}
+
+// JournalState tells what became of the journal of the process before.
+type JournalState uint8
+
+// The states of the journal at start.
+const (
+	_                JournalState = iota
+	JournalPresent                // of this kernel boot, complete
+	JournalOtherBoot              // of another boot: its grants were made before this one began
+	JournalMissing                // nothing is known of what was granted in this boot
+)
+
+// WorkloadState is where a workload stands with its owner.
+//
+//	     Add                gate open: Journal(bound), Activate
+//	none ────▶ quarantined ────────────────────────────────────▶ active
+//	 ▲  ▲          │  ▲                                            │ │
+//	 │  └──────────┘  └────────────────────────────────────────────┘ │
+//	 │   Delete, or           JournalFailed(bound): undone           │
+//	 │   another Add of its IP                   another Add of its IP
+//	 │                                                               ▼
+//	 └────────────────────────────────────────────────────────── leaving
+//	                        Delete (from active too)
+//
+// Adopt leads from none to active without a wait: it is no rebind.
+type WorkloadState uint8
+
+// The states of a workload.
+const (
+	WorkloadNone        WorkloadState = iota // not known
+	WorkloadQuarantined                      // its IPs still rest, or somebody believes in their last holder
+	WorkloadActive                           // it holds its IPs
+	WorkloadLeaving                          // another was given one of its IPs: it must close first
+)
+
+var workloadStates = [...]string{"none", "quarantined", "active", "leaving"}
+
+// String returns the word that the command line uses.
+func (s WorkloadState) String() string { return workloadStates[s] }
+
+// StreamState is where a verifier's stream stands with the owner.
+//
+//	     StreamAccepted: Challenge          Hello with the last nonce: Welcome
+//	none ─────────────────────────▶ challenged ────────────────────────────▶ open
+//	 ▲                                  │                                     │
+//	 └──────────────────────────────────┴─────────────────────────────────────┘
+//	   VerifierGone; a newer stream was challenged / opened; any other message
+//	   before Hello; silence
+//
+// What is read from a stream in state none is discarded.
+type StreamState uint8
+
+// The states of a stream.
+const (
+	StreamNone StreamState = iota
+	StreamChallenged
+	StreamOpen
+)
+
+var streamStates = [...]string{"none", "challenged", "open"}
+
+// String returns the state's name.
+func (s StreamState) String() string { return streamStates[s] }
+
+// Owner is the authority on who holds this node's IPs. One serves all verifiers.
+type Owner struct {
+	cfg   OwnerConfig
+	start Time
+	now   Time
+
+	// I1: until then, and a margin longer, nothing is bound, because leases
+	// given before this process may run. 0: no such wait.
+	coldUntil Time
+	// The latest end of bindings of which nothing more is remembered.
+	forgotten    Time
+	anyForgotten bool
+
+	lastGen    identity.Generation
+	settled    bool // the Adopts are over
+	leaving    bool
+	waitUnsaid bool // the start-up wait is not in the journal yet
+	nextSeq    uint64
+	nextSweep  Time
+	timer      Time // last asked for; 0: none
+
+	workloads map[identity.UID]*workload
+	waiting   []*workload // quarantined, oldest first
+	ips       map[netip.Addr]*address
+	verifiers map[identity.NodeName]*book
+	streams   map[StreamID]*ownerStream
+	grants    int // in all
+
+	out  []OwnerOutput // of this step
+	soft []Record      // of this step: to be journalled after everything else
+	last []OwnerOutput // of the last step
+}
+
+type workload struct {
+	Add
+	hash  identity.Hash
+	state WorkloadState
+	gen   identity.Generation // when active or leaving
+	added Time
+	retry Time // not activated before: the journal failed
+}
+
+// address is what is remembered of one of this node's IPs.
+type address struct {
+	ip     netip.Addr
+	holder *workload // active or leaving; nil: nobody
+	next   *workload // quarantined; nil: nobody
+
+	// I1: the margin counts from the later of these two.
+	ended    Time // the last binding's end (since counts from it)
+	gone     Time // the last time that a grant went
+	hasEnded bool
+	hasGone  bool
+
+	grants []*grant
+	bound  *journalled // until settled: what the journal shows as bound
+}
+
+// grant is the owner's knowledge that a verifier may hold a lease on a binding.
+//
+//	Confirm,               Delete: Revoke;
+//	Hello (stands)         Hello (does not stand): Welcome.Revoked
+//	     ──────▶ standing ─────────────────────────▶ revoked
+//	                │                                   │
+//	                ▼                                   ▼
+//	Release; not in Hello; deadline       Ack; Release; not in Hello; deadline
+//	past and no open session              past and no open session
+type grant struct {
+	verifier *book
+	boot     identity.BootID // of the verifier's kernel: only it can account for the grant
+	ip       netip.Addr
+	gen      identity.Generation
+	uid      identity.UID
+
+	// I1: the verifier's lease ends no later than floor, or, while the grant
+	// stands in an open session, the later of floor and the session's
+	// deadline. It never moves back.
+	floor   Time
+	session *ownerStream // nil: none is open
+	revoked bool         // its deadline is frozen
+	seq     uint64       // of the Revoke that was sent; 0: none
+	told    bool         // was in Welcome.Revoked of this session
+	logged  bool         // the expiry was
+
+	at int // index in verifier.grants
+}
+
+// deadline is when the verifier's lease on the binding is surely over.
+func (g *grant) deadline() Time {
+	if g.session != nil && !g.revoked {
+		return later(g.floor, g.session.deadline)
+	}
+	return g.floor
+}
+
+// book is the owner's account of one verifier.
+type book struct {
+	name    identity.NodeName
+	nonce   *ownerStream // the stream whose nonce was issued last, until used
+	session *ownerStream // open; nil: none
+	grants  []*grant
+	refused map[netip.Addr]Time
+	allowAt Time // rate limit (GCRA): theoretical arrival time
+}
+
+type ownerStream struct {
+	id    StreamID
+	v     *book
+	state StreamState
+	nonce Nonce
+	// of an open one
+	boot     identity.BootID
+	deadline Time // I1: of every standing grant of the session; never moves back
+	seen     Time
+}
+
+// NewOwner returns an owner that starts now. Give it the Adopts first, then an
+// OwnerTick, so that it asks for its timer.
+func NewOwner(cfg OwnerConfig, now Time) (*Owner, error) {
+	if cfg.Flight == 0 {
+		cfg.Flight = cfg.ReuseMargin / 3
+	}
+	setDefault(&cfg.Grants, 65_536)
+	setDefault(&cfg.MaxWorkloads, 4_096)
+	setDefault(&cfg.ConfirmRate, 5_000)
+	setDefault(&cfg.ConfirmBurst, 5_000)
+	switch {
+	case cfg.Node == "":
+		return nil, errors.New("lease: owner without a node name")
+	case cfg.Nonce == nil || cfg.Mine == nil:
+		return nil, errors.New("lease: owner without nonce source or authorisation")
+	case cfg.ReuseMargin <= 0:
+		return nil, errors.New("lease: reuse margin must be positive")
+	case stretch(cfg.Flight) > cfg.ReuseMargin:
+		return nil, fmt.Errorf("lease: reuse margin %v is less than 1.25 x the flight bound %v", cfg.ReuseMargin, cfg.Flight)
+	case cfg.Journal < JournalPresent || cfg.Journal > JournalMissing:
+		return nil, errors.New("lease: what became of the journal must be said")
+	}
+	o := &Owner{
+		cfg: cfg, start: now, now: now, lastGen: cfg.LastGeneration,
+		workloads: map[identity.UID]*workload{},
+		ips:       map[netip.Addr]*address{},
+		verifiers: map[identity.NodeName]*book{},
+		streams:   map[StreamID]*ownerStream{},
+	}
+	o.replay()
+	o.cfg.Records = nil
+	return o, nil
+}
+
+func setDefault(p *int, v int) {
+	if *p == 0 {
+		*p = v
+	}
+}
+
+// Step implements OwnerMachine.
+func (o *Owner) Step(now Time, in OwnerInput) []OwnerOutput {
+	o.now = later(o.now, now) // a clock that went back must not shorten a wait
+	o.out, o.soft = nil, nil
+	if _, ok := in.(Adopt); !ok {
+		o.settle()
+		if o.waitUnsaid {
+			// Before anything else, so that no journal lacks it.
+			o.waitUnsaid = false
+			o.emit(Journal{Record{Kind: RecordWait, At: o.coldUntil, Boot: o.cfg.Boot}})
+		}
+	}
+	switch in := in.(type) {
+	case StreamAccepted:
+		o.accept(in)
+	case FromVerifier:
+		o.receive(in)
+	case VerifierGone:
+		o.closed(in.Stream)
+	case Add:
+		o.add(in)
+	case Adopt:
+		o.adopt(in)
+	case Delete:
+		o.delete(in.UID)
+	case Leave:
+		o.leave()
+	case JournalFailed:
+		o.journalFailed(in.Record)
+	case OwnerTick:
+		// The work is below.
+	}
+	if o.settled {
+		o.activate()
+		o.sweep()
+	}
+	for _, r := range o.soft {
+		o.emit(Journal{r})
+	}
+	o.setTimer()
+	o.last = o.out
+	return o.out
+}
+
+func (o *Owner) emit(out OwnerOutput) { o.out = append(o.out, out) }
+
+func (o *Owner) log(e LogEntry) { o.emit(OwnerLog{e}) }
+
+// setTimer asks for the next tick, when it is not asked for already.
+func (o *Owner) setTimer() {
+	at := o.nextSweep
+	for _, w := range o.waiting {
+		if t, ok := o.openAt(w); ok && !o.leaving && (at == 0 || t < at) {
+			at = t
+		}
+	}
+	if at == 0 || at == o.timer && at > o.now {
+		return
+	}
+	o.timer = at
+	o.emit(OwnerTimer{at})
+}
+
+// sweepEvery is how often what is over is cleared away. Nothing waits for it:
+// gates open by the deadlines themselves.
+const sweepEvery = time.Second
+
+// sweep forgets what can no longer matter: grants whose deadline has passed
+// and whose session is not open, silent sessions, addresses at rest.
+func (o *Owner) sweep() {
+	if o.now < o.nextSweep {
+		return
+	}
+	o.nextSweep = 0
+	names := make([]identity.NodeName, 0, len(o.verifiers))
+	for n := range o.verifiers {
+		names = append(names, n)
+	}
+	slices.Sort(names)
+	for _, n := range names {
+		o.sweepVerifier(o.verifiers[n])
+	}
+	for ip, a := range o.ips {
+		if a.holder != nil || a.next != nil || len(a.grants) > 0 || o.now < later(a.ended, a.gone).Add(2*MaxLease) {
+			continue
+		}
+		if a.hasEnded && (!o.anyForgotten || a.ended > o.forgotten) {
+			o.forgotten, o.anyForgotten = a.ended, true
+		}
+		delete(o.ips, ip)
+	}
+	if len(o.verifiers) > 0 || len(o.ips) > len(o.workloads) {
+		o.nextSweep = o.now.Add(sweepEvery)
+	}
+}
+
+func (o *Owner) sweepVerifier(v *book) {
+	// A session that has been silent for a whole MaxLease after its deadline
+	// is dead, whatever the transport says.
+	if s := v.session; s != nil && o.now > s.deadline.Add(MaxLease) {
+		o.endSession(v, "silent")
+		o.emit(CloseVerifier{s.id, "silent"})
+		delete(o.streams, s.id)
+	}
+	for i := len(v.grants) - 1; i >= 0; i-- {
+		g := v.grants[i]
+		if o.now < g.deadline() {
+			continue
+		}
+		if g.revoked && !g.logged {
+			g.logged = true
+			o.log(LogEntry{Kind: LogExpiry, Peer: v.name, IP: g.ip, Generation: g.gen, UID: g.uid})
+		}
+		// Expiry opens the gate on reuse, but never removes a grant from an
+		// open session: a Binding may still be on its way, and only a Revoke
+		// behind it keeps the next renewal from bringing it to life (I1).
+		if g.session == nil {
+			o.drop(g, g.deadline())
+		}
+	}
+	for ip, t := range v.refused {
+		if o.now > t.Add(boundWindow) {
+			delete(v.refused, ip)
+		}
+	}
+	if v.session == nil && v.nonce == nil && len(v.grants) == 0 {
+		delete(o.verifiers, v.name)
+	}
+}
+
+// WorkloadInfo is what status commands show of a workload.
+type WorkloadInfo struct {
+	Add
+	State      WorkloadState
+	Generation identity.Generation
+	Since      Time // added
+	OpensAt    Time // when quarantined: at the latest, as far as is known; 0: not bounded
+	Leases     int  // when quarantined: grants that it waits for
+}
+
+// Workloads implements OwnerMachine: sorted by UID.
+func (o *Owner) Workloads() []WorkloadInfo {
+	out := make([]WorkloadInfo, 0, len(o.workloads))
+	for _, w := range o.workloads {
+		i := WorkloadInfo{Add: w.Add, State: w.state, Generation: w.gen, Since: w.added}
+		if w.state == WorkloadQuarantined {
+			i.OpensAt, _ = o.openAt(w)
+			for _, ip := range w.IPs {
+				for _, g := range o.ips[ip].grants {
+					if o.now < g.deadline() {
+						i.Leases++
+					}
+				}
+			}
+		}
+		out = append(out, i)
+	}
+	slices.SortFunc(out, func(a, b WorkloadInfo) int { return slices.Compare(a.UID[:], b.UID[:]) })
+	return out
+}
+
+// OwnerSession is what status commands show of a session with a verifier.
+type OwnerSession struct {
+	Stream   StreamID
+	Verifier identity.NodeName
+	State    StreamState
+	Deadline Time // of the leases given on it, by this node's clock
+	Grants   int
+}
+
+// Sessions implements OwnerMachine: sorted by stream.
+func (o *Owner) Sessions() []OwnerSession {
+	out := make([]OwnerSession, 0, len(o.streams))
+	for _, s := range o.streams {
+		i := OwnerSession{Stream: s.id, Verifier: s.v.name, State: s.state, Deadline: s.deadline}
+		if s.state == StreamOpen {
+			i.Grants = len(s.v.grants)
+		}
+		out = append(out, i)
+	}
+	slices.SortFunc(out, func(a, b OwnerSession) int { return int(a.Stream) - int(b.Stream) })
+	return out
+}
+
+// StreamState returns where a stream stands.
+func (o *Owner) StreamState(id StreamID) StreamState {
+	if s := o.streams[id]; s != nil {
+		return s.state
+	}
+	return StreamNone
+}
+
+// WorkloadState returns where a workload stands.
+func (o *Owner) WorkloadState(uid identity.UID) WorkloadState {
+	if w := o.workloads[uid]; w != nil {
+		return w.state
+	}
+	return WorkloadNone
+}
+
+// GrantDeadline returns when, by this node's clock, the verifier's lease on a
+// binding is surely over, and whether there is such a grant. During the
+// start-up wait every binding has one, whether or not its grant is known.
+func (o *Owner) GrantDeadline(verifier identity.NodeName, ip netip.Addr, gen identity.Generation) (Time, bool) {
+	d, ok := o.coldUntil, o.now < o.coldUntil
+	if a := o.ips[ip]; a != nil {
+		for _, g := range a.grants {
+			if g.verifier.name == verifier && g.gen == gen {
+				d, ok = later(d, g.deadline()), true
+			}
+		}
+	}
+	return d, ok
+}

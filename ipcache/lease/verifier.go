@@ -1,0 +1,656 @@
+package lease
+
+import (
+	"errors"
+	"net/netip"
+	"slices"
+	"time"
+
+	"portcullis/identity"
+	"portcullis/ipcache"
+)
+
+// VerifierMachine is what Verifier and ClassicVerifier have in common.
+type VerifierMachine interface {
+	// Step tells the machine what happened and returns what is to be done,
+	// in order. now is this node's BOOTTIME, read after the input was.
+	Step(now Time, in VerifierInput) []VerifierOutput
+	// Sessions returns the sessions with owners, sorted by owner.
+	Sessions() []VerifierSession
+	// Reason tells why an IP is not confirmed now: the reason to give to a
+	// packet whose hold ends.
+	Reason(ip netip.Addr) (Unanswered, Refusal)
+	// LeaseDeadline returns the deadline last written to a lease; 0: none.
+	LeaseDeadline(lease uint32) Time
+}
+
+// VerifierConfig is what a Verifier must know. Fields without a default are required.
+type VerifierConfig struct {
+	Node identity.NodeName
+	Boot identity.BootID // of this kernel
+
+	TTL       time.Duration // of a lease. Required, > 0, at most MaxLease
+	Heartbeat time.Duration // Required, > 0, less than TTL
+	// IdleBinding is how long an unused binding is kept. Default 5 min.
+	IdleBinding time.Duration
+	// IdleSession is how long a session without bindings is kept. Default 5 min.
+	IdleSession time.Duration
+	// DeadAfter is how long an owner may leave a message unanswered before
+	// the session is closed and opened anew. Default TTL/2, at least 2 heartbeats.
+	DeadAfter time.Duration
+	// Waits bounds the IPs that are waited for. Default 4,096.
+	Waits int
+
+	// Speaks tells whether the node may speak for the IP (its ranges and
+	// addresses). Required: a hint of whom to ask grants nothing.
+	Speaks func(owner identity.NodeName, ip netip.Addr) bool
+}
+
+const (
+	negativeCache  = 250 * time.Millisecond
+	maxNegatives   = 4096
+	firstRetry     = 50 * time.Millisecond
+	maxRetry       = time.Second
+	storeRetry     = 200 * time.Millisecond
+	maxOutstanding = 64 // heartbeats unanswered
+)
+
+// PeerState is where a verifier stands with an owner.
+//
+//	       something is wanted        StreamOpened            Challenge: Hello
+//	idle ──────────────────────▶ opening ────────▶ challenge ────────────────▶ greeting
+//	 ▲ ▲                           ▲  │                │                           │
+//	 │ │                    retry  │  │ OwnerGone      │ OwnerGone, silence        │ Welcome
+//	 │ │                           │  ▼                │                           ▼
+//	 │ └────────────────────────  backoff ◀────────────┴───────────────────────  open
+//	 │   nothing is wanted any more              OwnerGone, silence, failed       │
+//	 └────────────────────────────────────────── store, message out of turn ─────┘
+//	                                   no bindings for IdleSession
+//
+// ResetSession leads from every state to idle. Messages of any stream but the
+// current one are discarded.
+type PeerState uint8
+
+// The states of an owner, as its verifier sees it.
+const (
+	PeerIdle PeerState = iota
+	PeerBackoff
+	PeerOpening
+	PeerChallenge
+	PeerGreeting
+	PeerOpen
+)
+
+var peerStates = [...]string{"idle", "backoff", "opening", "challenge", "greeting", "open"}
+
+// String returns the state's name.
+func (s PeerState) String() string { return peerStates[s] }
+
+// Verifier keeps what this node believes about remote IPs. One serves all owners.
+type Verifier struct {
+	cfg   VerifierConfig
+	table *ipcache.Table
+	start Time
+	now   Time
+
+	askMax    bool // this agent is about to go: ask for MaxLease
+	nextID    uint64
+	nextScan  Time
+	timer     Time
+	nextRetry Time // of failed stores; 0: none
+
+	peers    map[identity.NodeName]*peer
+	order    []*peer // by first use
+	byStream map[StreamID]*peer
+	waits    map[netip.Addr]*wait
+	negative map[netip.Addr]negative
+	uses     map[uint32]*use // by slot
+	leases   map[uint32]*leaseState
+
+	out  []VerifierOutput // of this step
+	last []VerifierOutput // of the last step, to be undone should one fail
+	// of the last step: what a failed SwitchLease or SetDeadline goes back to
+	oldLease    map[uint32]uint32
+	oldDeadline map[uint32]Time
+}
+
+// peer is an owner as its verifier sees it.
+type peer struct {
+	name   identity.NodeName
+	state  PeerState
+	stream StreamID
+	boot   identity.BootID // the owner's, since Welcome
+	// I1: fresh for every session, so that no deadline given on an earlier
+	// one counts for a binding confirmed on this one. 0 before Welcome.
+	lease     uint32
+	lastLease uint32 // of the session before; 0: none
+	switched  bool   // what stands names lease
+
+	since     Time   // in this state
+	pings     []Time // unanswered Hello and Heartbeats, oldest first
+	nextBeat  Time
+	heard     Time // last message
+	retryAt   Time
+	backoff   time.Duration
+	confirms  map[netip.Addr]confirm
+	waits     []*wait
+	idleSince Time // 0: it has bindings or waits
+	gap       Time // when the lease ran out with bindings on it; 0: it did not
+}
+
+type confirm struct {
+	id   uint64
+	sent Time
+}
+
+// wait is an IP for which packets are held.
+type wait struct {
+	ip      netip.Addr
+	peer    *peer
+	newest  Time // arrival of the latest packet
+	refused Refusal
+	full    bool
+}
+
+type negative struct {
+	until  Time
+	reason Refusal
+}
+
+type use struct {
+	notBefore Time // packets that arrived until then may be of the holder before
+	last      Time
+}
+
+type leaseState struct {
+	deadline Time // last stored, as far as is known
+	retired  bool // of no session any more: no deadline but 0 is ever stored again (I1)
+	mustZero bool // a slot that names it could not be zeroed
+	zeroed   bool // 0 was stored
+}
+
+// NewVerifier returns a verifier that starts now, over a table that may hold
+// what was restored from the kernel. Held packets from before must have been
+// discarded. Give it a VerifierTick, so that it renews what was restored.
+func NewVerifier(cfg VerifierConfig, table *ipcache.Table, now Time) (*Verifier, error) {
+	setDuration(&cfg.IdleBinding, 5*time.Minute)
+	setDuration(&cfg.IdleSession, 5*time.Minute)
+	setDuration(&cfg.DeadAfter, max(cfg.TTL/2, 2*cfg.Heartbeat))
+	setDefault(&cfg.Waits, 4096)
+	switch {
+	case cfg.Node == "" || cfg.Speaks == nil || table == nil:
+		return nil, errors.New("lease: verifier without node name, authorisation or table")
+	case cfg.TTL <= 0 || cfg.TTL > MaxLease:
+		return nil, errors.New("lease: TTL must be positive and at most " + MaxLease.String())
+	case cfg.Heartbeat <= 0 || cfg.Heartbeat >= cfg.TTL:
+		return nil, errors.New("lease: heartbeat must be positive and less than the TTL")
+	}
+	v := &Verifier{
+		cfg: cfg, table: table, start: now, now: now,
+		peers:    map[identity.NodeName]*peer{},
+		byStream: map[StreamID]*peer{},
+		waits:    map[netip.Addr]*wait{},
+		negative: map[netip.Addr]negative{},
+		uses:     map[uint32]*use{},
+		leases:   map[uint32]*leaseState{},
+	}
+	for _, owner := range table.Owners() {
+		for _, e := range table.OfOwner(owner) {
+			if e.Lease < ipcache.LeaseFirst {
+				continue
+			}
+			v.peer(owner)
+			v.uses[e.Slot] = &use{notBefore: now, last: now}
+			l := v.leases[e.Lease]
+			if l == nil {
+				l = &leaseState{retired: true}
+				v.leases[e.Lease] = l
+			}
+			if e.Condemned {
+				l.mustZero = true
+				v.nextRetry = now
+			}
+		}
+	}
+	return v, nil
+}
+
+func setDuration(p *time.Duration, d time.Duration) {
+	if *p == 0 {
+		*p = d
+	}
+}
+
+// Step implements VerifierMachine.
+func (v *Verifier) Step(now Time, in VerifierInput) []VerifierOutput {
+	v.wake(now)
+	v.now = later(v.now, now)
+	last := v.last
+	v.out = nil
+	if f, ok := in.(StoreFailed); ok {
+		v.storeFailed(last, f.Write)
+	} else {
+		v.committed(last)
+		v.oldLease, v.oldDeadline = map[uint32]uint32{}, map[uint32]Time{}
+		v.step(in)
+	}
+	v.tick()
+	v.setTimer()
+	v.last = v.out
+	return v.out
+}
+
+// wake: time that this agent slept through is not silence of its owners, whose
+// answers may be waiting to be read.
+func (v *Verifier) wake(now Time) {
+	if now.Sub(v.now) < v.cfg.DeadAfter/2 {
+		return
+	}
+	for _, p := range v.order {
+		p.heard, p.since = now, now
+	}
+}
+
+func (v *Verifier) step(in VerifierInput) {
+	switch in := in.(type) {
+	case Want:
+		v.want(in)
+	case Unwant:
+		if w := v.waits[in.IP]; w != nil {
+			v.unwait(w)
+		}
+	case StreamOpened:
+		v.opened(in)
+	case FromOwner:
+		if p := v.byStream[in.Stream]; p != nil {
+			v.receive(p, in.Message)
+		}
+	case OwnerGone:
+		v.gone(in)
+	case Used:
+		for _, ip := range in.IPs {
+			if e, ok := v.table.Get(ip); ok && v.uses[e.Slot] != nil {
+				v.uses[e.Slot].last = v.now
+			}
+		}
+	case AskMax:
+		v.askMax = true
+		for _, p := range v.order {
+			if p.state == PeerOpen {
+				v.beat(p, MaxLease)
+			}
+		}
+	case ResetSession:
+		v.reset(in.Owner)
+	case VerifierTick:
+		// The work is in tick.
+	}
+}
+
+func (v *Verifier) emit(out VerifierOutput) { v.out = append(v.out, out) }
+
+func (v *Verifier) log(e LogEntry) { v.emit(VerifierLog{e}) }
+
+func (v *Verifier) peer(n identity.NodeName) *peer {
+	p := v.peers[n]
+	if p == nil {
+		p = &peer{name: n, confirms: map[netip.Addr]confirm{}}
+		v.peers[n] = p
+		v.order = append(v.order, p)
+	}
+	return p
+}
+
+func (v *Verifier) setState(p *peer, s PeerState) { p.state, p.since = s, v.now }
+
+// live tells whether the entry's lease runs.
+func (v *Verifier) live(e ipcache.Entry) bool { return v.LeaseDeadline(e.Lease) > v.now }
+
+// LeaseDeadline implements VerifierMachine.
+func (v *Verifier) LeaseDeadline(lease uint32) Time {
+	if l := v.leases[lease]; l != nil {
+		return l.deadline
+	}
+	return 0
+}
+
+// ---- waiting ----------------------------------------------------------
+
+// want: a packet is held for the IP.
+func (v *Verifier) want(in Want) {
+	owner := in.Owner
+	if e, ok := v.table.Get(in.IP); ok {
+		if e.Lease < ipcache.LeaseFirst {
+			v.emit(Answer{IP: in.IP, Live: true}) // local: no lease, no earlier holder's packets
+			return
+		}
+		owner = e.Binding.Owner
+		if v.live(e) {
+			v.uses[e.Slot].last = v.now
+			v.emit(Answer{IP: in.IP, Live: true, NotBefore: v.uses[e.Slot].notBefore})
+			return
+		}
+	}
+	if owner == "" || owner == v.cfg.Node {
+		v.emit(Answer{IP: in.IP, Asked: v.now, Why: UnansweredNoOwner})
+		return
+	}
+	w := v.waits[in.IP]
+	if w == nil {
+		if len(v.waits) >= v.cfg.Waits {
+			v.emit(Answer{IP: in.IP, Asked: v.now, Why: UnansweredMapFull})
+			return
+		}
+		p := v.peer(owner)
+		w = &wait{ip: in.IP, peer: p}
+		v.waits[in.IP] = w
+		p.waits = append(p.waits, w)
+		// Somebody waits: do not sit out a long backoff.
+		if soon := v.now.Add(firstRetry); p.state == PeerBackoff && p.retryAt > soon {
+			p.retryAt = soon
+		}
+	}
+	w.newest = later(w.newest, in.Arrival)
+	v.ask(w)
+}
+
+func (v *Verifier) unwait(w *wait) {
+	delete(v.waits, w.ip)
+	w.peer.waits = slices.DeleteFunc(w.peer.waits, func(x *wait) bool { return x == w })
+}
+
+// ask moves a wait on, if anything can be done for it now.
+func (v *Verifier) ask(w *wait) {
+	p := w.peer
+	if p.state != PeerOpen {
+		return // tick opens the session
+	}
+	if e, ok := v.table.Get(w.ip); ok && e.Binding.Owner == p.name {
+		// The slot is there, its lease is not: only a heartbeat helps.
+		if len(p.pings) == 0 {
+			v.beat(p, v.cfg.TTL)
+		}
+		return
+	}
+	if _, asked := p.confirms[w.ip]; asked {
+		return // asked once is enough
+	}
+	if n, ok := v.negative[w.ip]; ok {
+		if v.now < n.until {
+			return // held, and asked again at its end or at Bound
+		}
+		delete(v.negative, w.ip)
+	}
+	v.confirm(p, w.ip)
+}
+
+func (v *Verifier) confirm(p *peer, ip netip.Addr) {
+	v.nextID++
+	p.confirms[ip] = confirm{id: v.nextID, sent: v.now}
+	v.emit(SendToOwner{p.stream, Confirm{ID: v.nextID, IP: ip}})
+}
+
+// answer ends the wait of an IP whose slot and lease are live.
+func (v *Verifier) answer(e ipcache.Entry) {
+	w := v.waits[e.Binding.IP]
+	if w == nil || !v.live(e) {
+		return
+	}
+	u := v.uses[e.Slot]
+	u.last = v.now
+	v.emit(Answer{IP: w.ip, Live: true, NotBefore: u.notBefore})
+	v.unwait(w)
+}
+
+// refuse ends the holds that arrived before the Confirm was sent. Later ones
+// stay, and are asked again: the refusal was made before they were.
+func (v *Verifier) refuse(ip netip.Addr, asked Time, why Unanswered, r Refusal) {
+	w := v.waits[ip]
+	if w == nil {
+		return
+	}
+	w.refused, w.full = r, why == UnansweredMapFull
+	v.emit(Answer{IP: ip, Asked: asked, Why: why, Refusal: r})
+	if w.newest <= asked {
+		v.unwait(w)
+		return
+	}
+	if why != UnansweredMapFull {
+		v.ask(w)
+	}
+}
+
+func (v *Verifier) remember(ip netip.Addr, r Refusal, d time.Duration) {
+	if len(v.negative) >= maxNegatives {
+		for ip, n := range v.negative {
+			if v.now >= n.until {
+				delete(v.negative, ip)
+			}
+		}
+		if len(v.negative) >= maxNegatives {
+			return // it may be forgotten: the owner is asked once more
+		}
+	}
+	v.negative[ip] = negative{until: v.now.Add(d), reason: r}
+}
+
+// Reason implements VerifierMachine.
+func (v *Verifier) Reason(ip netip.Addr) (Unanswered, Refusal) {
+	w := v.waits[ip]
+	if w == nil {
+		if n, ok := v.negative[ip]; ok && v.now < n.until {
+			return AnsweredRefused, n.reason
+		}
+		return UnansweredTimeout, 0
+	}
+	switch {
+	case w.peer.state != PeerOpen:
+		return UnansweredNoSession, 0
+	case w.full:
+		return UnansweredMapFull, 0
+	case w.refused != 0:
+		return AnsweredRefused, w.refused
+	}
+	return UnansweredTimeout, 0
+}
+
+// ---- time -------------------------------------------------------------
+
+// tick does what time asks for. It runs at the end of every step.
+func (v *Verifier) tick() {
+	for _, p := range v.order {
+		v.tickPeer(p)
+	}
+	if v.now >= v.nextScan {
+		v.scan()
+		v.nextScan = v.now.Add(min(v.cfg.IdleBinding/8, 10*time.Second))
+	}
+	if v.nextRetry != 0 && v.now >= v.nextRetry {
+		v.retryStores()
+	}
+	v.clearLeases()
+}
+
+func (v *Verifier) tickPeer(p *peer) {
+	wanted := len(p.waits) > 0 || v.holds(p)
+	if d, ok := v.gapAt(p); ok && v.now >= d {
+		p.gap = later(d, 1)
+		v.log(LogEntry{Kind: LogRenewalGap, Peer: p.name, Reason: "the lease ran out"})
+	}
+	switch p.state {
+	case PeerIdle:
+		if wanted {
+			v.open(p)
+		}
+	case PeerBackoff:
+		if !wanted {
+			v.setState(p, PeerIdle)
+		} else if v.now >= p.retryAt {
+			v.open(p)
+		}
+	case PeerOpening:
+		// The transport answers, see StreamOpened.
+	case PeerChallenge, PeerGreeting:
+		if v.now >= p.since.Add(v.cfg.DeadAfter) {
+			v.closePeer(p, "no answer")
+		}
+	case PeerOpen:
+		v.tickOpen(p, wanted)
+	}
+}
+
+// gapAt is when the lease that this owner's bindings live by runs out; not ok
+// when there are none, or that was noted already.
+func (v *Verifier) gapAt(p *peer) (Time, bool) {
+	l := p.lease
+	if l == 0 || !p.switched {
+		l = p.lastLease
+	}
+	return v.LeaseDeadline(l), p.gap == 0 && l != 0 && v.leases[l] != nil && v.table.LeaseUsers(l) > 0
+}
+
+func (v *Verifier) tickOpen(p *peer, wanted bool) {
+	if len(p.pings) > 0 && v.now >= later(p.pings[0], p.heard).Add(v.cfg.DeadAfter) {
+		v.closePeer(p, "no answer")
+		return
+	}
+	switch {
+	case wanted || len(p.confirms) > 0:
+		p.idleSince = 0
+	case p.idleSince == 0:
+		p.idleSince = v.now
+	case v.now >= p.idleSince.Add(v.cfg.IdleSession):
+		v.closePeer(p, "idle")
+		v.setState(p, PeerIdle)
+		return
+	}
+	for _, w := range p.waits {
+		if n, ok := v.negative[w.ip]; ok && v.now >= n.until {
+			delete(v.negative, w.ip)
+			v.ask(w)
+		}
+	}
+	if v.now >= p.nextBeat {
+		v.beat(p, v.cfg.TTL)
+	}
+}
+
+// holds tells whether any slot of this owner is in use.
+func (v *Verifier) holds(p *peer) bool { return v.table.Holds(p.name) }
+
+// scan gives back what nobody uses.
+func (v *Verifier) scan() {
+	for _, p := range v.order {
+		if p.state == PeerChallenge || p.state == PeerGreeting {
+			continue // Hello may list it: wait for Welcome
+		}
+		for _, e := range v.table.OfOwner(p.name) {
+			u := v.uses[e.Slot]
+			if e.Condemned || e.Lease < ipcache.LeaseFirst || v.waits[e.Binding.IP] != nil || v.now < u.last.Add(v.cfg.IdleBinding) {
+				continue
+			}
+			// A grant that is still being asked for is not given back (I1):
+			// the Binding would arrive after it.
+			if _, asked := p.confirms[e.Binding.IP]; asked {
+				continue
+			}
+			v.zero(e, "idle")
+			v.release(p, e)
+		}
+	}
+}
+
+func (v *Verifier) release(p *peer, e ipcache.Entry) {
+	if p.state != PeerOpen || e.OwnerBoot != p.boot {
+		return // the next Hello does not list it
+	}
+	v.log(LogEntry{Kind: LogRelease, Peer: p.name, IP: e.Binding.IP, Generation: e.Binding.Generation, UID: e.Binding.UID})
+	v.emit(SendToOwner{p.stream, Release{IP: e.Binding.IP, Generation: e.Binding.Generation}})
+}
+
+// setTimer asks for the next tick, when it is not asked for already.
+func (v *Verifier) setTimer() {
+	at := v.nextScan
+	sooner := func(t Time) {
+		if t != 0 && t < at {
+			at = t
+		}
+	}
+	sooner(v.nextRetry)
+	for _, p := range v.order {
+		if d, ok := v.gapAt(p); ok {
+			sooner(d)
+		}
+		switch p.state {
+		case PeerBackoff:
+			sooner(p.retryAt)
+		case PeerChallenge, PeerGreeting:
+			sooner(p.since.Add(v.cfg.DeadAfter))
+		case PeerOpen:
+			sooner(p.nextBeat)
+			if len(p.pings) > 0 {
+				sooner(later(p.pings[0], p.heard).Add(v.cfg.DeadAfter))
+			}
+			if p.idleSince != 0 {
+				sooner(p.idleSince.Add(v.cfg.IdleSession))
+			}
+			for _, w := range p.waits {
+				if n, ok := v.negative[w.ip]; ok {
+					sooner(n.until)
+				}
+			}
+		}
+	}
+	at = later(at, v.now+1)
+	if at == v.timer {
+		return
+	}
+	v.timer = at
+	v.emit(VerifierTimer{at})
+}
+
+// VerifierSession is what status commands show of a session with an owner.
+type VerifierSession struct {
+	Owner    identity.NodeName
+	Stream   StreamID // 0: none
+	State    PeerState
+	Boot     identity.BootID // of the owner, when open
+	Lease    uint32          // index; 0: none
+	Deadline Time            // of the lease, by this node's clock
+	Bindings int
+	Waits    int
+}
+
+// Sessions implements VerifierMachine.
+func (v *Verifier) Sessions() []VerifierSession {
+	out := make([]VerifierSession, 0, len(v.order))
+	for _, p := range v.order {
+		out = append(out, VerifierSession{
+			Owner: p.name, Stream: p.stream, State: p.state, Boot: p.boot, Lease: p.lease,
+			Deadline: v.LeaseDeadline(p.lease), Bindings: len(v.table.OfOwner(p.name)), Waits: len(p.waits),
+		})
+	}
+	slices.SortFunc(out, func(a, b VerifierSession) int {
+		if a.Owner < b.Owner {
+			return -1
+		}
+		return 1
+	})
+	return out
+}
+
+// PeerState returns where this verifier stands with an owner.
+func (v *Verifier) PeerState(owner identity.NodeName) PeerState {
+	if p := v.peers[owner]; p != nil {
+		return p.state
+	}
+	return PeerIdle
+}
+
+// StreamPeer returns the owner whose current stream this is; "": of nobody.
+func (v *Verifier) StreamPeer(id StreamID) identity.NodeName {
+	if p := v.byStream[id]; p != nil {
+		return p.name
+	}
+	return ""
+}
