@@ -22,6 +22,7 @@ EMIT_ENUM(pc_range_flag);
 EMIT_ENUM(pc_policy_prefix);
 EMIT_ENUM(pc_policy_flag);
 EMIT_ENUM(pc_judgement_flag);
+EMIT_ENUM(pc_ifindex);
 EMIT_ENUM(pc_ct_flag);
 EMIT_ENUM(pc_flow_state);
 EMIT_ENUM(pc_event_flag);

@@ -199,13 +199,15 @@ struct pc_range {
 /* ---- policy ---------------------------------------------------------- */
 
 /*
- * Map `policy`: LPM trie, shared by all sets. The compiler folds the flags of
+ * Map `policy`: LPM trie, shared by all sets. The entries of an old set are
+ * deleted no sooner than a second after no endpoint names it: a program that
+ * still runs with it must not read an element in use for something else. The compiler folds the flags of
  * every covering (shorter) prefix of the same set and identity into an entry,
  * so one lookup per identity is enough. Two lookups decide:
  *
  *   any  = lookup(set, PC_ID_ANY, dir, proto, port)
  *   DENY in any                        -> drop, no evidence needed
- *   ALLOW in any and no PEER_DENY      -> pass, no evidence needed
+ *   ALLOW in any, evidence 0, and no PEER_DENY -> pass, no evidence needed
  *   neither ALLOW nor PEER_ALLOW       -> drop, no evidence needed
  *   otherwise the peer must be known:
  *   peer = lookup(set, identity, dir, proto, port)
@@ -265,6 +267,8 @@ enum pc_judgement_flag {
 	PC_JUDGED_REPLY_SEEN = 2, /* this judge has let a reply pass */
 };
 
+enum pc_ifindex { PC_IFINDEX_NONE = 0xffffffff };
+
 /* What one endpoint decided about a flow. Counts only for that endpoint, and
  * only if `seal` is right: a sum over the flow's key and the fields that
  * decide, so that neither a half-written judgement nor one read from an
@@ -276,7 +280,8 @@ struct pc_judgement {
 	__u32 slot;	/* of the peer's binding */
 	__u32 endpoint; /* id of the judge; 0: none */
 	__u32 epoch;	/* its policy set at that time */
-	__u32 ifindex;	/* device by which the peer's packets were last seen to come in; 0: not yet */
+	__u32 ifindex;	/* device by which the peer's packets were last seen to come in;
+			 * 0: from this node itself; PC_IFINDEX_NONE: not yet */
 	__u8 evidence;	/* least evidence that a packet of this flow needs */
 	__u8 flags;	/* enum pc_judgement_flag */
 	__u16 pad;

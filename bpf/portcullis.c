@@ -1,23 +1,129 @@
 //go:build ignore
 
 // SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
-#include "lib/maps.h"
-#include "config.h"
+/*
+ * The gate: two programs on the host side of every workload's veth. Attached
+ * at the head of tcx; passing is TCX_NEXT.
+ *
+ *	from_workload	tcx ingress: what the workload sends
+ *	to_workload	tcx egress: what it is about to receive
+ *
+ * Each packet's life is parse, identify, judge, account. Every exit that is not
+ * an explicit pass is a drop with a reason (I6).
+ */
+#include "lib/arp_nd.h"
+#include "lib/event.h"
+#include "lib/hold.h"
+#include "lib/icmp.h"
+#include "lib/judge.h"
+
+inline_always int has_mark(const struct __sk_buff *skb, __u32 mark)
+{
+	return mark && (skb->mark & mark_mask) == mark;
+}
+
+inline_always int judge_from(struct __sk_buff *skb, struct pc_life *l, const struct pc_endpoint *ep)
+{
+	/* Said of every packet of the endpoint, hence first. */
+	if (!endpoint_sent(skb, l, ep))
+		return PC_REASON_SPOOFED;
+	if (l->p.kind == KIND_ARP || l->p.kind == KIND_ND)
+		return neighbour_from_workload(skb, l);
+	/* I1: no packet leaves under an address that is not the sender's. */
+	if (!endpoint_owns(ep, &l->p.src, l->p.is6))
+		return PC_REASON_SPOOFED;
+	if (l->p.kind == KIND_ICMP_ERROR)
+		return judge_icmp_error(skb, l);
+	return judge_flow(skb, l, PC_DIR_EGRESS);
+}
+
+inline_always int judge_to(struct __sk_buff *skb, struct pc_life *l, const struct pc_endpoint *ep)
+{
+	if (l->p.kind == KIND_ARP)
+		return arp_to_workload(skb);
+	if (l->p.kind == KIND_ND) /* its hop limit says that it is from the link */
+		return PC_REASON_NONE;
+	/* Conntrack and policy speak of the endpoint's own addresses. */
+	if (!endpoint_owns(ep, &l->p.dst, l->p.is6) && !addr_multicast(&l->p.dst))
+		return PC_REASON_UNSUPPORTED;
+	if (l->p.kind == KIND_ICMP_ERROR)
+		return judge_icmp_error(skb, l);
+	return judge_flow(skb, l, PC_DIR_INGRESS);
+}
+
+inline_always int judge(struct __sk_buff *skb, struct pc_life *l, int dir)
+{
+	int parsed = parse(skb, &l->p), reason;
+	const struct pc_endpoint *ep = endpoint_find(skb, l);
+
+	if (!ep)
+		return PC_REASON_NO_ENDPOINT;
+	/* Before what the parser thought of it: a quarantined endpoint's
+	 * packet has one reason, whatever else is wrong with it. */
+	if (l->ep_state == PC_EP_QUARANTINED && (parsed || !quarantine_admits(l)))
+		return PC_REASON_QUARANTINED;
+	if (parsed)
+		return parsed;
+	if (dir == PC_DIR_EGRESS)
+		reason = judge_from(skb, l, ep);
+	else
+		reason = judge_to(skb, l, ep);
+	if (!reason && !endpoint_unchanged(skb, l, ep))
+		return PC_REASON_NO_ENDPOINT;
+	return reason;
+}
+
+/* dir is a constant: one text, two programs. */
+inline_always int gate(struct __sk_buff *skb, int dir)
+{
+	struct pc_life l = { .dir = dir };
+
+	l.reinjected = has_mark(skb, reinject_mark);
+	l.now = clock_now();
+	l.reason = judge(skb, &l, dir);
+
+	if (!l.reason) {
+		if (l.unremembered) /* passes, and shows in the counters all the same (I6) */
+			l.reason = PC_REASON_MAP_FULL;
+		count(skb, &l, dir, PC_VERDICT_PASS);
+		if (l.report || l.reinjected)
+			emit(skb, &l, PC_VERDICT_PASS);
+		/* The mark has said what it had to; nobody else should see it. */
+		if (l.reinjected)
+			skb->mark &= ~mark_mask;
+		return TCX_NEXT;
+	}
+	if (may_hold(&l, dir)) {
+		if (hold(skb, &l)) {
+			count(skb, &l, dir, PC_VERDICT_HOLD);
+			emit(skb, &l, PC_VERDICT_HOLD);
+			return TCX_DROP;
+		}
+		l.reason = PC_REASON_HOLD_OVERFLOW;
+	}
+	count(skb, &l, dir, PC_VERDICT_DROP);
+	emit(skb, &l, PC_VERDICT_DROP);
+	return TCX_DROP;
+}
 
 SEC("tcx/ingress")
 int from_workload(struct __sk_buff *skb)
 {
-	__u32 ifindex = skb->ifindex;
-
-	if (!bpf_map_lookup_elem(&endpoints, &ifindex))
-		return TCX_DROP;
-	return mark_mask + reinject_mark + turn_mark + hold_per_endpoint + hold_total + hold_reader_timeout + default_evidence + classic ? TCX_DROP : TCX_DROP;
+	return gate(skb, PC_DIR_EGRESS);
 }
 
 SEC("tcx/egress")
 int to_workload(struct __sk_buff *skb)
 {
-	return TCX_DROP;
+	/* The agent's packet socket cannot send into a device's ingress; so a
+	 * packet that from_workload shall judge again is sent out of the same
+	 * device and turned round here. It is not judged or counted here, and
+	 * is judged in full there: the mark allows nothing. */
+	if (has_mark(skb, turn_mark)) {
+		skb->mark = (skb->mark & ~mark_mask) | (reinject_mark & mark_mask);
+		return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
+	}
+	return gate(skb, PC_DIR_INGRESS);
 }
 
 char _license[] SEC("license") = "GPL";

@@ -206,6 +206,23 @@ func (x Identity) String() string {
 	return "Identity(" + strconv.FormatUint(uint64(x), 10) + ")"
 }
 
+// Ifindex is enum pc_ifindex.
+type Ifindex uint32
+
+// The values of enum pc_ifindex.
+const (
+	IfindexNone Ifindex = 4294967295
+)
+
+// String returns the word for the value, as everywhere in logs, metrics and records.
+func (x Ifindex) String() string {
+	switch x {
+	case 4294967295:
+		return "none"
+	}
+	return "Ifindex(" + strconv.FormatUint(uint64(x), 10) + ")"
+}
+
 // JudgementFlag is enum pc_judgement_flag.
 type JudgementFlag uint32
 

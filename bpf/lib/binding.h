@@ -1,0 +1,163 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/* Identify, the far side: who holds the peer's address, and until when? */
+#ifndef PC_BINDING_H
+#define PC_BINDING_H
+
+#include "../config.h"
+#include "endpoint.h"
+
+inline_always __u64 range_epoch(void)
+{
+	__u32 zero = 0;
+	struct pc_state *s = bpf_map_lookup_elem(&state, &zero);
+
+	return s ? READ_ONCE(s->range_epoch) : 0;
+}
+
+/* I2: the deadline stands here, in the kernel, whatever user space does. */
+inline_always int lease_live(__u32 index, __u64 now)
+{
+	struct pc_lease *lease;
+
+	if (index == PC_LEASE_NONE || (index == PC_LEASE_CLASSIC && !classic))
+		return 0;
+	lease = bpf_map_lookup_elem(&leases, &index);
+	return lease && now < READ_ONCE(lease->deadline);
+}
+
+/* The slot, if it is `stamp`'s and speaks of `addr`; else 0. */
+inline_always struct pc_slot *slot_of(__u32 index, __u64 stamp, const struct pc_addr *addr)
+{
+	struct pc_slot *s = bpf_map_lookup_elem(&slots, &index);
+
+	if (!s || !stamp || READ_ONCE(s->stamp) != stamp)
+		return 0;
+	if (READ_ONCE(s->ip.d[0]) != addr->d[0] || READ_ONCE(s->ip.d[1]) != addr->d[1])
+		return 0;
+	return s;
+}
+
+/* The second read of the stamp, after all else was read and the lease checked.
+ * Between the two reads the program may have been descheduled for any time,
+ * the binding revoked, the slot filled with another and the lease renewed for
+ * that one; only an unchanged stamp says that all of it belonged together. */
+inline_always int slot_still(struct pc_slot *s, __u64 stamp)
+{
+	barrier();
+	return READ_ONCE(s->stamp) == stamp;
+}
+
+/* Did a packet from a remote address come in where remote addresses live? A
+ * re-injected one was asked before it was held. */
+inline_always int from_uplink(struct __sk_buff *skb, const struct pc_life *l)
+{
+	__u32 ifindex = skb->ingress_ifindex;
+
+	return l->reinjected || (ifindex && bpf_map_lookup_elem(&uplinks, &ifindex));
+}
+
+/* A source address proves nothing by itself: did the packet come from where
+ * the slot's holder is? (to_workload only) */
+inline_always int slot_origin(struct __sk_buff *skb, const struct pc_life *l, __u32 identity, __u32 ifindex)
+{
+	if (identity == PC_ID_HOST) {
+		/* Only what this node generated itself is `host`. A forwarded
+		 * packet with the node's address (masquerade) is nobody's, and
+		 * re-injected packets look like local ones but are not. */
+		if (!skb->ingress_ifindex && !l->reinjected)
+			return PEER_BOUND;
+		return PEER_NOBODY;
+	}
+	if (ifindex)
+		return skb->ingress_ifindex == ifindex ? PEER_BOUND : PEER_SPOOFED;
+	return from_uplink(skb, l) ? PEER_BOUND : PEER_SPOOFED;
+}
+
+/* What the range table says of an address without a live binding. */
+inline_always int range_of(struct __sk_buff *skb, struct pc_life *l, const struct pc_addr *addr, int kind)
+{
+	struct pc_range_key key = { .prefixlen = 128 };
+	struct pc_range *r;
+	__u32 flags = 0;
+
+	__builtin_memcpy(&key.addr, addr, sizeof(key.addr));
+	/* The epoch is read before the table: a change in between makes the
+	 * judgement look old, never new. */
+	if (kind != PEER_EXPIRED)
+		l->peer.slot = range_epoch();
+	r = bpf_map_lookup_elem(&ranges, &key);
+	if (r)
+		flags = READ_ONCE(r->flags);
+	l->peer.holdable = !!(flags & PC_RANGE_HOLDABLE);
+	/* I5: neither a binding past its lease nor an address in a known range
+	 * is ever world. */
+	if (kind == PEER_EXPIRED || (flags & PC_RANGE_KNOWN)) {
+		if (l->dir == PC_DIR_INGRESS && l->peer.holdable && !from_uplink(skb, l))
+			return PEER_SPOOFED;
+		return kind == PEER_EXPIRED ? PEER_EXPIRED : PEER_MISSING;
+	}
+	l->peer.identity = r ? READ_ONCE(r->identity) : PC_ID_WORLD;
+	if (l->dir == PC_DIR_INGRESS && !from_uplink(skb, l))
+		return PEER_SPOOFED;
+	return PEER_RANGE;
+}
+
+inline_always int peer_look_up(struct __sk_buff *skb, struct pc_life *l)
+{
+	struct pc_addr peer_addr = *life_peer(l, l->dir), *addr = &peer_addr;
+	struct pc_peer *peer = &l->peer;
+	struct pc_binding *b = bpf_map_lookup_elem(&bindings, addr);
+	struct pc_slot *s;
+	__u32 ifindex, live;
+	int origin;
+
+	if (!b)
+		return range_of(skb, l, addr, PEER_MISSING);
+	/* The element may be recycled while it is read: slot and stamp may then
+	 * be of two bindings. slot_of finds that out. */
+	peer->slot = READ_ONCE(b->slot);
+	peer->stamp = READ_ONCE(b->stamp);
+	s = slot_of(peer->slot, peer->stamp, addr);
+	if (!s) {
+		peer->stamp = 0;
+		return range_of(skb, l, addr, PEER_MISSING);
+	}
+	peer->identity = READ_ONCE(s->identity);
+	peer->evidence = READ_ONCE(s->evidence);
+	peer->generation = READ_ONCE(s->generation);
+	peer->installed = READ_ONCE(s->installed);
+	ifindex = READ_ONCE(s->ifindex);
+	live = lease_live(READ_ONCE(s->lease), l->now);
+	if (!slot_still(s, peer->stamp))
+		return PEER_CHANGED;
+	if (l->dir == PC_DIR_INGRESS) {
+		origin = slot_origin(skb, l, peer->identity, ifindex);
+		if (origin != PEER_BOUND)
+			return origin;
+	}
+	if (!live)
+		return range_of(skb, l, addr, PEER_EXPIRED);
+	return PEER_BOUND;
+}
+
+/* Fills l->peer. Nothing but PEER_BOUND and PEER_RANGE names anybody. */
+separate int peer_identify(struct __sk_buff *skb, struct pc_life *l)
+{
+	int kind;
+
+	if (!l)
+		return PEER_NOBODY;
+	kind = peer_look_up(skb, l);
+
+	l->peer.kind = kind;
+	if (kind == PEER_BOUND)
+		return kind;
+	l->peer.evidence = PC_EVIDENCE_NONE;
+	if (kind != PEER_RANGE)
+		l->peer.identity = PC_ID_UNKNOWN;
+	if (kind != PEER_EXPIRED)
+		l->peer.stamp = 0;
+	return kind;
+}
+
+#endif

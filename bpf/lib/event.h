@@ -1,0 +1,66 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/* Account: a counter for every packet, a record for what is worth telling. */
+#ifndef PC_EVENT_H
+#define PC_EVENT_H
+
+#include "binding.h"
+
+inline_always void count(struct __sk_buff *skb, const struct pc_life *l, int dir, int verdict)
+{
+	__u32 index = (dir * PC_REASON_MAX + l->reason) * PC_VERDICT_MAX + verdict;
+	struct pc_counter *c = bpf_map_lookup_elem(&counters, &index);
+
+	if (!c) /* cannot be: the array has every combination */
+		return;
+	c->packets++;
+	c->bytes += skb->len;
+}
+
+separate int emit(struct __sk_buff *skb, struct pc_life *l, __u32 verdict)
+{
+	struct pc_event *e;
+	__u32 zero = 0;
+
+	if (!l)
+		return 0;
+	/* For the record only: a verdict that needed no evidence did not look. */
+	if (l->id && l->p.kind == KIND_FLOW && l->peer.kind == PEER_NOT_ASKED)
+		peer_identify(skb, l);
+	e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
+	if (!e) {
+		struct pc_state *s = bpf_map_lookup_elem(&state, &zero);
+
+		/* I6: what is not told is at least counted. */
+		if (s)
+			__sync_fetch_and_add(&s->lost_events, 1);
+		return 0;
+	}
+	e->time = l->now;
+	e->stamp = l->peer.stamp;
+	e->generation = l->peer.generation;
+	e->installed = l->peer.installed;
+	e->src = l->p.src;
+	e->dst = l->p.dst;
+	e->src_identity = l->dir == PC_DIR_EGRESS ? l->identity : l->peer.identity;
+	e->dst_identity = l->dir == PC_DIR_EGRESS ? l->peer.identity : l->identity;
+	e->ifindex = skb->ifindex;
+	e->endpoint = l->id;
+	e->len = skb->len;
+	e->rule = l->rule;
+	e->sport = l->p.sport;
+	e->dport = l->p.dport;
+	e->proto = l->p.proto;
+	e->direction = l->dir;
+	e->verdict = verdict;
+	e->reason = l->reason;
+	e->evidence = l->peer.evidence;
+	e->state = l->flow;
+	e->tcp_flags = l->p.tcp_flags;
+	e->flags = (l->reinjected ? PC_EVENT_REINJECTED : 0) |
+		   (l->no_evidence ? PC_EVENT_NO_EVIDENCE : 0);
+	e->pad[0] = e->pad[1] = e->pad[2] = e->pad[3] = 0;
+	bpf_ringbuf_submit(e, 0);
+	return 1;
+}
+
+#endif

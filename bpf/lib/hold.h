@@ -1,0 +1,126 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/* Hold: copy the packet to user space while its binding is being confirmed. */
+#ifndef PC_HOLD_H
+#define PC_HOLD_H
+
+#include "event.h"
+
+/* Takes one place of a quota; 0: it is used up. Add first and look then, so
+ * that CPUs which come at once cannot all see the last place. The difference
+ * is signed: while one of them takes back, or after the agent's start (out :=
+ * in), it may be below zero for a moment. */
+inline_always int quota_take(struct pc_hold_quota *q, __u32 limit)
+{
+	__u64 in = __sync_fetch_and_add(&q->in, 1);
+
+	if ((__s64)(in - READ_ONCE(q->out)) < (__s64)limit)
+		return 1;
+	__sync_fetch_and_add(&q->in, -1);
+	return 0;
+}
+
+/* A dead or stopped agent answers nobody: then nothing is held, and the packet
+ * gets the reason that it would have without holds. */
+inline_always int reader_alive(__u64 now)
+{
+	__u32 zero = 0;
+	struct pc_state *s = bpf_map_lookup_elem(&state, &zero);
+	__u64 tick = s ? READ_ONCE(s->reader_tick) : 0;
+
+	/* The clock here may be a tick behind the reader's. */
+	return tick && (tick >= now || now - tick < hold_reader_timeout);
+}
+
+/* Can the packet that was just refused for want of evidence be held instead? */
+inline_always int may_hold(const struct pc_life *l, int dir)
+{
+	if (dir != PC_DIR_INGRESS || !l->peer.holdable)
+		return 0;
+	if (l->peer.kind != PEER_MISSING && l->peer.kind != PEER_EXPIRED)
+		return 0;
+	if (l->reason != PC_REASON_UNBOUND && l->reason != PC_REASON_STALE_LEASE)
+		return 0;
+	/* Never twice: a second hold would give the packet a new arrival time,
+	 * and with it perhaps the next holder's binding (I1). */
+	if (l->reinjected)
+		return 0;
+	return reader_alive(l->now);
+}
+
+inline_always int hold_copy(struct __sk_buff *skb, struct pc_life *l, __u32 index, __u32 size)
+{
+	struct pc_held *h;
+	__u32 len = skb->len;
+
+	/* The reserved size must be a constant; the copied one is bounded by it. */
+	if (size == PC_HELD_SMALL)
+		h = bpf_ringbuf_reserve(&held, PC_HELD_SMALL, 0);
+	else
+		h = bpf_ringbuf_reserve(&held, PC_HELD_LARGE, 0);
+	if (!h)
+		return 0;
+	h->arrival = bpf_ktime_get_boot_ns(); /* exact: it is compared with not-before (I1) */
+	h->peer = *life_peer(l, l->dir);
+	h->local = *life_local(l, l->dir);
+	h->endpoint = l->id;
+	h->ifindex = skb->ifindex;
+	h->hold_index = index;
+	h->len = len;
+	h->gso_size = skb->gso_size;
+	h->gso_segs = skb->gso_segs;
+	h->direction = l->dir;
+	h->proto = l->p.proto;
+	h->reason = l->reason;
+	h->pad = 0;
+	h->sport = l->p.sport;
+	h->dport = l->p.dport;
+	h->pad2 = 0;
+	if (len < WIRE_ETH || len > size - sizeof(*h))
+		goto discard;
+	if (bpf_skb_load_bytes(skb, 0, h + 1, len))
+		goto discard;
+	bpf_ringbuf_submit(h, 0);
+	return 1;
+discard:
+	bpf_ringbuf_discard(h, 0);
+	return 0;
+}
+
+/* 1: the packet is with user space now, and is dropped here. 0: no place. */
+separate int hold(struct __sk_buff *skb, struct pc_life *l)
+{
+	struct pc_hold_quota *own, *all;
+	const struct pc_endpoint *ep;
+	__u32 index, zero = 0, id;
+	int done;
+
+	if (!l)
+		return 0;
+	id = l->id;
+	ep = endpoint_find(skb, l);
+	if (!ep || l->id != id) /* gone, or another's now */
+		return 0;
+	index = READ_ONCE(ep->hold_index);
+	own = bpf_map_lookup_elem(&hold_quota, &index);
+	all = bpf_map_lookup_elem(&hold_quota, &zero);
+	if (!own || !all || !index) /* an endpoint without a quota holds nothing */
+		return 0;
+	/* Its own first: one endpoint's storm must not use up the common one. */
+	if (!quota_take(own, hold_per_endpoint))
+		return 0;
+	if (!quota_take(all, hold_total)) {
+		__sync_fetch_and_add(&own->in, -1);
+		return 0;
+	}
+	if (skb->len <= PC_HELD_SMALL - sizeof(struct pc_held))
+		done = hold_copy(skb, l, index, PC_HELD_SMALL);
+	else
+		done = hold_copy(skb, l, index, PC_HELD_LARGE);
+	if (!done) {
+		__sync_fetch_and_add(&all->in, -1);
+		__sync_fetch_and_add(&own->in, -1);
+	}
+	return done;
+}
+
+#endif

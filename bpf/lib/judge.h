@@ -1,0 +1,210 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/* Judge a packet of a flow: as the flow was judged before, if every ground for
+ * that judgement still stands; else anew. */
+#ifndef PC_JUDGE_H
+#define PC_JUDGE_H
+
+#include "conntrack.h"
+#include "policy.h"
+
+/* A known flow's packet towards the workload must come in where its peer's
+ * packets did. The device may change (two uplinks), so a difference means:
+ * judge anew. Only a flow that needed to know its peer cares. */
+inline_always int origin_same(struct __sk_buff *skb, const struct pc_life *l, int dir)
+{
+	if (dir == PC_DIR_EGRESS || l->reinjected)
+		return 1;
+	if (!l->j.stamp && !(l->j.flags & PC_JUDGED_BY_RANGE))
+		return 1;
+	return l->j.ifindex == skb->ingress_ifindex;
+}
+
+/* Judges a new flow, or one whose judgement lost a ground: policy changed,
+ * binding gone, lease past its deadline. The forward tuple is judged, also
+ * when the packet is a reply; but a reply is bound to the binding that was
+ * judged before (I4). With CT_REMEMBER in l->how the new judgement is in l->j. */
+separate int judge_anew(struct __sk_buff *skb, struct pc_life *l)
+{
+	int known, forward, restart, reason;
+	const struct pc_endpoint *ep;
+	struct pc_judgement *j;
+	__u32 jdir, id;
+
+	if (!l)
+		return PC_REASON_MALFORMED;
+	j = &l->j;
+	known = l->how & CT_KNOWN;
+	forward = l->how & CT_FORWARD;
+	jdir = forward ? l->dir : PC_DIR_INGRESS - l->dir;
+
+	/* Read again, so that flags and epoch are of one reading that can be
+	 * checked at the end. */
+	id = l->id;
+	ep = endpoint_find(skb, l);
+	if (!ep || l->id != id)
+		return PC_REASON_NO_ENDPOINT;
+	if (!known && l->p.proto == PROTO_TCP && !packet_opens(&l->p) &&
+	    (l->ep_flags & PC_EP_STRICT_TCP))
+		return PC_REASON_NO_FLOW;
+	l->expect = known && !forward ? j->stamp : 0;
+	l->flow = known ? (forward ? PC_FLOW_ESTABLISHED : PC_FLOW_REPLY) : PC_FLOW_NEW;
+	reason = policy_judge(skb, l, jdir, forward);
+	if (reason)
+		return reason;
+	/* An echo reply that answers nothing opens nothing. */
+	if (!known && is_echo_reply(&l->p)) {
+		l->flow = PC_FLOW_NONE;
+		return PC_REASON_NONE;
+	}
+	if (!endpoint_unchanged(skb, l, ep))
+		return PC_REASON_NO_ENDPOINT;
+
+	/* Another binding than before, and allowed by itself: another flow. */
+	restart = known && forward && j->stamp && !l->no_evidence && j->stamp != l->peer.stamp;
+	if (!known || restart) {
+		l->flow = PC_FLOW_NEW;
+		l->report = 1;
+		j->flags = 0;
+	}
+	j->flags &= PC_JUDGED_REPLY_SEEN;
+	if (!forward && !j->flags) {
+		l->report = 1;
+		j->flags = PC_JUDGED_REPLY_SEEN;
+	}
+	j->endpoint = l->id;
+	j->epoch = l->policy;
+	j->evidence = l->need;
+	j->rule = l->rule;
+	j->ifindex = PC_IFINDEX_NONE;
+	if (l->dir == PC_DIR_INGRESS && !l->reinjected)
+		j->ifindex = skb->ingress_ifindex;
+	j->stamp = 0;
+	j->slot = 0;
+	if (!l->no_evidence) {
+		j->slot = l->peer.slot;
+		if (l->peer.kind == PEER_BOUND)
+			j->stamp = l->peer.stamp;
+		else
+			j->flags |= PC_JUDGED_BY_RANGE;
+	}
+	l->how |= CT_REMEMBER | (restart ? CT_RESTART : 0);
+	return PC_REASON_NONE;
+}
+
+inline_always int remember_new(struct pc_life *l, const struct pc_ct_key *key, __u32 jdir)
+{
+	__u32 opened_by_b = l->f.src_is_b ? PC_CT_FORWARD_B : 0;
+	struct pc_ct fresh = {};
+
+	l->j.seal = judgement_seal(l->f.sum, &l->j, jdir, opened_by_b);
+	*judgement_at(&fresh, jdir) = l->j;
+	fresh.created = fresh.last_seen = l->now;
+	fresh.flags = opened_by_b;
+	if (l->p.proto == PROTO_TCP && (l->p.tcp_flags & TCP_FIN))
+		fresh.flags |= PC_CT_FIN_FORWARD;
+	if (l->p.proto == PROTO_TCP && (l->p.tcp_flags & TCP_RST))
+		fresh.flags |= PC_CT_RST;
+	/* A whole element: where the flow begins anew, it replaces the old one
+	 * at once, with the judgements of whoever else had judged that. */
+	if (bpf_map_update_elem(&conntrack, key, &fresh, BPF_ANY))
+		return PC_REASON_MAP_FULL;
+	return PC_REASON_NONE;
+}
+
+/* Stores l->j. */
+separate int remember(struct pc_life *l)
+{
+	struct pc_ct_key key;
+	struct pc_ct *ct;
+	__u32 jdir, opened_by_b;
+
+	if (!l)
+		return PC_REASON_MAP_FULL;
+	key = l->f.key;
+	jdir = l->how & CT_FORWARD ? l->dir : PC_DIR_INGRESS - l->dir;
+	ct = l->how & CT_KEEP ? bpf_map_lookup_elem(&conntrack, &key) : 0;
+	if (!ct) {
+		if (l->how & CT_FORWARD)
+			return remember_new(l, &key, jdir);
+		return PC_REASON_NONE; /* collected meanwhile: the forward side opens it again */
+	}
+	opened_by_b = l->how & CT_OPENED_BY_B ? PC_CT_FORWARD_B : 0;
+	l->j.seal = judgement_seal(l->f.sum, &l->j, jdir, opened_by_b);
+	judgement_write(judgement_at(ct, jdir), &l->j);
+	if (l->how & CT_RESTART)
+		WRITE_ONCE(ct->created, l->now);
+	return PC_REASON_NONE;
+}
+
+inline_always int judge_slow(struct __sk_buff *skb, struct pc_life *l)
+{
+	int reason = judge_anew(skb, l);
+
+	if (reason || !(l->how & CT_REMEMBER))
+		return reason;
+	reason = remember(l);
+	/* I6: a full map drops. Only a packet whose flow is remembered for the
+	 * record alone (nothing is enforced on this endpoint in either
+	 * direction) needs no entry. */
+	if (reason && !(l->ep_flags & (PC_EP_ENFORCE_EGRESS | PC_EP_ENFORCE_INGRESS))) {
+		l->unremembered = 1;
+		l->report = 0; /* the counter tells; an event per packet would not */
+		return PC_REASON_NONE;
+	}
+	return reason;
+}
+
+/* Returns PC_REASON_NONE to let the packet pass. */
+inline_always int judge_flow(struct __sk_buff *skb, struct pc_life *l, int dir)
+{
+	const int other = PC_DIR_INGRESS - dir;
+	struct pc_judgement *j = &l->j;
+	__u32 flags, opened_by_b;
+	struct pc_ct *ct;
+	int forward, reason;
+
+	flow_of(&l->p, &l->f);
+	ct = bpf_map_lookup_elem(&conntrack, &l->f.key);
+	if (!ct) {
+		l->how = CT_FORWARD;
+		return judge_slow(skb, l);
+	}
+	flags = READ_ONCE(ct->flags);
+	opened_by_b = flags & PC_CT_FORWARD_B;
+	l->how = CT_FOUND | (opened_by_b ? CT_OPENED_BY_B : 0);
+	forward = !opened_by_b == !l->f.src_is_b;
+	if (forward) {
+		l->how |= CT_FORWARD;
+		if (!is_echo_reply(&l->p)) {
+			l->how |= CT_KEEP;
+			if (judgement_read(ct, dir, l->f.sum, opened_by_b, l->id, j))
+				l->how |= CT_KNOWN;
+		}
+	} else if (!packet_opens(&l->p) &&
+		   judgement_read(ct, other, l->f.sum, opened_by_b, l->id, j)) {
+		l->how |= CT_KEEP | CT_KNOWN;
+	} else {
+		/* Not a reply to anything that this endpoint judged: a new flow
+		 * in this packet's direction. */
+		l->how |= CT_FORWARD;
+	}
+
+	/* The established packet. */
+	if ((l->how & CT_KNOWN) && j->epoch == l->policy && origin_same(skb, l, dir) &&
+	    judgement_fresh(j, life_peer(l, dir), l->now)) {
+		l->flow = forward ? PC_FLOW_ESTABLISHED : PC_FLOW_REPLY;
+		ct_touch(ct, &l->p, forward, flags, l->now);
+		if (!forward && !(j->flags & PC_JUDGED_REPLY_SEEN)) {
+			WRITE_ONCE(judgement_at(ct, other)->flags, j->flags | PC_JUDGED_REPLY_SEEN);
+			l->no_evidence = !j->stamp && !(j->flags & PC_JUDGED_BY_RANGE);
+			l->report = 1;
+		}
+		return PC_REASON_NONE;
+	}
+	reason = judge_slow(skb, l);
+	if (!reason && (l->how & CT_KEEP))
+		ct_touch(ct, &l->p, forward, flags, l->now);
+	return reason;
+}
+
+#endif

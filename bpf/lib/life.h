@@ -1,0 +1,91 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+#ifndef PC_LIFE_H
+#define PC_LIFE_H
+
+#include "clock.h"
+
+/* How the other side of a packet is known. */
+enum pc_peer_kind {
+	PEER_NOT_ASKED = 0,
+	PEER_BOUND,   /* by a live binding */
+	PEER_RANGE,   /* by its range: world, or a CIDR identity */
+	PEER_MISSING, /* in a known range, without a binding (I5) */
+	PEER_EXPIRED, /* its binding's lease is past its deadline (I2) */
+	PEER_CHANGED, /* its binding went while it was looked at */
+	PEER_SPOOFED, /* the packet did not come from where that address lives */
+	PEER_NOBODY,  /* a node address on a forwarded packet: `unknown`, never host */
+};
+
+struct pc_peer {
+	__u64 stamp; /* 0 unless bound or expired */
+	__u64 generation;
+	__u64 installed;
+	__u32 slot; /* known by its range: the range epoch instead */
+	__u32 identity;
+	__u8 kind;     /* enum pc_peer_kind */
+	__u8 evidence; /* enum pc_evidence */
+	__u8 holdable; /* its owner can be asked */
+	__u8 pad[5];
+};
+
+/* A packet's flow, as conntrack names it. */
+struct pc_flow {
+	struct pc_ct_key key;
+	__u64 sum; /* of the key, for seals */
+	__u8 src_is_b;
+	__u8 pad[7];
+};
+
+/* What conntrack says about a packet and its endpoint. */
+enum pc_how {
+	CT_FOUND = 1,
+	CT_KEEP = 2,	    /* the entry's orientation stands */
+	CT_KNOWN = 4,	    /* life.j is this endpoint's judgement of the flow */
+	CT_FORWARD = 8,	    /* the packet goes the way of the flow's first */
+	CT_OPENED_BY_B = 16, /* as the entry says */
+	CT_RESTART = 32,    /* the same ports, but another peer than was judged before */
+	CT_REMEMBER = 64,   /* life.j is a new judgement, to be stored */
+};
+
+/* All that is known about one packet between its arrival and its verdict. No
+ * pointers: `separate` functions get it as plain memory. */
+struct pc_life {
+	__u64 now;
+	__u64 expect; /* stamp of the binding that a reply must come from; 0: any */
+	struct pc_packet p;
+	struct pc_peer peer;
+	struct pc_flow f;
+	struct pc_judgement j;
+	/* The endpoint's words, read together, so that all decisions about one
+	 * packet use the same ones. */
+	__u32 id;
+	__u32 policy;
+	__u32 ep_flags;
+	__u32 ep_state;
+	__u32 identity;
+
+	__u32 rule;
+	__u8 dir; /* enum pc_direction */
+	__u8 reinjected;
+	__u8 reason;   /* enum pc_reason */
+	__u8 flow;     /* enum pc_flow_state */
+	__u8 report;   /* emit an event although it passes */
+	__u8 no_evidence; /* the verdict is the same whoever the peer is */
+	__u8 how;      /* enum pc_how */
+	__u8 need;     /* least evidence asked for */
+	__u8 unremembered; /* conntrack is full, and the flow needs no entry */
+};
+
+/* The address of the other side, as the packet claims it. (dir is l->dir, passed
+ * by itself where it shall be a constant to the compiler.) */
+inline_always const struct pc_addr *life_peer(const struct pc_life *l, int dir)
+{
+	return dir == PC_DIR_EGRESS ? &l->p.dst : &l->p.src;
+}
+
+inline_always const struct pc_addr *life_local(const struct pc_life *l, int dir)
+{
+	return dir == PC_DIR_EGRESS ? &l->p.src : &l->p.dst;
+}
+
+#endif
