@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/spf13/cobra"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/testing/protocmp"
@@ -358,4 +359,41 @@ func (w *onWrite) Write(b []byte) (int, error) {
 		w.do()
 	}
 	return len(b), nil
+}
+
+// The manual shows what the commands print: each table stands in it.
+func TestManualShowsTheRealOutput(t *testing.T) {
+	manual, err := os.ReadFile("../../docs/cli.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tables, err := filepath.Glob("testdata/*.table")
+	if err != nil || len(tables) < 8 {
+		t.Fatalf("golden tables: %v, %v", tables, err)
+	}
+	for _, table := range tables {
+		want, err := os.ReadFile(table)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if name := filepath.Base(table); name != "identity-list.table" && !strings.Contains(string(manual), string(want)) {
+			t.Errorf("docs/cli.md does not show %s as it is: copy it there", name)
+		}
+	}
+	for _, newCmd := range commands {
+		top := newCmd(&Env{})
+		all := []*cobra.Command{top}
+		if name := top.Name(); name != "lab" && name != "probe" { // no part of an installation; the manual only names them
+			all = append(all, top.Commands()...)
+		}
+		for _, cmd := range all {
+			name := strings.TrimPrefix(cmd.CommandPath(), "portcullis ")
+			if !strings.Contains(string(manual), name) {
+				t.Errorf("docs/cli.md does not mention %q", name)
+			}
+			if len(cmd.Commands()) == 0 && cmd.Short == "" {
+				t.Errorf("%q has no short help", name)
+			}
+		}
+	}
 }

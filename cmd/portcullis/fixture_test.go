@@ -143,7 +143,7 @@ func (w *wire) Status(context.Context, *api.StatusRequest) (*api.StatusResponse,
 			{Name: "workload-api", State: "ok"},
 			{Name: "journal", State: "ok", Detail: "3 grants of before the start accounted for"},
 		},
-		Maps: []*api.Map{{Name: "bindings", Entries: 12, Capacity: 65536}, {Name: "conntrack", Entries: 98304, Capacity: 131072}, {Name: "odd"}},
+		Maps: []*api.Map{{Name: "bindings", Entries: 12, Capacity: 65536}, {Name: "conntrack", Entries: 98304, Capacity: 131072}},
 		Counters: []*api.Counter{
 			{Direction: "ingress", Verdict: "drop", Reason: "policy-denied", Packets: 3, Bytes: 222},
 			{Direction: "ingress", Verdict: "pass", Reason: "none", Packets: 1204, Bytes: 901221},
@@ -157,6 +157,7 @@ func (w *wire) Status(context.Context, *api.StatusRequest) (*api.StatusResponse,
 		s.CertificateExpiry = ago(60)
 		s.StartupWait = seconds(42.4)
 		s.LostEvents = 7
+		s.Maps = append(s.Maps, &api.Map{Name: "leases"}) // no capacity: no division by it
 		s.Alarms = []*api.Alarm{{Name: "map-full", Since: ago(90), Count: 12, Text: "map conntrack is full: new flows are dropped: raise --conntrack"}}
 	}
 	return s, nil

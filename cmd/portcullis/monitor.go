@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -33,40 +34,21 @@ that is given several times matches any of its values.`,
 		Example: "  portcullis monitor --verdict drop\n  portcullis monitor --label org=alliance --port 80 -o json",
 		Args:    usageArgs(noArgs),
 	}
-	req := &api.MonitorRequest{}
-	var ports, endpoints []uint
-	f := cmd.Flags()
-	f.StringSliceVar(&req.Verdicts, "verdict", nil, strings.Join(flow.Words(abi.VerdictMax), ", "))
-	f.StringSliceVar(&req.Reasons, "reason", nil, "of a drop: policy-denied, refused, stale-lease, ...")
-	f.StringSliceVar(&req.Directions, "direction", nil, "as seen from the workload: "+strings.Join(flow.Words(abi.DirMax), ", "))
-	f.StringSliceVar(&req.Prefixes, "ip", nil, "address or prefix of either end")
-	f.StringArrayVar(&req.Labels, "label", nil, "[source:]key[=value] of either end's identity")
-	f.UintSliceVar(&ports, "port", nil, "of either end")
-	f.StringSliceVar(&req.Protocols, "protocol", nil, "TCP, UDP, SCTP, ICMPv4, ICMPv6 or a number")
-	f.UintSliceVar(&endpoints, "endpoint", nil, "id of an endpoint of this node")
-	f.StringSliceVar(&req.Workloads, "workload", nil, "NAMESPACE/NAME of either end, where known")
-	count := f.UintP("count", "n", 0, "stop after this many events; 0: never")
+	filters := addFilters(cmd.Flags())
+	count := cmd.Flags().UintP("count", "n", 0, "stop after this many events; 0: never")
 	var line flow.Formatter
-	f.BoolVarP(&line.Time, "timestamps", "t", false, "the time first")
-	f.BoolVarP(&line.Verbose, "verbose", "v", false, "the labels of both ends too")
-	for _, name := range []string{"port", "endpoint"} {
-		f.Lookup(name).DefValue = "" // else the help shows an empty list
-	}
+	cmd.Flags().BoolVarP(&line.Time, "timestamps", "t", false, "the time first")
+	cmd.Flags().BoolVarP(&line.Verbose, "verbose", "v", false, "the labels of both ends too")
 	o := addOutput(cmd)
-	f.Lookup("output").Usage = "table or json, one object per line (PORTCULLIS_OUTPUT)"
+	cmd.Flags().Lookup("output").Usage = "table or json, one object per line (PORTCULLIS_OUTPUT)"
 
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		if *o == outYAML {
 			return usagef("monitor writes table or json, not yaml")
 		}
-		for _, p := range ports {
-			req.Ports = append(req.Ports, uint32(min(p, 1<<31)))
-		}
-		for _, e := range endpoints {
-			req.Endpoints = append(req.Endpoints, uint32(min(e, 1<<31)))
-		}
-		if _, err := req.Filter(); err != nil { // the agent would say the same
-			return usageError{err}
+		req, err := filters()
+		if err != nil {
+			return err
 		}
 		client, err := api.Dial(env.socket)
 		if err != nil {
@@ -87,6 +69,37 @@ that is given several times matches any of its values.`,
 		return err
 	}
 	return cmd
+}
+
+// addFilters adds the filters' flags. The function that it returns makes the
+// request of them, once they are parsed.
+func addFilters(f *pflag.FlagSet) func() (*api.MonitorRequest, error) {
+	req := &api.MonitorRequest{}
+	var ports, endpoints []uint
+	f.StringSliceVar(&req.Verdicts, "verdict", nil, strings.Join(flow.Words(abi.VerdictMax), ", "))
+	f.StringSliceVar(&req.Reasons, "reason", nil, "of a drop: policy-denied, refused, stale-lease, ...")
+	f.StringSliceVar(&req.Directions, "direction", nil, "as seen from the workload: "+strings.Join(flow.Words(abi.DirMax), ", "))
+	f.StringSliceVar(&req.Prefixes, "ip", nil, "address or prefix of either end")
+	f.StringArrayVar(&req.Labels, "label", nil, "[source:]key[=value] of either end's identity")
+	f.UintSliceVar(&ports, "port", nil, "of either end")
+	f.StringSliceVar(&req.Protocols, "protocol", nil, "TCP, UDP, SCTP, ICMPv4, ICMPv6 or a number")
+	f.UintSliceVar(&endpoints, "endpoint", nil, "id of an endpoint of this node")
+	f.StringSliceVar(&req.Workloads, "workload", nil, "NAMESPACE/NAME of either end, where known")
+	for _, name := range []string{"port", "endpoint"} {
+		f.Lookup(name).DefValue = "" // else the help shows an empty list
+	}
+	return func() (*api.MonitorRequest, error) {
+		for _, p := range ports {
+			req.Ports = append(req.Ports, uint32(min(p, 1<<31)))
+		}
+		for _, e := range endpoints {
+			req.Endpoints = append(req.Endpoints, uint32(min(e, 1<<31)))
+		}
+		if _, err := req.Filter(); err != nil { // the agent would say the same
+			return nil, usageError{err}
+		}
+		return req, nil
+	}
 }
 
 // printEvents prints until the stream ends or count events were printed.
