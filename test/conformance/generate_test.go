@@ -1,0 +1,75 @@
+package conformance
+
+import (
+	"fmt"
+	"math/rand/v2"
+
+	"portcullis/authz"
+	"portcullis/bpf/abi"
+	"portcullis/identity"
+)
+
+var (
+	someNamespaces = []string{"a", "b"}
+	someValues     = []string{"x", "y"}
+	somePorts      = []uint16{1, 53, 80, 81, 4096, 5000, 8191, 65535}
+)
+
+func pick[T any](r *rand.Rand, from []T) T { return from[r.IntN(len(from))] }
+
+func someIdentity(r *rand.Rand) identity.Identity {
+	return identity.New(trustDomain, pick(r, someNamespaces), pick(r, someValues), map[string]string{"app": pick(r, someValues)})
+}
+
+func someSelector(r *rand.Rand) authz.Selector {
+	return pick(r, []authz.Selector{
+		{}, {authz.InNamespace(pick(r, someNamespaces))}, {authz.HasServiceAccount(pick(r, someValues))},
+		{authz.Label("app", pick(r, someValues))},
+		{authz.Label("app", pick(r, someValues)), authz.InNamespace(pick(r, someNamespaces))},
+		{authz.Label("app", "nobody")},
+	})
+}
+
+func somePort(r *rand.Rand) authz.PortRange {
+	proto := pick(r, []uint8{authz.ProtoTCP, authz.ProtoTCP, authz.ProtoUDP, authz.ProtoICMP, authz.ProtoICMPv6})
+	if proto == authz.ProtoICMP || proto == authz.ProtoICMPv6 {
+		if r.IntN(2) == 0 {
+			return authz.Port(proto, uint16(echoRequest(proto))<<8)
+		}
+		return authz.AllPorts(proto)
+	}
+	a, b := pick(r, somePorts), pick(r, somePorts)
+	switch r.IntN(4) {
+	case 0:
+		return authz.AllPorts(proto)
+	case 1:
+		return authz.PortRange{Proto: proto, First: min(a, b), Last: max(a, b)}
+	}
+	return authz.Port(proto, a)
+}
+
+// somePolicy goes beyond what files can say today: egress, deny, ranges.
+func somePolicy(r *rand.Rand, n int) *authz.Policy {
+	p := &authz.Policy{
+		Ref:         authz.Ref{Kind: "Test", Namespace: "a", Name: fmt.Sprint(n)},
+		DenyIngress: r.IntN(4) > 0, DenyEgress: r.IntN(2) == 0,
+	}
+	for i := range 1 + r.IntN(4) {
+		rule := authz.Rule{Direction: abi.Direction(r.IntN(2)), Action: authz.Allow, Path: fmt.Sprint(i)}
+		if r.IntN(5) == 0 {
+			rule.Action = authz.Deny
+		}
+		if rule.AnyPeer = r.IntN(5) == 0; !rule.AnyPeer {
+			for range 1 + r.IntN(2) {
+				rule.Peers = append(rule.Peers, someSelector(r))
+			}
+		}
+		if rule.AnyPort = r.IntN(4) == 0; !rule.AnyPort {
+			for range 1 + r.IntN(3) {
+				rule.Ports = append(rule.Ports, somePort(r))
+			}
+		}
+		p.Rules = append(p.Rules, rule)
+	}
+	return p
+}

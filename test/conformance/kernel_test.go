@@ -1,0 +1,419 @@
+package conformance
+
+import (
+	"bytes"
+	"encoding/binary"
+	"math"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/ringbuf"
+
+	"portcullis/authz"
+	"portcullis/bpf"
+	"portcullis/bpf/abi"
+	"portcullis/identity"
+)
+
+// What the kernel's maps say of a peer's address.
+const (
+	loopback = 1    // the device of test-run, and so of the endpoint
+	uplink   = 1000 // need not exist: only its number is looked at
+	sibling  = 1001 // the veth of another local endpoint
+
+	liveLease    = uint32(abi.LeaseFirst)
+	expiredLease = uint32(abi.LeaseFirst) + 1
+)
+
+// tcxNext is what a program returns to let a packet pass: TCX_NEXT, -1.
+const tcxNext, tcxDrop = math.MaxUint32, 2
+
+// known: how the kernel must find a peer, where it has to look.
+type known int
+
+const (
+	bound   known = iota // its identity counts
+	ranged               // its identity counts, by its range, without a binding
+	expired              // past its lease
+	missing              // no binding
+	spoofed              // did not come from where the address lives
+)
+
+// peer is an address, the state of the maps about it, and where its packets
+// come in.
+type peer struct {
+	name     string
+	v4, v6   string
+	slot     *abi.Slot // nil: no binding; identity and IP are filled in
+	revoked  bool      // the slot's stamp is 0
+	from     uint32    // ingress ifindex
+	fixed    identity.Numeric
+	inbound  known // as a source (to_workload)
+	outbound known // as a destination (from_workload)
+	holdable bool
+}
+
+var peers = []*peer{
+	{name: "local", v4: "10.7.0.2", v6: "fd00:7::2", slot: &abi.Slot{Lease: uint32(abi.LeaseLocal), Ifindex: sibling, Evidence: uint8(abi.EvidenceLocal)}, from: sibling},
+	{name: "local, from elsewhere", v4: "10.7.0.3", v6: "fd00:7::3", slot: &abi.Slot{Lease: uint32(abi.LeaseLocal), Ifindex: sibling, Evidence: uint8(abi.EvidenceLocal)}, from: uplink, inbound: spoofed},
+	{name: "leased", v4: "10.9.0.2", v6: "fd00:9::2", slot: &abi.Slot{Lease: liveLease, Evidence: uint8(abi.EvidenceLease)}, from: uplink},
+	{name: "proved", v4: "10.9.0.3", v6: "fd00:9::3", slot: &abi.Slot{Lease: liveLease, Evidence: uint8(abi.EvidenceSvid)}, from: uplink},
+	{name: "leased, not from an uplink", v4: "10.9.0.4", v6: "fd00:9::4", slot: &abi.Slot{Lease: liveLease, Evidence: uint8(abi.EvidenceLease)}, from: sibling, inbound: spoofed},
+	{name: "weak", v4: "10.9.0.5", v6: "fd00:9::5", slot: &abi.Slot{Lease: liveLease, Evidence: uint8(abi.EvidenceWatch)}, from: uplink},
+	{name: "expired", v4: "10.9.0.6", v6: "fd00:9::6", slot: &abi.Slot{Lease: expiredLease, Evidence: uint8(abi.EvidenceLease)}, from: uplink, inbound: expired, outbound: expired, holdable: true},
+	{name: "expired, floating", v4: "10.8.0.2", v6: "fd00:8::2", slot: &abi.Slot{Lease: expiredLease, Evidence: uint8(abi.EvidenceLease)}, from: uplink, inbound: expired, outbound: expired},
+	{name: "lease 0", v4: "10.9.0.7", v6: "fd00:9::7", slot: &abi.Slot{Lease: uint32(abi.LeaseNone), Evidence: uint8(abi.EvidenceLease)}, from: uplink, inbound: expired, outbound: expired, holdable: true},
+	{name: "classic", v4: "10.9.0.8", v6: "fd00:9::8", slot: &abi.Slot{Lease: uint32(abi.LeaseClassic), Evidence: uint8(abi.EvidenceLease)}, from: uplink, inbound: expired, outbound: expired, holdable: true},
+	{name: "revoked", v4: "10.9.0.9", v6: "fd00:9::9", slot: &abi.Slot{Lease: liveLease, Evidence: uint8(abi.EvidenceLease)}, revoked: true, from: uplink, inbound: missing, outbound: missing, holdable: true},
+	{name: "unbound", v4: "10.9.0.10", v6: "fd00:9::10", from: uplink, inbound: missing, outbound: missing, holdable: true},
+	{name: "unbound, no owner", v4: "10.8.0.3", v6: "fd00:8::3", from: uplink, inbound: missing, outbound: missing},
+	{name: "world", v4: "198.51.100.7", v6: "2001:db8::7", from: uplink, fixed: identity.NumWorld, inbound: ranged, outbound: ranged},
+	{name: "range", v4: "192.0.2.10", v6: "2001:db8:c::10", from: uplink, inbound: ranged, outbound: ranged},
+	{name: "host", v4: "10.1.0.1", v6: "fd00:1::1", slot: &abi.Slot{Lease: uint32(abi.LeaseLocal), Evidence: uint8(abi.EvidenceLocal)}, fixed: identity.NumHost},
+	{name: "forwarded as host", v4: "10.1.0.1", v6: "fd00:1::1", slot: &abi.Slot{Lease: uint32(abi.LeaseLocal), Evidence: uint8(abi.EvidenceLocal)}, from: uplink, fixed: identity.NumHost, inbound: missing},
+	{name: "remote node", v4: "10.1.0.2", v6: "fd00:1::2", slot: &abi.Slot{Lease: liveLease, Evidence: uint8(abi.EvidenceLease)}, from: uplink, fixed: identity.NumRemoteNode},
+}
+
+var ranges = []struct {
+	prefix string
+	flags  abi.RangeFlag
+}{
+	{"10.9.0.0/16", abi.RangeKnown | abi.RangeHoldable}, {"fd00:9::/32", abi.RangeKnown | abi.RangeHoldable},
+	{"10.8.0.0/16", abi.RangeKnown}, {"fd00:8::/32", abi.RangeKnown},
+	{"192.0.2.0/24", 0}, {"2001:db8:c::/48", 0},
+}
+
+var ownV4, ownV6 = netip.MustParseAddr("10.7.0.1"), netip.MustParseAddr("fd00:7::1")
+
+// expect returns what the kernel must do with a packet, given what the
+// evaluator says of the peer's identity.
+func (p *peer) expect(d authz.Decision, dir abi.Direction) (abi.Verdict, abi.Reason) {
+	denied := func(v abi.Verdict) (abi.Verdict, abi.Reason) {
+		if v == abi.VerdictPass {
+			return v, abi.ReasonNone
+		}
+		return abi.VerdictDrop, abi.ReasonPolicyDenied
+	}
+	if !d.NeedsEvidence {
+		return denied(d.Verdict)
+	}
+	how := p.outbound
+	if dir == abi.DirIngress {
+		how = p.inbound
+	}
+	reason := abi.ReasonUnbound
+	switch how {
+	case spoofed:
+		return abi.VerdictDrop, abi.ReasonSpoofed
+	case ranged:
+		return denied(d.Verdict)
+	case bound:
+		// d names no evidence; the default is a lease.
+		if d.Verdict == abi.VerdictPass && p.slot.Evidence < uint8(abi.EvidenceLease) {
+			return abi.VerdictDrop, abi.ReasonEvidenceTooWeak
+		}
+		return denied(d.Verdict)
+	case expired:
+		reason = abi.ReasonStaleLease
+	}
+	if dir == abi.DirIngress && p.holdable {
+		return abi.VerdictHold, reason
+	}
+	return abi.VerdictDrop, reason
+}
+
+// kernel is the loaded object.
+type kernel struct {
+	*testing.T
+	coll         *ebpf.Collection
+	events, held *ringbuf.Reader
+	stamp        uint64
+	sets         [2]map[abi.PolicyKey]abi.Policy // in the map: this round's and the last
+}
+
+func loadObject(t *testing.T) *kernel {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		if os.Getenv("CI") == "true" {
+			t.Fatal("needs root: it loads the programs into the kernel")
+		}
+		t.Skip("needs root: it loads the programs into the kernel")
+	}
+	spec, err := ebpf.LoadCollectionSpecFromReader(bytes.NewReader(bpf.Object))
+	if err != nil {
+		t.Fatal(err)
+	}
+	coll, err := ebpf.NewCollection(spec)
+	if err != nil {
+		t.Fatalf("%+v", err)
+	}
+	k := &kernel{T: t, coll: coll}
+	t.Cleanup(coll.Close)
+	for name, r := range map[string]**ringbuf.Reader{"events": &k.events, "held": &k.held} {
+		if *r, err = ringbuf.NewReader(coll.Maps[name]); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { (*r).Close() })
+	}
+	k.put("uplinks", uint32(uplink), abi.Uplink{})
+	k.put("leases", uint32(abi.LeaseLocal), abi.Lease{Deadline: math.MaxUint64})
+	k.put("leases", uint32(abi.LeaseClassic), abi.Lease{Deadline: math.MaxUint64}) // yet the mode is lease
+	k.put("leases", liveLease, abi.Lease{Deadline: math.MaxUint64})
+	k.put("leases", expiredLease, abi.Lease{Deadline: 1})
+	return k
+}
+
+func (k *kernel) put(name string, key, value any) {
+	k.Helper()
+	if err := k.coll.Maps[name].Put(key, value); err != nil {
+		k.Fatalf("%s: %v", name, err)
+	}
+}
+
+// install fills the maps for a round: the set, the endpoint, ranges, bindings.
+func (k *kernel) install(round uint32, set authz.Set, who map[*peer]identity.Numeric) {
+	k.Helper()
+	for key := range k.sets[round%2] {
+		if err := k.coll.Maps["policy"].Delete(key); err != nil {
+			k.Fatal(err)
+		}
+	}
+	k.sets[round%2] = set.WithSet(round)
+	for key, entry := range k.sets[round%2] {
+		k.put("policy", key, entry)
+	}
+	var flags abi.EndpointFlag
+	if set.EnforceIngress {
+		flags |= abi.EPEnforceIngress
+	}
+	if set.EnforceEgress {
+		flags |= abi.EPEnforceEgress
+	}
+	k.put("endpoints", uint32(loopback), abi.Endpoint{
+		IP4: addr(ownV4), IP6: addr(ownV6), ID: round, Ifindex: loopback, State: uint32(abi.EPActive),
+		Flags: uint32(flags), Policy: round, HoldIndex: 1,
+	})
+	k.put("state", uint32(0), abi.State{ReaderTick: math.MaxUint64 / 2, RangeEpoch: uint64(round)})
+	for _, r := range ranges {
+		p := netip.MustParsePrefix(r.prefix)
+		bits := p.Bits()
+		if p.Addr().Is4() {
+			bits += 96
+		}
+		v := abi.Range{Flags: uint32(r.flags)}
+		if r.flags == 0 {
+			v.Identity = uint32(who[peerNamed("range")])
+		}
+		k.put("ranges", abi.RangeKey{Prefixlen: uint32(bits), Addr: addr(p.Addr())}, v)
+	}
+	slot := uint32(1)
+	for _, p := range peers {
+		for _, ip := range []string{p.v4, p.v6} {
+			if p.slot == nil {
+				continue
+			}
+			k.stamp++
+			s := *p.slot
+			s.Stamp, s.IP, s.Identity = k.stamp, addr(netip.MustParseAddr(ip)), uint32(who[p])
+			if p.revoked {
+				s.Stamp = 0
+			}
+			k.put("slots", slot, s)
+			k.put("bindings", s.IP, abi.Binding{Slot: slot, Stamp: k.stamp})
+			slot++
+		}
+	}
+}
+
+func peerNamed(name string) *peer {
+	for _, p := range peers {
+		if p.name == name {
+			return p
+		}
+	}
+	panic(name)
+}
+
+// run gives a packet to a program and returns what that returns.
+func (k *kernel) run(dir abi.Direction, p packet, from uint32) uint32 {
+	k.Helper()
+	program := "to_workload"
+	if dir == abi.DirEgress {
+		program = "from_workload"
+	}
+	// struct __sk_buff up to ifindex.
+	ctx := [11]uint32{9: from, 10: loopback}
+	ret, err := k.coll.Programs[program].Run(&ebpf.RunOptions{Data: p.bytes(), Context: ctx, Repeat: 1})
+	if err != nil {
+		k.Fatalf("%s: %v", program, err)
+	}
+	return ret
+}
+
+// event takes the next event out of its ring.
+func (k *kernel) event(p packet) (ev abi.Event) {
+	k.Helper()
+	k.events.SetDeadline(time.Now().Add(time.Second))
+	rec, err := k.events.Read()
+	if err != nil {
+		k.Fatalf("%+v: no event: %v", p, err)
+	}
+	if err := binary.Read(bytes.NewReader(rec.RawSample), binary.LittleEndian, &ev); err != nil {
+		k.Fatal(err)
+	}
+	if ev.Src != addr(p.src) || ev.Dst != addr(p.dst) || ev.Proto != p.proto {
+		k.Fatalf("%+v: the event of another packet: %+v", p, ev)
+	}
+	return ev
+}
+
+// drain takes the held packet out of its ring, gives its place back, and
+// checks that it is the one that was sent.
+func (k *kernel) drain(p packet, reason abi.Reason) {
+	k.Helper()
+	k.held.SetDeadline(time.Now().Add(time.Second))
+	rec, err := k.held.Read()
+	if err != nil {
+		k.Fatalf("%+v: held, and not in the ring: %v", p, err)
+	}
+	var h abi.Held
+	if err := binary.Read(bytes.NewReader(rec.RawSample), binary.LittleEndian, &h); err != nil {
+		k.Fatal(err)
+	}
+	sent := p.bytes()
+	if h.Peer != addr(p.src) || h.Reason != uint8(reason) ||
+		!bytes.Equal(rec.RawSample[binary.Size(h):][:h.Len], sent) {
+		k.Fatalf("%+v: held as %+v", p, h)
+	}
+	for i := range uint32(2) {
+		k.put("hold_quota", i, abi.HoldQuota{})
+	}
+}
+
+// The kernel's verdict, reason, need of evidence and deciding rule are the
+// evaluator's, for generated policies, peers and packets.
+func TestKernelIsEvaluator(t *testing.T) {
+	const seed, rounds, packets = 11, 400, 60
+	k := loadObject(t)
+	r := rand.New(rand.NewPCG(seed, 0))
+	seen := map[[2]string]int{}
+	sport, count := uint16(1024), 0
+	for round := uint32(1); round <= rounds; round++ {
+		repo := authz.NewRepository(authz.Options{TrustDomain: trustDomain})
+		for i := range 1 + r.IntN(4) {
+			if err := repo.Put(somePolicy(r, i)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		alloc := identity.NewAllocator()
+		who := map[*peer]identity.Numeric{}
+		for _, p := range peers {
+			if who[p] = p.fixed; p.fixed == 0 {
+				who[p], _ = alloc.Acquire(someIdentity(r))
+			}
+		}
+		set := repo.Compile(someIdentity(r), alloc.All)
+		k.install(round, set, who)
+		for range packets {
+			p, dir := peers[r.IntN(len(peers))], abi.Direction(r.IntN(2))
+			pkt := somePacket(r, p, dir)
+			pkt.sport = sport
+			sport = max(sport+1, 1024)
+			d := set.Judge(dir, who[p], pkt.proto, pkt.policyPort())
+			verdict, reason := p.expect(d, dir)
+			ret := k.run(dir, pkt, p.from)
+			ev := k.event(pkt)
+
+			wantRet := uint32(tcxDrop)
+			if verdict == abi.VerdictPass {
+				wantRet = tcxNext
+			}
+			if ret != wantRet || ev.Verdict != uint8(verdict) || ev.Reason != uint8(reason) ||
+				ev.Flags&uint8(abi.EventNoEvidence) != 0 == d.NeedsEvidence || ev.Rule != p.rule(set, d, dir, pkt) {
+				t.Fatalf("round %d, %s, peer %q (%s), %+v:\nkernel %s, %s, rule %d, flags %d, returned %#x\nwant   %s, %s, %+v",
+					round, dir, p.name, who[p], pkt, abi.Verdict(ev.Verdict), abi.Reason(ev.Reason), ev.Rule, ev.Flags, ret, verdict, reason, d)
+			}
+			switch verdict {
+			case abi.VerdictHold:
+				k.drain(pkt, reason)
+			case abi.VerdictPass:
+				// The flow is known now; the same packet passes without a word.
+				if ret := k.run(dir, pkt, p.from); ret != tcxNext || k.events.AvailableBytes() != 0 {
+					t.Fatalf("%s, peer %q, %+v: the second packet: %#x, %d bytes of events", dir, p.name, pkt, ret, k.events.AvailableBytes())
+				}
+			}
+			seen[[2]string{dir.String(), verdict.String() + " " + reason.String()}]++
+			count++
+		}
+		k.sameLookups(r, set, round)
+	}
+	t.Logf("%d packets: %v", count, seen)
+	for _, dir := range []string{"ingress", "egress"} {
+		for _, what := range []string{"pass none", "drop policy-denied", "drop stale-lease", "drop unbound", "drop evidence-too-weak"} {
+			if seen[[2]string{dir, what}] == 0 {
+				t.Errorf("%s: never %s", dir, what)
+			}
+		}
+	}
+	for _, what := range []string{"hold unbound", "hold stale-lease", "drop spoofed"} {
+		if seen[[2]string{"ingress", what}] == 0 {
+			t.Errorf("ingress: never %s", what)
+		}
+	}
+}
+
+// rule is the one that the record must name. Where the peer's identity does
+// not count, it is that of the decision without it.
+func (p *peer) rule(set authz.Set, d authz.Decision, dir abi.Direction, pkt packet) uint32 {
+	how := p.outbound
+	if dir == abi.DirIngress {
+		how = p.inbound
+	}
+	if d.NeedsEvidence && how != bound && how != ranged {
+		return set.Judge(dir, authz.NoPeer, pkt.proto, pkt.policyPort()).Rule
+	}
+	return d.Rule
+}
+
+// sameLookups: the kernel's trie and Set.Lookup agree, set beside set.
+func (k *kernel) sameLookups(r *rand.Rand, set authz.Set, round uint32) {
+	k.Helper()
+	for range 60 {
+		key := abi.PolicyKey{Prefixlen: uint32(abi.PolicyPrefixPort), Direction: uint8(r.IntN(2)),
+			Proto: pick(r, []uint8{authz.ProtoTCP, authz.ProtoUDP, authz.ProtoICMP, authz.ProtoSCTP}), Identity: uint32(abi.IDAny)}
+		binary.BigEndian.PutUint16(key.Port[:], uint16(r.IntN(1<<16)))
+		for other := range set.Entries { // any one
+			key.Identity = other.Identity
+			break
+		}
+		want, wantOK := set.Lookup(key)
+		key.Set = round
+		var got abi.Policy
+		err := k.coll.Maps["policy"].Lookup(key, &got)
+		if (err == nil) != wantOK || got != want {
+			k.Fatalf("%+v: kernel %+v, %v; set %+v, %v", key, got, err, want, wantOK)
+		}
+	}
+}
+
+func somePacket(r *rand.Rand, p *peer, dir abi.Direction) packet {
+	far, own := netip.MustParseAddr(p.v4), ownV4
+	icmp := uint8(authz.ProtoICMP)
+	if r.IntN(2) == 0 {
+		far, own, icmp = netip.MustParseAddr(p.v6), ownV6, authz.ProtoICMPv6
+	}
+	pkt := packet{src: far, dst: own, proto: pick(r, []uint8{authz.ProtoTCP, authz.ProtoTCP, authz.ProtoUDP, icmp})}
+	if dir == abi.DirEgress {
+		pkt.src, pkt.dst = own, far
+	}
+	if pkt.proto != icmp {
+		if pkt.dport = pick(r, somePorts); r.IntN(4) == 0 {
+			pkt.dport = uint16(r.IntN(1 << 16))
+		}
+	}
+	return pkt
+}
