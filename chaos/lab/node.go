@@ -204,3 +204,9 @@ func (l *Lab) eachAgent(f func(node string, c *api.Client) error) error {
 	}
 	return errors.Join(errs...)
 }
+
+// KillAuthority kills the lab's trust domain: from now on nobody can issue an
+// identity. Agents go on with the SVIDs that they have.
+func (l *Lab) KillAuthority(ctx context.Context) error {
+	return l.update(func(s *state) error { return s.Authority.stop(0) })
+}

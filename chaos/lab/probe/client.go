@@ -19,12 +19,13 @@ import (
 
 // Connect is what happened to one TCP connect. Times are microseconds.
 type Connect struct {
-	OK          bool    `json:"ok"`
-	ConnectUS   float64 `json:"connect_us"`      // until established, or until the error
-	TotalRetr   uint32  `json:"total_retrans"`   // tcpi_total_retrans: after a connect, SYN retransmits
-	Retransmits uint8   `json:"retransmits"`     // tcpi_retransmits: of what is unacknowledged now
-	Local       string  `json:"local,omitempty"` // own address and port
-	Error       string  `json:"error,omitempty"` // why not OK
+	At          time.Time `json:"at"` // when it began
+	OK          bool      `json:"ok"`
+	ConnectUS   float64   `json:"connect_us"`      // until established, or until the error
+	TotalRetr   uint32    `json:"total_retrans"`   // tcpi_total_retrans: after a connect, SYN retransmits
+	Retransmits uint8     `json:"retransmits"`     // tcpi_retransmits: of what is unacknowledged now
+	Local       string    `json:"local,omitempty"` // own address and port
+	Error       string    `json:"error,omitempty"` // why not OK
 }
 
 // TCPConnect connects to addr and closes again. sourcePort 0 lets the kernel
@@ -53,6 +54,7 @@ func tcpConnect(addr netip.AddrPort, sourcePort uint16, timeout time.Duration) (
 		return fail(err)
 	}
 	start := time.Now()
+	r.At = start
 	elapsed := func() float64 { return float64(time.Since(start)) / 1e3 }
 	err = unix.Connect(fd, sockaddr(addr))
 	if err == unix.EINPROGRESS {
@@ -78,6 +80,23 @@ func tcpConnect(addr netip.AddrPort, sourcePort uint16, timeout time.Duration) (
 	}
 	r.OK = true
 	return fd, r
+}
+
+// TCPConnects connects count times, one after the other, beginning every
+// interval, and hands each result to each. It ends early with ctx.
+func TCPConnects(ctx context.Context, addr netip.AddrPort, count int, interval, timeout time.Duration, each func(Connect)) {
+	tick := time.NewTicker(interval)
+	defer tick.Stop()
+	for i := range count {
+		if i > 0 {
+			select {
+			case <-ctx.Done():
+				return
+			case <-tick.C:
+			}
+		}
+		each(TCPConnect(addr, 0, timeout))
+	}
 }
 
 // errTimeout reads like curl's message.
@@ -158,6 +177,7 @@ func HTTP(ctx context.Context, method, url string, timeout time.Duration) HTTPRe
 	defer cancel()
 	var r HTTPResult
 	start := time.Now()
+	r.At = start
 	r.Error = func() string {
 		req, err := http.NewRequestWithContext(ctx, method, url, nil)
 		if err != nil {
