@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -218,7 +219,7 @@ func (r *recorder) Verifier(in lease.VerifierInput) {
 }
 
 // await returns the first input, of those not yet taken, that is a T, and takes
-// it and all before it.
+// it.
 func await[T any](t testing.TB, r *recorder) T {
 	t.Helper()
 	timeout := time.After(patience)
@@ -227,14 +228,14 @@ func await[T any](t testing.TB, r *recorder) T {
 		more := r.more
 		for i, in := range r.owner {
 			if v, ok := any(in).(T); ok {
-				r.owner = r.owner[i+1:]
+				r.owner = slices.Delete(r.owner, i, i+1)
 				r.mu.Unlock()
 				return v
 			}
 		}
 		for i, in := range r.verif {
 			if v, ok := any(in).(T); ok {
-				r.verif = r.verif[i+1:]
+				r.verif = slices.Delete(r.verif, i, i+1)
 				r.mu.Unlock()
 				return v
 			}

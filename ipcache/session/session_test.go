@@ -230,7 +230,9 @@ func TestMessageOfTheWrongSide(t *testing.T) {
 		func(v, _ lease.StreamID) { verifier.SendToOwner(v, lease.Going{}) },
 		func(v, _ lease.StreamID) { verifier.SendToVerifier(v, lease.Going{}) },
 		func(_, o lease.StreamID) { owner.SendToVerifier(o, lease.Heartbeat{}) },
-		func(_, o lease.StreamID) { owner.SendToVerifier(o, lease.Bound{IP: netip.MustParseAddr("fe80::1%eth0")}) },
+		func(_, o lease.StreamID) {
+			owner.SendToVerifier(o, lease.Bound{IP: netip.MustParseAddr("fe80::1%eth0")})
+		},
 	} {
 		send(open(t, verifier, owner))
 		await[lease.OwnerGone](t, verifier.sink)
