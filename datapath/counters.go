@@ -4,7 +4,8 @@ import (
 	"portcullis/bpf/abi"
 )
 
-// CounterKey names one counter. Reason is ReasonNone but for drops and holds.
+// CounterKey names one counter. Reason is ReasonNone where a packet
+// passed, or map-full where its flow could not be remembered.
 type CounterKey struct {
 	Direction abi.Direction
 	Verdict   abi.Verdict

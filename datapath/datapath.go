@@ -39,7 +39,8 @@ type Datapath struct {
 	quota array[abi.HoldQuota]
 	state array[abi.State]
 
-	sets map[uint32]map[abi.PolicyKey]abi.Policy // what the map `policy` holds
+	sets   map[uint32]map[abi.PolicyKey]abi.Policy // what the map `policy` holds
+	doomed []doomedSet                             // to be removed, oldest first
 
 	drops     [abi.DirMax][abi.ReasonMax]atomic.Uint64 // decided in user space
 	sweepMu   sync.Mutex

@@ -5,8 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"net/netip"
 	"slices"
+	"sync/atomic"
+	"time"
 
 	"github.com/cilium/ebpf"
 
@@ -30,11 +33,20 @@ func (d *Datapath) PutPolicy(set uint32, entries map[abi.PolicyKey]abi.Policy) e
 			return fmt.Errorf("an entry of policy set %d was given for set %d", k.Set, set)
 		}
 	}
+	if err := d.reapPolicy(d.Now()); err != nil {
+		return err
+	}
 	have := d.sets[set]
 	for i, k := range keys {
 		v := entries[k]
-		if err := d.coll.Maps["policy"].Put(&k, &v); err != nil {
-			err = mapError(fmt.Sprintf("write policy set %d", set), "policy", err)
+		err := mapError(fmt.Sprintf("write policy set %d", set), "policy", d.coll.Maps["policy"].Put(&k, &v))
+		if errors.Is(err, ErrMapFull) && len(d.doomed) > 0 {
+			// Make room: after the barrier nobody reads the old sets.
+			if err = errors.Join(barrier(), d.reapPolicy(math.MaxInt64)); err == nil {
+				err = mapError(fmt.Sprintf("write policy set %d", set), "policy", d.coll.Maps["policy"].Put(&k, &v))
+			}
+		}
+		if err != nil {
 			return errors.Join(err, d.restorePolicy(keys[:i], have))
 		}
 	}
@@ -84,10 +96,35 @@ func (d *Datapath) DeletePolicy(keys []abi.PolicyKey) (err error) {
 	return nil
 }
 
-// DeletePolicySet removes a set that no endpoint uses any more. If it fails it
-// may be repeated; what is left serves nobody, for numbers are not reused.
+// DeletePolicySet removes a set that no endpoint uses any more: not at once,
+// but with a later call of PutPolicy or DeletePolicySet, for a program that is
+// under way may still read it. If it fails it may be repeated; what is left
+// serves nobody, for numbers are not reused.
 func (d *Datapath) DeletePolicySet(set uint32) error {
-	return d.DeletePolicy(slices.Collect(maps.Keys(d.sets[set])))
+	now := d.Now()
+	if d.sets[set] != nil && !slices.ContainsFunc(d.doomed, func(s doomedSet) bool { return s.set == set }) {
+		d.doomed = append(d.doomed, doomedSet{set, now + int64(policyGrace)})
+	}
+	return d.reapPolicy(now)
+}
+
+// policyGrace is how long the entries of a set stay after its last use.
+const policyGrace = time.Second
+
+type doomedSet struct {
+	set uint32
+	at  int64 // CLOCK_BOOTTIME
+}
+
+// reapPolicy removes the sets whose time is over.
+func (d *Datapath) reapPolicy(now int64) error {
+	for len(d.doomed) > 0 && d.doomed[0].at <= now {
+		if err := d.DeletePolicy(slices.Collect(maps.Keys(d.sets[d.doomed[0].set]))); err != nil {
+			return err
+		}
+		d.doomed = d.doomed[1:]
+	}
+	return nil
 }
 
 // PolicySets returns how many entries each policy set has.
@@ -125,7 +162,7 @@ func (d *Datapath) adoptPolicy() error {
 	if err := it.Err(); err != nil {
 		return mapError("adopt policy", "endpoints", err)
 	}
-	for _, set := range slices.Collect(maps.Keys(d.sets)) {
+	for set := range d.sets {
 		if !used[set] {
 			if err := d.DeletePolicySet(set); err != nil {
 				return err
@@ -179,6 +216,9 @@ func (d *Datapath) SetRanges(want map[netip.Prefix]abi.Range) error {
 		}
 		return nil
 	}
+	// Flows that were judged by range are judged again (I5); also after a
+	// change that was made by half.
+	defer d.bumpRangeEpoch()
 	for _, step := range []func() error{
 		func() error { return put(true) }, func() error { return remove(false) },
 		func() error { return put(false) }, func() error { return remove(true) },
@@ -188,6 +228,16 @@ func (d *Datapath) SetRanges(want map[netip.Prefix]abi.Range) error {
 		}
 	}
 	return nil
+}
+
+func (d *Datapath) bumpRangeEpoch() { atomic.AddUint64(&d.state.at(0).RangeEpoch, 1) }
+
+// outsideRanges reports whether flows with the IP may have been judged by its
+// range. When it cannot tell, it says yes, which costs a judgement each.
+func (d *Datapath) outsideRanges(ip abi.Addr) bool {
+	var r abi.Range
+	err := d.coll.Maps["ranges"].Lookup(&abi.RangeKey{Prefixlen: 128, Addr: ip}, &r)
+	return err != nil || r.Flags&uint32(abi.RangeKnown) == 0
 }
 
 func rangeKey(p netip.Prefix) abi.RangeKey {

@@ -42,6 +42,7 @@ type words [unsafe.Sizeof(abi.Slot{}) / 8]uint64
 // the IP had before stays, which is another stamp.
 //
 // The lease must have its deadline, and policy must know the identity, before.
+// A slot that was emptied is not to be filled again for a second: see pc_slot.
 func (d *Datapath) InstallSlot(slot uint32, s abi.Slot, c abi.SlotCold) error {
 	if slot == 0 || slot >= d.slots.n || s.Stamp == 0 || s.IP == (abi.Addr{}) || s.Lease >= d.lease.n {
 		return fmt.Errorf("install slot %d: stamp %d, lease %d: out of range", slot, s.Stamp, s.Lease)
@@ -58,6 +59,9 @@ func (d *Datapath) InstallSlot(slot uint32, s abi.Slot, c abi.SlotCold) error {
 	if err := d.coll.Maps["bindings"].Put(&s.IP, &b); err != nil {
 		atomic.StoreUint64(&p[0], 0)
 		return mapError("install a binding of "+AddrFrom(s.IP).String(), "bindings", err)
+	}
+	if d.outsideRanges(s.IP) {
+		d.bumpRangeEpoch() // flows that took the IP for its range's are judged again
 	}
 	return nil
 }
