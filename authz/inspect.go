@@ -1,0 +1,6 @@
+package authz
+
+import "portcullis/identity"
+
+// Selects reports whether the policy speaks of the subject.
+func (r *Repository) Selects(p *Policy, subject identity.Identity) bool { return r.selects(p, subject) }
