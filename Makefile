@@ -55,7 +55,7 @@ test: need-go ## run all tests, the privileged ones too when root; ends with a c
 # ---- for those who change it -------------------------------------------
 
 test-all: test ## `test`, then the lease simulation with 1,000,000 schedules and a minute of every fuzz target (hours)
-	$(GO) test -count=1 -timeout=12h -v -run 'Schedules' ./ipcache/lease/sim -schedules=1000000
+	$(GO) test -count=1 -timeout=12h -v -run '^TestSchedules$$' ./ipcache/lease/sim -sim.schedules=1000000
 	@test/fuzz 60s
 
 generate: need-go ## rebuild what is generated and committed (needs clang 19.1.x, llvm-strip and protoc)
