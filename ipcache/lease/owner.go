@@ -67,7 +67,7 @@ type JournalState uint8
 // The states of the journal at start.
 const (
 	_                JournalState = iota
-	JournalPresent                // of this kernel boot, complete
+	JournalPresent                // of this kernel boot, complete; without a record of this boot it counts as missing
 	JournalOtherBoot              // of another boot: its grants were made before this one began
 	JournalMissing                // nothing is known of what was granted in this boot
 )
@@ -137,13 +137,13 @@ type Owner struct {
 	forgotten    Time
 	anyForgotten bool
 
-	lastGen    identity.Generation
-	settled    bool // the Adopts are over
-	leaving    bool
-	waitUnsaid bool // the start-up wait is not in the journal yet
-	nextSeq    uint64
-	nextSweep  Time
-	timer      Time // last asked for; 0: none
+	lastGen   identity.Generation
+	settled   bool // the Adopts are over
+	leaving   bool
+	unsaid    []Record // of the start: must be in the journal before anything else
+	nextSeq   uint64
+	nextSweep Time
+	timer     Time // last asked for; 0: none
 
 	workloads map[identity.UID]*workload
 	waiting   []*workload // quarantined, oldest first
@@ -159,11 +159,12 @@ type Owner struct {
 
 type workload struct {
 	Add
-	hash  identity.Hash
-	state WorkloadState
-	gen   identity.Generation // when active or leaving
-	added Time
-	retry Time // not activated before: the journal failed
+	hash    identity.Hash
+	state   WorkloadState
+	gen     identity.Generation // when active or leaving
+	added   Time
+	adopted bool
+	retry   Time // not activated before: the journal failed
 }
 
 // address is what is remembered of one of this node's IPs.
@@ -286,11 +287,10 @@ func (o *Owner) Step(now Time, in OwnerInput) []OwnerOutput {
 	o.out, o.soft = nil, nil
 	if _, ok := in.(Adopt); !ok {
 		o.settle()
-		if o.waitUnsaid {
-			// Before anything else, so that no journal lacks it.
-			o.waitUnsaid = false
-			o.emit(Journal{Record{Kind: RecordWait, At: o.coldUntil, Boot: o.cfg.Boot}})
+		for _, r := range o.unsaid {
+			o.emit(Journal{r})
 		}
+		o.unsaid = nil
 	}
 	switch in := in.(type) {
 	case StreamAccepted:

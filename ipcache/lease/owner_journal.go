@@ -11,8 +11,6 @@ import (
 type journalled struct {
 	uid identity.UID
 	gen identity.Generation
-	was Time // the end of the binding before it
-	had bool
 }
 
 // replay rebuilds from the journal what keeps I1 across a restart. Deadlines
@@ -20,6 +18,12 @@ type journalled struct {
 // age, may have been renewed for MaxLease a moment before the end.
 func (o *Owner) replay() {
 	otherBoot := o.cfg.Journal == JournalOtherBoot
+	missing := o.cfg.Journal == JournalMissing
+	if o.cfg.Journal == JournalPresent {
+		// The first record is written before anything is said to anybody:
+		// a journal without one was begun, no more.
+		missing = !slices.ContainsFunc(o.cfg.Records, func(r Record) bool { return r.Boot == o.cfg.Boot })
+	}
 	for _, r := range o.cfg.Records {
 		if r.Boot != o.cfg.Boot {
 			otherBoot = true
@@ -40,12 +44,14 @@ func (o *Owner) replay() {
 		o.coldUntil = later(o.coldUntil, Time(stretch(MaxLease)))
 		o.forgetEnd(o.start)
 	}
-	if o.cfg.Journal == JournalMissing && !o.cfg.FreshRanges {
+	if missing && !o.cfg.FreshRanges {
 		o.coldUntil = later(o.coldUntil, o.start.Add(stretch(MaxLease)))
 		o.forgetEnd(o.start)
 	}
 	// The next process must know of the wait, or a second crash would cut it.
-	o.waitUnsaid = o.coldUntil > o.start
+	if missing || otherBoot || o.coldUntil > o.start {
+		o.unsaid = append(o.unsaid, Record{Kind: RecordWait, At: o.coldUntil, Boot: o.cfg.Boot})
+	}
 	for _, v := range o.verifiers {
 		for _, g := range v.grants {
 			g.floor = o.start.Add(stretch(MaxLease))
@@ -86,11 +92,14 @@ func (o *Owner) replayRecord(r Record) {
 			a.gone, a.hasGone = r.At, true
 		}
 	case RecordBound:
+		if b := a.bound; b != nil && b.uid == r.UID && b.gen == r.Generation {
+			return // said twice
+		}
 		if a.bound != nil {
 			// Bound twice without an end: it was not witnessed.
 			a.ended, a.hasEnded = o.start, true
 		}
-		a.bound = &journalled{uid: r.UID, gen: r.Generation, was: a.ended, had: a.hasEnded}
+		a.bound = &journalled{uid: r.UID, gen: r.Generation}
 	case RecordEnded:
 		if a.bound != nil && a.bound.gen == r.Generation {
 			a.bound = nil
@@ -114,7 +123,7 @@ func (o *Owner) adopt(in Adopt) {
 		o.add(in.Add)
 		return
 	}
-	w := &workload{Add: in.Add, hash: in.Identity.Hash(), state: WorkloadActive, gen: gen, added: o.now}
+	w := &workload{Add: in.Add, hash: in.Identity.Hash(), state: WorkloadActive, gen: gen, added: o.now, adopted: true}
 	o.workloads[w.UID] = w
 	o.lastGen = max(o.lastGen, gen)
 	for _, ip := range in.IPs {
@@ -123,6 +132,9 @@ func (o *Owner) adopt(in Adopt) {
 			// Its beginning was not witnessed, so neither was the end of
 			// the binding before: both count as the start.
 			o.unwitnessed(a)
+			// Nor does the journal know of this one, whose end may go
+			// unwitnessed too.
+			o.unsaid = append(o.unsaid, Record{Kind: RecordBound, At: o.start, Boot: o.cfg.Boot, IP: ip, Generation: gen, UID: in.UID})
 		}
 		a.bound = nil
 		a.holder = w
@@ -228,8 +240,7 @@ func (o *Owner) journalFailed(r Record) {
 		return
 	}
 	o.timer = 0 // a timer may have been dropped
-	o.waitUnsaid = o.waitUnsaid || r.Kind == RecordWait
-	for _, out := range o.last[i+1:] {
+	for _, out := range o.last[i:] {
 		switch out := out.(type) {
 		case SendToVerifier:
 			// The stream is in order or it is nothing: a Revoke or a
@@ -241,11 +252,22 @@ func (o *Owner) journalFailed(r Record) {
 			o.deactivate(out)
 		case CloseVerifier, CloseEndpoint, Rejected, OwnerLog:
 			o.emit(out)
-		case Journal, OwnerTimer:
-			// What a grant or a bound was to precede was not done; a
-			// lost end costs only time.
+		case Journal:
+			// What the record was to precede was not done, and a lost end
+			// costs only time; but what belongs to the start is said again.
+			if r := out.Record; r.Kind == RecordWait || r.Kind == RecordBound && o.holds(r) {
+				o.unsaid = append(o.unsaid, r)
+			}
+		case OwnerTimer:
+			// Asked for again, see setTimer.
 		}
 	}
+}
+
+// holds tells whether the record's binding was in force before this process.
+func (o *Owner) holds(r Record) bool {
+	w := o.workloads[r.UID]
+	return w != nil && w.state != WorkloadQuarantined && w.gen == r.Generation && w.adopted
 }
 
 // deactivate puts back a workload whose Activate was dropped.

@@ -1,0 +1,153 @@
+package sim
+
+import (
+	"portcullis/identity"
+	"portcullis/ipcache/lease"
+)
+
+// workload is the truth about a workload.
+type workload struct {
+	uid    identity.UID
+	id     identity.Identity
+	node   *node
+	ip     int // index into World.ips
+	name   string
+	active bool  // it can send and receive
+	began  int64 // real time
+	ended  int64 // real time at which it could last send; 0: it never could, or still can
+}
+
+// endpoint is an element of the pinned endpoints map.
+type endpoint struct {
+	w      *workload
+	active bool
+	gen    identity.Generation
+}
+
+type kslot struct {
+	stamp uint64
+	ip    int
+	lease uint32
+	uid   identity.UID
+	gen   identity.Generation
+	hash  identity.Hash
+	owner *node
+	boot  identity.BootID
+}
+
+// flow is an entry of the conntrack table: it passes while its stamp stands.
+type flow struct {
+	slot  uint32
+	stamp uint64
+	ip    int
+	uid   identity.UID // of the peer it was made for
+}
+
+// kernel is what outlives the agent: the maps.
+type kernel struct {
+	slots     []kslot
+	leases    []lease.Time
+	binding   map[int]uint32 // IP -> slot
+	endpoints []*endpoint
+	flows     []flow
+	nextStamp uint64
+	maxStamp  uint64
+	lastGen   identity.Generation
+}
+
+const (
+	kernelSlots  = 24
+	kernelLeases = 24
+)
+
+func newKernel() kernel {
+	return kernel{
+		slots: make([]kslot, kernelSlots), leases: make([]lease.Time, kernelLeases),
+		binding: map[int]uint32{}, nextStamp: 1,
+	}
+}
+
+func (k *kernel) endpoint(uid identity.UID) *endpoint {
+	for _, e := range k.endpoints {
+		if e.w.uid == uid {
+			return e
+		}
+	}
+	return nil
+}
+
+func (k *kernel) remove(uid identity.UID) {
+	for i, e := range k.endpoints {
+		if e.w.uid == uid {
+			k.endpoints = append(k.endpoints[:i:i], k.endpoints[i+1:]...)
+			return
+		}
+	}
+}
+
+// live tells whether a slot admits anything now.
+func (n *node) live(s *kslot) bool { return s.stamp != 0 && n.k.leases[s.lease] > n.clock() }
+
+// write carries out a write of the verifier.
+func (n *node) write(wr lease.Write) {
+	k := &n.k
+	switch wr := wr.(type) {
+	case lease.Install:
+		ip := n.w.ipIndex[wr.Binding.IP]
+		if wr.Stamp <= k.maxStamp {
+			n.w.violate("I4", "%s: stamp %d was used before (%d)", n.name, wr.Stamp, k.maxStamp)
+		}
+		k.maxStamp = wr.Stamp
+		k.slots[wr.Slot] = kslot{
+			stamp: wr.Stamp, ip: ip, lease: wr.Lease, uid: wr.Binding.UID, gen: wr.Binding.Generation,
+			hash: wr.Binding.Identity.Hash(), owner: n.w.byName[wr.Binding.Owner], boot: wr.OwnerBoot,
+		}
+		k.binding[ip] = wr.Slot
+	case lease.Zero:
+		if s := &k.slots[wr.Slot]; s.stamp == wr.Stamp {
+			if k.binding[s.ip] == wr.Slot {
+				delete(k.binding, s.ip)
+			}
+			s.stamp = 0
+		}
+	case lease.SwitchLease:
+		if s := &k.slots[wr.Slot]; s.stamp == wr.Stamp {
+			s.lease = wr.Lease
+		}
+	case lease.SetDeadline:
+		k.leases[wr.Lease] = wr.Deadline
+	}
+}
+
+// packet is one that a workload truly sent.
+type packet struct {
+	from    *workload
+	arrival lease.Time
+}
+
+// judge is the kernel's verdict on a packet from the IP of its sender: first
+// by flow, else by binding. It checks I1 and I4 on what passes.
+func (n *node) judge(p packet, how string) bool {
+	k := &n.k
+	for _, f := range k.flows {
+		if s := &k.slots[f.slot]; f.ip == p.from.ip && s.stamp == f.stamp && n.live(s) {
+			if f.uid != p.from.uid {
+				n.w.violate("I4", "%s: a packet of %s passes by the flow of another workload (%s)", n.name, p.from.name, how)
+			}
+			return true
+		}
+	}
+	i, ok := k.binding[p.from.ip]
+	if !ok || !n.live(&k.slots[i]) {
+		return false
+	}
+	s := &k.slots[i]
+	if s.uid != p.from.uid {
+		n.w.violate("I1", "%s: a packet of %s is admitted as another workload (%s)", n.name, p.from.name, how)
+	}
+	if len(k.flows) >= 16 {
+		k.flows = k.flows[1:]
+	}
+	k.flows = append(k.flows, flow{slot: i, stamp: s.stamp, ip: s.ip, uid: s.uid})
+	return true
+}

@@ -1,0 +1,517 @@
+package sim
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+
+	"portcullis/ipcache/lease"
+)
+
+// Result is how a schedule ended.
+type Result struct {
+	Seed      uint64
+	Events    int // inputs, faults and steps of time before faults ceased
+	Faults    int
+	Violation *Violation // nil: every invariant held
+	Trace     string     // when asked for
+}
+
+// Run runs one schedule: Events random events with faults, then a time
+// without, in which every wanted live binding must be confirmed (I3).
+func Run(seed uint64, o Options, trace bool) Result {
+	return run(seed, o, hooks{}, trace, nil)
+}
+
+func run(seed uint64, o Options, h hooks, trace bool, cover map[Pair]int) Result {
+	w := newWorld(seed, o, h)
+	w.verbose, w.cover = trace, cover
+	for w.events < o.Events && w.violation == nil {
+		w.event()
+	}
+	r := Result{Seed: seed, Events: w.events, Faults: w.faults}
+	if w.violation == nil {
+		w.ceaseFaults()
+		w.converge()
+		if seed%8 == 0 {
+			w.converge2()
+		}
+	}
+	r.Violation = w.violation
+	r.Trace = strings.Join(w.lines, "\n")
+	return r
+}
+
+// event does one random thing that is possible now.
+func (w *World) event() {
+	for _, n := range w.nodes {
+		if n.paused > 0 {
+			n.paused--
+		}
+	}
+	for !w.try() {
+	}
+	w.events++
+	w.check()
+}
+
+func (w *World) try() bool {
+	n := pick(w.rng, w.nodes...)
+	a := n.agent
+	switch r := w.rng.IntN(1000); {
+	case r < 430:
+		return w.deliverAny()
+	case r < 520:
+		if !a.ready() || len(a.inbox) == 0 {
+			return false
+		}
+		a.local()
+		a.carryOn()
+	case r < 600:
+		return a.tickDue()
+	case r < 640:
+		if a == nil || n.paused > 0 || len(a.pending) == 0 {
+			return false
+		}
+		a.carryOn()
+	case r < 730:
+		w.advance(w.interval())
+	case r < 810:
+		ip := &w.ips[w.rng.IntN(len(w.ips))]
+		if len(ip.recent) == 0 || n == ip.node {
+			return false
+		}
+		u := pick(w.rng, ip.recent...)
+		if !u.active && w.real > u.ended+n.flight() {
+			return false
+		}
+		w.send(u, n)
+	case r < 870:
+		if !a.ready() || len(a.ring) == 0 {
+			return false
+		}
+		a.readRing()
+		a.carryOn()
+	case r < 930:
+		return w.churn()
+	case r < 950:
+		return w.nudge(a)
+	default:
+		if n.agent == nil {
+			n.start()
+			w.log("%s: agent starts", n.name)
+			return true
+		}
+		if r >= 985 {
+			return w.fault(n)
+		}
+		return false
+	}
+	return true
+}
+
+// carryOn carries out the outputs of a step; now and then the process is
+// descheduled among them.
+func (a *agent) carryOn() {
+	if a.n.w.rng.IntN(8) == 0 {
+		a.flush(a.n.w.rng.IntN(len(a.pending) + 1))
+		return
+	}
+	for len(a.pending) > 0 && a.n.agent == a {
+		a.flush(len(a.pending))
+	}
+}
+
+type hop struct {
+	s       *stream
+	toOwner bool
+}
+
+func (w *World) hops() []hop {
+	var hs []hop
+	keep := w.streams[:0]
+	for _, s := range w.streams {
+		if s.over() {
+			continue
+		}
+		keep = append(keep, s)
+		if s.v != nil && !s.dialed {
+			hs = append(hs, hop{s: s})
+			continue
+		}
+		if w.cut(s.vn, s.on) && !s.broken {
+			continue
+		}
+		if len(s.toV) > 0 && s.v.ready() {
+			hs = append(hs, hop{s: s})
+		}
+		if len(s.toO) > 0 && s.o.ready() {
+			hs = append(hs, hop{s, true})
+		}
+	}
+	w.streams = keep
+	return hs
+}
+
+func (w *World) deliverAny() bool {
+	hs := w.hops()
+	if len(hs) == 0 {
+		return false
+	}
+	w.hop(pick(w.rng, hs...))
+	return true
+}
+
+func (w *World) hop(h hop) {
+	s := h.s
+	if !s.dialed {
+		s.dial()
+		return
+	}
+	a := s.v
+	if h.toOwner {
+		a = s.o
+	}
+	s.deliver(h.toOwner)
+	a.carryOn()
+}
+
+func (a *agent) tickDue() bool {
+	if !a.ready() {
+		return false
+	}
+	now := a.n.clock()
+	switch {
+	case a.oTimer != 0 && a.oTimer <= now:
+		a.oTimer = 0
+		a.stepOwner(lease.OwnerTick{})
+	case a.vTimer != 0 && a.vTimer <= now:
+		a.vTimer = 0
+		a.stepVerifier(lease.VerifierTick{})
+	default:
+		return false
+	}
+	a.carryOn()
+	return true
+}
+
+// interval is how long until the next event: mostly nothing much, sometimes
+// just up to where something changes.
+func (w *World) interval() int64 {
+	us, ms := int64(time.Microsecond), int64(time.Millisecond)
+	switch r := w.rng.IntN(100); {
+	case r < 35:
+		return w.rng.Int64N(200 * us)
+	case r < 50:
+		return w.rng.Int64N(2 * ms)
+	case r < 62:
+		return w.rng.Int64N(int64(w.margin))
+	case r < 82:
+		return max(0, w.nextChange()-w.real+w.rng.Int64N(3)-1)
+	case r < 90:
+		return w.rng.Int64N(int64(w.heartbeat))
+	case r < 96:
+		return w.rng.Int64N(int64(w.ttl))
+	case r < 99:
+		return w.rng.Int64N(3 * int64(w.ttl))
+	default:
+		return w.rng.Int64N(2 * int64(lease.MaxLease))
+	}
+}
+
+// nextChange is when the next timer, deadline or flight ends.
+func (w *World) nextChange() int64 {
+	at := w.real + int64(lease.MaxLease)
+	sooner := func(t int64) {
+		if t > w.real && t < at {
+			at = t
+		}
+	}
+	for _, n := range w.nodes {
+		for _, d := range n.k.leases {
+			if d != 0 {
+				sooner(n.when(d))
+			}
+		}
+		if a := n.agent; a != nil {
+			for _, t := range []lease.Time{a.oTimer, a.vTimer} {
+				if t != 0 {
+					sooner(n.when(t) + 1)
+				}
+			}
+		}
+	}
+	for i := range w.ips {
+		for _, u := range w.ips[i].recent {
+			if !u.active {
+				sooner(u.ended + int64(w.flight))
+			}
+		}
+	}
+	return at
+}
+
+// churn adds, deletes and replaces workloads, with DELs late, doubled, missing.
+func (w *World) churn() bool {
+	i := w.rng.IntN(len(w.ips))
+	ip := &w.ips[i]
+	var have *endpoint
+	for _, e := range ip.node.k.endpoints {
+		if e.w.ip == i {
+			have = e
+		}
+	}
+	switch r := w.rng.IntN(100); {
+	case have == nil && ip.node.agent != nil && r < 80:
+		w.newWorkload(i)
+	case have != nil && r < 40:
+		w.deleteWorkload(have)
+	case have != nil && r < 46 && ip.node.agent != nil:
+		w.newWorkload(i) // ADD without a DEL before
+	case r < 50 && ip.node.agent != nil && len(ip.past) > 1:
+		old := ip.past[w.rng.IntN(len(ip.past)-1)]
+		ip.node.agent.inbox = append(ip.node.agent.inbox, lease.Delete{UID: old.uid}) // DEL again
+	case r < 52 && ip.node.agent != nil && have != nil:
+		ip.node.agent.inbox = append(ip.node.agent.inbox, lease.Add{UID: have.w.uid, IPs: addrs(ip), Identity: have.w.id})
+	default:
+		return false
+	}
+	return true
+}
+
+func addrs(ip *ipInfo) []netip.Addr { return []netip.Addr{ip.addr} }
+
+// nudge is what happens to an agent beside packets and workloads.
+func (w *World) nudge(a *agent) bool {
+	if a == nil {
+		return false
+	}
+	o := pick(w.rng, w.nodes...)
+	if o == a.n {
+		return false
+	}
+	switch r := w.rng.IntN(100); {
+	case r < 30:
+		a.expireHolds()
+	case r < 60:
+		u := lease.Used{}
+		for _, ip := range w.ips {
+			if ip.node != a.n && w.rng.IntN(2) == 0 {
+				u.IPs = append(u.IPs, ip.addr)
+			}
+		}
+		a.inbox = append(a.inbox, u)
+	case r < 85:
+		// An egress contact: nothing is held, the binding is wanted.
+		ip := pick(w.rng, w.ips...)
+		if ip.node == a.n {
+			return false
+		}
+		a.inbox = append(a.inbox, lease.Want{IP: ip.addr, Owner: ip.node.name, Arrival: a.n.clock()})
+	case r < 88:
+		a.inbox = append(a.inbox, lease.ResetSession{Owner: o.name})
+	case r < 94:
+		a.inbox = append(a.inbox, lease.AskMax{})
+	default:
+		a.inbox = append(a.inbox, lease.OwnerTick{}, lease.VerifierTick{})
+	}
+	return true
+}
+
+func (w *World) fault(n *node) bool {
+	a := n.agent
+	switch r := w.rng.IntN(100); {
+	case r < 30:
+		if len(w.streams) == 0 {
+			return false
+		}
+		s := pick(w.rng, w.streams...)
+		if s.broken || !s.dialed {
+			return false
+		}
+		s.break_()
+		w.log("fault: a stream %s -> %s breaks", s.vn.name, s.on.name)
+	case r < 42:
+		o := pick(w.rng, w.nodes...)
+		k := [2]int{min(n.index, o.index), max(n.index, o.index)}
+		if o == n {
+			return false
+		}
+		w.cuts[k] = !w.cuts[k]
+		w.log("fault: %s and %s cut: %v", n.name, o.name, w.cuts[k])
+	case r < 62:
+		n.journalLost = w.rng.IntN(4) == 0
+		w.log("fault: %s crashes, journal lost: %v", n.name, n.journalLost)
+		n.crash()
+	case r < 74:
+		n.paused = w.rng.IntN(40)
+		w.log("fault: %s pauses", n.name)
+	case r < 82:
+		// A planned restart: ask for MaxLease, say so, then go.
+		a.inbox = append(a.inbox, lease.Leave{}, lease.AskMax{})
+		w.log("fault: %s is about to restart", n.name)
+		w.quick(w.rng.IntN(40))
+		if n.agent == a {
+			n.crash()
+			n.start()
+		}
+	case r < 90:
+		w.storeFaults++
+	case r < 96:
+		w.journalFaults++
+	case r < 98:
+		kept := w.rng.IntN(2) == 0
+		w.log("fault: host %s reboots, journal kept: %v", n.name, kept)
+		n.reboot(kept)
+	default:
+		return false
+	}
+	w.faults++
+	return true
+}
+
+// quick lets the agents talk for a few events.
+func (w *World) quick(events int) {
+	for range events {
+		if n := pick(w.rng, w.nodes...); n.agent.ready() && len(n.agent.inbox) > 0 {
+			n.agent.local()
+			n.agent.carryOn()
+			continue
+		}
+		w.deliverAny()
+	}
+}
+
+// ---- without faults ---------------------------------------------------
+
+func (w *World) ceaseFaults() {
+	w.log("faults cease")
+	w.storeFaults, w.journalFaults = 0, 0
+	clear(w.cuts)
+	for _, n := range w.nodes {
+		n.paused = 0
+		if n.agent == nil {
+			n.start()
+		}
+	}
+}
+
+// converge gives the agents twice the TTL, and wants every live binding
+// everywhere. Each that was live at the beginning must be confirmed (I3).
+func (w *World) converge() {
+	w.drain() // ADDs and DELs that were on their way
+	begin := w.real
+	live := map[int]*workload{}
+	for i := range w.ips {
+		for _, u := range w.ips[i].recent {
+			if u.active {
+				live[i] = u
+			}
+		}
+	}
+	w.calm(w.real + 2*int64(w.ttl)*1000/894)
+	for _, i := range w.order {
+		for _, v := range w.nodes {
+			if u := live[i]; u != nil && u.active && u.node != v && w.grants == 0 && !v.believes(u) &&
+				(w.idle > 2*w.ttl || v.lastLive[u] < begin) { // an idle one may be gone again
+				w.violate("I3", "%s has not confirmed %s after 2 x TTL without faults", v.name, u.name)
+			}
+		}
+	}
+}
+
+// converge2 gives the owners as long as the longest wait takes: then nobody
+// is quarantined any more.
+func (w *World) converge2() {
+	long := lease.MaxLease + lease.MaxLease/4 + w.margin
+	w.calm(w.real + int64(long)*1000/894 + int64(w.margin))
+	for _, n := range w.nodes {
+		for _, e := range n.k.endpoints {
+			if !e.active {
+				w.violate("I3", "%s is still quarantined", e.w.name)
+			}
+		}
+	}
+}
+
+func (n *node) believes(u *workload) bool {
+	for i := range n.k.slots {
+		if s := &n.k.slots[i]; n.live(s) && s.uid == u.uid {
+			return true
+		}
+	}
+	return false
+}
+
+// calm lets everything happen as it should until then.
+func (w *World) calm(until int64) {
+	const period = int64(100 * time.Millisecond)
+	next := w.real
+	for w.violation == nil && w.real < until {
+		if w.real >= next {
+			next = w.real + period
+			w.sendAll()
+		}
+		w.drain()
+		t := min(w.nextChange(), next, until)
+		w.advance(max(t-w.real, 1))
+	}
+}
+
+// sendAll sends a packet wherever a live binding is not believed in yet.
+func (w *World) sendAll() {
+	for i := range w.ips {
+		for _, u := range w.ips[i].recent {
+			for _, v := range w.nodes {
+				if u.active && v != u.node && !v.believes(u) {
+					w.send(u, v)
+				}
+			}
+		}
+	}
+	for _, n := range w.nodes {
+		n.agent.expireHolds()
+	}
+}
+
+// drain does whatever can be done without time passing.
+func (w *World) drain() {
+	for budget := 20_000; ; budget-- {
+		if budget == 0 {
+			w.violate("I3", "the agents never come to rest")
+			return
+		}
+		did := false
+		for _, n := range w.nodes {
+			a := n.agent
+			switch {
+			case len(a.pending) > 0:
+				a.flush(len(a.pending))
+			case len(a.inbox) > 0:
+				a.local()
+			case len(a.ring) > 0:
+				a.readRing()
+			case a.tickDue():
+			default:
+				continue
+			}
+			did = true
+		}
+		if hs := w.hops(); len(hs) > 0 {
+			w.hop(hs[0])
+			did = true
+		}
+		if !did || w.violation != nil {
+			return
+		}
+	}
+}
+
+// String is a report of one line, and how to see more.
+func (r Result) String() string {
+	if r.Violation == nil {
+		return fmt.Sprintf("seed %d: %d events, %d faults, all invariants held", r.Seed, r.Events, r.Faults)
+	}
+	return fmt.Sprintf("seed %d: %v", r.Seed, r.Violation)
+}

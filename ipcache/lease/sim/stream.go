@@ -1,0 +1,138 @@
+package sim
+
+import "portcullis/ipcache/lease"
+
+// stream is a connection from a verifier to an owner: a queue per direction,
+// in order, of unbounded delay.
+type stream struct {
+	w      *World
+	v, o   *agent // processes; nil: not there yet, or dead
+	vn, on *node
+	vid    lease.StreamID
+	oid    lease.StreamID
+	dialed bool
+	broken bool // nothing that is sent arrives any more
+	toV    []any
+	toO    []any
+}
+
+type (
+	accepted struct{}
+	opened   struct{}
+	ended    struct{}
+)
+
+// dial answers an OpenStream.
+func (s *stream) dial() {
+	s.dialed = true
+	if s.on.agent == nil || s.w.cut(s.vn, s.on) {
+		s.broken = true
+		s.toV = append(s.toV, ended{})
+		return
+	}
+	s.o = s.on.agent
+	s.v.nextStream++
+	s.o.nextStream++
+	s.vid, s.oid = s.v.nextStream, s.o.nextStream
+	s.v.streams[s.vid] = s
+	s.o.streams[s.oid] = s
+	s.toV = append(s.toV, opened{})
+	s.toO = append(s.toO, accepted{})
+}
+
+func (s *stream) send(q *[]any, m lease.Message) {
+	if !s.broken {
+		*q = append(*q, m)
+	}
+}
+
+// truncate loses a part of what is under way; what the other's kernel received
+// may still be read. The stream's beginning is never lost: a transport answers.
+func (s *stream) truncate(q *[]any) {
+	if len(*q) > 0 {
+		keep := max(1, s.w.rng.IntN(len(*q)+1))
+		*q = (*q)[:keep:keep]
+	}
+	*q = append(*q, ended{})
+}
+
+// break_ ends the stream for both, each of which learns of it in its own time.
+func (s *stream) break_() {
+	if s.broken || !s.dialed {
+		return
+	}
+	s.broken = true
+	s.truncate(&s.toV)
+	s.truncate(&s.toO)
+}
+
+// closeBy: one side ends the stream; what it sent before arrives, and what is
+// under way to it may still be handed to it.
+func (s *stream) closeBy(a *agent) {
+	if s.broken {
+		return
+	}
+	s.broken = true
+	if s.v == a {
+		s.toO = append(s.toO, ended{})
+	} else {
+		s.toV = append(s.toV, ended{})
+	}
+}
+
+// cut: a process died.
+func (s *stream) cut(a *agent) {
+	if s.v == a {
+		s.v = nil
+		if s.dialed && !s.broken {
+			s.truncate(&s.toO)
+		}
+		s.toV = nil
+	} else {
+		s.o = nil
+		if !s.broken {
+			s.truncate(&s.toV)
+		}
+		s.toO = nil
+	}
+	s.broken = true
+}
+
+// over tells that nothing can come of the stream any more.
+func (s *stream) over() bool {
+	if s.v == nil && !s.dialed {
+		return true
+	}
+	return s.dialed && s.broken && (len(s.toV) == 0 || s.v == nil) && (len(s.toO) == 0 || s.o == nil)
+}
+
+// deliver hands over the head of a queue.
+func (s *stream) deliver(toOwner bool) {
+	if toOwner {
+		m := s.toO[0]
+		s.toO = s.toO[1:]
+		switch m := m.(type) {
+		case accepted:
+			s.o.stepOwner(lease.StreamAccepted{Stream: s.oid, Verifier: s.vn.name})
+		case ended:
+			s.o.stepOwner(lease.VerifierGone{Stream: s.oid})
+		case lease.Message:
+			s.o.stepOwner(lease.FromVerifier{Stream: s.oid, Message: m})
+		}
+		return
+	}
+	m := s.toV[0]
+	s.toV = s.toV[1:]
+	switch m := m.(type) {
+	case opened:
+		s.v.stepVerifier(lease.StreamOpened{Owner: s.on.name, Stream: s.vid})
+	case ended:
+		s.v.stepVerifier(lease.OwnerGone{Owner: s.on.name, Stream: s.vid, Why: "stream ended"})
+	case lease.Message:
+		s.v.stepVerifier(lease.FromOwner{Stream: s.vid, Message: m})
+	}
+}
+
+func (a *agent) ready() bool {
+	return a != nil && a.n.agent == a && a.n.paused == 0 && len(a.pending) == 0
+}
