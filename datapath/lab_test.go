@@ -70,6 +70,9 @@ func newLab(t *testing.T) *lab {
 		l.must(err)
 		*ns = h
 		t.Cleanup(func() { h.Close() })
+		// Link-local addresses are usable at once: neighbour discovery waits
+		// for them, for a second.
+		l.must(os.WriteFile("/proc/sys/net/ipv6/conf/default/accept_dad", []byte("0"), 0))
 	}
 	t.Cleanup(func() {
 		if err := datapath.Remove(l.pins); err != nil {
@@ -217,6 +220,7 @@ type gate struct {
 func (l *lab) gate(d *datapath.Datapath) *gate {
 	ctx, cancel := context.WithCancel(context.Background())
 	g := &gate{d: d, records: make(chan hold.Record, 256)}
+	before := tick(l, d)
 	done := make(chan error, 1)
 	go func() {
 		done <- d.Held(ctx, func(r hold.Record) {
@@ -238,7 +242,7 @@ func (l *lab) gate(d *datapath.Datapath) *gate {
 		}
 	}
 	l.t.Cleanup(g.stop)
-	l.eventually("the hold reader ticks", func() bool { return tick(l, d) != 0 })
+	l.eventually("the hold reader ticks", func() bool { return tick(l, d) > before })
 	return g
 }
 
@@ -356,4 +360,13 @@ func inThread(ns netns.NsHandle, f func() error) error {
 		return err
 	}
 	return f()
+}
+
+// veth2 makes a device whose other side is in the node too.
+func (l *lab) veth2(name string) int {
+	l.t.Helper()
+	l.must(netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name}, PeerName: "peer"}))
+	link, err := netlink.LinkByName(name)
+	l.must(err)
+	return link.Attrs().Index
 }
