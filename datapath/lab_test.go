@@ -370,3 +370,23 @@ func (l *lab) veth2(name string) int {
 	l.must(err)
 	return link.Attrs().Index
 }
+
+func (l *lab) events(d *datapath.Datapath) <-chan abi.Event {
+	ctx, cancel := context.WithCancel(context.Background())
+	events, done := make(chan abi.Event, 256), make(chan error, 1)
+	go func() {
+		done <- d.Events(ctx, func(ev abi.Event) {
+			select {
+			case events <- ev:
+			case <-ctx.Done():
+			}
+		})
+	}()
+	l.t.Cleanup(func() {
+		cancel()
+		if err := <-done; !errors.Is(err, context.Canceled) {
+			l.t.Errorf("Events ended with %v", err)
+		}
+	})
+	return events
+}
