@@ -112,6 +112,9 @@ func parse(data []byte) (h header, records []lease.Record, good int, err error) 
 	if h.Format != format {
 		return h, nil, 0, fmt.Errorf("format %d, this version reads %d", h.Format, format)
 	}
+	if h.Origin < lease.JournalPresent || h.Origin > lease.JournalMissing {
+		return h, nil, 0, fmt.Errorf("header: unknown origin %d", h.Origin)
+	}
 	for {
 		at := len(data) - len(rest)
 		payload, rest, err = nextFrame(rest)
