@@ -311,6 +311,10 @@ type skBuff struct {
 	Hwtstamp                                                                              uint64
 }
 
+func runOptions(packet []byte, ctx skBuff) *ebpf.RunOptions {
+	return &ebpf.RunOptions{Data: packet, Context: ctx}
+}
+
 // result is all that one packet left behind.
 type result struct {
 	ret     int
@@ -438,7 +442,9 @@ func (g *gate) run(prog string, packet []byte, ctx skBuff) result {
 func (g *gate) runUncounted(prog string, packet []byte, ctx skBuff) result {
 	g.t.Helper()
 	var out skBuff
-	ret, err := g.coll.Programs[prog].Run(&ebpf.RunOptions{Data: packet, Context: ctx, ContextOut: &out})
+	opts := runOptions(packet, ctx)
+	opts.ContextOut = &out
+	ret, err := g.coll.Programs[prog].Run(opts)
 	if err != nil {
 		g.t.Fatalf("%s: test-run: %v", prog, err)
 	}

@@ -1,0 +1,227 @@
+package tests
+
+import (
+	"bytes"
+	"testing"
+	"time"
+
+	"portcullis/bpf/abi"
+)
+
+func (g *gate) quota(index uint32) abi.HoldQuota {
+	g.t.Helper()
+	var q abi.HoldQuota
+	if err := g.coll.Maps["hold_quota"].Lookup(index, &q); err != nil {
+		g.t.Fatal(err)
+	}
+	return q
+}
+
+func padded(p []byte, n int) []byte { return append(p, make([]byte, n-len(p))...) }
+
+// TestHeldRecord: what user space gets of a held packet.
+func TestHeldRecord(t *testing.T) {
+	const header = 72
+	eachFamily(t, func(t *testing.T, f family) {
+		for _, tt := range []struct {
+			name string
+			len  int
+			size int
+		}{
+			{"as short as it is", 0, int(abi.HeldSmall)},
+			{"largest small one", int(abi.HeldSmall) - header, int(abi.HeldSmall)},
+			{"smallest large one", int(abi.HeldSmall) - header + 1, int(abi.HeldLarge)},
+			{"3000 bytes", 3000, int(abi.HeldLarge)},
+		} {
+			t.Run(tt.name, func(t *testing.T) {
+				g, ep := wantPeer(t, f)
+				p := tcp(f.peer, 40000, f.pod, 80, syn)
+				if tt.len > 0 {
+					p = padded(p, tt.len)
+				}
+				before := boottime()
+				r := g.run("to_workload", p, skBuff{Ifindex: g.pod, IngressIfindex: g.uplink, GSOSize: 1400, GSOSegs: 3})
+				g.want(r, held, abi.ReasonUnbound)
+				h := r.held[0]
+				if h.size != tt.size {
+					t.Errorf("record of %d bytes, want %d", h.size, tt.size)
+				}
+				if h.Arrival < before || h.Arrival > boottime() {
+					t.Errorf("arrived at %d, test began at %d", h.Arrival, before)
+				}
+				want := abi.Held{Arrival: h.Arrival, Peer: addr(f.peer), Local: addr(f.pod), Endpoint: ep.ID, Ifindex: g.pod,
+					HoldIndex: ep.HoldIndex, Len: uint32(len(p)), GsoSize: 1400, GsoSegs: 3, Direction: uint8(ingress),
+					Proto: protoTCP, Reason: uint8(abi.ReasonUnbound), Sport: 40000, Dport: 80}
+				if h.Held != want {
+					t.Errorf("held\n got %+v\nwant %+v", h.Held, want)
+				}
+				if !bytes.Equal(h.packet, p) {
+					t.Error("the packet is not what was sent")
+				}
+				if e := r.events[0]; e.Flags != 0 || e.Endpoint != ep.ID {
+					t.Errorf("event %+v", e)
+				}
+				if n := len(g.flows()); n != 0 {
+					t.Errorf("%d conntrack entries for a held packet", n)
+				}
+			})
+		}
+	})
+}
+
+// TestHoldQuota: of one endpoint and of all; one endpoint's storm leaves
+// another's place alone.
+func TestHoldQuota(t *testing.T) {
+	f := families[0]
+	small := []option{constant("hold_per_endpoint", uint32(3)), constant("hold_total", uint32(5))}
+	g, ep := wantPeer(t, f, small...)
+	other := g.endpoint(g.pod2, f, f.pod2, enforceIn)
+	g.policy(other.Policy, rule{identity: idAny, dir: ingress, proto: protoTCP, port: 80, flags: peerAllow})
+	storm := func() result { return g.to(g.pod, g.uplink, tcp(f.peer, 1, f.pod, 80, syn)) }
+	quiet := func() result { return g.to(g.pod2, g.uplink, tcp(f.peer, 1, f.pod2, 80, syn)) }
+	for range 3 {
+		g.want(storm(), held, abi.ReasonUnbound)
+	}
+	for range 3 {
+		g.drop(storm(), abi.ReasonHoldOverflow)
+	}
+	g.want(quiet(), held, abi.ReasonUnbound)
+	g.want(quiet(), held, abi.ReasonUnbound)
+	g.drop(quiet(), abi.ReasonHoldOverflow) // five in all
+	// An overflow takes no place.
+	for index, want := range map[uint32]uint64{0: 5, ep.HoldIndex: 3, other.HoldIndex: 2} {
+		if q := g.quota(index); q.In != want || q.Out != 0 {
+			t.Errorf("quota %d is %+v, want in %d", index, q, want)
+		}
+	}
+	// The agent gives back what it has dealt with.
+	g.put("hold_quota", ep.HoldIndex, abi.HoldQuota{In: 3, Out: 2})
+	g.drop(storm(), abi.ReasonHoldOverflow)
+	g.put("hold_quota", uint32(0), abi.HoldQuota{In: 5, Out: 2})
+	g.want(storm(), held, abi.ReasonUnbound)
+
+	// An endpoint without a quota of its own holds nothing.
+	ep.HoldIndex = 0
+	g.put("endpoints", g.pod, ep)
+	g.drop(storm(), abi.ReasonHoldOverflow)
+	ep.HoldIndex = 1 << 20
+	g.put("endpoints", g.pod, ep)
+	g.drop(storm(), abi.ReasonHoldOverflow)
+}
+
+// TestHoldRingFull: no room in the ring is an overflow, and takes no place.
+func TestHoldRingFull(t *testing.T) {
+	f := families[0]
+	g, ep := wantPeer(t, f, mapSize("held", 4096))
+	p := tcp(f.peer, 1, f.pod, 80, syn)
+	ctx := skBuff{Ifindex: g.pod, IngressIfindex: g.uplink}
+	// A large record never fits.
+	g.drop(g.run("to_workload", padded(p, 3000), ctx), abi.ReasonHoldOverflow)
+	g.want(g.run("to_workload", p, ctx), held, abi.ReasonUnbound)
+	if q := g.quota(0); q.In != 1 {
+		t.Errorf("total %+v", q)
+	}
+	if q := g.quota(ep.HoldIndex); q.In != 1 {
+		t.Errorf("own %+v", q)
+	}
+}
+
+// TestReinject: a held packet comes back, is recognised, judged again, and its
+// mark cleared; it is never held twice (I1).
+func TestReinject(t *testing.T) {
+	eachFamily(t, func(t *testing.T, f family) {
+		g, _ := wantPeer(t, f)
+		p := tcp(f.peer, 40000, f.pod, 80, syn)
+		r := g.to(g.pod, g.uplink, p)
+		g.want(r, held, abi.ReasonUnbound)
+
+		again := g.reinject(g.pod, r.held[0].packet)
+		g.drop(again, abi.ReasonUnbound)
+		if len(again.held) != 0 {
+			t.Error("held twice")
+		}
+		b := g.bind(f.peer, idOther)
+		g.drop(g.reinject(g.pod, p), abi.ReasonPolicyDenied)
+		g.revoke(b)
+		g.bind(f.peer, idClient)
+		g.lease(session, -time.Second)
+		g.drop(g.reinject(g.pod, p), abi.ReasonStaleLease)
+		g.lease(session, time.Hour)
+
+		again = g.run("to_workload", p, skBuff{Ifindex: g.pod, Mark: reinjectMark | 0x12})
+		g.pass(again)
+		if e := again.events[0]; e.Flags != uint8(abi.EventReinjected) || abi.FlowState(e.State) != abi.FlowNew {
+			t.Errorf("event %+v", e)
+		}
+		if again.mark != 0x12 {
+			t.Errorf("mark %#x leaves, want 0x12", again.mark)
+		}
+		// A second held packet of the flow is told too: it had been held.
+		again = g.reinject(g.pod, p)
+		g.pass(again)
+		if len(again.events) != 1 || again.events[0].Flags != uint8(abi.EventReinjected) {
+			t.Errorf("events %+v", again.events)
+		}
+		// The flow goes on by the uplink.
+		r = g.to(g.pod, g.uplink, p)
+		g.pass(r)
+		if r.mark != 0 || len(r.events) != 0 {
+			t.Errorf("mark %#x, %d events", r.mark, len(r.events))
+		}
+		g.drop(g.to(g.pod, 0, p), abi.ReasonSpoofed)
+	})
+}
+
+// TestMarks: only the exact value under the mask is a mark of ours.
+func TestMarks(t *testing.T) {
+	f := families[0]
+	for _, tt := range []struct {
+		name string
+		opts []option
+		mark uint32
+		want abi.Verdict
+	}{
+		{"ours", nil, reinjectMark, pass},
+		{"ours, with bits of others", nil, reinjectMark | 0x4000, pass},
+		{"none", nil, 0, drop},
+		{"a bit more", nil, reinjectMark | 0x80000000, drop},
+		{"a bit less", nil, reinjectMark &^ 0x40000000, drop},
+		{"not configured", []option{constant("reinject_mark", uint32(0)), constant("mark_mask", uint32(0))}, 0, drop},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			g, _ := wantPeer(t, f, tt.opts...)
+			g.bind(f.peer, idClient)
+			// From nowhere: only a re-injected packet's origin is not asked.
+			r := g.run("to_workload", tcp(f.peer, 1, f.pod, 80, syn), skBuff{Ifindex: g.pod, Mark: tt.mark})
+			if r.verdict != tt.want {
+				t.Errorf("%v (%v), want %v", r.verdict, r.reason, tt.want)
+			}
+		})
+	}
+}
+
+// TestTurnRound: a packet that from_workload shall judge again is turned round
+// in to_workload, uncounted, with the mark of a re-injected one; that mark
+// allows nothing.
+func TestTurnRound(t *testing.T) {
+	eachFamily(t, func(t *testing.T, f family) {
+		g := newGate(t)
+		g.endpoint(g.pod, f, f.pod, enforceOut)
+		p := tcp(f.pod, 40000, f.peer, 80, syn)
+		before := g.counters()
+		r := g.run("to_workload", p, skBuff{Ifindex: g.pod, Mark: turnMark | 7})
+		if r.ret != tcxRedirect || r.mark != reinjectMark|7 || len(r.events) != 0 {
+			t.Errorf("returns %d with mark %#x and %d events", r.ret, r.mark, len(r.events))
+		}
+		if len(g.counters()) != len(before) {
+			t.Error("counted")
+		}
+		turned := skBuff{Ifindex: g.pod, IngressIfindex: g.pod, Mark: r.mark}
+		r = g.run("from_workload", p, turned)
+		g.drop(r, abi.ReasonPolicyDenied)
+		if r.events[0].Flags&uint8(abi.EventReinjected) == 0 {
+			t.Error("not told as re-injected")
+		}
+		g.drop(g.run("from_workload", tcp(f.pod2, 40000, f.peer, 80, syn), turned), abi.ReasonSpoofed)
+	})
+}
