@@ -1,0 +1,13 @@
+// Package bench measures what a packet costs in the kernel programs, by program
+// test-run on the machine at hand:
+//
+//	make bench
+//	go test -run '^$' -bench . ./test/bench
+//
+// Every number stands beside that of an empty program measured in the same
+// rounds, since machines differ and are noisy: compare the ratio (x-empty), not
+// the nanoseconds. The test of this package sees to it that what is measured
+// is the established path. It needs root, and touches no network.
+//
+// It may import cilium/ebpf. Nothing imports it.
+package bench
