@@ -47,6 +47,18 @@ func records(n int) (out []lease.Record) {
 	return out
 }
 
+// tempDir returns a directory on a tmpfs if there is one, as in life: a rename
+// on a disk's file system can wait for the disk.
+func tempDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/dev/shm", "journal")
+	if err != nil {
+		return t.TempDir()
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
 func open(t *testing.T, dir string, boot identity.BootID) (*Journal, []lease.Record, lease.JournalState, *observer.ObservedLogs) {
 	t.Helper()
 	core, logs := observer.New(zap.InfoLevel)
@@ -68,7 +80,7 @@ func appendAll(t *testing.T, j *Journal, in []lease.Record) {
 }
 
 func TestRecordsSurviveTheProcess(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "made", "on", "demand")
+	dir := filepath.Join(tempDir(t), "made", "on", "demand")
 	j, got, state, _ := open(t, dir, boot)
 	if state != lease.JournalMissing || len(got) != 0 {
 		t.Errorf("at first: state %d, %v", state, got)
@@ -99,7 +111,7 @@ func TestRecordsSurviveTheProcess(t *testing.T) {
 // Until something was written, a restart must find what the first start found:
 // else a crash would cut short the wait that it asks for.
 func TestStateIsFoundAgainUntilSomethingWasWritten(t *testing.T) {
-	dir := t.TempDir()
+	dir := tempDir(t)
 	expect := func(b identity.BootID, want lease.JournalState, n int) *Journal {
 		t.Helper()
 		j, got, state, _ := open(t, dir, b)
@@ -125,7 +137,7 @@ func TestStateIsFoundAgainUntilSomethingWasWritten(t *testing.T) {
 // A crash can cut the file at any byte of the last record; whatever is cut, what
 // was whole before must be there and nothing else.
 func TestCutAtEveryByte(t *testing.T) {
-	dir := t.TempDir()
+	dir := tempDir(t)
 	path := filepath.Join(dir, fileName)
 	j, _, _, _ := open(t, dir, boot)
 	ends := []int64{j.size}
@@ -196,7 +208,7 @@ func isCorrupt(t *testing.T, what string, got []lease.Record, state lease.Journa
 // No changed bit may go unnoticed, wherever it is: in a length, it could hide
 // all grants that follow.
 func TestDamageAtEveryByte(t *testing.T) {
-	dir := t.TempDir()
+	dir := tempDir(t)
 	path := filepath.Join(dir, fileName)
 	j, _, _, _ := open(t, dir, boot)
 	appendAll(t, j, records(3))
@@ -227,7 +239,7 @@ func TestDamageAtEveryByte(t *testing.T) {
 }
 
 func TestWhatNoVersionWrote(t *testing.T) {
-	dir := t.TempDir()
+	dir := tempDir(t)
 	path := filepath.Join(dir, fileName)
 	j, _, _, _ := open(t, dir, boot)
 	now := j.head.Created
@@ -260,7 +272,7 @@ func TestWhatNoVersionWrote(t *testing.T) {
 }
 
 func TestCompact(t *testing.T) {
-	dir := t.TempDir()
+	dir := tempDir(t)
 	j, _, _, _ := open(t, dir, boot)
 	appendAll(t, j, records(500))
 	before := j.size
@@ -292,7 +304,7 @@ func TestCompact(t *testing.T) {
 }
 
 func TestAppendRefuses(t *testing.T) {
-	j, _, _, _ := open(t, t.TempDir(), boot)
+	j, _, _, _ := open(t, tempDir(t), boot)
 	for _, r := range []lease.Record{
 		{}, {Kind: lease.RecordGrant}, {Kind: lease.RecordWait + 1, IP: netip.MustParseAddr("10.0.0.1")},
 		{Kind: lease.RecordGrant, IP: netip.MustParseAddr("10.0.0.1"), Verifier: identity.NodeName(strings.Repeat("n", maxPayload))},
@@ -308,7 +320,7 @@ func TestAppendRefuses(t *testing.T) {
 
 // The second agent of a node waits, says so, and goes on when the first ended.
 func TestSecondAgentWaits(t *testing.T) {
-	dir := t.TempDir()
+	dir := tempDir(t)
 	first, _, _, _ := open(t, dir, boot)
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(errors.New("enough"))
@@ -405,7 +417,7 @@ func TestKilledWhileWriting(t *testing.T) {
 		}
 	}
 	for round := range 5 {
-		dir := t.TempDir()
+		dir := tempDir(t)
 		cmd := exec.Command(os.Args[0], "-test.run=^TestKilledWhileWriting$")
 		cmd.Env = append(os.Environ(), "JOURNAL_TEST_CHILD="+dir)
 		out, err := cmd.StdoutPipe()

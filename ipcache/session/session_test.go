@@ -147,6 +147,12 @@ func TestSessionsAndClose(t *testing.T) {
 	verifier.Close(atVerifier, "again")
 }
 
+func TestIPv6(t *testing.T) {
+	l := newLab(t, "portcullis.lab", 0, "n1", "n2")
+	owner := l.node(t, "n1", func(c *session.Config) { c.Listen = "[::1]:0" })
+	open(t, l.node(t, "n2").knows(owner), owner)
+}
+
 func TestEndOfRunEndsSessions(t *testing.T) {
 	l := newLab(t, "portcullis.lab", 0, "n1", "n2", "n3")
 	owner := l.node(t, "n1")
