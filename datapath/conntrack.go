@@ -108,7 +108,9 @@ func (d *Datapath) sweepOne(m *ebpf.Map, key *ctKey, value *ctValue, now int64, 
 		}
 		if s, ok := d.slot(j.Slot); ok && s.Stamp == j.Stamp {
 			standing = true
-			if int64(ct.LastSeen) > d.lastSweep {
+			// last_seen may be a tick late. Twice used does no harm, never
+			// used would have a binding in use released.
+			if int64(ct.LastSeen) > d.lastSweep-int64(clockTick) {
 				used[AddrFrom(s.IP)] = true
 			}
 		}

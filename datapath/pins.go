@@ -186,9 +186,21 @@ func (p pinDir) deviceOf(ifname string) (uint32, error) {
 	return 0, nil
 }
 
-// removeLinks removes the links of a name. Only for devices that are gone or
-// down, or when enforcement is to end.
-func (p pinDir) removeLinks(ifname string) error { return p.removeAll(p.device(ifname)) }
+// removeLinks detaches and removes the links of a name. Only for devices that
+// are gone or down, or when enforcement is to end.
+func (p pinDir) removeLinks(ifname string) error {
+	for _, hook := range []string{fromWorkload, toWorkload} {
+		// Without its pin a link goes some time later; detached it goes now.
+		// What is not a link (an error) is removed all the same.
+		if l, ifindex, err := p.link(ifname, hook); err == nil && l != nil {
+			if ifindex != 0 {
+				_ = l.Detach() // best effort: the pin goes below
+			}
+			l.Close()
+		}
+	}
+	return p.removeAll(p.device(ifname))
+}
 
 // removeAll removes a directory of pins. os.RemoveAll works on bpffs.
 func (p pinDir) removeAll(dir string) error {
@@ -209,19 +221,13 @@ func (p pinDir) remove() error {
 	if !on {
 		return fmt.Errorf("%s does not lie in a bpffs: not removed", p)
 	}
-	// A detached link is gone at once, even while somebody holds it open.
 	devices, err := p.devices()
 	if err != nil {
 		return err
 	}
 	for _, ifname := range devices {
-		for _, hook := range []string{fromWorkload, toWorkload} {
-			if l, ifindex, err := p.link(ifname, hook); err == nil && l != nil {
-				if ifindex != 0 {
-					_ = l.Detach() // best effort: the pin goes below
-				}
-				l.Close()
-			}
+		if err := p.removeLinks(ifname); err != nil {
+			return fmt.Errorf("remove the links of %s: %w", ifname, err)
 		}
 	}
 	if err := errors.Join(p.removeAll(p.links()), p.removeAll(p.progs()), p.removeAll(p.maps())); err != nil {
