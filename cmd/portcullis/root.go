@@ -47,6 +47,10 @@ func (e exitError) Error() string { return fmt.Sprintf("exit status %d", e.code)
 
 // commands lists everything below the root.
 var commands = []func(*Env) *cobra.Command{
+	newAgentCmd,
+	newDemoCmd,
+	newLabCmd,
+	newProbeCmd,
 	newStatusCmd,
 	newEndpointCmd,
 	newIdentityCmd,

@@ -1,0 +1,175 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+
+	"portcullis/agent/api"
+	"portcullis/authz"
+	"portcullis/datapath/hold"
+	"portcullis/datapath/netdev"
+	"portcullis/identity"
+	"portcullis/identity/svid"
+	"portcullis/ipcache/lease"
+	"portcullis/observe/audit"
+)
+
+// Sizes that are not flags.
+const (
+	maxEndpoints  = 1024
+	maxSessions   = 4096 // lease indices
+	ringQueue     = 1024 // held packets between reader and loop
+	sweepInterval = 5 * time.Second
+	compactAbove  = 8192 // journal records
+)
+
+// Run is the agent: it returns when ctx ends (nil) or when something that it
+// cannot work without fails. Enforcement in the kernel goes on after it.
+func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
+	if err := cfg.Validate(); err != nil {
+		return err
+	}
+	log = log.With(zap.String("node", string(cfg.Node)))
+	if cfg.Evidence == ModeClassic {
+		log.Warn("mode classic: a new workload can pass as the dead one that had its IP")
+	}
+	l, err := newLoop(ctx, cfg, log)
+	if err != nil {
+		return err
+	}
+	defer l.close()
+
+	group, ctx := errgroup.WithContext(ctx)
+	source, err := newSource(cfg, log)
+	if err != nil {
+		return err
+	}
+	if l.transport, err = newTransport(cfg, l, source, log); err != nil {
+		return err
+	}
+	l.source = source
+	listener, err := api.Listen(cfg.APISocket)
+	if err != nil {
+		return err
+	}
+	defer listener.Close()
+
+	run := func(what string, f func(context.Context) error) {
+		group.Go(func() error {
+			if err := f(ctx); err != nil && ctx.Err() == nil {
+				return fmt.Errorf("%s: %w", what, err)
+			}
+			return ctx.Err()
+		})
+	}
+	run("loop", l.run)
+	run("Workload API", source.Run)
+	run("sessions", l.transport.Run)
+	run("held packets", func(ctx context.Context) error { return l.dp.Held(ctx, func(r hold.Record) { l.receive(ctx, r) }) })
+	run("events", func(ctx context.Context) error { return l.dp.Events(ctx, l.publish) })
+	run("devices", func(ctx context.Context) error {
+		return netdev.Watch(ctx, func(c netdev.Change) {
+			if c.Gone {
+				l.post(func() { l.linkGone(c.Device.Ifindex) })
+			}
+		})
+	})
+	run("conntrack sweep", l.sweepConntrack)
+	run("local API", func(ctx context.Context) error { return serve(ctx, l, listener) })
+	l.post(func() {
+		l.addNodeIPs()
+		l.stepOwner(lease.OwnerTick{})
+		l.stepVerifier(lease.VerifierTick{})
+	})
+	log.Info("agent started", zap.String("evidence", string(cfg.Evidence)), zap.Stringers("ranges", cfg.Ranges), zap.String("socket", cfg.APISocket))
+	err = group.Wait()
+	if errors.Is(err, context.Canceled) {
+		log.Info("agent stopped; leases run out, then the gate is shut")
+		return nil
+	}
+	return err
+}
+
+// receive hands a held packet to the loop. While the loop is behind, packets
+// stay in the ring, and the kernel's quota drops what is too much.
+func (l *loop) receive(ctx context.Context, r hold.Record) {
+	select {
+	case l.ring <- r:
+	case <-ctx.Done():
+	}
+}
+
+func serve(ctx context.Context, l *loop, listener net.Listener) error {
+	g := grpc.NewServer(grpc.MaxRecvMsgSize(api.MaxMessage))
+	api.RegisterAgentServer(g, &server{l: l})
+	stop := context.AfterFunc(ctx, g.Stop)
+	defer stop()
+	return g.Serve(listener)
+}
+
+func newSource(cfg Config, log *zap.Logger) (*svid.Source, error) {
+	td, err := spiffeid.TrustDomainFromString(cfg.TrustDomain)
+	if err != nil {
+		return nil, err
+	}
+	id, err := spiffeid.FromPath(td, identity.AgentSPIFFEPath(cfg.Node))
+	if err != nil {
+		return nil, err
+	}
+	return svid.New(svid.Config{Address: cfg.WorkloadAPI, ID: id, Log: log})
+}
+
+// newLoop opens the kernel and the journal, and builds the machines. What an
+// earlier agent left in the kernel is shut first: nothing of it is renewed
+// before it is registered, or confirmed, again.
+func newLoop(ctx context.Context, cfg Config, log *zap.Logger) (*loop, error) {
+	bootText, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return nil, fmt.Errorf("which boot is this? %w", err)
+	}
+	boot, err := identity.ParseBootID(string(bootText))
+	if err != nil {
+		return nil, err
+	}
+	l := &loop{cfg: cfg, log: log, boot: boot, started: time.Now(),
+		inbox: make(chan func(), inboxSize), ring: make(chan hold.Record, ringQueue), stopped: make(chan struct{}),
+		ids: identity.NewAllocator(), repo: authz.NewRepository(authz.Options{TrustDomain: cfg.TrustDomain}),
+		endpoints: map[identity.UID]*endpoint{}, byIP: map[netip.Addr]*endpoint{}, byEndpointID: map[uint32]*endpoint{}, byIfindex: map[uint32]*endpoint{},
+		holdIndexes: newIndexes(maxEndpoints), retryActivation: map[identity.UID]identity.Generation{}, nodeUIDs: map[identity.UID]netip.Addr{},
+		numerics: map[uint64]identity.Numeric{}, installedAt: map[uint64]lease.Time{}, policyFiles: map[authz.Ref]importedFile{},
+		names: newDirectory(), monitors: newMonitors(), alarms: newAlarms()}
+	l.sweep.Store(&sweepResult{})
+
+	records, state, err := l.openJournal(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := l.openKernel(); err != nil {
+		l.close()
+		return nil, err
+	}
+	if err := l.buildMachines(records, state); err != nil {
+		l.close()
+		return nil, err
+	}
+	if err := os.MkdirAll(filepath.Dir(cfg.AuditLog), 0o750); err != nil {
+		l.close()
+		return nil, fmt.Errorf("confirmation log: %w", err)
+	}
+	if l.audit, err = audit.Open(cfg.AuditLog, cfg.Node, log); err != nil {
+		l.close()
+		return nil, err
+	}
+	return l, nil
+}

@@ -1,0 +1,263 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"portcullis/identity"
+	"portcullis/ipcache/lease"
+)
+
+// Mode is what an entry of the binding cache is believed on.
+type Mode string
+
+// The modes. Classic is the behaviour of engines that believe an entry until
+// told otherwise; it is unsafe and must be asked for twice.
+const (
+	ModeClassic Mode = "classic"
+	ModeLease   Mode = "lease"
+)
+
+// Peer is another node: a hint of whom to ask for an IP, and what that node
+// may speak for. It grants nothing by itself.
+type Peer struct {
+	Name    identity.NodeName
+	Address netip.AddrPort // of its agent; the host is one of the node's own addresses
+	Ranges  []netip.Prefix // a range that is one address long is a node address too
+}
+
+// Config is what an agent is told at its start. Validate names everything
+// that is wrong with it at once.
+type Config struct {
+	Node        identity.NodeName
+	NodeIPs     []netip.Addr
+	Ranges      []netip.Prefix
+	Peers       []Peer
+	Listen      netip.AddrPort
+	Uplinks     []string
+	TrustDomain string
+	WorkloadAPI string // unix:///path
+
+	APISocket  string
+	PinDir     string
+	JournalDir string
+	AuditLog   string // the confirmation log
+
+	Evidence      Mode
+	UnsafeClassic bool
+	FreshRanges   bool
+
+	TTL         time.Duration
+	Heartbeat   time.Duration
+	ReuseMargin time.Duration
+	AddWait     time.Duration
+	HoldTimeout time.Duration
+	IdleBinding time.Duration
+
+	HoldPerEndpoint int
+	HoldTotal       int
+	Bindings        int
+	Conntrack       int
+}
+
+// Default returns the configuration that flags start from.
+func Default() Config {
+	return Config{
+		APISocket: "/run/portcullis/agent.sock", PinDir: "/sys/fs/bpf/portcullis", JournalDir: "/run/portcullis/journal",
+		AuditLog: "/var/log/portcullis/confirmations.jsonl", Evidence: ModeLease,
+		TTL: 30 * time.Second, Heartbeat: 5 * time.Second, ReuseMargin: time.Second, AddWait: 3 * time.Second,
+		HoldTimeout: time.Second, IdleBinding: 5 * time.Minute,
+		HoldPerEndpoint: 64, HoldTotal: 4096, Bindings: 65536, Conntrack: 131072,
+	}
+}
+
+// Validate reports every problem of the configuration, one error for each,
+// joined.
+func (c *Config) Validate() error {
+	var errs []error
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+
+	if !validNodeName(string(c.Node)) {
+		bad("--node %q: want a DNS label of at most 63 characters; it names this node in SPIFFE IDs", c.Node)
+	}
+	if len(c.NodeIPs) == 0 {
+		bad("--node-ip is missing: name every address of this node, so that nobody else can hold it")
+	}
+	if len(c.Ranges) == 0 {
+		bad("--range is missing: name the prefixes whose addresses this node gives to its workloads")
+	}
+	if !c.Listen.IsValid() {
+		bad("--listen is missing or wrong: want ADDRESS:PORT, e.g. %s:4260", firstOr(c.NodeIPs, "192.0.2.1"))
+	}
+	if _, err := spiffeid.TrustDomainFromString(c.TrustDomain); err != nil {
+		bad("--trust-domain %q: %v", c.TrustDomain, err)
+	}
+	if path, ok := strings.CutPrefix(c.WorkloadAPI, "unix://"); !ok || !filepath.IsAbs(path) {
+		bad("--workload-api %q: want unix:///path/to/socket of the SPIFFE Workload API", c.WorkloadAPI)
+	}
+	for flag, path := range map[string]string{"--api-socket": c.APISocket, "--pin-dir": c.PinDir, "--journal-dir": c.JournalDir, "--audit-log": c.AuditLog} {
+		if !filepath.IsAbs(path) {
+			bad("%s %q: want an absolute path", flag, path)
+		}
+	}
+	switch c.Evidence {
+	case ModeLease:
+		if c.UnsafeClassic {
+			bad("--unsafe-classic makes no sense with --evidence=lease: leave it out")
+		}
+	case ModeClassic:
+		if !c.UnsafeClassic {
+			bad("--evidence=classic lets a new workload pass as the dead one that had its IP: say --unsafe-classic too if you want that")
+		}
+	default:
+		bad("--evidence %q: want lease, or classic", c.Evidence)
+	}
+	errs = append(errs, c.validateTimes()...)
+	errs = append(errs, c.validateRanges()...)
+	for flag, n := range map[string]int{"--hold-per-endpoint": c.HoldPerEndpoint, "--hold-total": c.HoldTotal, "--bindings": c.Bindings, "--conntrack": c.Conntrack} {
+		if n < 1 {
+			bad("%s %d: want at least 1", flag, n)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (c *Config) validateTimes() (errs []error) {
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	if c.TTL < 100*time.Millisecond || c.TTL > lease.MaxLease {
+		bad("--ttl %v: want 100ms to %v (no lease is ever longer)", c.TTL, lease.MaxLease)
+	}
+	if c.Heartbeat <= 0 || c.Heartbeat > c.TTL/2 {
+		bad("--heartbeat %v: want more than 0 and at most half of --ttl (%v), or one lost heartbeat shuts the gate", c.Heartbeat, c.TTL)
+	}
+	if c.ReuseMargin < time.Millisecond || c.ReuseMargin > time.Minute {
+		bad("--reuse-margin %v: want 1ms to 1m", c.ReuseMargin)
+	}
+	if c.HoldTimeout <= 0 || c.HoldTimeout > 10*time.Second {
+		bad("--hold-timeout %v: want more than 0 and at most 10s", c.HoldTimeout)
+	}
+	if c.AddWait < 0 {
+		bad("--add-wait %v: want 0 or more", c.AddWait)
+	}
+	if c.IdleBinding < time.Second {
+		bad("--idle-binding %v: want at least 1s", c.IdleBinding)
+	}
+	return errs
+}
+
+// validateRanges: an IP lies in one node's range (assumption A4), so ranges of
+// two nodes never overlap, and names and addresses are unique.
+func (c *Config) validateRanges() (errs []error) {
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	type claim struct {
+		who    identity.NodeName
+		prefix netip.Prefix
+	}
+	var claims []claim
+	add := func(who identity.NodeName, p netip.Prefix) {
+		if !p.IsValid() || p != p.Masked() || p.Addr().Is4In6() || p.Bits() == 0 {
+			bad("range %s of node %s: want an address prefix without host bits, longer than /0", p, who)
+			return
+		}
+		for _, o := range claims {
+			if o.prefix.Overlaps(p) && !(o.who == who && o.prefix != p) {
+				bad("range %s of node %s overlaps %s of node %s: an address has one owner", p, who, o.prefix, o.who)
+			}
+		}
+		claims = append(claims, claim{who, p})
+	}
+	for _, p := range c.Ranges {
+		add(c.Node, p)
+	}
+	for _, ip := range c.NodeIPs {
+		add(c.Node, netip.PrefixFrom(ip, ip.BitLen()))
+	}
+	seen := map[identity.NodeName]bool{c.Node: true}
+	for _, peer := range c.Peers {
+		if !validNodeName(string(peer.Name)) {
+			bad("--peer %q: want a DNS label as its name", peer.Name)
+		}
+		if seen[peer.Name] {
+			bad("--peer %s: this node is named twice", peer.Name)
+		}
+		seen[peer.Name] = true
+		for _, p := range peer.allRanges() {
+			add(peer.Name, p)
+		}
+	}
+	return errs
+}
+
+// allRanges returns the peer's ranges and its agent's own address.
+func (p Peer) allRanges() []netip.Prefix {
+	a := p.Address.Addr()
+	own := netip.PrefixFrom(a, a.BitLen())
+	for _, r := range p.Ranges {
+		if r == own {
+			return p.Ranges
+		}
+	}
+	return append([]netip.Prefix{own}, p.Ranges...)
+}
+
+// ParsePeer parses NAME=ADDRESS:PORT,PREFIX,PREFIX...
+func ParsePeer(s string) (Peer, error) {
+	name, rest, ok := strings.Cut(s, "=")
+	if !ok {
+		return Peer{}, fmt.Errorf("peer %q: want NAME=ADDRESS:PORT,PREFIX,..., e.g. n2=192.0.2.2:4260,10.1.2.0/24", s)
+	}
+	parts := strings.Split(rest, ",")
+	addr, err := netip.ParseAddrPort(parts[0])
+	if err != nil {
+		return Peer{}, fmt.Errorf("peer %q: %q is not ADDRESS:PORT", s, parts[0])
+	}
+	p := Peer{Name: identity.NodeName(name), Address: addr}
+	for _, part := range parts[1:] {
+		prefix, err := netip.ParsePrefix(part)
+		if err != nil {
+			return Peer{}, fmt.Errorf("peer %q: %q is not an address prefix", s, part)
+		}
+		p.Ranges = append(p.Ranges, prefix)
+	}
+	return p, nil
+}
+
+func validNodeName(s string) bool {
+	if s == "" || len(s) > 63 {
+		return false
+	}
+	for i, r := range s {
+		alnum := r >= 'a' && r <= 'z' || r >= '0' && r <= '9'
+		if !alnum && (r != '-' && r != '.' || i == 0 || i == len(s)-1) {
+			return false
+		}
+	}
+	return true
+}
+
+func firstOr(ips []netip.Addr, other string) string {
+	if len(ips) > 0 {
+		return ips[0].String()
+	}
+	return strconv.Quote(other)
+}
+
+// ConfigErrors gathers what is wrong with a configuration.
+type ConfigErrors []error
+
+// Add adds a message when err is not nil.
+func (e *ConfigErrors) Add(err error, format string, args ...any) {
+	if err != nil {
+		*e = append(*e, fmt.Errorf(format, args...))
+	}
+}
+
+// Join returns everything in one error, nil for nothing.
+func (e ConfigErrors) Join() error { return errors.Join(e...) }

@@ -1,0 +1,77 @@
+package agent
+
+import (
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+)
+
+func valid() Config {
+	c := Default()
+	c.Node, c.TrustDomain, c.WorkloadAPI = "n1", "example.org", "unix:///run/w.sock"
+	c.NodeIPs = []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")}
+	c.Ranges = []netip.Prefix{netip.MustParsePrefix("10.1.1.0/24")}
+	c.Listen = netip.MustParseAddrPort("192.0.2.1:4260")
+	c.Peers = []Peer{{Name: "n2", Address: netip.MustParseAddrPort("192.0.2.2:4260"), Ranges: []netip.Prefix{netip.MustParsePrefix("10.1.2.0/24")}}}
+	return c
+}
+
+func TestConfigValidate(t *testing.T) {
+	ok := valid()
+	if err := ok.Validate(); err != nil {
+		t.Fatalf("a sound configuration: %v", err)
+	}
+	for _, tc := range []struct {
+		name   string
+		change func(*Config)
+		want   []string
+	}{
+		{"empty", func(c *Config) { *c = Config{} }, []string{"--node ", "--node-ip", "--range", "--listen", "--trust-domain", "--workload-api", "--ttl", "--heartbeat", "--evidence", "--bindings"}},
+		{"classic must be asked for twice", func(c *Config) { c.Evidence = ModeClassic }, []string{"--unsafe-classic"}},
+		{"unsafe lease", func(c *Config) { c.UnsafeClassic = true }, []string{"--unsafe-classic"}},
+		{"ttl above MAX_LEASE", func(c *Config) { c.TTL = 61 * time.Second }, []string{"--ttl"}},
+		{"heartbeat too slow", func(c *Config) { c.Heartbeat = 16 * time.Second }, []string{"--heartbeat"}},
+		{"a peer in our range", func(c *Config) { c.Peers[0].Ranges[0] = netip.MustParsePrefix("10.1.1.128/25") }, []string{"overlaps"}},
+		{"a peer with our address", func(c *Config) { c.Peers[0].Address = netip.MustParseAddrPort("192.0.2.1:4260") }, []string{"overlaps"}},
+		{"a peer twice", func(c *Config) { c.Peers = append(c.Peers, c.Peers[0]) }, []string{"twice", "overlaps"}},
+		{"ourselves as a peer", func(c *Config) { c.Peers[0].Name = "n1" }, []string{"twice"}},
+		{"host bits", func(c *Config) { c.Ranges[0] = netip.MustParsePrefix("10.1.1.7/24") }, []string{"host bits"}},
+		{"the whole world", func(c *Config) { c.Ranges[0] = netip.MustParsePrefix("0.0.0.0/0") }, []string{"longer than /0"}},
+		{"relative path", func(c *Config) { c.PinDir = "pins" }, []string{"--pin-dir"}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			c := valid()
+			tc.change(&c)
+			err := c.Validate()
+			if err == nil {
+				t.Fatal("accepted")
+			}
+			for _, want := range tc.want {
+				if !strings.Contains(err.Error(), want) {
+					t.Errorf("nothing about %q in: %v", want, err)
+				}
+			}
+		})
+	}
+}
+
+func TestConfigAcceptsARangeWithItsOwnNodeAddress(t *testing.T) {
+	c := valid()
+	c.NodeIPs = append(c.NodeIPs, netip.MustParseAddr("10.1.1.1")) // a bridge's address
+	if err := c.Validate(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestParsePeer(t *testing.T) {
+	p, err := ParsePeer("n2=192.0.2.2:4260,10.1.2.0/24,2001:db8:2::/64")
+	if err != nil || p.Name != "n2" || p.Address.Port() != 4260 || len(p.Ranges) != 2 || len(p.allRanges()) != 3 {
+		t.Errorf("got %+v, %v", p, err)
+	}
+	for _, bad := range []string{"", "n2", "n2=", "n2=192.0.2.2", "n2=192.0.2.2:4260,10.1.2.0", "n2=192.0.2.2:4260,"} {
+		if _, err := ParsePeer(bad); err == nil {
+			t.Errorf("%q was accepted", bad)
+		}
+	}
+}

@@ -1,0 +1,320 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"time"
+
+	"go.uber.org/zap"
+
+	"portcullis/authz"
+	"portcullis/bpf/abi"
+	"portcullis/datapath/netdev"
+	"portcullis/identity"
+	"portcullis/ipcache/lease"
+)
+
+// workload is what a registration says: who holds which IPs, behind which
+// device.
+type workload struct {
+	uid       identity.UID
+	namespace string
+	name      string
+	identity  identity.Identity
+	ips       []netip.Addr
+	ifname    string
+	mac       net.HardwareAddr
+	ports     []identity.NamedPort
+}
+
+func (w *workload) fullName() string { return w.namespace + "/" + w.name }
+
+// endpoint is a local workload as the datapath knows it. Owned by the loop.
+type endpoint struct {
+	workload
+	id        uint32 // never reused in a boot
+	ifindex   uint32
+	holdIndex uint32
+	numeric   identity.Numeric
+	state     abi.EndpointState // what the kernel was told last
+	detail    string            // why it is not active
+	policy    policySet
+	// generation of its bindings; 0 until it was activated.
+	generation identity.Generation
+	created    time.Time
+	// activated is closed when the quarantine ends, or when the endpoint does.
+	activated chan struct{}
+}
+
+// policySet is an endpoint's policy as it stands in the kernel.
+type policySet struct {
+	id  uint32
+	set authz.Set
+}
+
+// Errors of a registration.
+var (
+	errConflict     = errors.New("already registered")
+	errNotMine      = errors.New("not an address of this node's ranges")
+	errNoDevice     = errors.New("no such device")
+	errNoHoldIndex  = errors.New("too many endpoints")
+	errKernelRefuse = errors.New("the kernel refused")
+)
+
+// register creates the endpoint, quarantined and enforced, and then asks the
+// owner machine for its IPs. On an error nothing of it is left.
+func (l *loop) register(w workload) (*endpoint, error) {
+	if e, ok := l.endpoints[w.uid]; ok {
+		if !sameWorkload(&e.workload, &w) {
+			return nil, fmt.Errorf("uid %s is %w with other fields: deregister it first", w.uid, errConflict)
+		}
+		return e, nil
+	}
+	if err := l.claimIPs(&w); err != nil {
+		return nil, err
+	}
+	device, err := netdev.ByName(w.ifname)
+	if err != nil {
+		return nil, fmt.Errorf("%w in the agent's network namespace: %w", errNoDevice, err)
+	}
+	ifindex := device.Ifindex
+	if stale := l.byIfindex[ifindex]; stale != nil {
+		return nil, fmt.Errorf("device %s is %w: it belongs to %s", w.ifname, errConflict, stale.fullName())
+	}
+	holdIndex, ok := l.holdIndexes.take()
+	if !ok {
+		return nil, fmt.Errorf("%w: this agent serves at most %d", errNoHoldIndex, l.holdIndexes.size)
+	}
+	e := &endpoint{workload: w, id: l.dp.State().NextEndpointID(), ifindex: ifindex, holdIndex: holdIndex,
+		state: abi.EPQuarantined, created: time.Now(), activated: make(chan struct{})}
+	if err := l.enforce(e); err != nil {
+		l.holdIndexes.give(holdIndex)
+		return nil, err
+	}
+	l.endpoints[e.uid] = e
+	l.byIfindex[e.ifindex] = e
+	l.byEndpointID[e.id] = e
+	for _, ip := range e.ips {
+		l.byIP[ip] = e
+	}
+	l.names.addEndpoint(e)
+	l.log.Info("endpoint registered", zap.String("workload", e.fullName()), zap.Stringer("uid", e.uid), zap.Uint32("endpoint", e.id), zap.Any("ips", e.ips))
+	l.stepOwner(lease.Add{UID: e.uid, IPs: e.ips, Identity: e.identity, Ports: e.ports})
+	return e, nil
+}
+
+// enforce puts the endpoint under its policy and its programs on the device,
+// before anything waits: from here on nothing passes unjudged.
+func (l *loop) enforce(e *endpoint) error {
+	numeric, err := l.acquire(e.identity)
+	if err != nil {
+		return err
+	}
+	e.numeric = numeric
+	e.policy.set = l.repo.Compile(e.identity, l.ids.All)
+	e.policy.id = l.dp.State().NextPolicySet()
+	if err := l.dp.PutPolicy(e.policy.id, e.policy.set.WithSet(e.policy.id)); err != nil {
+		l.release(numeric)
+		return fmt.Errorf("%w the policy of %s: %w", errKernelRefuse, e.fullName(), err)
+	}
+	if err := l.dp.AddEndpoint(e.ifname, e.abi()); err != nil {
+		l.forgetPolicy(e)
+		l.release(numeric)
+		return fmt.Errorf("%w the programs on %s: %w", errKernelRefuse, e.ifname, err)
+	}
+	return nil
+}
+
+// claimIPs checks that the node may give these IPs away, and that no live
+// workload has them. An IP whose last holder's device is gone is taken from
+// it: nothing here relies on a deregistration before the registration.
+func (l *loop) claimIPs(w *workload) error {
+	for _, ip := range w.ips {
+		if l.nodeOf(ip) != l.cfg.Node || slices.Contains(l.cfg.NodeIPs, ip) {
+			return fmt.Errorf("%s is %w (%v)", ip, errNotMine, l.cfg.Ranges)
+		}
+		holder := l.byIP[ip]
+		if holder == nil {
+			continue
+		}
+		if deviceExists(holder.ifindex) {
+			return fmt.Errorf("%s is %w: %s (%s) holds it, and its device %s exists", ip, errConflict, holder.fullName(), holder.uid, holder.ifname)
+		}
+		if _, err := l.deregister(holder.uid); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// abi returns the endpoint as the kernel is to see it.
+func (e *endpoint) abi() abi.Endpoint {
+	ep := abi.Endpoint{Generation: uint64(e.generation), ID: e.id, Ifindex: e.ifindex, State: uint32(e.state),
+		Identity: uint32(e.numeric), Policy: e.policy.id, HoldIndex: e.holdIndex, UID: e.uid}
+	for _, ip := range e.ips {
+		if ip.Is4() {
+			ep.IP4 = ip.As16()
+		} else {
+			ep.IP6 = ip.As16()
+		}
+	}
+	copy(ep.Mac[:], e.mac)
+	if len(e.mac) == 6 {
+		ep.Flags |= uint32(abi.EPCheckMac)
+	}
+	if e.policy.set.EnforceIngress {
+		ep.Flags |= uint32(abi.EPEnforceIngress)
+	}
+	if e.policy.set.EnforceEgress {
+		ep.Flags |= uint32(abi.EPEnforceEgress)
+	}
+	return ep
+}
+
+// activate lifts the quarantine. First the local bindings, so that neighbours
+// on this node know the workload before it can speak; the gate comes last. If
+// a write fails the endpoint stays quarantined, the safe side, and is tried
+// again.
+func (l *loop) activate(uid identity.UID, generation identity.Generation) {
+	if l.activateNodeIP(uid, generation) {
+		return
+	}
+	e, ok := l.endpoints[uid]
+	if !ok || e.state == abi.EPActive {
+		return
+	}
+	e.generation = generation
+	l.dp.State().SetLastGeneration(uint64(generation))
+	if err := l.openGate(e); err != nil {
+		e.detail = err.Error()
+		l.alarms.raise("map-full", fmt.Sprintf("%s stays quarantined: %v", e.fullName(), err))
+		l.retryActivation[uid] = generation
+		return
+	}
+	delete(l.retryActivation, uid)
+	l.names.addEndpoint(e)
+	l.log.Info("endpoint active", zap.String("workload", e.fullName()), zap.Uint64("generation", uint64(generation)))
+	close(e.activated)
+}
+
+func (l *loop) openGate(e *endpoint) error {
+	for _, ip := range e.ips {
+		b := identity.Binding{IP: ip, Generation: e.generation, UID: e.uid, Identity: e.identity, Owner: l.cfg.Node, Ports: e.ports}
+		if err := l.installLocal(b, e.numeric, e.ifindex); err != nil {
+			return err
+		}
+	}
+	e.state = abi.EPActive
+	if err := l.dp.SetEndpoint(e.abi()); err != nil {
+		e.state = abi.EPQuarantined
+		return fmt.Errorf("%w to open the gate: %w", errKernelRefuse, err)
+	}
+	e.detail = ""
+	return nil
+}
+
+// deregister ends a workload: its gate closes in the kernel before the owner
+// machine hears of it, for the wait before reuse counts from there. The
+// programs stay on the device, shut, until the device is gone. existed is
+// false for a UID that is not registered.
+func (l *loop) deregister(uid identity.UID) (existed bool, err error) {
+	e, ok := l.endpoints[uid]
+	if !ok {
+		return false, nil
+	}
+	old := e.state
+	e.state = abi.EPClosed
+	if err := l.dp.SetEndpoint(e.abi()); err != nil && deviceExists(e.ifindex) {
+		// The gate may still be open: the binding must not be given up.
+		e.state = old
+		return true, fmt.Errorf("%w to close the gate of %s, try again: %w", errKernelRefuse, e.fullName(), err)
+	}
+	l.endHolds(l.holds.DropEndpoint(e.id, abi.ReasonQuarantined))
+	for _, ip := range e.ips {
+		l.zeroLocal(ip)
+		if l.byIP[ip] == e {
+			delete(l.byIP, ip)
+		}
+	}
+	delete(l.endpoints, uid)
+	delete(l.byEndpointID, e.id)
+	delete(l.retryActivation, uid)
+	l.names.removeEndpoint(e)
+	l.stepOwner(lease.Delete{UID: uid})
+	l.forgetPolicy(e)
+	l.release(e.numeric)
+	l.holdIndexes.give(e.holdIndex)
+	select {
+	case <-e.activated:
+	default:
+		close(e.activated)
+	}
+	l.log.Info("endpoint ended", zap.String("workload", e.fullName()), zap.Stringer("uid", uid))
+	l.sweepDevice(e.ifindex)
+	return true, nil
+}
+
+// sweepDevice removes programs and the element of an ended endpoint once its
+// device is gone. While the device exists they stay: removing them would let
+// an ended workload speak unjudged.
+func (l *loop) sweepDevice(ifindex uint32) {
+	e := l.byIfindex[ifindex]
+	if e == nil || e.state != abi.EPClosed || deviceExists(ifindex) {
+		return
+	}
+	if err := l.dp.RemoveEndpoint(e.ifname, ifindex); err != nil {
+		l.log.Warn("remove an ended endpoint", zap.String("device", e.ifname), zap.Error(err))
+	}
+	delete(l.byIfindex, ifindex)
+}
+
+// linkGone is the second way in which a workload's end is seen.
+func (l *loop) linkGone(ifindex uint32) {
+	e := l.byIfindex[ifindex]
+	if e == nil {
+		return
+	}
+	if _, err := l.deregister(e.uid); err != nil {
+		l.log.Error("end of a workload whose device is gone", zap.Error(err))
+	}
+	l.sweepDevice(ifindex)
+}
+
+// deviceExists is true when in doubt: then nothing is taken from an endpoint.
+func deviceExists(ifindex uint32) bool {
+	_, err := netdev.ByIndex(ifindex)
+	return !errors.Is(err, netdev.ErrNoDevice)
+}
+
+func sameWorkload(a, b *workload) bool {
+	return a.namespace == b.namespace && a.name == b.name && a.identity.Equal(b.identity) &&
+		slices.Equal(a.ips, b.ips) && a.ifname == b.ifname && slices.Equal(a.ports, b.ports)
+}
+
+// indexes gives out small numbers, 1 to size, least recently used first.
+type indexes struct {
+	size int
+	free []uint32
+}
+
+func newIndexes(size int) *indexes {
+	x := &indexes{size: size}
+	for i := 1; i <= size; i++ {
+		x.free = append(x.free, uint32(i))
+	}
+	return x
+}
+
+func (x *indexes) take() (uint32, bool) {
+	if len(x.free) == 0 {
+		return 0, false
+	}
+	i := x.free[0]
+	x.free = x.free[1:]
+	return i, true
+}
+
+func (x *indexes) give(i uint32) { x.free = append(x.free, i) }

@@ -1,0 +1,127 @@
+package agent
+
+import (
+	"errors"
+	"net/netip"
+
+	"go.uber.org/zap"
+
+	"portcullis/bpf/abi"
+	"portcullis/datapath"
+	"portcullis/datapath/hold"
+	"portcullis/identity"
+	"portcullis/ipcache/lease"
+)
+
+// held takes a packet from the ring: keep it, and ask its peer's owner.
+func (l *loop) held(r hold.Record) {
+	l.heldTotal++
+	e := l.byEndpointID[r.Endpoint]
+	if e == nil || e.state != abi.EPActive {
+		// Its endpoint ended, or waits, since the kernel copied it.
+		l.dp.ReleaseHold(r.HoldIndex)
+		l.countDrops(hold.Ended{Record: r, Why: abi.ReasonQuarantined})
+		return
+	}
+	_, dropped := l.holds.Add(r)
+	if dropped != nil {
+		l.countDrops(*dropped)
+		return
+	}
+	// Asked for each packet, not only the first: the arrival times matter to
+	// the verifier machine, which de-duplicates.
+	l.stepVerifier(lease.Want{IP: r.Peer, Owner: l.nodeOf(r.Peer), Arrival: lease.Time(r.Arrival)})
+}
+
+// answer ends the wait for an IP as the verifier machine says.
+func (l *loop) answer(a lease.Answer) {
+	if a.Live {
+		inject, drop := l.holds.Answer(a.IP, int64(a.NotBefore))
+		for _, r := range inject {
+			l.inject(r)
+		}
+		l.endHolds(drop, nil)
+		return
+	}
+	if a.Why == lease.UnansweredMapFull {
+		l.alarms.raise("map-full", "a confirmed binding did not fit into the kernel's maps: raise --bindings")
+	}
+	drop, _ := l.holds.Refuse(a.IP, int64(a.Asked), unansweredReason(a.Why, a.Refusal))
+	l.endHolds(drop, nil)
+}
+
+// unansweredReason maps why there is no binding to its one drop reason.
+func unansweredReason(why lease.Unanswered, refusal lease.Refusal) abi.Reason {
+	switch why {
+	case lease.AnsweredRefused:
+		if refusal == lease.RefusedConflict {
+			return abi.ReasonConflict
+		}
+		return abi.ReasonRefused
+	case lease.UnansweredNoOwner:
+		return abi.ReasonUnbound
+	case lease.UnansweredNoSession:
+		return abi.ReasonOwnerUnreachable
+	case lease.UnansweredMapFull:
+		return abi.ReasonMapFull
+	}
+	return abi.ReasonHoldTimeout
+}
+
+// inject sends a held packet back to the hook that held it, where it is judged
+// again. A failure is a drop: the packet is not sent any other way. ErrDropped
+// is the program's own verdict, which it has counted.
+func (l *loop) inject(r hold.Record) {
+	if err := l.injector.Inject(r); err != nil && !errors.Is(err, hold.ErrDropped) {
+		l.log.Warn("re-inject a held packet", zap.Stringer("peer", r.Peer), zap.Error(err))
+		l.countDrops(hold.Ended{Record: r, Why: abi.ReasonHoldTimeout})
+		return
+	}
+	l.reinjected++
+}
+
+// endHolds accounts for holds that ended in a drop, and tells the verifier
+// machine of whom nobody waits for any more.
+func (l *loop) endHolds(drop []hold.Ended, gone []netip.Addr) {
+	l.countDrops(drop...)
+	for _, ip := range gone {
+		l.stepVerifier(lease.Unwant{IP: ip})
+	}
+}
+
+// expireHolds ends the holds whose time is over. The reason is decided now:
+// without a session in force the owner could not be reached.
+func (l *loop) expireHolds(now lease.Time) {
+	drop, gone := l.holds.Expire(int64(now))
+	for i := range drop {
+		if drop[i].Why != abi.ReasonHoldTimeout {
+			continue
+		}
+		drop[i].Why = unansweredReason(l.verifier.Reason(drop[i].Peer))
+	}
+	l.endHolds(drop, gone)
+}
+
+// countDrops counts drops that user space decided and publishes their flow
+// records (I6).
+func (l *loop) countDrops(drops ...hold.Ended) {
+	for _, d := range drops {
+		l.heldDropped++
+		l.dp.CountDrop(d.Direction, d.Why)
+		if l.monitors.empty() {
+			continue
+		}
+		ev := abi.Event{Time: uint64(l.now()), Src: datapath.Addr(d.Peer), Dst: datapath.Addr(d.Local),
+			Sport: d.Sport, Dport: d.Dport, Ifindex: d.Ifindex, Endpoint: d.Endpoint, Len: uint32(len(d.Packet)),
+			Proto: d.Proto, Direction: uint8(d.Direction), Verdict: uint8(abi.VerdictDrop), Reason: uint8(d.Why)}
+		if e := l.byEndpointID[d.Endpoint]; e != nil {
+			ev.DstIdentity = uint32(e.numeric)
+		}
+		ev.SrcIdentity = uint32(identity.NumUnknown)
+		if d.Direction == abi.DirEgress {
+			ev.Src, ev.Dst = ev.Dst, ev.Src
+			ev.SrcIdentity, ev.DstIdentity = ev.DstIdentity, ev.SrcIdentity
+		}
+		l.publish(ev)
+	}
+}

@@ -1,0 +1,168 @@
+package agent
+
+import (
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"portcullis/agent/api"
+	"portcullis/authz"
+	"portcullis/bpf/abi"
+	"portcullis/identity"
+	"portcullis/ipcache"
+	"portcullis/ipcache/lease"
+)
+
+func identityMessage(n identity.Numeric, id identity.Identity) *api.Identity {
+	return &api.Identity{Numeric: uint32(n), Text: id.String(), Labels: id.LabelList(), SpiffeId: id.SPIFFEID(), Hash: id.Hash().String()}
+}
+
+func portMessages(ports []identity.NamedPort) (out []*api.NamedPort) {
+	for _, p := range ports {
+		out = append(out, &api.NamedPort{Name: p.Name, Port: uint32(p.Port), Protocol: p.Protocol})
+	}
+	return out
+}
+
+func ipTexts(ips []netip.Addr) (out []string) {
+	for _, ip := range ips {
+		out = append(out, ip.String())
+	}
+	return out
+}
+
+func (l *loop) listEndpoints(uid string) (out []*api.Endpoint) {
+	for _, e := range slices.SortedFunc(maps.Values(l.endpoints), func(a, b *endpoint) int { return int(a.id) - int(b.id) }) {
+		if uid != "" && uid != e.uid.String() {
+			continue
+		}
+		out = append(out, &api.Endpoint{Id: e.id, Workload: &api.Workload{Uid: e.uid.String(), Namespace: e.namespace, Name: e.name},
+			Identity: identityMessage(e.numeric, e.identity), Ips: ipTexts(e.ips), Mac: e.mac.String(), Ifname: e.ifname, Ifindex: e.ifindex,
+			Generation: uint64(e.generation), State: e.state.String(), Detail: l.endpointDetail(e),
+			IngressEnforced: e.policy.set.EnforceIngress, EgressEnforced: e.policy.set.EnforceEgress, PolicyEpoch: e.policy.id,
+			Ports: portMessages(e.ports), Created: timestamppb.New(e.created)})
+	}
+	return out
+}
+
+// endpointDetail says why an endpoint is not active.
+func (l *loop) endpointDetail(e *endpoint) string {
+	if e.state != abi.EPQuarantined {
+		return ""
+	}
+	if e.detail != "" {
+		return e.detail
+	}
+	for _, w := range l.owner.Workloads() {
+		if w.UID == e.uid && w.State == lease.WorkloadQuarantined {
+			if w.OpensAt == 0 {
+				return "its IP is not free yet"
+			}
+			return fmt.Sprintf("waits for %d leases on the IP's last holder, %v at the most", w.Leases, max(0, w.OpensAt.Sub(l.now())).Round(time.Millisecond))
+		}
+	}
+	return ""
+}
+
+func (l *loop) listIdentities(reserved bool) (out []*api.Identity) {
+	for n, id := range l.ids.All {
+		if id.Reserved != "" && !reserved {
+			continue
+		}
+		m := identityMessage(n, id)
+		m.Users = uint32(l.ids.Users(n))
+		out = append(out, m)
+	}
+	slices.SortFunc(out, func(a, b *api.Identity) int { return strings.Compare(a.Text, b.Text) })
+	return out
+}
+
+// listBindings returns what stands in the table, for the IPs in only or all.
+func (l *loop) listBindings(only map[netip.Addr]bool) (out []*api.Binding) {
+	now := l.now()
+	grants := map[netip.Addr][]*api.Grant{}
+	for _, g := range l.allGrants() {
+		grants[g.IP] = append(grants[g.IP], &api.Grant{Verifier: string(g.Verifier), Remaining: durationpb.New(max(0, g.Deadline.Sub(now))), Revoked: g.Revoked})
+	}
+	for e := range l.table.All() {
+		if e.Condemned || len(only) > 0 && !only[e.Binding.IP] {
+			continue
+		}
+		out = append(out, l.bindingMessage(e, now, grants[e.Binding.IP]))
+	}
+	slices.SortFunc(out, func(a, b *api.Binding) int {
+		return netip.MustParseAddr(a.Ip).Compare(netip.MustParseAddr(b.Ip))
+	})
+	return out
+}
+
+func (l *loop) bindingMessage(e ipcache.Entry, now lease.Time, grants []*api.Grant) *api.Binding {
+	b := e.Binding
+	n := l.numerics[e.Stamp]
+	m := &api.Binding{Ip: b.IP.String(), Generation: uint64(b.Generation), Workload: &api.Workload{Uid: b.UID.String()},
+		Evidence: e.Evidence.String(), Mode: string(ModeLease), Owner: string(b.Owner), Stamp: e.Stamp, State: "live", Grants: grants}
+	switch e.Lease {
+	case ipcache.LeaseLocal:
+		m.Local = true
+		m.Mode = string(l.cfg.Evidence)
+		if ep := l.byIP[b.IP]; ep != nil {
+			m.Workload.Namespace, m.Workload.Name, n = ep.namespace, ep.name, ep.numeric
+		} else {
+			n = identity.NumHost
+		}
+	case ipcache.LeaseClassic:
+		m.Mode = string(ModeClassic)
+	default:
+		left := max(0, l.verifier.LeaseDeadline(e.Lease).Sub(now))
+		m.Remaining = durationpb.New(left)
+		if left == 0 {
+			m.State = "stale"
+		}
+	}
+	m.Identity = identityMessage(n, b.Identity)
+	if at, ok := l.installedAt[e.Stamp]; ok {
+		m.Age = durationpb.New(now.Sub(at))
+	}
+	return m
+}
+
+func (l *loop) policyMessage(p *authz.Policy, source bool) *api.Policy {
+	m := &api.Policy{Ref: api.FromRef(p.Ref), File: l.policyFiles[p.Ref].name}
+	if at := l.policyFiles[p.Ref].at; !at.IsZero() {
+		m.Imported = timestamppb.New(at)
+	}
+	for _, e := range l.endpoints {
+		if l.repo.Selects(p, e.identity) {
+			m.Endpoints++
+		}
+	}
+	if source {
+		m.Source = p.Source
+	}
+	return m
+}
+
+// liveGrants counts the verifiers that hold a live lease on a workload's
+// bindings.
+func (l *loop) liveGrants(uid identity.UID) uint32 {
+	now, verifiers := l.now(), map[identity.NodeName]bool{}
+	for _, g := range l.allGrants() {
+		if g.UID == uid && g.Deadline > now {
+			verifiers[g.Verifier] = true
+		}
+	}
+	return uint32(len(verifiers))
+}
+
+func (l *loop) allGrants() []lease.GrantInfo {
+	if l.grants == nil {
+		return nil
+	}
+	return l.grants.Grants()
+}

@@ -1,0 +1,221 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+
+	"portcullis/authz"
+	"portcullis/datapath"
+	"portcullis/datapath/hold"
+	"portcullis/identity"
+	"portcullis/identity/svid"
+	"portcullis/ipcache"
+	"portcullis/ipcache/journal"
+	"portcullis/ipcache/lease"
+	"portcullis/ipcache/session"
+	"portcullis/observe/audit"
+)
+
+// inboxSize bounds what may wait for the loop. Senders block when it is full:
+// the session's streams and the rings then fill, and both fail shut.
+const inboxSize = 256
+
+var (
+	errStopped  = errors.New("the agent is stopping")
+	errNotFound = errors.New("there is no such thing")
+)
+
+// loop is the agent's state and its only writer. Fields without a remark are
+// touched by the goroutine of run alone.
+type loop struct {
+	cfg Config
+	log *zap.Logger // safe for concurrent use
+
+	inbox   chan func()      // control: API, sessions, link watch
+	ring    chan hold.Record // held packets; apart, so that a storm of them cannot keep a revocation waiting
+	stopped chan struct{}    // closed when the loop has ended
+
+	dp        *datapath.Datapath
+	injector  *hold.Injector
+	transport *session.Transport // set before run, safe for concurrent use
+	source    *svid.Source       // set before run, safe for concurrent use
+	journal   *journal.Journal
+	audit     *audit.Log
+
+	owner    lease.OwnerMachine
+	grants   grantBook // of the owner; nil in mode classic
+	verifier lease.VerifierMachine
+	table    *ipcache.Table
+	ids      *identity.Allocator
+	repo     *authz.Repository
+	holds    *hold.Queue
+
+	endpoints       map[identity.UID]*endpoint
+	byIP            map[netip.Addr]*endpoint
+	byEndpointID    map[uint32]*endpoint
+	byIfindex       map[uint32]*endpoint // until the device is gone, ended ones too
+	holdIndexes     *indexes
+	retryActivation map[identity.UID]identity.Generation
+	nodeUIDs        map[identity.UID]netip.Addr
+	numerics        map[uint64]identity.Numeric // stamp -> the number that its slot speaks of
+	policyFiles     map[authz.Ref]importedFile
+
+	installedAt map[uint64]lease.Time // stamp -> when
+
+	// Inputs being worked on, the first, and waiting for their turn.
+	ownerInputs    []lease.OwnerInput
+	verifierInputs []lease.VerifierInput
+	ownerTimer     lease.Time // 0: none
+	verifierTimer  lease.Time
+
+	heldTotal, reinjected, heldDropped uint64
+
+	names    *directory // safe for concurrent use
+	monitors *monitors  // safe for concurrent use
+	alarms   *alarms    // safe for concurrent use
+	sweep    atomic.Pointer[sweepResult]
+	started  time.Time
+	boot     identity.BootID
+}
+
+type importedFile struct {
+	name string
+	at   time.Time
+}
+
+// grantBook is what an owner that gives leases can tell of them.
+type grantBook interface {
+	Grants() []lease.GrantInfo
+	GrantCount() int
+	StartupWait(lease.Time) time.Duration
+}
+
+// retryInterval is how often activations that failed are tried again.
+const retryInterval = time.Second
+
+// run carries out whatever comes in, one thing after the other, until ctx
+// ends.
+func (l *loop) run(ctx context.Context) error {
+	defer close(l.stopped)
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	retry := time.NewTicker(retryInterval)
+	defer retry.Stop()
+	for {
+		timer.Reset(l.untilNext())
+		select {
+		case <-ctx.Done():
+			return nil
+		case f := <-l.inbox:
+			f()
+		case r := <-l.ring:
+			l.held(r)
+		case <-timer.C:
+			l.tick()
+		case <-retry.C:
+			for uid, generation := range l.retryActivation {
+				l.activate(uid, generation)
+			}
+			l.compactJournal()
+		}
+	}
+}
+
+// now is the node's CLOCK_BOOTTIME. A message's time is read after the
+// message, and a send's before it: both are read in the loop.
+func (l *loop) now() lease.Time { return lease.Time(l.dp.Now()) }
+
+// wall turns a reading of CLOCK_BOOTTIME into the wall clock, for people.
+func (l *loop) wall(boottime uint64) time.Time {
+	return time.Now().Add(time.Duration(int64(boottime) - l.dp.Now()))
+}
+
+// untilNext returns how long nothing is due.
+func (l *loop) untilNext() time.Duration {
+	next := lease.Time(0)
+	earlier := func(t lease.Time) {
+		if t != 0 && (next == 0 || t < next) {
+			next = t
+		}
+	}
+	earlier(l.ownerTimer)
+	earlier(l.verifierTimer)
+	if at, ok := l.holds.Next(); ok {
+		earlier(lease.Time(at))
+	}
+	if next == 0 {
+		return time.Hour
+	}
+	return max(0, next.Sub(l.now()))
+}
+
+func (l *loop) tick() {
+	now := l.now()
+	if l.ownerTimer != 0 && l.ownerTimer <= now {
+		l.ownerTimer = 0
+		l.stepOwner(lease.OwnerTick{})
+	}
+	if l.verifierTimer != 0 && l.verifierTimer <= now {
+		l.verifierTimer = 0
+		l.stepVerifier(lease.VerifierTick{})
+	}
+	l.expireHolds(now)
+}
+
+// post has the loop run f; it blocks while the inbox is full, and forgets f
+// when the loop has ended. Safe for concurrent use; never call it from the loop.
+func (l *loop) post(f func()) {
+	select {
+	case l.inbox <- f:
+	case <-l.stopped:
+	}
+}
+
+// call has the loop run f and returns f's error. When ctx ends first, f may
+// still run. Safe for concurrent use; never call it from the loop.
+func (l *loop) call(ctx context.Context, f func() error) error {
+	done := make(chan error, 1)
+	select {
+	case l.inbox <- func() { done <- f() }:
+	case <-l.stopped:
+		return errStopped
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	select {
+	case err := <-done:
+		return err
+	case <-l.stopped:
+		return errStopped
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// nodeOf returns the node in whose range the IP lies, "" for none. It is a
+// hint of whom to ask; it grants nothing.
+func (l *loop) nodeOf(ip netip.Addr) identity.NodeName {
+	for _, own := range l.cfg.NodeIPs {
+		if ip == own {
+			return l.cfg.Node
+		}
+	}
+	for _, r := range l.cfg.Ranges {
+		if r.Contains(ip) {
+			return l.cfg.Node
+		}
+	}
+	for _, p := range l.cfg.Peers {
+		for _, r := range p.allRanges() {
+			if r.Contains(ip) {
+				return p.Name
+			}
+		}
+	}
+	return ""
+}

@@ -1,0 +1,169 @@
+package agent
+
+import (
+	"fmt"
+
+	"go.uber.org/zap"
+
+	"portcullis/bpf/abi"
+	"portcullis/datapath"
+	"portcullis/identity"
+	"portcullis/ipcache/lease"
+)
+
+// stepOwner feeds the owner machine and carries out, in order, what it wants
+// done. An input that arises while that is going on waits for its turn.
+func (l *loop) stepOwner(in lease.OwnerInput) {
+	l.ownerInputs = append(l.ownerInputs, in)
+	if len(l.ownerInputs) > 1 {
+		return
+	}
+	for len(l.ownerInputs) > 0 {
+		failed := l.carryOutOwner(l.owner.Step(l.now(), l.ownerInputs[0]))
+		l.ownerInputs = l.ownerInputs[1:]
+		if failed != nil {
+			l.ownerInputs = append([]lease.OwnerInput{*failed}, l.ownerInputs...)
+		}
+	}
+}
+
+// carryOutOwner stops at a record that cannot be journalled: a grant that
+// would be forgotten by a crash is not given.
+func (l *loop) carryOutOwner(outs []lease.OwnerOutput) *lease.JournalFailed {
+	for _, out := range outs {
+		switch o := out.(type) {
+		case lease.SendToVerifier:
+			l.transport.SendToVerifier(o.Stream, o.Message)
+		case lease.CloseVerifier:
+			l.transport.Close(o.Stream, o.Why)
+		case lease.Activate:
+			l.activate(o.UID, o.Generation)
+		case lease.CloseEndpoint:
+			l.log.Warn("an endpoint ends: its IP was given to another", zap.Stringer("uid", o.UID), zap.String("why", o.Why))
+			if _, err := l.deregister(o.UID); err != nil {
+				// The newcomer waits, quarantined, until this one is closed.
+				l.log.Error("close an endpoint", zap.Stringer("uid", o.UID), zap.Error(err))
+			}
+		case lease.Rejected:
+			if e := l.endpoints[o.UID]; e != nil {
+				e.detail = o.Why
+			}
+			l.log.Warn("a registration was not taken up", zap.Stringer("uid", o.UID), zap.String("why", o.Why))
+		case lease.Journal:
+			if err := l.journal.Append(o.Record); err != nil {
+				l.alarms.raise("journal", fmt.Sprintf("the journal cannot be written, so no lease is granted: %v: make room in %s", err, l.cfg.JournalDir))
+				l.log.Error("write the journal", zap.Error(err))
+				return &lease.JournalFailed{Record: o.Record}
+			}
+		case lease.OwnerTimer:
+			l.ownerTimer = o.At
+		case lease.OwnerLog:
+			l.confirmation(o.Entry)
+		default:
+			panic(fmt.Sprintf("owner output %T", out))
+		}
+	}
+	return nil
+}
+
+// stepVerifier feeds the verifier machine and carries out, in order, what it
+// wants done. An input that arises while that is going on waits for its turn.
+func (l *loop) stepVerifier(in lease.VerifierInput) {
+	l.verifierInputs = append(l.verifierInputs, in)
+	if len(l.verifierInputs) > 1 {
+		return
+	}
+	for len(l.verifierInputs) > 0 {
+		failed := l.carryOutVerifier(l.verifier.Step(l.now(), l.verifierInputs[0]))
+		l.verifierInputs = l.verifierInputs[1:]
+		if failed != nil {
+			l.verifierInputs = append([]lease.VerifierInput{*failed}, l.verifierInputs...)
+		}
+	}
+}
+
+// carryOutVerifier stops at a write that fails: nothing after it may claim
+// that it was done.
+func (l *loop) carryOutVerifier(outs []lease.VerifierOutput) *lease.StoreFailed {
+	for _, out := range outs {
+		switch o := out.(type) {
+		case lease.Write:
+			if err := l.write(o); err != nil {
+				l.log.Error("write the kernel's maps", zap.String("write", fmt.Sprintf("%T", o)), zap.Error(err))
+				return &lease.StoreFailed{Write: o}
+			}
+		case lease.OpenStream:
+			l.transport.Open(o.Owner)
+		case lease.CloseOwner:
+			l.transport.Close(o.Stream, o.Why)
+		case lease.SendToOwner:
+			l.transport.SendToOwner(o.Stream, o.Message)
+		case lease.Answer:
+			l.answer(o)
+		case lease.Learned:
+			// Nothing to do: slots of an earlier agent are not taken over.
+		case lease.VerifierTimer:
+			l.verifierTimer = o.At
+		case lease.VerifierLog:
+			l.confirmation(o.Entry)
+		default:
+			panic(fmt.Sprintf("verifier output %T", out))
+		}
+	}
+	return nil
+}
+
+// write carries out one change of the kernel's maps.
+func (l *loop) write(w lease.Write) error {
+	switch w := w.(type) {
+	case lease.Install:
+		return l.install(w)
+	case lease.Zero:
+		err := l.dp.ZeroSlot(w.Slot, w.Stamp, w.IP)
+		if n, ok := l.numerics[w.Stamp]; ok && err == nil {
+			delete(l.numerics, w.Stamp)
+			delete(l.installedAt, w.Stamp)
+			l.release(n)
+		}
+		return err
+	case lease.SwitchLease:
+		return l.dp.SwitchLease(w.Slot, w.Stamp, w.Lease)
+	case lease.SetDeadline:
+		return l.dp.SetDeadline(w.Lease, int64(w.Deadline))
+	}
+	panic(fmt.Sprintf("kernel write %T", w))
+}
+
+// install publishes a remote binding: the policy for its identity first, then
+// the slot, then the IP.
+func (l *loop) install(w lease.Install) error {
+	n, err := l.acquire(w.Binding.Identity)
+	if err != nil {
+		return err
+	}
+	s := abi.Slot{Stamp: w.Stamp, IP: datapath.Addr(w.Binding.IP), Installed: uint64(l.now()), Generation: uint64(w.Binding.Generation),
+		Identity: uint32(n), Lease: w.Lease, Evidence: uint8(w.Evidence)}
+	if err := l.dp.InstallSlot(w.Slot, s, cold(w.Stamp, w.Binding, w.OwnerBoot)); err != nil {
+		l.release(n)
+		return err
+	}
+	l.numerics[w.Stamp] = n
+	l.installedAt[w.Stamp] = l.now()
+	return nil
+}
+
+func cold(stamp uint64, b identity.Binding, boot identity.BootID) abi.SlotCold {
+	c := abi.SlotCold{Stamp: stamp, UID: b.UID, OwnerBoot: boot, IdentityHash: b.Identity.Hash()}
+	copy(c.Owner[:len(c.Owner)-1], b.Owner)
+	return c
+}
+
+// confirmation writes a line of the confirmation log.
+func (l *loop) confirmation(e lease.LogEntry) {
+	if err := l.audit.Append(e); err != nil {
+		l.alarms.raise("confirmation-log", fmt.Sprintf("a line of the confirmation log is lost: %v", err))
+	}
+	if e.Kind == lease.LogRenewalGap {
+		l.alarms.raise("renewal-gap", fmt.Sprintf("the lease of %s ran out with bindings on it: is its agent alive, and reachable on port %d?", e.Peer, l.cfg.Listen.Port()))
+	}
+}

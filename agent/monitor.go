@@ -1,0 +1,70 @@
+package agent
+
+import (
+	"sync"
+
+	"portcullis/observe/flow"
+)
+
+// monitorQueue is how many records a slow reader may lag behind.
+const monitorQueue = 4096
+
+// monitors fans flow records out to the readers of the local API. Safe for
+// concurrent use. A reader that is too slow loses records and is told how many.
+type monitors struct {
+	mu      sync.Mutex
+	readers map[*monitor]struct{}
+}
+
+type monitor struct {
+	records chan flow.Record
+	match   func(*flow.Record) bool
+	lost    uint64 // guarded by monitors.mu
+}
+
+func newMonitors() *monitors { return &monitors{readers: map[*monitor]struct{}{}} }
+
+// subscribe returns a reader; unsubscribe it when done.
+func (m *monitors) subscribe(match func(*flow.Record) bool) *monitor {
+	r := &monitor{records: make(chan flow.Record, monitorQueue), match: match}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.readers[r] = struct{}{}
+	return r
+}
+
+func (m *monitors) unsubscribe(r *monitor) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.readers, r)
+}
+
+func (m *monitors) empty() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return len(m.readers) == 0
+}
+
+func (m *monitors) publish(record flow.Record) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for r := range m.readers {
+		if !r.match(&record) {
+			continue
+		}
+		select {
+		case r.records <- record:
+		default:
+			r.lost++
+		}
+	}
+}
+
+// takeLost returns how many records the reader lost since the last call.
+func (m *monitors) takeLost(r *monitor) uint64 {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	n := r.lost
+	r.lost = 0
+	return n
+}

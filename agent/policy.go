@@ -1,0 +1,162 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+
+	"go.uber.org/zap"
+
+	"portcullis/authz"
+	"portcullis/bpf/abi"
+	"portcullis/identity"
+)
+
+// acquire returns the number of an identity. A number that was not in use
+// reaches every policy set first: nothing is ever published under a number
+// that policy does not know.
+func (l *loop) acquire(id identity.Identity) (identity.Numeric, error) {
+	n, fresh := l.ids.Acquire(id)
+	if !fresh {
+		return n, nil
+	}
+	for _, e := range l.endpoints {
+		entries := withSet(e.policy.set.AddPeer(n, id), e.policy.id)
+		if err := l.dp.PutPolicy(e.policy.id, entries); err != nil {
+			l.release(n)
+			return 0, fmt.Errorf("%w policy for identity %s: %w", errKernelRefuse, id, err)
+		}
+	}
+	l.names.addIdentity(n, id)
+	return n, nil
+}
+
+// release gives up one use of a number. With the last one its entries leave
+// every policy set, before the allocator may give the number away again.
+func (l *loop) release(n identity.Numeric) {
+	if !l.ids.Release(n) {
+		return
+	}
+	for _, e := range l.endpoints {
+		keys := e.policy.set.RemovePeer(n)
+		for i := range keys {
+			keys[i].Set = e.policy.id
+		}
+		if err := l.dp.DeletePolicy(keys); err != nil {
+			// The entries speak of an identity that nobody has. Should the
+			// number come back before they are gone, it is by its hash the
+			// same identity; one that collides gets entries of its own.
+			l.log.Warn("remove policy of an unused identity", zap.Error(err))
+		}
+	}
+	l.names.removeIdentity(n)
+}
+
+func withSet(entries map[abi.PolicyKey]abi.Policy, set uint32) map[abi.PolicyKey]abi.Policy {
+	out := make(map[abi.PolicyKey]abi.Policy, len(entries))
+	for k, v := range entries {
+		k.Set = set
+		out[k] = v
+	}
+	return out
+}
+
+func (l *loop) forgetPolicy(e *endpoint) {
+	if err := l.dp.DeletePolicySet(e.policy.id); err != nil {
+		// Set numbers are never reused, so what is left harms nobody but the
+		// map's size.
+		l.log.Warn("remove a policy set", zap.Uint32("set", e.policy.id), zap.Error(err))
+	}
+}
+
+// importPolicies adds or replaces policies, all or none: every endpoint's new
+// set is in the kernel before the first endpoint is switched to it, and the
+// repository goes back to what it was when one does not fit.
+func (l *loop) importPolicies(policies []*authz.Policy) (replaced map[authz.Ref]bool, err error) {
+	before := map[authz.Ref]*authz.Policy{}
+	for _, p := range l.repo.List() {
+		before[p.Ref] = p
+	}
+	replaced = map[authz.Ref]bool{}
+	for _, p := range policies {
+		_, replaced[p.Ref] = before[p.Ref]
+	}
+	if err := l.repo.Put(policies...); err != nil {
+		return nil, err
+	}
+	if err := l.applyPolicies(); err != nil {
+		for _, p := range policies {
+			if old := before[p.Ref]; old != nil {
+				l.putBack(old)
+			} else {
+				l.repo.Delete(p.Ref)
+			}
+		}
+		return nil, err
+	}
+	return replaced, nil
+}
+
+// putBack restores policies that were in the repository before.
+func (l *loop) putBack(policies ...*authz.Policy) {
+	if err := l.repo.Put(policies...); err != nil {
+		// They were valid a moment ago.
+		l.alarms.raise("policy-lost", fmt.Sprintf("a policy was lost while an import was undone, import it again: %v", err))
+	}
+}
+
+// deletePolicies removes policies, all or none.
+func (l *loop) deletePolicies(refs []authz.Ref) error {
+	var gone []*authz.Policy
+	for _, p := range l.repo.List() {
+		if slices.Contains(refs, p.Ref) {
+			gone = append(gone, p)
+			l.repo.Delete(p.Ref)
+		}
+	}
+	if err := l.applyPolicies(); err != nil {
+		l.putBack(gone...)
+		return err
+	}
+	return nil
+}
+
+// applyPolicies compiles every endpoint's policy and switches those whose
+// policy changed. A switch is one update of the endpoint; it bumps the policy
+// epoch, so that live connections are judged again.
+func (l *loop) applyPolicies() error {
+	next := map[*endpoint]policySet{}
+	undo := func() {
+		for e, p := range next {
+			l.forgetPolicy(&endpoint{policy: p, workload: e.workload})
+		}
+	}
+	for _, e := range l.endpoints {
+		set := l.repo.Compile(e.identity, l.ids.All)
+		if set.Equal(e.policy.set) {
+			continue
+		}
+		p := policySet{id: l.dp.State().NextPolicySet(), set: set}
+		next[e] = p
+		if err := l.dp.PutPolicy(p.id, set.WithSet(p.id)); err != nil {
+			undo()
+			return fmt.Errorf("%w the policy of %s, nothing was changed: %w", errKernelRefuse, e.fullName(), err)
+		}
+	}
+	var errs []error
+	for e, p := range next {
+		old := e.policy
+		e.policy = p
+		if err := l.dp.SetEndpoint(e.abi()); err != nil {
+			// Replacing an element of a preallocated map fails only if the
+			// map is gone. The old set stays in force; say so loudly.
+			e.policy = old
+			l.alarms.raise("policy-not-applied", fmt.Sprintf("%s is still judged by its former policy: %v", e.fullName(), err))
+			errs = append(errs, err)
+			continue
+		}
+		l.names.addEndpoint(e)
+		l.forgetPolicy(&endpoint{policy: old, workload: e.workload})
+	}
+	return errors.Join(errs...)
+}

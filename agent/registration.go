@@ -1,0 +1,80 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+
+	"portcullis/agent/api"
+	"portcullis/identity"
+)
+
+// maxIfname is IFNAMSIZ - 1 (linux/if.h).
+const maxIfname = 15
+
+// parseRegistration turns a request into a workload, or names everything that
+// is wrong with it.
+func parseRegistration(r *api.RegisterWorkloadRequest, trustDomain string) (workload, error) {
+	var errs []error
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	w := workload{namespace: r.Namespace, name: r.Name, ifname: r.HostIfname}
+	var err error
+	if w.uid, err = identity.ParseUID(r.Uid); err != nil {
+		bad("uid: %v", err)
+	}
+	if r.Namespace == "" || r.Name == "" {
+		bad("namespace and name: both are needed")
+	}
+	if r.HostIfname == "" || len(r.HostIfname) > maxIfname {
+		bad("host_ifname %q: want the name of the veth's host side, at most %d characters", r.HostIfname, maxIfname)
+	}
+	if r.TrustDomain != "" {
+		trustDomain = r.TrustDomain
+	}
+	sa := r.ServiceAccount
+	if sa == "" {
+		sa = "default"
+	}
+	w.identity = identity.New(trustDomain, r.Namespace, sa, r.Labels)
+	if w.ips, err = parseIPs(r.Ips); err != nil {
+		errs = append(errs, err)
+	}
+	if r.Mac != "" {
+		if w.mac, err = net.ParseMAC(r.Mac); err != nil || len(w.mac) != 6 {
+			bad("mac %q: want an Ethernet address", r.Mac)
+		}
+	}
+	for _, p := range r.Ports {
+		if p.Port == 0 || p.Port > 65535 {
+			bad("port %q: %d is not a port number", p.Name, p.Port)
+		}
+		switch p.Protocol {
+		case "TCP", "UDP", "SCTP":
+		default:
+			bad("port %q: protocol %q: want TCP, UDP or SCTP", p.Name, p.Protocol)
+		}
+		w.ports = append(w.ports, identity.NamedPort{Name: p.Name, Port: uint16(p.Port), Protocol: p.Protocol})
+	}
+	return w, errors.Join(errs...)
+}
+
+// parseIPs accepts at most one address of each family, in canonical form.
+func parseIPs(texts []string) (ips []netip.Addr, err error) {
+	if len(texts) == 0 {
+		return nil, errors.New("ips: at least one is needed")
+	}
+	families := map[bool]bool{}
+	for _, t := range texts {
+		ip, err := netip.ParseAddr(t)
+		if err != nil || ip.Is4In6() || ip.Zone() != "" || ip.IsUnspecified() || ip.IsLoopback() || ip.IsMulticast() || ip.IsLinkLocalUnicast() {
+			return nil, fmt.Errorf("ip %q: want a unicast IPv4 or IPv6 address", t)
+		}
+		if families[ip.Is4()] {
+			return nil, fmt.Errorf("ip %s: an endpoint has at most one address of each family", ip)
+		}
+		families[ip.Is4()] = true
+		ips = append(ips, ip)
+	}
+	return ips, nil
+}

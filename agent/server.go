@@ -1,0 +1,296 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"portcullis/agent/api"
+	"portcullis/authz"
+	"portcullis/bpf/abi"
+	"portcullis/identity"
+	"portcullis/observe/flow"
+)
+
+// server is the local API: it parses, asks the loop, and formats.
+type server struct {
+	api.UnimplementedAgentServer
+	l *loop
+}
+
+// ask runs f in the loop and turns its error into a status.
+func (s *server) ask(ctx context.Context, f func() error) error {
+	return asStatus(s.l.call(ctx, f))
+}
+
+func asStatus(err error) error {
+	code := codes.Internal
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, errConflict):
+		code = codes.AlreadyExists
+	case errors.Is(err, errNotMine), errors.Is(err, errNoDevice):
+		code = codes.FailedPrecondition
+	case errors.Is(err, errNoHoldIndex), errors.Is(err, errKernelRefuse):
+		code = codes.ResourceExhausted
+	case errors.Is(err, errNotFound):
+		code = codes.NotFound
+	case errors.Is(err, errStopped):
+		code = codes.Unavailable
+	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return status.FromContextError(err).Err()
+	}
+	return status.Error(code, err.Error())
+}
+
+func (s *server) RegisterWorkload(ctx context.Context, r *api.RegisterWorkloadRequest) (*api.RegisterWorkloadResponse, error) {
+	w, err := parseRegistration(r, s.l.cfg.TrustDomain)
+	if err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
+	started := time.Now()
+	var e *endpoint
+	if err := s.ask(ctx, func() (err error) { e, err = s.l.register(w); return err }); err != nil {
+		return nil, err
+	}
+	// The endpoint stands, shut. From here on only the caller waits.
+	if wait := r.Wait.AsDuration(); wait > 0 {
+		timer := time.NewTimer(wait)
+		defer timer.Stop()
+		select {
+		case <-e.activated:
+		case <-timer.C:
+		case <-ctx.Done():
+			return nil, asStatus(ctx.Err())
+		}
+	}
+	resp := &api.RegisterWorkloadResponse{Waited: durationpb.New(time.Since(started))}
+	err = s.ask(ctx, func() error {
+		resp.Generation, resp.State, resp.Endpoint = uint64(e.generation), e.state.String(), e.id
+		resp.Detail = s.l.endpointDetail(e)
+		return nil
+	})
+	return resp, err
+}
+
+func (s *server) DeregisterWorkload(ctx context.Context, r *api.DeregisterWorkloadRequest) (*api.DeregisterWorkloadResponse, error) {
+	uid, err := identity.ParseUID(r.Uid)
+	if err != nil {
+		return nil, status.Error(codes.InvalidArgument, "uid: "+err.Error())
+	}
+	resp := &api.DeregisterWorkloadResponse{}
+	err = s.ask(ctx, func() (err error) {
+		resp.Leases = s.l.liveGrants(uid)
+		resp.Existed, err = s.l.deregister(uid)
+		return err
+	})
+	return resp, err
+}
+
+func (s *server) ListEndpoints(ctx context.Context, r *api.ListEndpointsRequest) (*api.ListEndpointsResponse, error) {
+	resp := &api.ListEndpointsResponse{}
+	err := s.ask(ctx, func() error { resp.Endpoints = s.l.listEndpoints(r.Uid); return nil })
+	return resp, err
+}
+
+func (s *server) ListIdentities(ctx context.Context, r *api.ListIdentitiesRequest) (*api.ListIdentitiesResponse, error) {
+	resp := &api.ListIdentitiesResponse{}
+	err := s.ask(ctx, func() error { resp.Identities = s.l.listIdentities(r.Reserved); return nil })
+	return resp, err
+}
+
+func (s *server) ListBindings(ctx context.Context, r *api.ListBindingsRequest) (*api.ListBindingsResponse, error) {
+	only := map[netip.Addr]bool{}
+	for _, t := range r.Ips {
+		ip, err := netip.ParseAddr(t)
+		if err != nil {
+			return nil, status.Errorf(codes.InvalidArgument, "ip %q: not an address", t)
+		}
+		only[ip.Unmap()] = true
+	}
+	resp := &api.ListBindingsResponse{}
+	err := s.ask(ctx, func() error { resp.Bindings = s.l.listBindings(only); return nil })
+	return resp, err
+}
+
+func (s *server) ListSessions(ctx context.Context, _ *api.ListSessionsRequest) (*api.ListSessionsResponse, error) {
+	resp := &api.ListSessionsResponse{}
+	err := s.ask(ctx, func() error { resp.Sessions = s.l.listSessions(); return nil })
+	return resp, err
+}
+
+func (s *server) ResetSession(ctx context.Context, r *api.ResetSessionRequest) (*api.ResetSessionResponse, error) {
+	resp := &api.ResetSessionResponse{}
+	err := s.ask(ctx, func() (err error) {
+		resp.Existed, resp.Bindings, err = s.l.resetSession(identity.NodeName(r.Peer))
+		return err
+	})
+	return resp, err
+}
+
+func (s *server) Status(ctx context.Context, _ *api.StatusRequest) (*api.StatusResponse, error) {
+	var resp *api.StatusResponse
+	err := s.ask(ctx, func() (err error) { resp, err = s.l.status(); return err })
+	return resp, err
+}
+
+// ---- policies ---------------------------------------------------------
+
+func (s *server) ImportPolicies(ctx context.Context, r *api.ImportPoliciesRequest) (*api.ImportPoliciesResponse, error) {
+	resp := &api.ImportPoliciesResponse{}
+	parsed, problems := api.ParsePolicies(r.Files)
+	if len(problems) > 0 {
+		resp.Problems = problems
+		return resp, nil
+	}
+	policies := make([]*authz.Policy, len(parsed))
+	for i, p := range parsed {
+		policies[i] = p.Policy
+	}
+	err := s.ask(ctx, func() error {
+		replaced, err := s.l.importPolicies(policies)
+		if err != nil {
+			return err
+		}
+		for _, p := range parsed {
+			s.l.policyFiles[p.Ref] = importedFile{name: p.File, at: time.Now()}
+			resp.Imported = append(resp.Imported, &api.ImportedPolicy{Ref: api.FromRef(p.Ref), Replaced: replaced[p.Ref]})
+		}
+		return nil
+	})
+	return resp, err
+}
+
+func (s *server) ListPolicies(ctx context.Context, r *api.ListPoliciesRequest) (*api.ListPoliciesResponse, error) {
+	resp := &api.ListPoliciesResponse{}
+	err := s.ask(ctx, func() error {
+		for _, p := range s.l.repo.List() {
+			resp.Policies = append(resp.Policies, s.l.policyMessage(p, r.Source))
+		}
+		return nil
+	})
+	return resp, err
+}
+
+func (s *server) GetPolicy(ctx context.Context, r *api.GetPolicyRequest) (*api.GetPolicyResponse, error) {
+	resp := &api.GetPolicyResponse{}
+	err := s.ask(ctx, func() error {
+		for _, p := range s.l.repo.List() {
+			if p.Ref == api.ToRef(r.Ref) {
+				resp.Policy = s.l.policyMessage(p, true)
+				return nil
+			}
+		}
+		return fmt.Errorf("policy %s: %w; `portcullis policy get` lists them", api.ToRef(r.Ref), errNotFound)
+	})
+	return resp, err
+}
+
+func (s *server) DeletePolicies(ctx context.Context, r *api.DeletePoliciesRequest) (*api.DeletePoliciesResponse, error) {
+	resp := &api.DeletePoliciesResponse{}
+	err := s.ask(ctx, func() error {
+		have := map[authz.Ref]bool{}
+		for _, p := range s.l.repo.List() {
+			have[p.Ref] = true
+		}
+		var refs []authz.Ref
+		var missing []string
+		for _, m := range r.Refs {
+			ref := api.ToRef(m)
+			refs = append(refs, ref)
+			if !have[ref] {
+				missing = append(missing, ref.String())
+			}
+		}
+		if len(missing) > 0 {
+			return fmt.Errorf("policy %s: %w; nothing was deleted", strings.Join(missing, ", "), errNotFound)
+		}
+		if r.All {
+			refs = nil
+			for ref := range have {
+				refs = append(refs, ref)
+			}
+		}
+		if err := s.l.deletePolicies(refs); err != nil {
+			return err
+		}
+		for _, ref := range refs {
+			delete(s.l.policyFiles, ref)
+			resp.Deleted = append(resp.Deleted, api.FromRef(ref))
+		}
+		return nil
+	})
+	return resp, err
+}
+
+// ---- flows ------------------------------------------------------------
+
+func (s *server) Monitor(r *api.MonitorRequest, stream api.Agent_MonitorServer) error {
+	filter, err := r.Filter()
+	if err != nil {
+		return status.Error(codes.InvalidArgument, err.Error())
+	}
+	m := s.l.monitors.subscribe(func(r *flow.Record) bool { return filter.Match(r) })
+	defer s.l.monitors.unsubscribe(m)
+	if err := stream.SendHeader(metadata.MD{}); err != nil {
+		return err
+	}
+	look := time.NewTicker(time.Second)
+	defer look.Stop()
+	kernelLost := s.l.dp.State().LostEvents()
+	for {
+		select {
+		case <-stream.Context().Done():
+			return nil
+		case <-s.l.stopped:
+			return status.Error(codes.Unavailable, "the agent is stopping")
+		case record := <-m.records:
+			if err := stream.Send(&api.MonitorResponse{Event: &api.MonitorResponse_Flow{Flow: api.FromRecord(&record)}}); err != nil {
+				return err
+			}
+			if err := sendLost(stream, "stream", s.l.monitors.takeLost(m)); err != nil {
+				return err
+			}
+		case <-look.C:
+			now := s.l.dp.State().LostEvents()
+			if err := sendLost(stream, "kernel", now-kernelLost); err != nil {
+				return err
+			}
+			kernelLost = now
+		}
+	}
+}
+
+// sendLost tells the reader what it missed, if anything (I6).
+func sendLost(stream api.Agent_MonitorServer, where string, n uint64) error {
+	if n == 0 {
+		return nil
+	}
+	return stream.Send(&api.MonitorResponse{Event: &api.MonitorResponse_Lost{Lost: &api.LostEvents{Count: n, Where: where}}})
+}
+
+// resolver answers, for flow records, from the directory.
+func (l *loop) resolver() flow.Resolver {
+	return flow.Resolver{
+		Node:     l.cfg.Node,
+		Wall:     l.wall,
+		Identity: l.names.Identity,
+		Endpoint: l.names.Endpoint,
+		Policy:   l.names.Policy,
+		Bound:    l.names.Bound,
+	}
+}
+
+// publish makes a flow record of an event for whoever monitors.
+func (l *loop) publish(ev abi.Event) {
+	l.monitors.publish(flow.FromEvent(ev, l.resolver()))
+}

@@ -1,0 +1,250 @@
+package agent
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"go.uber.org/zap"
+
+	"portcullis/bpf/abi"
+	"portcullis/datapath"
+	"portcullis/datapath/hold"
+	"portcullis/datapath/netdev"
+	"portcullis/identity"
+	"portcullis/identity/svid"
+	"portcullis/ipcache"
+	"portcullis/ipcache/journal"
+	"portcullis/ipcache/lease"
+	"portcullis/ipcache/session"
+)
+
+// openKernel loads or adopts the datapath, and shuts what an earlier agent
+// left: its endpoints' gates until they are registered again, its bindings
+// until they are confirmed again. So nothing stands that this agent does not
+// know of.
+func (l *loop) openKernel() (err error) {
+	l.dp, err = datapath.Open(datapath.Config{PinDir: l.cfg.PinDir, Bindings: l.cfg.Bindings, Conntrack: l.cfg.Conntrack, Endpoints: maxEndpoints,
+		Leases: maxSessions, HoldPerEndpoint: l.cfg.HoldPerEndpoint, HoldTotal: l.cfg.HoldTotal, Classic: l.cfg.Evidence == ModeClassic, Log: l.log})
+	if err != nil {
+		return err
+	}
+	left, err := l.dp.Endpoints()
+	if err != nil {
+		return err
+	}
+	for name, ep := range left {
+		ep.State = uint32(abi.EPClosed)
+		if err := l.dp.SetEndpoint(ep); err != nil {
+			return fmt.Errorf("shut the endpoint on %s that an earlier agent left: %w", name, err)
+		}
+		l.log.Warn("an endpoint of an earlier agent is shut until it is registered again", zap.String("device", name))
+	}
+	for i, s := range l.dp.Slots() {
+		if err := l.dp.ZeroSlot(i, s.Stamp, datapath.AddrFrom(s.IP)); err != nil {
+			return err
+		}
+	}
+	for i := uint32(abi.LeaseFirst); i < maxSessions; i++ {
+		if err := l.dp.SetDeadline(i, 0); err != nil {
+			return err
+		}
+	}
+	if err := l.setRanges(); err != nil {
+		return err
+	}
+	reinject, turn := l.dp.Marks()
+	if l.injector, err = hold.NewInjector(reinject, turn); err != nil {
+		return err
+	}
+	l.holds = hold.NewQueue(hold.Limits{PerEndpoint: l.cfg.HoldPerEndpoint, Total: l.cfg.HoldTotal, Timeout: l.cfg.HoldTimeout}, l.dp.ReleaseHold)
+	return nil
+}
+
+// setRanges tells the kernel which IPs need a binding (I5), for whose binding
+// there is somebody to ask, and by which devices other nodes' packets come in.
+func (l *loop) setRanges() error {
+	ranges := map[netip.Prefix]abi.Range{}
+	own := abi.Range{Flags: uint32(abi.RangeKnown)}
+	for _, p := range l.cfg.Ranges {
+		ranges[p] = own
+	}
+	for _, ip := range l.cfg.NodeIPs {
+		ranges[netip.PrefixFrom(ip, ip.BitLen())] = own
+	}
+	for _, peer := range l.cfg.Peers {
+		for _, p := range peer.allRanges() {
+			ranges[p] = abi.Range{Flags: uint32(abi.RangeKnown | abi.RangeHoldable)}
+		}
+	}
+	if err := l.dp.SetRanges(ranges); err != nil {
+		return err
+	}
+	var uplinks []int
+	for _, name := range l.cfg.Uplinks {
+		d, err := netdev.ByName(name)
+		if err != nil {
+			return fmt.Errorf("--uplink %s: %w", name, err)
+		}
+		uplinks = append(uplinks, int(d.Ifindex))
+	}
+	return l.dp.SetUplinks(uplinks)
+}
+
+// openJournal waits for an earlier agent to end, and reads what it granted.
+func (l *loop) openJournal(ctx context.Context) ([]lease.Record, lease.JournalState, error) {
+	j, records, state, err := journal.OpenContext(ctx, l.cfg.JournalDir, l.boot, l.log)
+	if err != nil {
+		return nil, 0, err
+	}
+	l.journal = j
+	return records, state, nil
+}
+
+// compactJournal keeps the journal in proportion to what it has to say.
+func (l *loop) compactJournal() {
+	owner, ok := l.owner.(*lease.Owner)
+	if !ok || l.journal.Len() < compactAbove {
+		return
+	}
+	records := owner.Records()
+	if 2*len(records) > l.journal.Len() {
+		return
+	}
+	if err := l.journal.Compact(records); err != nil {
+		// The long journal still stands, and says the same.
+		l.log.Warn("compact the journal", zap.Error(err))
+	}
+}
+
+func (l *loop) buildMachines(records []lease.Record, state lease.JournalState) (err error) {
+	st := l.dp.State()
+	next := st.ReserveStamps(0)
+	l.table, err = ipcache.New(ipcache.Config{Slots: uint32(l.cfg.Bindings) + 1, Leases: maxSessions, NextStamp: next,
+		Reserve: func(limit uint64) error {
+			if reserved := st.ReserveStamps(0); limit > reserved {
+				st.ReserveStamps(limit - reserved)
+			}
+			return nil
+		}})
+	if err != nil {
+		return err
+	}
+	if l.cfg.Evidence == ModeClassic {
+		return l.buildClassic(identity.Generation(st.LastGeneration()))
+	}
+	now := l.now()
+	owner, err := lease.NewOwner(lease.OwnerConfig{Node: l.cfg.Node, Boot: l.boot, ReuseMargin: l.cfg.ReuseMargin, MaxWorkloads: maxEndpoints + len(l.cfg.NodeIPs),
+		Nonce: newNonce, Mine: l.mine, LastGeneration: identity.Generation(st.LastGeneration()),
+		Journal: state, Records: records, FreshRanges: l.cfg.FreshRanges}, now)
+	if err != nil {
+		return err
+	}
+	l.owner, l.grants = owner, owner
+	l.verifier, err = lease.NewVerifier(lease.VerifierConfig{Node: l.cfg.Node, Boot: l.boot, TTL: l.cfg.TTL, Heartbeat: l.cfg.Heartbeat,
+		IdleBinding: l.cfg.IdleBinding, Speaks: l.speaks}, l.table, now)
+	return err
+}
+
+func newNonce() (n lease.Nonce) {
+	rand.Read(n[:]) // never fails: crypto/rand aborts the process instead
+	return n
+}
+
+// mine: the addresses for which this node is the authority.
+func (l *loop) mine(ip netip.Addr) bool { return l.nodeOf(ip) == l.cfg.Node }
+
+// speaks: whether a peer may speak for an IP.
+func (l *loop) speaks(owner identity.NodeName, ip netip.Addr) bool { return l.nodeOf(ip) == owner }
+
+// sink hands what the transport reads to the loop. It blocks while the loop is
+// behind, which holds the stream up: nothing is dropped.
+type sink struct{ l *loop }
+
+func (s sink) Owner(in lease.OwnerInput) { s.l.post(func() { s.l.stepOwner(in) }) }
+
+func (s sink) Verifier(in lease.VerifierInput) { s.l.post(func() { s.l.stepVerifier(in) }) }
+
+func newTransport(cfg Config, l *loop, source *svid.Source, log *zap.Logger) (*session.Transport, error) {
+	td, err := spiffeid.TrustDomainFromString(cfg.TrustDomain)
+	if err != nil {
+		return nil, err
+	}
+	return session.New(session.Config{Node: cfg.Node, TrustDomain: td, Listen: cfg.Listen.String(), Source: source, Sink: sink{l}, Log: log,
+		DialTimeout: min(time.Second, cfg.TTL),
+		Peer: func(n identity.NodeName) (string, bool) {
+			i := slices.IndexFunc(cfg.Peers, func(p Peer) bool { return p.Name == n })
+			if i < 0 {
+				return "", false
+			}
+			return cfg.Peers[i].Address.String(), true
+		},
+		Known: func(n identity.NodeName) bool {
+			return slices.ContainsFunc(cfg.Peers, func(p Peer) bool { return p.Name == n })
+		}})
+}
+
+// sweepConntrack removes what is over from conntrack, and tells the verifier
+// machine which bindings are in use. It runs beside the loop: a sweep of a full
+// map takes long.
+func (l *loop) sweepConntrack(ctx context.Context) error {
+	tick := time.NewTicker(sweepInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		stats, err := l.dp.SweepConntrack(l.dp.Now())
+		if err != nil {
+			l.alarms.raise("conntrack-sweep", fmt.Sprintf("old connections are not removed: %v", err))
+			continue
+		}
+		l.alarms.clear("conntrack-sweep")
+		l.sweep.Store(&sweepResult{entries: uint64(stats.Entries - stats.Expired - stats.Dead), at: time.Now()})
+		if len(stats.Used) > 0 {
+			l.post(func() { l.stepVerifier(lease.Used{IPs: stats.Used}) })
+		}
+	}
+}
+
+// close gives up what newLoop opened. Pins and programs stay.
+func (l *loop) close() error {
+	var errs []error
+	if l.holds != nil {
+		l.countDrops(l.holds.DropAll(abi.ReasonHoldTimeout)...)
+	}
+	if l.injector != nil {
+		errs = append(errs, l.injector.Close())
+	}
+	if l.dp != nil {
+		errs = append(errs, l.dp.Close())
+	}
+	if l.audit != nil {
+		errs = append(errs, l.audit.Close())
+	}
+	if l.journal != nil {
+		errs = append(errs, l.journal.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// buildClassic builds the machines of mode classic, which believe an entry
+// until told otherwise.
+func (l *loop) buildClassic(lastGeneration identity.Generation) (err error) {
+	if l.owner, err = lease.NewClassicOwner(lease.OwnerConfig{Node: l.cfg.Node, Mine: l.mine, LastGeneration: lastGeneration}); err != nil {
+		return err
+	}
+	var owners []identity.NodeName
+	for _, p := range l.cfg.Peers {
+		owners = append(owners, p.Name)
+	}
+	l.verifier, err = lease.NewClassicVerifier(lease.VerifierConfig{Node: l.cfg.Node, Speaks: l.speaks}, l.table, owners)
+	return err
+}

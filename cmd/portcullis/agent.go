@@ -1,0 +1,133 @@
+package main
+
+import (
+	"fmt"
+	"net/netip"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+
+	"portcullis/agent"
+	"portcullis/identity"
+)
+
+func newAgentCmd(env *Env) *cobra.Command {
+	cfg := agent.Default()
+	raw := agentFlags{level: "info"}
+	cmd := &cobra.Command{
+		Use:   "agent",
+		Short: "Run the daemon of this node",
+		Long: `Run the daemon of this node, in the foreground.
+
+The agent is the authority on who holds the IPs of its --range, enforces policy on
+every registered workload, and asks the agents of its --peers who holds theirs.
+Every flag can also be set as PORTCULLIS_<FLAG>, e.g. PORTCULLIS_NODE_IP; lists are
+separated by spaces there. When it ends, enforcement goes on in the kernel: leases
+run out, and the gate falls shut.`,
+		Example: `  portcullis agent --node n1 --node-ip 192.0.2.1 --range 10.1.1.0/24 --listen 192.0.2.1:4260 \
+    --peer n2=192.0.2.2:4260,10.1.2.0/24 --uplink eth0 \
+    --trust-domain example.org --workload-api unix:///run/spire/agent.sock`,
+		Args: usageArgs(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var names []string
+			cmd.LocalNonPersistentFlags().VisitAll(func(f *pflag.Flag) { names = append(names, f.Name) })
+			if err := flagsFromEnv(cmd.Flags(), env.Getenv, names...); err != nil {
+				return err
+			}
+			cfg.APISocket = env.socket
+			if s, err := cmd.Flags().GetString("api-socket"); err == nil && s != "" {
+				cfg.APISocket = s
+			}
+			if err := raw.into(&cfg); err != nil {
+				return usagef("%v", err)
+			}
+			log, err := newLogger(env, raw.level)
+			if err != nil {
+				return usagef("--log-level: %v", err)
+			}
+			defer log.Sync() //nolint:errcheck // stderr cannot be synced on Linux
+			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM)
+			defer stop()
+			return agent.Run(ctx, cfg, log)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&raw.node, "node", "", "name of this node, as in the agents' SPIFFE IDs (required)")
+	f.StringArrayVar(&raw.nodeIPs, "node-ip", nil, "an address of this node (repeat; required)")
+	f.StringArrayVar(&raw.ranges, "range", nil, "a prefix whose addresses this node gives to its workloads (repeat; required)")
+	f.StringArrayVar(&raw.peers, "peer", nil, "another node: NAME=ADDRESS:PORT,PREFIX,PREFIX... (repeat)")
+	f.StringVar(&raw.listen, "listen", "", "ADDRESS:PORT for other agents (required)")
+	f.StringArrayVar(&cfg.Uplinks, "uplink", nil, "a device by which packets of other nodes come in (repeat)")
+	f.StringVar(&cfg.TrustDomain, "trust-domain", "", "SPIFFE trust domain of agents and workloads (required)")
+	f.StringVar(&cfg.WorkloadAPI, "workload-api", "unix:///run/spire/agent-sockets/spire-agent.sock", "SPIFFE Workload API that gives this agent its SVID")
+	f.String("api-socket", "", "unix socket of the local API (default: --socket)")
+	f.StringVar(&cfg.PinDir, "pin-dir", cfg.PinDir, "directory on a bpffs for programs and maps")
+	f.StringVar(&cfg.JournalDir, "journal-dir", cfg.JournalDir, "directory of the grant journal; on a tmpfs, it must not outlive a boot")
+	f.StringVar(&cfg.AuditLog, "audit-log", cfg.AuditLog, "file of the confirmation log (JSON lines)")
+	f.StringVar(&raw.evidence, "evidence", string(cfg.Evidence), "what a binding is believed on: lease, or classic (unsafe)")
+	f.BoolVar(&cfg.UnsafeClassic, "unsafe-classic", false, "accept that --evidence=classic takes new workloads for dead ones")
+	f.BoolVar(&cfg.FreshRanges, "fresh-ranges", false, "state that nobody ever served --range before: skips the wait after a start without a journal")
+	f.DurationVar(&cfg.TTL, "ttl", cfg.TTL, "how long a lease holds without renewal")
+	f.DurationVar(&cfg.Heartbeat, "heartbeat", cfg.Heartbeat, "how often leases are renewed")
+	f.DurationVar(&cfg.ReuseMargin, "reuse-margin", cfg.ReuseMargin, "least time between two workloads on one IP")
+	f.DurationVar(&cfg.AddWait, "add-wait", cfg.AddWait, "how long a registration that states no wait of its own waits for activation")
+	f.DurationVar(&cfg.HoldTimeout, "hold-timeout", cfg.HoldTimeout, "how long a packet is held while its binding is confirmed")
+	f.IntVar(&cfg.HoldPerEndpoint, "hold-per-endpoint", cfg.HoldPerEndpoint, "packets held for one endpoint")
+	f.IntVar(&cfg.HoldTotal, "hold-total", cfg.HoldTotal, "packets held in all")
+	f.IntVar(&cfg.Bindings, "bindings", cfg.Bindings, "size of the map of bindings")
+	f.IntVar(&cfg.Conntrack, "conntrack", cfg.Conntrack, "size of the map of connections")
+	f.DurationVar(&cfg.IdleBinding, "idle-binding", cfg.IdleBinding, "give a binding back when it was not used for this long")
+	f.StringVar(&raw.level, "log-level", raw.level, "debug, info, warn or error")
+	return cmd
+}
+
+// agentFlags are the flags that need parsing.
+type agentFlags struct {
+	node, listen, evidence, level string
+	nodeIPs, ranges, peers        []string
+}
+
+// into parses the flags and reports everything that is wrong at once, with
+// what Config.Validate finds.
+func (r *agentFlags) into(cfg *agent.Config) error {
+	cfg.Node, cfg.Evidence = identity.NodeName(r.node), agent.Mode(r.evidence)
+	var errs agent.ConfigErrors
+	for _, s := range r.nodeIPs {
+		ip, err := netip.ParseAddr(s)
+		errs.Add(err, "--node-ip %q: not an address", s)
+		cfg.NodeIPs = append(cfg.NodeIPs, ip)
+	}
+	for _, s := range r.ranges {
+		p, err := netip.ParsePrefix(s)
+		errs.Add(err, "--range %q: not an address prefix", s)
+		cfg.Ranges = append(cfg.Ranges, p)
+	}
+	for _, s := range r.peers {
+		p, err := agent.ParsePeer(s)
+		errs.Add(err, "--peer: %v", err)
+		cfg.Peers = append(cfg.Peers, p)
+	}
+	if r.listen != "" {
+		var err error
+		cfg.Listen, err = netip.ParseAddrPort(r.listen)
+		errs.Add(err, "--listen %q: want ADDRESS:PORT", r.listen)
+	}
+	if len(errs) > 0 {
+		return errs.Join() // Validate would repeat them
+	}
+	return cfg.Validate()
+}
+
+func newLogger(env *Env, level string) (*zap.Logger, error) {
+	l, err := zapcore.ParseLevel(level)
+	if err != nil {
+		return nil, fmt.Errorf("%q: want debug, info, warn or error", level)
+	}
+	encoder := zap.NewProductionEncoderConfig()
+	encoder.EncodeTime = zapcore.ISO8601TimeEncoder
+	return zap.New(zapcore.NewCore(zapcore.NewJSONEncoder(encoder), zapcore.AddSync(env.Stderr), l)), nil
+}
