@@ -1,6 +1,7 @@
 package journal
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -427,9 +428,9 @@ func TestKilledWhileWriting(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		last := -1
+		last, said := -1, bufio.NewReader(out)
 		for n := 0; n < 500*(round+1); n++ {
-			if _, err := fmt.Fscanln(out, &last); err != nil {
+			if _, err := fmt.Fscanln(said, &last); err != nil {
 				t.Fatal(err)
 			}
 		}
