@@ -3,7 +3,7 @@
 # for what the programs need when they run.
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-all generate lint floors race bench prepare clean
+.PHONY: help build demo test test-all generate lint floors race bench measure prepare clean
 
 # ---- the Go command ----------------------------------------------------
 
@@ -79,6 +79,11 @@ race: need-go ## run the tests of RACE_PACKAGES under the race detector (needs g
 bench: need-go ## ns per packet by program test-run, beside the empty program in the same run (root)
 	@test/prepare strict
 	$(GO) test -count=1 -run '^$$' -bench . ./test/bench
+
+measure: build ## first contacts and IP reuse, measured in a lab with real agents (root, minutes)
+	@test/prepare strict
+	$(GO) run ./test/bench/contacts -portcullis bin/portcullis first
+	$(GO) run ./test/bench/contacts -portcullis bin/portcullis reuse
 
 prepare: ## check the kernel and mount the BPF file system where it is missing
 	@test/prepare strict
