@@ -12,6 +12,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 
@@ -184,6 +186,25 @@ func TestAddEndpointQuarantines(t *testing.T) {
 	}
 	if err := d.AddEndpoint("nosuch", ep); !errors.Is(err, datapath.ErrNoDevice) {
 		t.Errorf("no device: %v", err)
+	}
+}
+
+// Other software's programs on the device come after ours, and are run.
+func TestProgramsStandFirst(t *testing.T) {
+	l := newLab(t)
+	other, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.SchedCLS, License: "GPL",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, -1), asm.Return()}})
+	l.must(err)
+	defer other.Close()
+	k, err := link.AttachTCX(link.TCXOptions{Interface: l.wl, Program: other, Attach: ebpf.AttachTCXEgress})
+	l.must(err)
+	defer k.Close()
+	d := l.open()
+	l.serve(d)
+	at, err := link.QueryPrograms(link.QueryOptions{Target: l.wl, Attach: ebpf.AttachTCXEgress})
+	l.must(err)
+	if len(at.Programs) != 2 || uint32(at.Programs[0].ID) != programID(l, "to_workload") {
+		t.Errorf("the programs of the hook are %+v", at.Programs)
 	}
 }
 

@@ -350,6 +350,8 @@ func TestReaderTickStopsHolds(t *testing.T) {
 	l.eventually("a drop without a reader", func() bool { return unbound() == 1 })
 
 	g := l.gate(d)
+	first := tick(l, d)
+	l.eventually("an idle reader goes on ticking", func() bool { return tick(l, d) > first })
 	l.send(client, workload4, 5000, "held")
 	g.next(l)
 	g.stop()
