@@ -120,7 +120,10 @@ func (a *act) observe(ctx context.Context, st *Step, match func(*api.FlowEvent) 
 		st.Observed = dropped
 	}
 	e := find(watches, 2*time.Second, func(e *api.FlowEvent) bool {
-		return match(e) && e.GetVerdict() == verdict && (through || slices.Contains(a.reasons, e.GetReason()))
+		if through { // the server's side says who it took the client for
+			return match(e) && e.GetVerdict() == verdict && e.GetNode() == a.judges[0]
+		}
+		return match(e) && e.GetVerdict() == verdict && slices.Contains(a.reasons, e.GetReason())
 	})
 	if e == nil { // not what was expected: then whatever there is
 		e = find(watches, 0, func(e *api.FlowEvent) bool { return match(e) && e.GetVerdict() == verdict })

@@ -11,8 +11,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"portcullis/chaos/lab"
 )
 
@@ -63,15 +61,16 @@ type story struct {
 // that went otherwise than expected is in the report only. It removes the labs,
 // also when ctx ends.
 func Run(ctx context.Context, o Options) (r Report, err error) {
-	release, err := alone()
+	s := &story{out: o.Out}
+	if s.out == nil {
+		s.out = io.Discard
+	}
+	release, err := alone(ctx, s.out)
 	if err != nil {
 		return Report{}, err
 	}
 	defer release()
-	s := &story{out: o.Out, begun: time.Now()}
-	if s.out == nil {
-		s.out = io.Discard
-	}
+	s.begun = time.Now()
 	labs, err := s.up(ctx, o)
 	defer func() {
 		if o.Keep {
@@ -119,24 +118,16 @@ func labName(mode string) string { return "demo-" + mode }
 
 // alone makes sure that one demo runs at a time, since its labs have fixed
 // names: what an earlier one left behind after a crash can be removed.
-func alone() (release func(), err error) {
+func alone(ctx context.Context, out io.Writer) (release func(), err error) {
 	if os.Geteuid() != 0 {
 		return nil, errors.New("the demo needs root: it makes network namespaces and loads programs into the kernel")
 	}
 	if err := os.MkdirAll(lab.DefaultRoot, 0o755); err != nil {
 		return nil, err
 	}
-	path := filepath.Join(lab.DefaultRoot, "demo.lock")
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("another demo is running on this machine: %w", err)
-	}
-	// The file stays: removing it would let two demos lock two files.
-	return func() { f.Close() }, nil
+	return lab.Lock(ctx, filepath.Join(lab.DefaultRoot, "demo.lock"), func() {
+		fmt.Fprintln(out, "Another demo runs on this machine; waiting for its end.")
+	})
 }
 
 // up makes both labs at once.

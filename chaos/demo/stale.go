@@ -108,7 +108,7 @@ func (s *stage) overTCP(ctx context.Context) error {
 
 // act describes calls of helloworld-v1 by a client.
 func (s *stage) act(from lab.Running, proto string, args []string) *act {
-	return &act{l: s.l, from: from.Spec.FullName(), args: args, judges: []string{from.Spec.Node, serverNode}, allowed: answered,
+	return &act{l: s.l, from: from.Spec.FullName(), args: args, judges: []string{serverNode, from.Spec.Node}, allowed: answered,
 		flow: flowFilter{src: from.IP4(), dst: s.server.IP4(), port: 5000, proto: proto}}
 }
 
@@ -278,7 +278,7 @@ func (s *stage) rogue(ctx context.Context, victim lab.Running, st *Step) error {
 	if _, err := s.l.Delete(ctx, victim.Spec.FullName()); err != nil {
 		return err
 	}
-	r, err := s.l.Run(ctx, sleeper("impostor", "v2", victim.Spec.Node, victim.IPs), lab.RunOptions{Unregistered: true})
+	r, err := s.l.Run(ctx, sleeper("impostor-unjudged", "v2", victim.Spec.Node, victim.IPs), lab.RunOptions{Unregistered: true})
 	if err != nil {
 		return err
 	}
@@ -288,7 +288,7 @@ func (s *stage) rogue(ctx context.Context, victim lab.Running, st *Step) error {
 		return err
 	}
 	defer w.stop()
-	tries, err := s.hammer(ctx, r, end.Add(2500*time.Millisecond))
+	tries, err := s.hammer(ctx, r, end.Add(2*time.Second))
 	if err != nil {
 		return err
 	}

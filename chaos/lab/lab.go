@@ -135,6 +135,9 @@ func (l *Lab) claim(c Config) error {
 	if err != nil {
 		return err
 	}
+	if err := os.MkdirAll(l.dir, 0o755); err != nil {
+		return err
+	}
 	s := &state{Name: l.name, Boot: boot, Created: time.Now(), Binary: l.binary, Config: c, Workloads: map[string]*workloadState{}}
 	for i, n := range c.Nodes {
 		s.Nodes = append(s.Nodes, &nodeState{Name: n.Name, Index: i, IPs: nodeIPs(i), Ranges: n.Ranges, Next: 1})
@@ -227,17 +230,12 @@ func (l *Lab) Down(ctx context.Context) error {
 	switch {
 	case errors.Is(err, ErrNoLab):
 	case err != nil:
-		// The state is unreadable: names alone have to do. Processes are
-		// found by their namespaces, all but the authority.
-		errs = append(errs, err)
+		errs = append(errs, err) // unreadable: namespaces alone have to do
 	default:
 		errs = append(errs, l.killAll(s)...)
 	}
 	errs = append(errs, l.sweep(), os.RemoveAll(l.dir))
-	if err := errors.Join(errs...); err != nil {
-		return err
-	}
-	return os.Remove(l.dir + ".lock")
+	return errors.Join(errs...)
 }
 
 // killAll kills the recorded processes. Supervisors first, or they would bring
@@ -345,7 +343,9 @@ func (l *Lab) startAuthority(ctx context.Context, s *state) error {
 	log := filepath.Join(l.dir, "ca.log")
 	var p Process
 	err := l.update(func(s *state) (err error) {
-		c := command{argv: argv, log: log}
+		// In the underlay's namespace, where it is found after a crash as
+		// everything of the lab is.
+		c := command{netns: l.underlayNS(), argv: argv, log: log}
 		p, err = c.spawn()
 		s.Authority = p
 		return err

@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -61,30 +62,45 @@ func (l *Lab) statePath() string { return filepath.Join(l.dir, "lab.json") }
 // lock takes the lab's file lock; the caller unlocks. It keeps out other
 // processes and other handles of this one.
 func (l *Lab) lock() (unlock func(), err error) {
-	if err := os.MkdirAll(l.dir, 0o755); err != nil {
+	if err := os.MkdirAll(DefaultRoot, 0o755); err != nil {
 		return nil, err
 	}
-	path := l.dir + ".lock"
-	for {
+	return Lock(context.Background(), l.dir+".lock", nil)
+}
+
+// Lock takes an exclusive lock on the file at path, which it makes; release
+// removes it again. Whoever has to wait is told so once, by waiting, and waits
+// until ctx ends.
+func Lock(ctx context.Context, path string, waiting func()) (release func(), err error) {
+	for pause := time.Millisecond; ; pause = min(2*pause, 50*time.Millisecond) {
 		f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
 		if err != nil {
 			return nil, err
 		}
-		for {
-			if err = unix.Flock(int(f.Fd()), unix.LOCK_EX); err != unix.EINTR {
-				break
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			// Its last holder removed it: what we locked may be nobody's lock.
+			var a, b unix.Stat_t
+			if unix.Fstat(int(f.Fd()), &a) == nil && unix.Stat(path, &b) == nil && a.Ino == b.Ino {
+				return func() { os.Remove(path); f.Close() }, nil
 			}
 		}
-		if err != nil {
-			f.Close()
-			return nil, fmt.Errorf("lock the lab: %w", err)
-		}
-		// Down removes the file: what we locked may not be the lock any more.
-		var a, b unix.Stat_t
-		if unix.Fstat(int(f.Fd()), &a) == nil && unix.Stat(path, &b) == nil && a.Ino == b.Ino {
-			return func() { f.Close() }, nil
-		}
 		f.Close()
+		switch {
+		case err == nil, errors.Is(err, unix.EINTR):
+			continue
+		case !errors.Is(err, unix.EWOULDBLOCK):
+			return nil, fmt.Errorf("lock %s: %w", path, err)
+		}
+		if waiting != nil {
+			waiting()
+			waiting = nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(pause):
+		}
 	}
 }
 

@@ -207,9 +207,9 @@ func (l *Lab) start(name string) error {
 		}
 		c := l.workloadCommand(s, w)
 		if w.Spec.Restart == "always" {
-			// The supervisor lives outside, so that it is not killed with
-			// what it watches.
-			c = command{argv: []string{s.Binary, "lab", "supervise", "--lab", l.name, w.Spec.FullName()}}
+			// The supervisor lives in the underlay's namespace, so that it
+			// is not killed with what it watches.
+			c = command{netns: l.underlayNS(), argv: []string{s.Binary, "lab", "supervise", "--lab", l.name, w.Spec.FullName()}}
 		}
 		c.log = l.WorkloadLog(w.Spec)
 		w.Process, err = c.spawn()
