@@ -12,6 +12,7 @@ separate int judge_icmp_error(struct __sk_buff *skb, struct pc_life *l)
 	int reason, opened_by_src, quoted;
 	struct pc_judgement *j;
 	struct pc_packet q = {};
+	struct pc_ct_key key;
 	struct pc_flow *f;
 	struct pc_ct *ct;
 	__u32 flags;
@@ -36,7 +37,8 @@ separate int judge_icmp_error(struct __sk_buff *skb, struct pc_life *l)
 		return PC_REASON_UNSUPPORTED;
 
 	flow_of(&q, f);
-	ct = bpf_map_lookup_elem(&conntrack, &f->key);
+	key = f->key;
+	ct = bpf_map_lookup_elem(&conntrack, &key);
 	if (!ct)
 		return PC_REASON_UNSUPPORTED;
 	flags = READ_ONCE(ct->flags);
