@@ -57,7 +57,7 @@ type kernel struct {
 
 const (
 	kernelSlots  = 24
-	kernelLeases = 24
+	kernelLeases = 64
 )
 
 func newKernel() kernel {

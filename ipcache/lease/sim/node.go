@@ -50,6 +50,7 @@ type agent struct {
 	ring []packet         // held, not read yet
 	held map[int][]packet // by IP
 	cold bool             // nothing but Adopts so far
+	note bool             // of a hook
 }
 
 func (n *node) clock() lease.Time { return n.at(n.w.real) }
@@ -92,8 +93,12 @@ func (n *node) start() {
 	if a.owner, err = lease.NewOwner(cfg, n.clock()); err != nil {
 		panic(err)
 	}
+	next := n.k.nextStamp
+	if w.hooks.tableStart != nil {
+		next = w.hooks.tableStart(n)
+	}
 	if a.table, err = ipcache.New(ipcache.Config{
-		Slots: kernelSlots, Leases: kernelLeases, NextStamp: n.k.nextStamp,
+		Slots: kernelSlots, Leases: kernelLeases, NextStamp: next,
 		Reserve: func(limit uint64) error { n.k.nextStamp = limit; return nil },
 	}); err != nil {
 		panic(err)
@@ -227,6 +232,9 @@ func (a *agent) do(out any) {
 		if w.storeFaults > 0 && w.rng.IntN(8) == 0 {
 			w.storeFaults--
 			w.log("  %s: that store fails", a.n.name)
+			if w.hooks.ignoreFailures {
+				return
+			}
 			a.pending = nil
 			if i, ok := out.(lease.Install); ok && w.rng.IntN(2) == 0 {
 				// Half done: the slot is written, its binding is not.

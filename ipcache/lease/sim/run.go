@@ -29,12 +29,17 @@ func run(seed uint64, o Options, h hooks, trace bool, cover map[Pair]int) Result
 	w.verbose, w.cover = trace, cover
 	for w.events < o.Events && w.violation == nil {
 		w.event()
+		for w.events == o.Events/2 && w.faults == 0 {
+			if n := pick(w.rng, w.nodes...); n.agent == nil || w.fault(n) {
+				w.faults = max(w.faults, 1) // every schedule has one
+			}
+		}
 	}
 	r := Result{Seed: seed, Events: w.events, Faults: w.faults}
 	if w.violation == nil {
 		w.ceaseFaults()
 		w.converge()
-		if seed%8 == 0 {
+		if seed%32 == 0 {
 			w.converge2()
 		}
 	}
@@ -103,7 +108,7 @@ func (w *World) try() bool {
 			w.log("%s: agent starts", n.name)
 			return true
 		}
-		if r >= 985 {
+		if r >= 980 {
 			return w.fault(n)
 		}
 		return false
@@ -143,10 +148,10 @@ func (w *World) hops() []hop {
 		if w.cut(s.vn, s.on) && !s.broken {
 			continue
 		}
-		if len(s.toV) > 0 && s.v.ready() {
+		if len(s.toV) > 0 && s.v.ready() && (w.events >= s.slowV || s.ends(s.toV)) {
 			hs = append(hs, hop{s: s})
 		}
-		if len(s.toO) > 0 && s.o.ready() {
+		if len(s.toO) > 0 && s.o.ready() && (w.events >= s.slowO || s.ends(s.toO)) {
 			hs = append(hs, hop{s, true})
 		}
 	}
@@ -271,6 +276,9 @@ func (w *World) churn() bool {
 		w.newWorkload(i) // ADD without a DEL before
 	case r < 50 && ip.node.agent != nil && len(ip.past) > 1:
 		old := ip.past[w.rng.IntN(len(ip.past)-1)]
+		if ip.node.k.endpoint(old.uid) != nil {
+			return false
+		}
 		ip.node.agent.inbox = append(ip.node.agent.inbox, lease.Delete{UID: old.uid}) // DEL again
 	case r < 52 && ip.node.agent != nil && have != nil:
 		ip.node.agent.inbox = append(ip.node.agent.inbox, lease.Add{UID: have.w.uid, IPs: addrs(ip), Identity: have.w.id})
@@ -322,12 +330,17 @@ func (w *World) nudge(a *agent) bool {
 func (w *World) fault(n *node) bool {
 	a := n.agent
 	switch r := w.rng.IntN(100); {
+	case r < 4:
+		if len(w.streams) == 0 {
+			return false
+		}
+		pick(w.rng, w.streams...).slow()
 	case r < 30:
 		if len(w.streams) == 0 {
 			return false
 		}
 		s := pick(w.rng, w.streams...)
-		if s.broken || !s.dialed {
+		if s.broken || !s.dialed || len(s.toV) == 0 && w.rng.IntN(4) != 0 {
 			return false
 		}
 		s.break_()
@@ -389,6 +402,9 @@ func (w *World) ceaseFaults() {
 	w.log("faults cease")
 	w.storeFaults, w.journalFaults = 0, 0
 	clear(w.cuts)
+	for _, s := range w.streams {
+		s.slowV, s.slowO = 0, 0
+	}
 	for _, n := range w.nodes {
 		n.paused = 0
 		if n.agent == nil {
@@ -446,7 +462,7 @@ func (n *node) believes(u *workload) bool {
 
 // calm lets everything happen as it should until then.
 func (w *World) calm(until int64) {
-	const period = int64(100 * time.Millisecond)
+	period := int64(w.ttl / 8)
 	next := w.real
 	for w.violation == nil && w.real < until {
 		if w.real >= next {

@@ -14,7 +14,7 @@ var (
 	fromFlag = flag.Uint64("sim.from", 1, "the first seed")
 )
 
-var options = Options{Nodes: 3, IPs: 2, Events: 260}
+var options = Options{Nodes: 3, IPs: 2, Events: 400}
 
 // TestSchedules runs the protocol as it is.
 func TestSchedules(t *testing.T) {
@@ -49,8 +49,16 @@ func TestSchedules(t *testing.T) {
 			cover[p] += n
 		}
 	})
-	t.Logf("%d schedules, %d events, %d faults, %d without faults", *runsFlag, events.Load(), faults.Load(), quiet.Load())
-	checkCoverage(t, cover)
+	t.Logf("%d schedules of %d events, %d faults", *runsFlag, options.Events, faults.Load())
+	if n := quiet.Load(); n > 0 {
+		t.Errorf("%d schedules without a fault", n)
+	}
+	if e := events.Load(); !t.Failed() && e < int64(*runsFlag)*200 {
+		t.Errorf("%d events in %d schedules", e, *runsFlag)
+	}
+	if *runsFlag >= 10_000 {
+		checkCoverage(t, cover)
+	}
 }
 
 // parallel runs work on every core; it hands out seeds.
@@ -68,10 +76,4 @@ func parallel(n int, work func(seeds func() (uint64, bool))) {
 		}()
 	}
 	wg.Wait()
-}
-
-func checkCoverage(t *testing.T, cover map[Pair]int) {
-	for p, n := range cover {
-		t.Log(p, n)
-	}
 }

@@ -14,6 +14,9 @@ type stream struct {
 	broken bool // nothing that is sent arrives any more
 	toV    []any
 	toO    []any
+	// Nothing is delivered before this event: what a slow path, a full
+	// buffer or an abandoned stream keeps back.
+	slowV, slowO int
 }
 
 type (
@@ -47,13 +50,20 @@ func (s *stream) send(q *[]any, m lease.Message) {
 }
 
 // truncate loses a part of what is under way; what the other's kernel received
-// may still be read. The stream's beginning is never lost: a transport answers.
+// may still be read, before or after the end is noticed. The stream's beginning
+// is never lost: a transport answers.
 func (s *stream) truncate(q *[]any) {
-	if len(*q) > 0 {
-		keep := max(1, s.w.rng.IntN(len(*q)+1))
-		*q = (*q)[:keep:keep]
+	least := 0
+	if len(*q) > 0 && ((*q)[0] == any(opened{}) || (*q)[0] == any(accepted{})) {
+		least = 1
 	}
-	*q = append(*q, ended{})
+	keep := least + s.w.rng.IntN(len(*q)-least+1)
+	end := keep
+	if s.w.rng.IntN(2) == 0 {
+		end = least + s.w.rng.IntN(keep-least+1)
+	}
+	old := *q
+	*q = append(append(append(make([]any, 0, keep+1), old[:end]...), ended{}), old[end:keep]...)
 }
 
 // break_ ends the stream for both, each of which learns of it in its own time.
@@ -64,6 +74,20 @@ func (s *stream) break_() {
 	s.broken = true
 	s.truncate(&s.toV)
 	s.truncate(&s.toO)
+	s.slow()
+}
+
+// ends tells that the end is noticed next: that is never late.
+func (s *stream) ends(q []any) bool { return q[0] == any(ended{}) }
+
+// slow keeps back, now and then, what remains behind the end.
+func (s *stream) slow() {
+	if s.w.rng.IntN(2) == 0 {
+		s.slowV = s.w.events + s.w.rng.IntN(200)
+	}
+	if s.w.rng.IntN(2) == 0 {
+		s.slowO = s.w.events + s.w.rng.IntN(200)
+	}
 }
 
 // closeBy: one side ends the stream; what it sent before arrives, and what is

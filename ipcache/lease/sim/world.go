@@ -65,6 +65,9 @@ type hooks struct {
 	verifierIn  func(*agent, lease.VerifierInput) lease.VerifierInput
 	verifierOut func(*agent, lease.VerifierInput, []lease.VerifierOutput) []lease.VerifierOutput
 	created     func(*endpoint)
+	tableStart  func(*node) uint64 // the first stamp of a process
+	// ignoreFailures: a failed store does not stop the step's outputs.
+	ignoreFailures bool
 }
 
 // Options sizes a World.
