@@ -50,7 +50,7 @@ func (l *Lab) agentArgs(s *state, n *nodeState, fresh bool) []string {
 		"--listen", addr(n), "--uplink", uplink,
 		"--trust-domain", TrustDomain, "--workload-api", l.workloadAPI(n.Name),
 		"--api-socket", l.Socket(n.Name), "--pin-dir", l.pinDir(n.Name),
-		"--journal-dir", dir + "/journal", "--audit-log", l.AuditLog(n.Name),
+		"--journal-dir", dir + "/journal", "--state-dir", dir + "/state", "--audit-log", l.AuditLog(n.Name),
 		"--evidence", s.Config.Evidence,
 		"--ttl", s.Config.TTL.String(), "--heartbeat", s.Config.Heartbeat.String(),
 		"--reuse-margin", s.Config.ReuseMargin.String(), "--add-wait", s.Config.addWait().String(),

@@ -50,7 +50,7 @@ type workloadState struct {
 	HostIf     string       `json:"hostIf"` // host side of its veth, in the node's namespace
 	MAC        string       `json:"mac"`    // of its own side
 	Process    Process      `json:"process"`
-	Registered bool         `json:"registered"` // with the agent
+	Registered bool         `json:"registered"` // with the agent, or about to be
 	Created    time.Time    `json:"created"`
 }
 

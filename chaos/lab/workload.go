@@ -116,7 +116,7 @@ func (l *Lab) Prepare(ctx context.Context, w Workload, o RunOptions) (Running, e
 		}
 		s.Counter++
 		ws = &workloadState{Spec: w, UID: identity.NewUID(), IPs: ips, HostIf: "pcw" + strconv.FormatUint(s.Counter, 10),
-			MAC: randomMAC().String(), Created: time.Now()}
+			MAC: randomMAC().String(), Created: time.Now(), Registered: !o.Unregistered}
 		s.Workloads[w.FullName()] = ws
 		return l.writeHosts(s)
 	})
@@ -174,17 +174,6 @@ func (l *Lab) Register(ctx context.Context, name string, o RunOptions) (Running,
 		wait := o.Wait
 		setDefault(&wait, s.Config.addWait())
 		req.Wait = durationpb.New(wait)
-	}
-	// Before the call: after a crash between the two there must be somebody
-	// who deregisters it.
-	if err := l.update(func(s *state) error {
-		w, err := s.workload(name)
-		if err == nil {
-			w.Registered = true
-		}
-		return err
-	}); err != nil {
-		return r, err
 	}
 	resp, err := c.RegisterWorkload(ctx, req)
 	if err != nil {

@@ -58,7 +58,7 @@ func run(ctx context.Context) (err error) {
 		return fmt.Errorf("%w (make build)", err)
 	}
 	c := lab.DefaultConfig()
-	l, err := lab.Up(ctx, c, lab.Options{Name: "bench", Binary: absolute(*binary), Progress: os.Stderr})
+	l, err := lab.Up(ctx, c, lab.Options{Name: "bench", Binary: absolute(*binary)})
 	if err != nil {
 		return err
 	}

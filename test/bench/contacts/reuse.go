@@ -43,6 +43,8 @@ var verifiers = []string{"two", "three"}
 type reuseResult struct {
 	Reuses          int         `json:"reuses"`
 	DelayMS         quantiles   `json:"delay_ms"`
+	CreatedMS       quantiles   `json:"created_ms"` // of it: until the new endpoint exists, quarantined
+	WaitedMS        quantiles   `json:"waited_ms"`  // of it: from there on
 	WrongAdmissions int64       `json:"wrong_admissions"`
 	Leases          map[int]int `json:"verifiers_with_live_lease"` // how many held one when the old workload was deleted -> reuses
 	Admitted        int64       `json:"rightly_admitted"`
@@ -64,7 +66,7 @@ func (r *reuseResult) problem() error {
 
 func (r *reuseResult) String() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "IP reuse (ms from the last gate's closing to the next one's opening)\n  %v\n", r.DelayMS)
+	fmt.Fprintf(&b, "IP reuse (ms from the last gate's closing to the next one's opening)\n  all      %v\n  created  %v\n  waited   %v\n", r.DelayMS, r.CreatedMS, r.WaitedMS)
 	fmt.Fprintf(&b, "  wrong admissions %d   right ones %d   unmeasured %d\n", r.WrongAdmissions, r.Admitted, r.Unmeasured)
 	for n, count := range r.Leases {
 		fmt.Fprintf(&b, "  %d verifiers held a live lease when the old workload was deleted: %d reuses\n", n, count)
@@ -99,7 +101,7 @@ func reuses(ctx context.Context, l *lab.Lab, count int) (*reuseResult, error) {
 		return nil, err
 	}
 	out := &reuseResult{Leases: map[int]int{}}
-	var delays []float64
+	var total, created, waited []float64
 	for i := range count {
 		leases, delay, err := r.once(ctx, i)
 		if err != nil {
@@ -107,16 +109,19 @@ func reuses(ctx context.Context, l *lab.Lab, count int) (*reuseResult, error) {
 		}
 		out.Reuses++
 		out.Leases[leases]++
-		if delay < 0 {
+		if delay.total == 0 {
 			out.Unmeasured++
 		} else {
-			delays = append(delays, float64(delay)/1e6)
+			total = append(total, float64(delay.total)/1e6)
+			created = append(created, float64(delay.created)/1e6)
+			waited = append(waited, float64(delay.waited)/1e6)
 		}
 		if (i+1)%50 == 0 {
 			fmt.Fprintf(os.Stderr, "%d of %d reuses\n", i+1, count)
 		}
 	}
-	out.DelayMS, out.WrongAdmissions, out.Admitted = summarize(delays), r.wrong.Load(), r.right.Load()
+	out.DelayMS, out.CreatedMS, out.WaitedMS = summarize(total), summarize(created), summarize(waited)
+	out.WrongAdmissions, out.Admitted = r.wrong.Load(), r.right.Load()
 	return out, nil
 }
 
@@ -219,7 +224,7 @@ func (r *reuser) sender(c net.PacketConn, tag string, ports ...int) (stop func()
 }
 
 // once gives one IP from an old workload to a new one.
-func (r *reuser) once(ctx context.Context, i int) (leases int, delay time.Duration, err error) {
+func (r *reuser) once(ctx context.Context, i int) (leases int, delay delays, err error) {
 	var names []string
 	defer func() {
 		for _, n := range names {
@@ -229,40 +234,37 @@ func (r *reuser) once(ctx context.Context, i int) (leases int, delay time.Durati
 	}()
 	old, err := r.l.Run(ctx, lab.Workload{Name: fmt.Sprintf("old%d", i), Node: "one", ServiceAccount: "old"}, lab.RunOptions{})
 	if err != nil {
-		return 0, 0, err
+		return 0, delays{}, err
 	}
 	names = append(names, old.Spec.FullName())
 	oldSock, err := r.socket(old, sourcePort)
 	if err != nil {
-		return 0, 0, err
+		return 0, delays{}, err
 	}
 	defer oldSock.Close()
 	stopOld := r.sender(oldSock, "old", 5000)
 	defer stopOld()
 	if err := r.heardByAll(oldSock); err != nil {
-		return 0, 0, err
+		return 0, delays{}, err
 	}
 	next, err := r.l.Prepare(ctx, lab.Workload{Name: fmt.Sprintf("new%d", i), Node: "one", ServiceAccount: "new", IPs: old.IPs}, lab.RunOptions{NoRoute: true})
 	if err != nil {
-		return 0, 0, err
+		return 0, delays{}, err
 	}
 	names = append(names, next.Spec.FullName())
 	newSock, err := r.socket(next, sourcePort)
 	if err != nil {
-		return 0, 0, err
+		return 0, delays{}, err
 	}
 	defer newSock.Close()
 	r.drainEvents()
 
 	d, err := r.l.Deregister(ctx, old.Spec.FullName())
 	if err != nil {
-		return 0, 0, err
-	}
-	if err := r.l.Route(next.Spec.FullName()); err != nil {
-		return 0, 0, err
+		return 0, delays{}, err
 	}
 	if err := r.registerAndSend(ctx, next, newSock, stopOld); err != nil {
-		return 0, 0, err
+		return 0, delays{}, err
 	}
 	return d.Leases, r.delay(old, next), nil
 }
@@ -315,6 +317,10 @@ func (r *reuser) registerAndSend(ctx context.Context, next lab.Running, c net.Pa
 		run, err := r.l.Register(ctx, next.Spec.FullName(), lab.RunOptions{})
 		done <- registered{run, err}
 	}()
+	if err := r.l.Route(next.Spec.FullName()); err != nil {
+		<-done
+		return err
+	}
 	var got registered
 	for exists := false; !exists; {
 		select {
@@ -354,9 +360,16 @@ func (r *reuser) drainEvents() {
 	}
 }
 
-// delay finds the two events; < 0 if one of them is missing.
-func (r *reuser) delay(old, next lab.Running) time.Duration {
-	var closed, opened uint64
+// delays are the parts of one reuse, between events of the owner's kernel.
+type delays struct {
+	total   time.Duration // first packet stopped by the old gate -> first let through by the new one
+	created time.Duration // of it: until the new endpoint stopped its first packet, quarantined
+	waited  time.Duration // of it: from there on
+}
+
+// delay finds the events; total is 0 if one is missing.
+func (r *reuser) delay(old, next lab.Running) (d delays) {
+	var closed, created, opened uint64
 	timeout := time.After(time.Second)
 	for closed == 0 || opened == 0 {
 		select {
@@ -364,15 +377,23 @@ func (r *reuser) delay(old, next lab.Running) time.Duration {
 			if e.GetSource().GetIp() != old.IP4().String() {
 				continue
 			}
+			at := e.GetBootTime()
 			switch {
-			case e.GetVerdict() == "drop" && e.GetReason() != "quarantined" && closed == 0:
-				closed = e.GetBootTime()
-			case e.GetVerdict() == "pass" && closed != 0 && opened == 0 && e.GetBootTime() > closed:
-				opened = e.GetBootTime()
+			case e.GetVerdict() == "drop" && e.GetReason() == "quarantined":
+				if created == 0 {
+					created = at
+				}
+			case e.GetVerdict() == "drop" && closed == 0:
+				closed = at
+			case e.GetVerdict() == "pass" && closed != 0 && opened == 0 && at > closed:
+				opened = at
 			}
 		case <-timeout:
-			return -1
+			return delays{}
 		}
 	}
-	return time.Duration(opened - closed)
+	if created == 0 { // active before it sent anything
+		created = opened
+	}
+	return delays{total: time.Duration(opened - closed), created: time.Duration(created - closed), waited: time.Duration(opened - created)}
 }
