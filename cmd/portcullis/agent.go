@@ -1,13 +1,14 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 
@@ -18,6 +19,7 @@ import (
 func newAgentCmd(env *Env) *cobra.Command {
 	cfg := agent.Default()
 	raw := agentFlags{level: "info"}
+	var printConfig *bool
 	cmd := &cobra.Command{
 		Use:   "agent",
 		Short: "Run the daemon of this node",
@@ -26,28 +28,31 @@ func newAgentCmd(env *Env) *cobra.Command {
 The agent is the authority on who holds the IPs of its --range, enforces policy on
 every registered workload, and asks the agents of its --peers who holds theirs.
 Every flag can also be set as PORTCULLIS_<FLAG>, e.g. PORTCULLIS_NODE_IP; lists are
-separated by spaces there. When it ends, enforcement goes on in the kernel: leases
+separated by spaces there. What neither sets is taken from the file --config, whose
+keys are the names of the flags; lists are lists, and a peer is {name, address,
+ranges}. When the agent ends, enforcement goes on in the kernel: leases
 run out, and the gate falls shut.`,
 		Example: `  portcullis agent --node n1 --node-ip 192.0.2.1 --range 10.1.1.0/24 --listen 192.0.2.1:4260 \
     --peer n2=192.0.2.2:4260,10.1.2.0/24 --uplink eth0 \
     --trust-domain example.org --workload-api unix:///run/spire/agent.sock`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			var names []string
-			cmd.LocalNonPersistentFlags().VisitAll(func(f *pflag.Flag) { names = append(names, f.Name) })
-			if err := flagsFromEnv(cmd.Flags(), env.Getenv, names...); err != nil {
-				return err
+			set := newSettings(cmd.Flags(), cmd.LocalNonPersistentFlags())
+			errs := []error{set.load(env.Getenv)}
+			// --socket names the agent's socket for every other command.
+			if socket := cmd.Flags().Lookup("socket"); !cmd.Flags().Changed("api-socket") || socket.Changed && set.inFile["api-socket"] {
+				set.override("api-socket", env.socket, socket.Changed)
 			}
-			cfg.APISocket = env.socket
-			if s, err := cmd.Flags().GetString("api-socket"); err == nil && s != "" {
-				cfg.APISocket = s
+			errs = append(errs, raw.into(&cfg, set))
+			if err := errors.Join(errs...); err != nil {
+				return usageError{err}
 			}
-			if err := raw.into(&cfg); err != nil {
-				return usagef("%v", err)
+			if *printConfig {
+				return set.write(env.Stdout)
 			}
 			log, err := newLogger(env, raw.level)
 			if err != nil {
-				return usagef("--log-level: %v", err)
+				return err
 			}
 			defer log.Sync() //nolint:errcheck // stderr cannot be synced on Linux
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM)
@@ -56,6 +61,9 @@ run out, and the gate falls shut.`,
 		},
 	}
 	f := cmd.Flags()
+	f.SortFlags = false
+	f.String("config", defaultConfigFile, "file of settings for what neither flags nor environment set; empty: none")
+	printConfig = f.Bool("print-config", false, "print the settings in force as such a file, with where each comes from, and exit")
 	f.StringVar(&raw.node, "node", "", "name of this node, as in the agents' SPIFFE IDs (required)")
 	f.StringArrayVar(&raw.nodeIPs, "node-ip", nil, "an address of this node (repeat; required)")
 	f.StringArrayVar(&raw.ranges, "range", nil, "a prefix whose addresses this node gives to its workloads (repeat; required)")
@@ -64,7 +72,7 @@ run out, and the gate falls shut.`,
 	f.StringArrayVar(&cfg.Uplinks, "uplink", nil, "a device by which packets of other nodes come in (repeat)")
 	f.StringVar(&cfg.TrustDomain, "trust-domain", "", "SPIFFE trust domain of agents and workloads (required)")
 	f.StringVar(&cfg.WorkloadAPI, "workload-api", "unix:///run/spire/agent-sockets/spire-agent.sock", "SPIFFE Workload API that gives this agent its SVID")
-	f.String("api-socket", "", "unix socket of the local API (default: --socket)")
+	f.StringVar(&cfg.APISocket, "api-socket", "", "unix socket of the local API (default: --socket)")
 	f.StringVar(&cfg.PinDir, "pin-dir", cfg.PinDir, "directory on a bpffs for programs and maps")
 	f.StringVar(&cfg.JournalDir, "journal-dir", cfg.JournalDir, "directory of the grant journal; on a tmpfs, it must not outlive a boot")
 	f.StringVar(&cfg.AuditLog, "audit-log", cfg.AuditLog, "file of the confirmation log (JSON lines)")
@@ -93,39 +101,72 @@ type agentFlags struct {
 
 // into parses the flags and reports everything that is wrong at once, with
 // what Config.Validate finds.
-func (r *agentFlags) into(cfg *agent.Config) error {
+func (r *agentFlags) into(cfg *agent.Config, set *settings) error {
 	cfg.Node, cfg.Evidence = identity.NodeName(r.node), agent.Mode(r.evidence)
+	wrong := map[string]bool{}
 	var errs agent.ConfigErrors
-	for _, s := range r.nodeIPs {
+	bad := func(name string, i int, format string, args ...any) {
+		wrong[name] = true
+		errs = append(errs, fmt.Errorf(set.place(name, i)+" "+format, args...))
+	}
+	for i, s := range r.nodeIPs {
 		ip, err := netip.ParseAddr(s)
-		errs.Add(err, "--node-ip %q: not an address", s)
+		if err != nil {
+			bad("node-ip", i, "%q: not an address", s)
+			continue
+		}
 		cfg.NodeIPs = append(cfg.NodeIPs, ip)
 	}
-	for _, s := range r.ranges {
+	for i, s := range r.ranges {
 		p, err := netip.ParsePrefix(s)
-		errs.Add(err, "--range %q: not an address prefix", s)
+		if err != nil {
+			bad("range", i, "%q: not an address prefix", s)
+			continue
+		}
 		cfg.Ranges = append(cfg.Ranges, p)
 	}
-	for _, s := range r.peers {
+	for i, s := range r.peers {
 		p, err := agent.ParsePeer(s)
-		errs.Add(err, "--peer: %v", err)
+		if err != nil {
+			bad("peer", i, "%v", err)
+			continue
+		}
 		cfg.Peers = append(cfg.Peers, p)
 	}
 	if r.listen != "" {
 		var err error
-		cfg.Listen, err = netip.ParseAddrPort(r.listen)
-		errs.Add(err, "--listen %q: want ADDRESS:PORT", r.listen)
+		if cfg.Listen, err = netip.ParseAddrPort(r.listen); err != nil {
+			bad("listen", 0, "%q: want ADDRESS:PORT", r.listen)
+		}
 	}
-	if len(errs) > 0 {
-		return errs.Join() // Validate would repeat them
+	if _, err := zapcore.ParseLevel(r.level); err != nil {
+		bad("log-level", 0, "%q: want debug, info, warn or error", r.level)
 	}
-	return cfg.Validate()
+	for _, err := range split(cfg.Validate()) {
+		// What was wrong by itself is missing now; once is enough.
+		name, _, _ := strings.Cut(strings.TrimPrefix(err.Error(), "--"), " ")
+		if !wrong[strings.TrimSuffix(name, ":")] {
+			errs = append(errs, err)
+		}
+	}
+	return errs.Join()
+}
+
+// split returns what errors.Join has joined.
+func split(err error) []error {
+	if joined, ok := err.(interface{ Unwrap() []error }); ok {
+		return joined.Unwrap()
+	}
+	if err == nil {
+		return nil
+	}
+	return []error{err}
 }
 
 func newLogger(env *Env, level string) (*zap.Logger, error) {
 	l, err := zapcore.ParseLevel(level)
 	if err != nil {
-		return nil, fmt.Errorf("%q: want debug, info, warn or error", level)
+		return nil, err
 	}
 	encoder := zap.NewProductionEncoderConfig()
 	encoder.EncodeTime = zapcore.ISO8601TimeEncoder

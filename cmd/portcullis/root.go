@@ -146,15 +146,16 @@ func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
 
 // flagsFromEnv sets each named flag that the command has and the command line
 // did not set from PORTCULLIS_<NAME> (dashes become underscores). A flag that
-// takes a list gets one value per word of the variable.
+// takes a list gets one value per word of the variable. It reports everything
+// that is wrong.
 func flagsFromEnv(flags *pflag.FlagSet, getenv func(string) string, names ...string) error {
+	var errs []error
 	for _, name := range names {
 		f := flags.Lookup(name)
 		if f == nil || f.Changed {
 			continue
 		}
-		key := "PORTCULLIS_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
-		value := getenv(key)
+		value := getenv(envName(name))
 		if value == "" {
 			continue
 		}
@@ -164,9 +165,14 @@ func flagsFromEnv(flags *pflag.FlagSet, getenv func(string) string, names ...str
 		}
 		for _, v := range values {
 			if err := flags.Set(name, v); err != nil {
-				return usagef("%s=%q: %v", key, value, err)
+				errs = append(errs, usagef("%s=%q: %v", envName(name), value, err))
 			}
 		}
 	}
-	return nil
+	return errors.Join(errs...)
+}
+
+// envName is the variable of a flag.
+func envName(flag string) string {
+	return "PORTCULLIS_" + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
 }
