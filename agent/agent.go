@@ -88,7 +88,10 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 	run("conntrack sweep", l.sweepConntrack)
 	run("local API", func(ctx context.Context) error { return serve(ctx, l, listener) })
 	l.post(func() {
-		l.addNodeIPs()
+		for _, add := range l.pendingAdds {
+			l.stepOwner(add)
+		}
+		l.pendingAdds = nil
 		l.stepOwner(lease.OwnerTick{})
 		l.stepVerifier(lease.VerifierTick{})
 	})
@@ -151,25 +154,40 @@ func newLoop(ctx context.Context, cfg Config, log *zap.Logger) (*loop, error) {
 		names: newDirectory(), monitors: newMonitors(), alarms: newAlarms()}
 	l.sweep.Store(&sweepResult{})
 
-	records, state, err := l.openJournal(ctx)
-	if err != nil {
-		return nil, err
-	}
-	if err := l.openKernel(); err != nil {
-		l.close()
-		return nil, err
-	}
-	if err := l.buildMachines(records, state); err != nil {
-		l.close()
-		return nil, err
-	}
-	if err := os.MkdirAll(filepath.Dir(cfg.AuditLog), 0o750); err != nil {
-		l.close()
-		return nil, fmt.Errorf("confirmation log: %w", err)
-	}
-	if l.audit, err = audit.Open(cfg.AuditLog, cfg.Node, log); err != nil {
-		l.close()
-		return nil, err
+	if err := l.open(ctx); err != nil {
+		return nil, errors.Join(err, l.close())
 	}
 	return l, nil
+}
+
+// open opens what the loop works with and takes over what an earlier agent
+// left. The order matters: the journal's lock first, for one agent works on
+// the pins; policies before endpoints; slots before the machines that speak of
+// them; adoptions before everything else that the owner machine hears.
+func (l *loop) open(ctx context.Context) error {
+	records, state, err := l.openJournal(ctx)
+	if err != nil {
+		return err
+	}
+	if l.store, err = openStore(l.cfg.JournalDir, l.cfg.StateDir, l.boot); err != nil {
+		return err
+	}
+	if l.stored, l.created, err = l.store.loadWorkloads(); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(l.cfg.AuditLog), 0o750); err != nil {
+		return fmt.Errorf("confirmation log: %w", err)
+	}
+	if l.audit, err = audit.Open(l.cfg.AuditLog, l.cfg.Node, l.log); err != nil {
+		return err
+	}
+	for _, step := range []func() error{l.openKernel, l.loadPolicies, l.restoreTable,
+		func() error { return l.buildMachines(records, state) }, l.adoptEndpoints} {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	l.addNodeIPs()
+	l.sweepSlots()
+	return nil
 }

@@ -48,6 +48,7 @@ type Config struct {
 	APISocket  string
 	PinDir     string
 	JournalDir string
+	StateDir   string // imported policies; outlives a boot
 	AuditLog   string // the confirmation log
 
 	Evidence      Mode
@@ -71,6 +72,7 @@ type Config struct {
 func Default() Config {
 	return Config{
 		APISocket: "/run/portcullis/agent.sock", PinDir: "/sys/fs/bpf/portcullis", JournalDir: "/run/portcullis/journal",
+		StateDir: "/var/lib/portcullis",
 		AuditLog: "/var/log/portcullis/confirmations.jsonl", Evidence: ModeLease,
 		TTL: 30 * time.Second, Heartbeat: 5 * time.Second, ReuseMargin: time.Second, AddWait: 3 * time.Second,
 		HoldTimeout: time.Second, IdleBinding: 5 * time.Minute,
@@ -102,7 +104,7 @@ func (c *Config) Validate() error {
 	if path, ok := strings.CutPrefix(c.WorkloadAPI, "unix://"); !ok || !filepath.IsAbs(path) {
 		bad("--workload-api %q: want unix:///path/to/socket of the SPIFFE Workload API", c.WorkloadAPI)
 	}
-	for flag, path := range map[string]string{"--api-socket": c.APISocket, "--pin-dir": c.PinDir, "--journal-dir": c.JournalDir, "--audit-log": c.AuditLog} {
+	for flag, path := range map[string]string{"--api-socket": c.APISocket, "--pin-dir": c.PinDir, "--journal-dir": c.JournalDir, "--state-dir": c.StateDir, "--audit-log": c.AuditLog} {
 		if !filepath.IsAbs(path) {
 			bad("%s %q: want an absolute path", flag, path)
 		}

@@ -94,6 +94,14 @@ func (l *loop) register(w workload) (*endpoint, error) {
 		l.holdIndexes.give(holdIndex)
 		return nil, err
 	}
+	l.add(e)
+	l.log.Info("endpoint registered", zap.String("workload", e.fullName()), zap.Stringer("uid", e.uid), zap.Uint32("endpoint", e.id), zap.Any("ips", e.ips))
+	l.stepOwner(lease.Add{UID: e.uid, IPs: e.ips, Identity: e.identity, Ports: e.ports})
+	return e, nil
+}
+
+// add enters an endpoint into the books.
+func (l *loop) add(e *endpoint) {
 	l.endpoints[e.uid] = e
 	l.byIfindex[e.ifindex] = e
 	l.byEndpointID[e.id] = e
@@ -101,9 +109,6 @@ func (l *loop) register(w workload) (*endpoint, error) {
 		l.byIP[ip] = e
 	}
 	l.names.addEndpoint(e)
-	l.log.Info("endpoint registered", zap.String("workload", e.fullName()), zap.Stringer("uid", e.uid), zap.Uint32("endpoint", e.id), zap.Any("ips", e.ips))
-	l.stepOwner(lease.Add{UID: e.uid, IPs: e.ips, Identity: e.identity, Ports: e.ports})
-	return e, nil
 }
 
 // enforce puts the endpoint under its policy and its programs on the device,
@@ -114,16 +119,30 @@ func (l *loop) enforce(e *endpoint) error {
 		return err
 	}
 	e.numeric = numeric
-	e.policy.set = l.repo.Compile(e.identity, l.ids.All)
-	e.policy.id = l.dp.State().NextPolicySet()
-	if err := l.dp.PutPolicy(e.policy.id, e.policy.set.WithSet(e.policy.id)); err != nil {
+	if err := l.compile(e); err != nil {
 		l.release(numeric)
-		return fmt.Errorf("%w the policy of %s: %w", errKernelRefuse, e.fullName(), err)
+		return err
+	}
+	// The record first: an agent that dies after the next step must find it.
+	if err := l.store.putWorkload(e); err != nil {
+		l.forgetPolicy(e)
+		l.release(numeric)
+		return err
 	}
 	if err := l.dp.AddEndpoint(e.ifname, e.abi()); err != nil {
 		l.forgetPolicy(e)
 		l.release(numeric)
+		l.forgetWorkload(e.uid)
 		return fmt.Errorf("%w the programs on %s: %w", errKernelRefuse, e.ifname, err)
+	}
+	return nil
+}
+
+// compile puts the endpoint's policy into the kernel, under a new set.
+func (l *loop) compile(e *endpoint) error {
+	e.policy = policySet{id: l.dp.State().NextPolicySet(), set: l.repo.Compile(e.identity, l.ids.All)}
+	if err := l.dp.PutPolicy(e.policy.id, e.policy.set.WithSet(e.policy.id)); err != nil {
+		return fmt.Errorf("%w the policy of %s: %w", errKernelRefuse, e.fullName(), err)
 	}
 	return nil
 }
@@ -203,7 +222,7 @@ func (l *loop) activate(uid identity.UID, generation identity.Generation) {
 func (l *loop) openGate(e *endpoint) error {
 	for _, ip := range e.ips {
 		b := identity.Binding{IP: ip, Generation: e.generation, UID: e.uid, Identity: e.identity, Owner: l.cfg.Node, Ports: e.ports}
-		if err := l.installLocal(b, e.numeric, e.ifindex); err != nil {
+		if err := l.installLocal(b, e.ifindex); err != nil {
 			return err
 		}
 	}
@@ -243,6 +262,7 @@ func (l *loop) deregister(uid identity.UID) (existed bool, err error) {
 	delete(l.byEndpointID, e.id)
 	delete(l.retryActivation, uid)
 	l.names.removeEndpoint(e)
+	l.forgetWorkload(uid)
 	l.stepOwner(lease.Delete{UID: uid})
 	l.forgetPolicy(e)
 	l.release(e.numeric)
@@ -255,6 +275,13 @@ func (l *loop) deregister(uid identity.UID) (existed bool, err error) {
 	l.log.Info("endpoint ended", zap.String("workload", e.fullName()), zap.Stringer("uid", uid))
 	l.sweepDevice(e.ifindex)
 	return true, nil
+}
+
+func (l *loop) forgetWorkload(uid identity.UID) {
+	if err := l.store.deleteWorkload(uid); err != nil {
+		// A restart finds a record without an endpoint, and drops it.
+		l.log.Warn("remove the record of a workload", zap.Error(err))
+	}
 }
 
 // sweepDevice removes programs and the element of an ended endpoint once its
@@ -315,6 +342,16 @@ func (x *indexes) take() (uint32, bool) {
 	i := x.free[0]
 	x.free = x.free[1:]
 	return i, true
+}
+
+// reserve takes a certain number, if it is free.
+func (x *indexes) reserve(i uint32) bool {
+	at := slices.Index(x.free, i)
+	if at < 0 {
+		return false
+	}
+	x.free = slices.Delete(x.free, at, at+1)
+	return true
 }
 
 func (x *indexes) give(i uint32) { x.free = append(x.free, i) }

@@ -17,7 +17,7 @@ import (
 // installLocal publishes a binding of this node. It has no deadline: only the
 // live agent changes it. ifindex is the device by which its packets come in; 0
 // for the node's own addresses, whose packets are generated here.
-func (l *loop) installLocal(b identity.Binding, n identity.Numeric, ifindex uint32) error {
+func (l *loop) installLocal(b identity.Binding, ifindex uint32) error {
 	if e, ok := l.table.Get(b.IP); ok {
 		if e.Binding.UID == b.UID && e.Binding.Generation == b.Generation {
 			return nil // a repeated activation
@@ -28,12 +28,20 @@ func (l *loop) installLocal(b identity.Binding, n identity.Numeric, ifindex uint
 	if err != nil {
 		return err
 	}
+	// The slot is a user of the number: it has one as long as it stands.
+	n, err := l.acquire(b.Identity)
+	if err != nil {
+		l.table.Free(e.Slot)
+		return err
+	}
 	s := abi.Slot{Stamp: e.Stamp, IP: datapath.Addr(b.IP), Installed: uint64(l.now()), Generation: uint64(b.Generation),
 		Identity: uint32(n), Lease: e.Lease, Ifindex: ifindex, Evidence: uint8(identity.EvidenceLocal)}
 	if err := l.dp.InstallSlot(e.Slot, s, cold(e.Stamp, b, l.boot)); err != nil {
 		l.table.Free(e.Slot)
+		l.release(n)
 		return fmt.Errorf("%w the binding of %s: %w", errKernelRefuse, b.IP, err)
 	}
+	l.numerics[e.Stamp] = n
 	l.installedAt[e.Stamp] = l.now()
 	return nil
 }
@@ -52,7 +60,9 @@ func (l *loop) zeroLocal(ip netip.Addr) {
 		l.log.Warn("remove a local binding", zap.Stringer("ip", ip), zap.Error(err))
 	}
 	l.table.Free(e.Slot)
+	l.release(l.numerics[e.Stamp])
 	delete(l.installedAt, e.Stamp)
+	delete(l.numerics, e.Stamp)
 }
 
 // addNodeIPs makes this node the holder of its own addresses, for neighbours
@@ -65,6 +75,11 @@ func (l *loop) addNodeIPs() {
 		// Generation 0: the one in the journal, if this agent is not the
 		// first; the node has always held its own addresses.
 		l.stepOwner(lease.Adopt{Add: lease.Add{UID: uid, IPs: []netip.Addr{ip}, Identity: remote}})
+		for _, w := range l.owner.Workloads() {
+			if w.UID == uid && w.State == lease.WorkloadActive {
+				l.activateNodeIP(uid, w.Generation)
+			}
+		}
 	}
 }
 
@@ -76,7 +91,7 @@ func (l *loop) activateNodeIP(uid identity.UID, generation identity.Generation) 
 	}
 	host, _ := identity.Reserved("host")
 	b := identity.Binding{IP: ip, Generation: generation, UID: uid, Identity: host, Owner: l.cfg.Node}
-	if err := l.installLocal(b, identity.NumHost, 0); err != nil {
+	if err := l.installLocal(b, 0); err != nil {
 		l.alarms.raise("map-full", fmt.Sprintf("this node's address %s is unknown to its own endpoints: %v", ip, err))
 		l.retryActivation[uid] = generation
 		return true

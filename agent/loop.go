@@ -45,6 +45,7 @@ type loop struct {
 	transport *session.Transport // set before run, safe for concurrent use
 	source    *svid.Source       // set before run, safe for concurrent use
 	journal   *journal.Journal
+	store     *store
 	audit     *audit.Log
 
 	owner    lease.OwnerMachine
@@ -66,6 +67,11 @@ type loop struct {
 	policyFiles     map[authz.Ref]importedFile
 
 	installedAt map[uint64]lease.Time // stamp -> when
+
+	// Until the adoption is over: what was registered with the agent before.
+	stored      map[identity.UID]workload
+	created     map[identity.UID]time.Time
+	pendingAdds []lease.Add // quarantined then: they wait anew
 
 	// Inputs being worked on, the first, and waiting for their turn.
 	ownerInputs    []lease.OwnerInput

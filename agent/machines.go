@@ -141,6 +141,10 @@ func (l *loop) install(w lease.Install) error {
 	if err != nil {
 		return err
 	}
+	if err := l.store.putIdentity(w.Binding.Identity); err != nil {
+		l.release(n)
+		return fmt.Errorf("remember the identity of %s: %w", w.Binding.IP, err)
+	}
 	s := abi.Slot{Stamp: w.Stamp, IP: datapath.Addr(w.Binding.IP), Installed: uint64(l.now()), Generation: uint64(w.Binding.Generation),
 		Identity: uint32(n), Lease: w.Lease, Evidence: uint8(w.Evidence)}
 	if err := l.dp.InstallSlot(w.Slot, s, cold(w.Stamp, w.Binding, w.OwnerBoot)); err != nil {

@@ -3,10 +3,11 @@ package agent
 import (
 	"errors"
 	"fmt"
-	"slices"
+	"time"
 
 	"go.uber.org/zap"
 
+	"portcullis/agent/api"
 	"portcullis/authz"
 	"portcullis/bpf/abi"
 	"portcullis/identity"
@@ -71,54 +72,98 @@ func (l *loop) forgetPolicy(e *endpoint) {
 
 // importPolicies adds or replaces policies, all or none: every endpoint's new
 // set is in the kernel before the first endpoint is switched to it, and the
-// repository goes back to what it was when one does not fit.
-func (l *loop) importPolicies(policies []*authz.Policy) (replaced map[authz.Ref]bool, err error) {
-	before := map[authz.Ref]*authz.Policy{}
-	for _, p := range l.repo.List() {
-		before[p.Ref] = p
-	}
+// repository goes back to what it was when one does not fit. They are stored
+// first: a policy that a restart would forget must not be counted on.
+func (l *loop) importPolicies(parsed []api.ParsedPolicy) (replaced map[authz.Ref]bool, err error) {
+	undo := &policyUndo{l: l}
 	replaced = map[authz.Ref]bool{}
-	for _, p := range policies {
-		_, replaced[p.Ref] = before[p.Ref]
-	}
-	if err := l.repo.Put(policies...); err != nil {
-		return nil, err
-	}
-	if err := l.applyPolicies(); err != nil {
-		for _, p := range policies {
-			if old := before[p.Ref]; old != nil {
-				l.putBack(old)
-			} else {
-				l.repo.Delete(p.Ref)
-			}
+	now := time.Now()
+	for _, p := range parsed {
+		replaced[p.Ref] = undo.remember(p.Ref)
+		if err = l.putPolicy(p.Policy, importedFile{name: p.File, at: now}); err != nil {
+			break
 		}
-		return nil, err
+	}
+	if err == nil {
+		err = l.applyPolicies()
+	}
+	if err != nil {
+		return nil, undo.run(err)
 	}
 	return replaced, nil
 }
 
-// putBack restores policies that were in the repository before.
-func (l *loop) putBack(policies ...*authz.Policy) {
-	if err := l.repo.Put(policies...); err != nil {
-		// They were valid a moment ago.
-		l.alarms.raise("policy-lost", fmt.Sprintf("a policy was lost while an import was undone, import it again: %v", err))
+// deletePolicies removes policies, all or none.
+func (l *loop) deletePolicies(refs []authz.Ref) error {
+	undo := &policyUndo{l: l}
+	for _, ref := range refs {
+		undo.remember(ref)
+		l.repo.Delete(ref)
+	}
+	err := l.applyPolicies()
+	for _, ref := range refs {
+		if err == nil {
+			err = l.removePolicy(ref)
+		}
+	}
+	if err != nil {
+		return undo.run(err)
+	}
+	return nil
+}
+
+// putPolicy stores a policy and puts it into the repository.
+func (l *loop) putPolicy(p *authz.Policy, f importedFile) error {
+	if err := l.store.putPolicy(api.FromRef(p.Ref).Ref(), policyRecord{File: f.name, Imported: f.at, Source: p.Source}); err != nil {
+		return err
+	}
+	if err := l.repo.Put(p); err != nil {
+		return err
+	}
+	l.policyFiles[p.Ref] = f
+	return nil
+}
+
+// removePolicy is the opposite of putPolicy.
+func (l *loop) removePolicy(ref authz.Ref) error {
+	l.repo.Delete(ref)
+	delete(l.policyFiles, ref)
+	return l.store.deletePolicy(api.FromRef(ref).Ref())
+}
+
+// policyUndo takes back a change of policies that did not go through.
+type policyUndo struct {
+	l   *loop
+	old []struct {
+		ref    authz.Ref
+		policy *authz.Policy // nil: there was none
+		file   importedFile
 	}
 }
 
-// deletePolicies removes policies, all or none.
-func (l *loop) deletePolicies(refs []authz.Ref) error {
-	var gone []*authz.Policy
-	for _, p := range l.repo.List() {
-		if slices.Contains(refs, p.Ref) {
-			gone = append(gone, p)
-			l.repo.Delete(p.Ref)
+// remember notes what stands, and reports whether anything does.
+func (u *policyUndo) remember(ref authz.Ref) bool {
+	p := u.l.repo.Get(ref)
+	u.old = append(u.old, struct {
+		ref    authz.Ref
+		policy *authz.Policy
+		file   importedFile
+	}{ref, p, u.l.policyFiles[ref]})
+	return p != nil
+}
+
+// run restores what stood and returns why it had to.
+func (u *policyUndo) run(why error) error {
+	errs := []error{why}
+	for _, o := range u.old {
+		if o.policy == nil {
+			errs = append(errs, u.l.removePolicy(o.ref))
+		} else {
+			errs = append(errs, u.l.putPolicy(o.policy, o.file))
 		}
 	}
-	if err := l.applyPolicies(); err != nil {
-		l.putBack(gone...)
-		return err
-	}
-	return nil
+	errs = append(errs, u.l.applyPolicies())
+	return errors.Join(errs...)
 }
 
 // applyPolicies compiles every endpoint's policy and switches those whose

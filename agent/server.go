@@ -152,17 +152,12 @@ func (s *server) ImportPolicies(ctx context.Context, r *api.ImportPoliciesReques
 		resp.Problems = problems
 		return resp, nil
 	}
-	policies := make([]*authz.Policy, len(parsed))
-	for i, p := range parsed {
-		policies[i] = p.Policy
-	}
 	err := s.ask(ctx, func() error {
-		replaced, err := s.l.importPolicies(policies)
+		replaced, err := s.l.importPolicies(parsed)
 		if err != nil {
 			return err
 		}
 		for _, p := range parsed {
-			s.l.policyFiles[p.Ref] = importedFile{name: p.File, at: time.Now()}
 			resp.Imported = append(resp.Imported, &api.ImportedPolicy{Ref: api.FromRef(p.Ref), Replaced: replaced[p.Ref]})
 		}
 		return nil
@@ -224,7 +219,6 @@ func (s *server) DeletePolicies(ctx context.Context, r *api.DeletePoliciesReques
 			return err
 		}
 		for _, ref := range refs {
-			delete(s.l.policyFiles, ref)
 			resp.Deleted = append(resp.Deleted, api.FromRef(ref))
 		}
 		return nil

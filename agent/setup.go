@@ -24,36 +24,12 @@ import (
 	"portcullis/ipcache/session"
 )
 
-// openKernel loads or adopts the datapath, and shuts what an earlier agent
-// left: its endpoints' gates until they are registered again, its bindings
-// until they are confirmed again. So nothing stands that this agent does not
-// know of.
+// openKernel loads or adopts the datapath.
 func (l *loop) openKernel() (err error) {
 	l.dp, err = datapath.Open(datapath.Config{PinDir: l.cfg.PinDir, Bindings: l.cfg.Bindings, Conntrack: l.cfg.Conntrack, Endpoints: maxEndpoints,
 		Leases: maxSessions, HoldPerEndpoint: l.cfg.HoldPerEndpoint, HoldTotal: l.cfg.HoldTotal, Classic: l.cfg.Evidence == ModeClassic, Log: l.log})
 	if err != nil {
 		return err
-	}
-	left, err := l.dp.Endpoints()
-	if err != nil {
-		return err
-	}
-	for name, ep := range left {
-		ep.State = uint32(abi.EPClosed)
-		if err := l.dp.SetEndpoint(ep); err != nil {
-			return fmt.Errorf("shut the endpoint on %s that an earlier agent left: %w", name, err)
-		}
-		l.log.Warn("an endpoint of an earlier agent is shut until it is registered again", zap.String("device", name))
-	}
-	for i, s := range l.dp.Slots() {
-		if err := l.dp.ZeroSlot(i, s.Stamp, datapath.AddrFrom(s.IP)); err != nil {
-			return err
-		}
-	}
-	for i := uint32(abi.LeaseFirst); i < maxSessions; i++ {
-		if err := l.dp.SetDeadline(i, 0); err != nil {
-			return err
-		}
 	}
 	if err := l.setRanges(); err != nil {
 		return err
@@ -96,6 +72,22 @@ func (l *loop) setRanges() error {
 	return l.dp.SetUplinks(uplinks)
 }
 
+// loadPolicies puts what was imported before into the repository, before any
+// endpoint is compiled: without its policies a workload would be open.
+func (l *loop) loadPolicies() error {
+	policies, imported, err := l.store.loadPolicies()
+	if err != nil {
+		return err
+	}
+	for i, p := range policies {
+		if err := l.repo.Put(p.Policy); err != nil {
+			return err
+		}
+		l.policyFiles[p.Ref] = importedFile{name: p.File, at: imported[i]}
+	}
+	return nil
+}
+
 // openJournal waits for an earlier agent to end, and reads what it granted.
 func (l *loop) openJournal(ctx context.Context) ([]lease.Record, lease.JournalState, error) {
 	j, records, state, err := journal.OpenContext(ctx, l.cfg.JournalDir, l.boot, l.log)
@@ -122,7 +114,8 @@ func (l *loop) compactJournal() {
 	}
 }
 
-func (l *loop) buildMachines(records []lease.Record, state lease.JournalState) (err error) {
+// restoreTable makes the table of slots, with those of an earlier agent.
+func (l *loop) restoreTable() (err error) {
 	st := l.dp.State()
 	next := st.ReserveStamps(0)
 	l.table, err = ipcache.New(ipcache.Config{Slots: uint32(l.cfg.Bindings) + 1, Leases: maxSessions, NextStamp: next,
@@ -135,6 +128,24 @@ func (l *loop) buildMachines(records []lease.Record, state lease.JournalState) (
 	if err != nil {
 		return err
 	}
+	if err := l.adoptSlots(); err != nil {
+		return err
+	}
+	// An index that no slot names may have an old deadline, on which the next
+	// session to get it would let bindings pass that it never renewed.
+	for i := ipcache.LeaseFirst; i < maxSessions; i++ {
+		if l.table.LeaseUsers(i) > 0 {
+			continue
+		}
+		if err := l.dp.SetDeadline(i, 0); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (l *loop) buildMachines(records []lease.Record, state lease.JournalState) (err error) {
+	st := l.dp.State()
 	if l.cfg.Evidence == ModeClassic {
 		return l.buildClassic(identity.Generation(st.LastGeneration()))
 	}

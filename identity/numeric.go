@@ -85,6 +85,23 @@ func (a *Allocator) Acquire(id Identity) (n Numeric, fresh bool) {
 	return n, true
 }
 
+// Restore says that the identity has this number, because a slot in the kernel
+// says so, and counts one user. It is an error if either has another partner.
+func (a *Allocator) Restore(n Numeric, id Identity) error {
+	h := id.Hash()
+	if have, ok := a.byHash[h]; ok && have != n {
+		return fmt.Errorf("identity %s has the number %d already, not %d", id, have, n)
+	}
+	e, ok := a.byNum[n]
+	if ok && !e.id.Equal(id) || !ok && (n < numFirstFree || n == Numeric(abi.IDAny)) {
+		return fmt.Errorf("the number %d is not free for %s", n, id)
+	}
+	e.id = id
+	e.refs++
+	a.byHash[h], a.byNum[n] = n, e
+	return nil
+}
+
 // Release counts one user less. gone tells that the last one went: the number
 // may be given to another identity from now on, so nothing in the kernel may
 // still speak of it.

@@ -75,6 +75,7 @@ run out, and the gate falls shut.`,
 	f.StringVar(&cfg.APISocket, "api-socket", "", "unix socket of the local API (default: --socket)")
 	f.StringVar(&cfg.PinDir, "pin-dir", cfg.PinDir, "directory on a bpffs for programs and maps")
 	f.StringVar(&cfg.JournalDir, "journal-dir", cfg.JournalDir, "directory of the grant journal; on a tmpfs, it must not outlive a boot")
+	f.StringVar(&cfg.StateDir, "state-dir", cfg.StateDir, "directory of imported policies; outlives a boot")
 	f.StringVar(&cfg.AuditLog, "audit-log", cfg.AuditLog, "file of the confirmation log (JSON lines)")
 	f.StringVar(&raw.evidence, "evidence", string(cfg.Evidence), "what a binding is believed on: lease, or classic (unsafe)")
 	f.BoolVar(&cfg.UnsafeClassic, "unsafe-classic", false, "accept that --evidence=classic takes new workloads for dead ones")

@@ -1,0 +1,201 @@
+package agent
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"go.uber.org/zap"
+
+	"portcullis/bpf/abi"
+	"portcullis/datapath"
+	"portcullis/identity"
+	"portcullis/ipcache"
+	"portcullis/ipcache/lease"
+)
+
+// What an earlier agent left in the kernel goes on enforcing while no agent
+// runs. This one takes over what it can account for and shuts the rest:
+//
+//	pinned slot, identity known   -> stays, under its stamp, until its lease ends
+//	pinned slot, identity unknown -> zeroed
+//	pinned endpoint, registered   -> stays as it is, gets its policy anew
+//	pinned endpoint, not          -> its gate is closed
+//
+// Policies are in the repository before the first endpoint is compiled, and
+// numbers keep their identities, so a packet that passed before passes now.
+
+// adoptSlots restores the table of slots and the numbers in them.
+func (l *loop) adoptSlots() error {
+	wanted := map[identity.Hash]bool{}
+	for _, s := range l.dp.Slots() {
+		wanted[s.Cold.IdentityHash] = true
+	}
+	known, err := l.store.loadIdentities(func(h identity.Hash) bool { return wanted[h] })
+	if err != nil {
+		return err
+	}
+	for _, r := range []string{"host", "remote-node"} {
+		id, _ := identity.Reserved(r)
+		known[id.Hash()] = id
+	}
+	for _, w := range l.stored {
+		known[w.identity.Hash()] = w.identity
+	}
+	for i, s := range l.dp.Slots() {
+		id, ok := known[s.Cold.IdentityHash]
+		if !ok || l.adoptSlot(i, s, id) != nil {
+			if err := l.dp.ZeroSlot(i, s.Stamp, datapath.AddrFrom(s.IP)); err != nil {
+				return err
+			}
+			l.log.Info("a binding of an earlier agent is not taken over", zap.Stringer("ip", datapath.AddrFrom(s.IP)))
+		}
+	}
+	return nil
+}
+
+// adoptSlot takes over one slot; on an error the caller zeroes it.
+func (l *loop) adoptSlot(slot uint32, s datapath.Slot, id identity.Identity) error {
+	if s.Lease == ipcache.LeaseClassic && l.cfg.Evidence != ModeClassic {
+		return fmt.Errorf("slot %d is of mode classic", slot)
+	}
+	n := identity.Numeric(s.Identity)
+	if err := l.ids.Restore(n, id); err != nil {
+		return err
+	}
+	b := identity.Binding{IP: datapath.AddrFrom(s.IP), Generation: identity.Generation(s.Generation), UID: s.Cold.UID, Identity: id, Owner: cString(s.Cold.Owner[:])}
+	if err := l.table.Restore(ipcache.Entry{Slot: slot, Stamp: s.Stamp, Lease: s.Lease, Binding: b, Hash: id.Hash(),
+		OwnerBoot: s.Cold.OwnerBoot, Evidence: identity.Evidence(s.Evidence)}); err != nil {
+		l.ids.Release(n)
+		return err
+	}
+	l.names.addIdentity(n, id)
+	l.numerics[s.Stamp], l.installedAt[s.Stamp] = n, lease.Time(s.Installed)
+	return nil
+}
+
+// adoptEndpoints takes over the endpoints that are registered and closes the
+// others. It comes before every other input of the owner machine.
+func (l *loop) adoptEndpoints() error {
+	pinned, err := l.dp.Endpoints()
+	if err != nil {
+		return err
+	}
+	for name, ep := range pinned {
+		w, ok := l.stored[ep.UID]
+		if ok && w.ifname == name && ep.State != uint32(abi.EPClosed) && sameIPs(w.ips, ep) {
+			if err := l.adoptEndpoint(w, ep); err == nil {
+				continue
+			} else {
+				l.log.Warn("an endpoint of an earlier agent is not taken over", zap.String("workload", w.fullName()), zap.Error(err))
+			}
+		}
+		ep.State = uint32(abi.EPClosed)
+		if err := l.dp.SetEndpoint(ep); err != nil {
+			return fmt.Errorf("shut the endpoint on %s that an earlier agent left: %w", name, err)
+		}
+		l.log.Warn("an endpoint of an earlier agent is shut: it is not registered", zap.String("device", name), zap.String("uid", identity.UID(ep.UID).String()))
+	}
+	for uid, w := range l.stored {
+		if l.endpoints[uid] == nil {
+			l.zeroBinding(w.ips, uid)
+			if err := l.store.deleteWorkload(uid); err != nil {
+				return err
+			}
+		}
+	}
+	l.stored = nil
+	return nil
+}
+
+func (l *loop) adoptEndpoint(w workload, ep abi.Endpoint) error {
+	e := &endpoint{workload: w, id: ep.ID, ifindex: ep.Ifindex, holdIndex: ep.HoldIndex, state: abi.EndpointState(ep.State),
+		generation: identity.Generation(ep.Generation), created: l.created[w.uid], activated: make(chan struct{})}
+	if !l.holdIndexes.reserve(e.holdIndex) {
+		return fmt.Errorf("its hold index %d is taken", e.holdIndex)
+	}
+	var err error
+	if e.numeric, err = l.acquire(e.identity); err == nil {
+		err = l.compile(e)
+	}
+	if err != nil {
+		l.holdIndexes.give(e.holdIndex)
+		return err
+	}
+	l.add(e)
+	add := lease.Add{UID: e.uid, IPs: e.ips, Identity: e.identity, Ports: e.ports}
+	if e.state != abi.EPActive {
+		l.pendingAdds = append(l.pendingAdds, add)
+		return l.dp.SetEndpoint(e.abi())
+	}
+	l.stepOwner(lease.Adopt{Add: add, Generation: e.generation})
+	if l.ownerHolds(e.uid, e.generation) && l.localStands(e) {
+		close(e.activated)
+	} else {
+		// Not a workload that the owner machine can vouch for: it waits as
+		// a new one does.
+		l.zeroBinding(e.ips, e.uid)
+		e.state, e.generation = abi.EPQuarantined, 0
+	}
+	if err := l.dp.SetEndpoint(e.abi()); err != nil {
+		return err
+	}
+	return l.dp.DeletePolicySet(ep.Policy)
+}
+
+// localStands reports whether every binding of the endpoint is installed, and
+// under the endpoint's number.
+func (l *loop) localStands(e *endpoint) bool {
+	return !slices.ContainsFunc(e.ips, func(ip netip.Addr) bool {
+		entry, ok := l.table.Get(ip)
+		return !ok || entry.Lease != ipcache.LeaseLocal || entry.Binding.UID != e.uid || entry.Binding.Generation != e.generation || l.numerics[entry.Stamp] != e.numeric
+	})
+}
+
+// ownerHolds reports whether the owner machine holds the workload as active.
+func (l *loop) ownerHolds(uid identity.UID, generation identity.Generation) bool {
+	return slices.ContainsFunc(l.owner.Workloads(), func(w lease.WorkloadInfo) bool {
+		return w.UID == uid && w.State == lease.WorkloadActive && w.Generation == generation
+	})
+}
+
+// zeroBinding ends the local bindings of a workload on these IPs.
+func (l *loop) zeroBinding(ips []netip.Addr, uid identity.UID) {
+	for _, ip := range ips {
+		if e, ok := l.table.Get(ip); ok && e.Binding.UID == uid {
+			l.zeroLocal(ip)
+		}
+	}
+}
+
+// sweepSlots ends the local bindings that no endpoint stands behind, once
+// every endpoint that can be adopted was.
+func (l *loop) sweepSlots() {
+	var gone []netip.Addr
+	for e := range l.table.All() {
+		if e.Lease == ipcache.LeaseLocal && l.byIP[e.Binding.IP] == nil && !slices.Contains(l.cfg.NodeIPs, e.Binding.IP) {
+			gone = append(gone, e.Binding.IP)
+		}
+	}
+	for _, ip := range gone {
+		l.zeroLocal(ip)
+	}
+}
+
+func sameIPs(ips []netip.Addr, ep abi.Endpoint) bool {
+	var have []netip.Addr
+	for _, a := range []abi.Addr{ep.IP4, ep.IP6} {
+		if ip := datapath.AddrFrom(a); ip.IsValid() {
+			have = append(have, ip)
+		}
+	}
+	return len(have) == len(ips) && !slices.ContainsFunc(ips, func(ip netip.Addr) bool { return !slices.Contains(have, ip) })
+}
+
+// cString returns the node name in a zero-terminated field.
+func cString(b []byte) identity.NodeName {
+	if i := slices.Index(b, 0); i >= 0 {
+		b = b[:i]
+	}
+	return identity.NodeName(b)
+}

@@ -1,0 +1,244 @@
+package agent
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"portcullis/agent/api"
+	"portcullis/identity"
+)
+
+// store keeps what the pinned maps do not: names, labels and policies. What
+// lives as long as the kernel's maps (workloads, identities of remote
+// bindings) lies beside the journal, on a tmpfs; policies lie in the state
+// directory, and outlive a boot.
+//
+// Files are written beside their place and renamed, so that a crash leaves the
+// old one or the new one. Owned by the loop.
+type store struct {
+	workloads  string // directory; a file per UID
+	identities string // file; a line per identity, appended
+	policies   string // directory; a file per policy
+	known      map[identity.Hash]bool
+	boot       identity.BootID
+}
+
+// workloadRecord is a registration as it is stored.
+type workloadRecord struct {
+	Boot      identity.BootID      `json:"boot"`
+	UID       identity.UID         `json:"uid"`
+	Namespace string               `json:"namespace"`
+	Name      string               `json:"name"`
+	Identity  identity.Identity    `json:"identity"`
+	IPs       []netip.Addr         `json:"ips"`
+	Ifname    string               `json:"ifname"`
+	MAC       string               `json:"mac,omitempty"`
+	Ports     []identity.NamedPort `json:"ports,omitempty"`
+	Created   time.Time            `json:"created"`
+}
+
+// policyRecord is an imported policy as it is stored.
+type policyRecord struct {
+	File     string    `json:"file"`
+	Imported time.Time `json:"imported"`
+	Source   string    `json:"source"`
+}
+
+func openStore(journalDir, stateDir string, boot identity.BootID) (*store, error) {
+	s := &store{workloads: filepath.Join(journalDir, "workloads"), identities: filepath.Join(journalDir, "identities"),
+		policies: filepath.Join(stateDir, "policies"), known: map[identity.Hash]bool{}, boot: boot}
+	for _, dir := range []string{s.workloads, s.policies} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fmt.Errorf("store: %w", err)
+		}
+	}
+	return s, nil
+}
+
+func (s *store) putWorkload(e *endpoint) error {
+	r := workloadRecord{Boot: s.boot, UID: e.uid, Namespace: e.namespace, Name: e.name, Identity: e.identity, IPs: e.ips,
+		Ifname: e.ifname, MAC: e.mac.String(), Ports: e.ports, Created: e.created}
+	return writeJSON(filepath.Join(s.workloads, e.uid.String()+".json"), r, false)
+}
+
+func (s *store) deleteWorkload(uid identity.UID) error {
+	return ignoreMissing(os.Remove(filepath.Join(s.workloads, uid.String()+".json")))
+}
+
+// loadWorkloads returns the registrations of this boot by UID. Those of
+// another boot, whose workloads are all gone, and what cannot be read are
+// removed: a workload without a record is shut, the safe side.
+func (s *store) loadWorkloads() (map[identity.UID]workload, map[identity.UID]time.Time, error) {
+	out, created := map[identity.UID]workload{}, map[identity.UID]time.Time{}
+	files, err := filepath.Glob(filepath.Join(s.workloads, "*.json"))
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, file := range files {
+		var r workloadRecord
+		if err := readJSON(file, &r); err != nil || r.Boot != s.boot {
+			if err := os.Remove(file); err != nil {
+				return nil, nil, fmt.Errorf("store: %w", err)
+			}
+			continue
+		}
+		w := workload{uid: r.UID, namespace: r.Namespace, name: r.Name, identity: r.Identity, ips: r.IPs, ifname: r.Ifname, ports: r.Ports}
+		if r.MAC != "" {
+			if w.mac, err = net.ParseMAC(r.MAC); err != nil {
+				continue
+			}
+		}
+		out[r.UID], created[r.UID] = w, r.Created
+	}
+	return out, created, nil
+}
+
+// putIdentity makes sure that the identity can be told from its hash, which is
+// all that the kernel's maps keep of a remote binding's.
+func (s *store) putIdentity(id identity.Identity) error {
+	h := id.Hash()
+	if s.known[h] {
+		return nil
+	}
+	line, err := json.Marshal(id)
+	if err != nil {
+		return err
+	}
+	f, err := os.OpenFile(s.identities, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	// A line of its own also after one that a crash cut off.
+	_, err = f.Write(append(append([]byte{'\n'}, line...), '\n'))
+	if err := errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	s.known[h] = true
+	return nil
+}
+
+// loadIdentities returns the identities by hash, and keeps only those that
+// keep wants.
+func (s *store) loadIdentities(keep func(identity.Hash) bool) (map[identity.Hash]identity.Identity, error) {
+	out := map[identity.Hash]identity.Identity{}
+	data, err := os.ReadFile(s.identities)
+	if err := ignoreMissing(err); err != nil {
+		return nil, fmt.Errorf("store: %w", err)
+	}
+	var kept strings.Builder
+	for _, line := range strings.Split(string(data), "\n") {
+		var id identity.Identity
+		if json.Unmarshal([]byte(line), &id) != nil || !keep(id.Hash()) || s.known[id.Hash()] {
+			continue
+		}
+		out[id.Hash()], s.known[id.Hash()] = id, true
+		kept.WriteString(line + "\n")
+	}
+	return out, writeFile(s.identities, []byte(kept.String()), false)
+}
+
+func (s *store) policyPath(ref string) string {
+	return filepath.Join(s.policies, strings.ReplaceAll(strings.ReplaceAll(ref, "%", "%25"), "/", "%2f")+".json")
+}
+
+func (s *store) putPolicy(ref string, r policyRecord) error {
+	return writeJSON(s.policyPath(ref), r, true)
+}
+
+func (s *store) deletePolicy(ref string) error { return ignoreMissing(os.Remove(s.policyPath(ref))) }
+
+// loadPolicies returns the stored policies, parsed anew. One that cannot be
+// read, or is refused now, is an error: leaving it out would open what it
+// shuts.
+func (s *store) loadPolicies() (policies []api.ParsedPolicy, imported []time.Time, err error) {
+	files, err := filepath.Glob(filepath.Join(s.policies, "*.json"))
+	if err != nil {
+		return nil, nil, err
+	}
+	var errs []error
+	for _, file := range files {
+		var r policyRecord
+		if err := readJSON(file, &r); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		parsed, problems := api.ParsePolicies([]*api.PolicyFile{{Name: r.File, Content: []byte(r.Source)}})
+		for _, p := range problems {
+			errs = append(errs, fmt.Errorf("%s: %s: %s", file, p.Field, p.Text))
+		}
+		for _, p := range parsed {
+			policies, imported = append(policies, p), append(imported, r.Imported)
+		}
+	}
+	if len(errs) > 0 {
+		return nil, nil, fmt.Errorf("stored policies cannot be used; without them workloads would be open, so mend or remove the files and import the policies again: %w", errors.Join(errs...))
+	}
+	return policies, imported, nil
+}
+
+func writeJSON(path string, v any, durable bool) error {
+	data, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	return writeFile(path, data, durable)
+}
+
+// writeFile replaces a file as a whole; durable: also if the machine fails
+// right after it.
+func writeFile(path string, data []byte, durable bool) (err error) {
+	f, err := os.OpenFile(path+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return fmt.Errorf("store: %w", err)
+	}
+	_, err = f.Write(data)
+	if durable {
+		err = errors.Join(err, f.Sync())
+	}
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = os.Rename(path+".new", path)
+	}
+	if err == nil && durable {
+		err = syncDir(filepath.Dir(path))
+	}
+	if err != nil {
+		return fmt.Errorf("store: %w", err)
+	}
+	return nil
+}
+
+func syncDir(dir string) error {
+	fd, err := unix.Open(dir, unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	return errors.Join(unix.Fsync(fd), unix.Close(fd))
+}
+
+func readJSON(path string, v any) error {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return fmt.Errorf("store: %w", err)
+	}
+	if err := json.Unmarshal(data, v); err != nil {
+		return fmt.Errorf("store: %s: %w", path, err)
+	}
+	return nil
+}
+
+func ignoreMissing(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
