@@ -353,6 +353,19 @@ func TestEpoch(t *testing.T) {
 			g.newPolicy(ep, port(peerAllow), client)
 			g.drop(g.from(g.pod, back), abi.ReasonGenerationChanged)
 		})
+		t.Run("echo, reply", func(t *testing.T) {
+			g := newGate(t)
+			ep := g.endpoint(g.pod, f, f.pod, enforceIn)
+			ask, answer := icmpEcho(f, f.peer, f.pod, f.echo, 7), icmpEcho(f, f.pod, f.peer, f.answer, 7)
+			echo := rule{identity: idAny, dir: ingress, proto: f.icmp, port: uint16(f.echo) << 8, flags: allow}
+			g.policy(ep.Policy, echo)
+			g.pass(g.to(g.pod, g.uplink, ask))
+			ep = g.newPolicy(ep, echo) // the question is judged again, not the answer
+			g.pass(g.from(g.pod, answer))
+			epoch(g, ep.Policy)
+			g.newPolicy(ep)
+			g.drop(g.from(g.pod, answer), abi.ReasonPolicyDenied)
+		})
 		t.Run("enforcement begins", func(t *testing.T) {
 			g := newGate(t)
 			ep := g.endpoint(g.pod, f, f.pod, 0)

@@ -188,7 +188,7 @@ func TestEgressPolicy(t *testing.T) {
 		g.drop(send(f.peer, 80), abi.ReasonPolicyDenied)
 		g.revoke(b)
 		g.drop(send(f.peer, 80), abi.ReasonUnbound)
-		b = g.bind(f.peer, idClient)
+		g.bind(f.peer, idClient)
 		g.lease(session, -time.Second)
 		g.drop(send(f.peer, 80), abi.ReasonStaleLease)
 		g.lease(session, time.Hour)
