@@ -34,9 +34,10 @@ const (
 	compactAbove  = 8192 // journal records
 )
 
-// Run is the agent: it returns when ctx ends (nil) or when something that it
-// cannot work without fails. Enforcement in the kernel goes on after it.
-func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
+// Run is the agent: it returns when ctx ends (nil), after it has handed over,
+// or when something that it cannot work without fails. Enforcement in the
+// kernel goes on after it.
+func Run(signalled context.Context, cfg Config, log *zap.Logger) error {
 	if err := cfg.Validate(); err != nil {
 		return err
 	}
@@ -44,13 +45,16 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 	if cfg.Evidence == ModeClassic {
 		log.Warn("mode classic: a new workload can pass as the dead one that had its IP")
 	}
-	l, err := newLoop(ctx, cfg, log)
+	l, err := newLoop(signalled, cfg, log)
 	if err != nil {
 		return err
 	}
 	defer l.close()
 
-	group, ctx := errgroup.WithContext(ctx)
+	// What runs goes on while the agent hands over.
+	inner, stop := context.WithCancel(context.WithoutCancel(signalled))
+	defer stop()
+	group, ctx := errgroup.WithContext(inner)
 	source, err := newSource(cfg, log)
 	if err != nil {
 		return err
@@ -96,6 +100,15 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 		l.stepVerifier(lease.VerifierTick{})
 	})
 	log.Info("agent started", zap.String("evidence", string(cfg.Evidence)), zap.Stringers("ranges", cfg.Ranges), zap.String("socket", cfg.APISocket))
+	group.Go(func() error {
+		select {
+		case <-signalled.Done():
+			l.handOver(ctx)
+			stop()
+		case <-ctx.Done():
+		}
+		return ctx.Err()
+	})
 	err = group.Wait()
 	if errors.Is(err, context.Canceled) {
 		log.Info("agent stopped; leases run out, then the gate is shut")

@@ -38,15 +38,22 @@ func ipTexts(ips []netip.Addr) (out []string) {
 }
 
 func (l *loop) listEndpoints(uid string) (out []*api.Endpoint) {
+	grants := l.grantMessages()
 	for _, e := range slices.SortedFunc(maps.Values(l.endpoints), func(a, b *endpoint) int { return int(a.id) - int(b.id) }) {
 		if uid != "" && uid != e.uid.String() {
 			continue
 		}
-		out = append(out, &api.Endpoint{Id: e.id, Workload: &api.Workload{Uid: e.uid.String(), Namespace: e.namespace, Name: e.name},
+		m := &api.Endpoint{Id: e.id, Workload: &api.Workload{Uid: e.uid.String(), Namespace: e.namespace, Name: e.name},
 			Identity: identityMessage(e.numeric, e.identity), Ips: ipTexts(e.ips), Mac: e.mac.String(), Ifname: e.ifname, Ifindex: e.ifindex,
 			Generation: uint64(e.generation), State: e.state.String(), Detail: l.endpointDetail(e),
 			IngressEnforced: e.policy.set.EnforceIngress, EgressEnforced: e.policy.set.EnforceEgress, PolicyEpoch: e.policy.id,
-			Ports: portMessages(e.ports), Created: timestamppb.New(e.created)})
+			Ports: portMessages(e.ports), Created: timestamppb.New(e.created)}
+		if e.state == abi.EPQuarantined {
+			for _, ip := range e.ips {
+				m.Grants = append(m.Grants, grants[ip]...)
+			}
+		}
+		out = append(out, m)
 	}
 	return out
 }
@@ -86,10 +93,7 @@ func (l *loop) listIdentities(reserved bool) (out []*api.Identity) {
 // listBindings returns what stands in the table, for the IPs in only or all.
 func (l *loop) listBindings(only map[netip.Addr]bool) (out []*api.Binding) {
 	now := l.now()
-	grants := map[netip.Addr][]*api.Grant{}
-	for _, g := range l.allGrants() {
-		grants[g.IP] = append(grants[g.IP], &api.Grant{Verifier: string(g.Verifier), Remaining: durationpb.New(max(0, g.Deadline.Sub(now))), Revoked: g.Revoked})
-	}
+	grants := l.grantMessages()
 	for e := range l.table.All() {
 		if e.Condemned || len(only) > 0 && !only[e.Binding.IP] {
 			continue
@@ -158,6 +162,16 @@ func (l *loop) liveGrants(uid identity.UID) uint32 {
 		}
 	}
 	return uint32(len(verifiers))
+}
+
+// grantMessages returns who holds a lease on which IP, whoever had the IP then.
+func (l *loop) grantMessages() map[netip.Addr][]*api.Grant {
+	now, out := l.now(), map[netip.Addr][]*api.Grant{}
+	for _, g := range l.allGrants() {
+		out[g.IP] = append(out[g.IP], &api.Grant{Verifier: string(g.Verifier), Remaining: durationpb.New(max(0, g.Deadline.Sub(now))),
+			Revoked: g.Revoked, Ip: g.IP.String(), Generation: uint64(g.Generation)})
+	}
+	return out
 }
 
 func (l *loop) allGrants() []lease.GrantInfo {

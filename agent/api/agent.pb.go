@@ -1348,6 +1348,7 @@ type Endpoint struct {
 	PolicyEpoch     uint32                 `protobuf:"varint,13,opt,name=policy_epoch,json=policyEpoch,proto3" json:"policy_epoch,omitempty"`
 	Ports           []*NamedPort           `protobuf:"bytes,14,rep,name=ports,proto3" json:"ports,omitempty"`
 	Created         *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=created,proto3" json:"created,omitempty"`
+	Grants          []*Grant               `protobuf:"bytes,16,rep,name=grants,proto3" json:"grants,omitempty"` // of a quarantined one: the leases on its IPs' last holders, which it waits for
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1483,6 +1484,13 @@ func (x *Endpoint) GetPorts() []*NamedPort {
 func (x *Endpoint) GetCreated() *timestamppb.Timestamp {
 	if x != nil {
 		return x.Created
+	}
+	return nil
+}
+
+func (x *Endpoint) GetGrants() []*Grant {
+	if x != nil {
+		return x.Grants
 	}
 	return nil
 }
@@ -1722,6 +1730,8 @@ type Grant struct {
 	Verifier      string                 `protobuf:"bytes,1,opt,name=verifier,proto3" json:"verifier,omitempty"`
 	Remaining     *durationpb.Duration   `protobuf:"bytes,2,opt,name=remaining,proto3" json:"remaining,omitempty"` // until it ends at the latest, by the owner's clock
 	Revoked       bool                   `protobuf:"varint,3,opt,name=revoked,proto3" json:"revoked,omitempty"`    // told, not yet acknowledged
+	Ip            string                 `protobuf:"bytes,4,opt,name=ip,proto3" json:"ip,omitempty"`
+	Generation    uint64                 `protobuf:"varint,5,opt,name=generation,proto3" json:"generation,omitempty"` // of the binding that it is on
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1775,6 +1785,20 @@ func (x *Grant) GetRevoked() bool {
 		return x.Revoked
 	}
 	return false
+}
+
+func (x *Grant) GetIp() string {
+	if x != nil {
+		return x.Ip
+	}
+	return ""
+}
+
+func (x *Grant) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
 }
 
 type ListSessionsRequest struct {
@@ -3436,7 +3460,7 @@ const file_agent_proto_rawDesc = "" +
 	"\x14ListEndpointsRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\"T\n" +
 	"\x15ListEndpointsResponse\x12;\n" +
-	"\tendpoints\x18\x01 \x03(\v2\x1d.portcullis.agent.v1.EndpointR\tendpoints\"\x97\x04\n" +
+	"\tendpoints\x18\x01 \x03(\v2\x1d.portcullis.agent.v1.EndpointR\tendpoints\"\xcb\x04\n" +
 	"\bEndpoint\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\rR\x02id\x129\n" +
 	"\bworkload\x18\x02 \x01(\v2\x1d.portcullis.agent.v1.WorkloadR\bworkload\x129\n" +
@@ -3455,7 +3479,8 @@ const file_agent_proto_rawDesc = "" +
 	"\x0fegress_enforced\x18\f \x01(\bR\x0eegressEnforced\x12!\n" +
 	"\fpolicy_epoch\x18\r \x01(\rR\vpolicyEpoch\x124\n" +
 	"\x05ports\x18\x0e \x03(\v2\x1e.portcullis.agent.v1.NamedPortR\x05ports\x124\n" +
-	"\acreated\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\acreated\"'\n" +
+	"\acreated\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x122\n" +
+	"\x06grants\x18\x10 \x03(\v2\x1a.portcullis.agent.v1.GrantR\x06grants\"'\n" +
 	"\x13ListBindingsRequest\x12\x10\n" +
 	"\x03ips\x18\x01 \x03(\tR\x03ips\"P\n" +
 	"\x14ListBindingsResponse\x128\n" +
@@ -3476,11 +3501,15 @@ const file_agent_proto_rawDesc = "" +
 	" \x01(\tR\x05state\x12\x14\n" +
 	"\x05local\x18\v \x01(\bR\x05local\x12\x14\n" +
 	"\x05stamp\x18\f \x01(\x04R\x05stamp\x122\n" +
-	"\x06grants\x18\r \x03(\v2\x1a.portcullis.agent.v1.GrantR\x06grants\"v\n" +
+	"\x06grants\x18\r \x03(\v2\x1a.portcullis.agent.v1.GrantR\x06grants\"\xa6\x01\n" +
 	"\x05Grant\x12\x1a\n" +
 	"\bverifier\x18\x01 \x01(\tR\bverifier\x127\n" +
 	"\tremaining\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\tremaining\x12\x18\n" +
-	"\arevoked\x18\x03 \x01(\bR\arevoked\"\x15\n" +
+	"\arevoked\x18\x03 \x01(\bR\arevoked\x12\x0e\n" +
+	"\x02ip\x18\x04 \x01(\tR\x02ip\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x05 \x01(\x04R\n" +
+	"generation\"\x15\n" +
 	"\x13ListSessionsRequest\"P\n" +
 	"\x14ListSessionsResponse\x128\n" +
 	"\bsessions\x18\x01 \x03(\v2\x1c.portcullis.agent.v1.SessionR\bsessions\"\xa7\x03\n" +
@@ -3704,66 +3733,67 @@ var file_agent_proto_depIdxs = []int32{
 	13, // 19: portcullis.agent.v1.Endpoint.identity:type_name -> portcullis.agent.v1.Identity
 	8,  // 20: portcullis.agent.v1.Endpoint.ports:type_name -> portcullis.agent.v1.NamedPort
 	47, // 21: portcullis.agent.v1.Endpoint.created:type_name -> google.protobuf.Timestamp
-	21, // 22: portcullis.agent.v1.ListBindingsResponse.bindings:type_name -> portcullis.agent.v1.Binding
-	12, // 23: portcullis.agent.v1.Binding.workload:type_name -> portcullis.agent.v1.Workload
-	13, // 24: portcullis.agent.v1.Binding.identity:type_name -> portcullis.agent.v1.Identity
-	48, // 25: portcullis.agent.v1.Binding.remaining:type_name -> google.protobuf.Duration
-	48, // 26: portcullis.agent.v1.Binding.age:type_name -> google.protobuf.Duration
-	22, // 27: portcullis.agent.v1.Binding.grants:type_name -> portcullis.agent.v1.Grant
-	48, // 28: portcullis.agent.v1.Grant.remaining:type_name -> google.protobuf.Duration
-	25, // 29: portcullis.agent.v1.ListSessionsResponse.sessions:type_name -> portcullis.agent.v1.Session
-	47, // 30: portcullis.agent.v1.Session.certificate_expiry:type_name -> google.protobuf.Timestamp
-	47, // 31: portcullis.agent.v1.Session.last_renewal:type_name -> google.protobuf.Timestamp
-	48, // 32: portcullis.agent.v1.Session.remaining:type_name -> google.protobuf.Duration
-	47, // 33: portcullis.agent.v1.Session.since:type_name -> google.protobuf.Timestamp
-	29, // 34: portcullis.agent.v1.ImportPoliciesRequest.files:type_name -> portcullis.agent.v1.PolicyFile
-	33, // 35: portcullis.agent.v1.ImportPoliciesResponse.imported:type_name -> portcullis.agent.v1.ImportedPolicy
-	30, // 36: portcullis.agent.v1.ImportPoliciesResponse.problems:type_name -> portcullis.agent.v1.PolicyProblem
-	28, // 37: portcullis.agent.v1.ImportedPolicy.ref:type_name -> portcullis.agent.v1.PolicyRef
-	36, // 38: portcullis.agent.v1.ListPoliciesResponse.policies:type_name -> portcullis.agent.v1.Policy
-	28, // 39: portcullis.agent.v1.Policy.ref:type_name -> portcullis.agent.v1.PolicyRef
-	47, // 40: portcullis.agent.v1.Policy.imported:type_name -> google.protobuf.Timestamp
-	28, // 41: portcullis.agent.v1.GetPolicyRequest.ref:type_name -> portcullis.agent.v1.PolicyRef
-	36, // 42: portcullis.agent.v1.GetPolicyResponse.policy:type_name -> portcullis.agent.v1.Policy
-	28, // 43: portcullis.agent.v1.DeletePoliciesRequest.refs:type_name -> portcullis.agent.v1.PolicyRef
-	28, // 44: portcullis.agent.v1.DeletePoliciesResponse.deleted:type_name -> portcullis.agent.v1.PolicyRef
-	44, // 45: portcullis.agent.v1.MonitorResponse.flow:type_name -> portcullis.agent.v1.FlowEvent
-	43, // 46: portcullis.agent.v1.MonitorResponse.lost:type_name -> portcullis.agent.v1.LostEvents
-	47, // 47: portcullis.agent.v1.FlowEvent.time:type_name -> google.protobuf.Timestamp
-	45, // 48: portcullis.agent.v1.FlowEvent.source:type_name -> portcullis.agent.v1.FlowEnd
-	45, // 49: portcullis.agent.v1.FlowEvent.destination:type_name -> portcullis.agent.v1.FlowEnd
-	48, // 50: portcullis.agent.v1.FlowEvent.binding_age:type_name -> google.protobuf.Duration
-	0,  // 51: portcullis.agent.v1.Agent.Status:input_type -> portcullis.agent.v1.StatusRequest
-	7,  // 52: portcullis.agent.v1.Agent.RegisterWorkload:input_type -> portcullis.agent.v1.RegisterWorkloadRequest
-	10, // 53: portcullis.agent.v1.Agent.DeregisterWorkload:input_type -> portcullis.agent.v1.DeregisterWorkloadRequest
-	16, // 54: portcullis.agent.v1.Agent.ListEndpoints:input_type -> portcullis.agent.v1.ListEndpointsRequest
-	14, // 55: portcullis.agent.v1.Agent.ListIdentities:input_type -> portcullis.agent.v1.ListIdentitiesRequest
-	19, // 56: portcullis.agent.v1.Agent.ListBindings:input_type -> portcullis.agent.v1.ListBindingsRequest
-	23, // 57: portcullis.agent.v1.Agent.ListSessions:input_type -> portcullis.agent.v1.ListSessionsRequest
-	26, // 58: portcullis.agent.v1.Agent.ResetSession:input_type -> portcullis.agent.v1.ResetSessionRequest
-	31, // 59: portcullis.agent.v1.Agent.ImportPolicies:input_type -> portcullis.agent.v1.ImportPoliciesRequest
-	34, // 60: portcullis.agent.v1.Agent.ListPolicies:input_type -> portcullis.agent.v1.ListPoliciesRequest
-	37, // 61: portcullis.agent.v1.Agent.GetPolicy:input_type -> portcullis.agent.v1.GetPolicyRequest
-	39, // 62: portcullis.agent.v1.Agent.DeletePolicies:input_type -> portcullis.agent.v1.DeletePoliciesRequest
-	41, // 63: portcullis.agent.v1.Agent.Monitor:input_type -> portcullis.agent.v1.MonitorRequest
-	1,  // 64: portcullis.agent.v1.Agent.Status:output_type -> portcullis.agent.v1.StatusResponse
-	9,  // 65: portcullis.agent.v1.Agent.RegisterWorkload:output_type -> portcullis.agent.v1.RegisterWorkloadResponse
-	11, // 66: portcullis.agent.v1.Agent.DeregisterWorkload:output_type -> portcullis.agent.v1.DeregisterWorkloadResponse
-	17, // 67: portcullis.agent.v1.Agent.ListEndpoints:output_type -> portcullis.agent.v1.ListEndpointsResponse
-	15, // 68: portcullis.agent.v1.Agent.ListIdentities:output_type -> portcullis.agent.v1.ListIdentitiesResponse
-	20, // 69: portcullis.agent.v1.Agent.ListBindings:output_type -> portcullis.agent.v1.ListBindingsResponse
-	24, // 70: portcullis.agent.v1.Agent.ListSessions:output_type -> portcullis.agent.v1.ListSessionsResponse
-	27, // 71: portcullis.agent.v1.Agent.ResetSession:output_type -> portcullis.agent.v1.ResetSessionResponse
-	32, // 72: portcullis.agent.v1.Agent.ImportPolicies:output_type -> portcullis.agent.v1.ImportPoliciesResponse
-	35, // 73: portcullis.agent.v1.Agent.ListPolicies:output_type -> portcullis.agent.v1.ListPoliciesResponse
-	38, // 74: portcullis.agent.v1.Agent.GetPolicy:output_type -> portcullis.agent.v1.GetPolicyResponse
-	40, // 75: portcullis.agent.v1.Agent.DeletePolicies:output_type -> portcullis.agent.v1.DeletePoliciesResponse
-	42, // 76: portcullis.agent.v1.Agent.Monitor:output_type -> portcullis.agent.v1.MonitorResponse
-	64, // [64:77] is the sub-list for method output_type
-	51, // [51:64] is the sub-list for method input_type
-	51, // [51:51] is the sub-list for extension type_name
-	51, // [51:51] is the sub-list for extension extendee
-	0,  // [0:51] is the sub-list for field type_name
+	22, // 22: portcullis.agent.v1.Endpoint.grants:type_name -> portcullis.agent.v1.Grant
+	21, // 23: portcullis.agent.v1.ListBindingsResponse.bindings:type_name -> portcullis.agent.v1.Binding
+	12, // 24: portcullis.agent.v1.Binding.workload:type_name -> portcullis.agent.v1.Workload
+	13, // 25: portcullis.agent.v1.Binding.identity:type_name -> portcullis.agent.v1.Identity
+	48, // 26: portcullis.agent.v1.Binding.remaining:type_name -> google.protobuf.Duration
+	48, // 27: portcullis.agent.v1.Binding.age:type_name -> google.protobuf.Duration
+	22, // 28: portcullis.agent.v1.Binding.grants:type_name -> portcullis.agent.v1.Grant
+	48, // 29: portcullis.agent.v1.Grant.remaining:type_name -> google.protobuf.Duration
+	25, // 30: portcullis.agent.v1.ListSessionsResponse.sessions:type_name -> portcullis.agent.v1.Session
+	47, // 31: portcullis.agent.v1.Session.certificate_expiry:type_name -> google.protobuf.Timestamp
+	47, // 32: portcullis.agent.v1.Session.last_renewal:type_name -> google.protobuf.Timestamp
+	48, // 33: portcullis.agent.v1.Session.remaining:type_name -> google.protobuf.Duration
+	47, // 34: portcullis.agent.v1.Session.since:type_name -> google.protobuf.Timestamp
+	29, // 35: portcullis.agent.v1.ImportPoliciesRequest.files:type_name -> portcullis.agent.v1.PolicyFile
+	33, // 36: portcullis.agent.v1.ImportPoliciesResponse.imported:type_name -> portcullis.agent.v1.ImportedPolicy
+	30, // 37: portcullis.agent.v1.ImportPoliciesResponse.problems:type_name -> portcullis.agent.v1.PolicyProblem
+	28, // 38: portcullis.agent.v1.ImportedPolicy.ref:type_name -> portcullis.agent.v1.PolicyRef
+	36, // 39: portcullis.agent.v1.ListPoliciesResponse.policies:type_name -> portcullis.agent.v1.Policy
+	28, // 40: portcullis.agent.v1.Policy.ref:type_name -> portcullis.agent.v1.PolicyRef
+	47, // 41: portcullis.agent.v1.Policy.imported:type_name -> google.protobuf.Timestamp
+	28, // 42: portcullis.agent.v1.GetPolicyRequest.ref:type_name -> portcullis.agent.v1.PolicyRef
+	36, // 43: portcullis.agent.v1.GetPolicyResponse.policy:type_name -> portcullis.agent.v1.Policy
+	28, // 44: portcullis.agent.v1.DeletePoliciesRequest.refs:type_name -> portcullis.agent.v1.PolicyRef
+	28, // 45: portcullis.agent.v1.DeletePoliciesResponse.deleted:type_name -> portcullis.agent.v1.PolicyRef
+	44, // 46: portcullis.agent.v1.MonitorResponse.flow:type_name -> portcullis.agent.v1.FlowEvent
+	43, // 47: portcullis.agent.v1.MonitorResponse.lost:type_name -> portcullis.agent.v1.LostEvents
+	47, // 48: portcullis.agent.v1.FlowEvent.time:type_name -> google.protobuf.Timestamp
+	45, // 49: portcullis.agent.v1.FlowEvent.source:type_name -> portcullis.agent.v1.FlowEnd
+	45, // 50: portcullis.agent.v1.FlowEvent.destination:type_name -> portcullis.agent.v1.FlowEnd
+	48, // 51: portcullis.agent.v1.FlowEvent.binding_age:type_name -> google.protobuf.Duration
+	0,  // 52: portcullis.agent.v1.Agent.Status:input_type -> portcullis.agent.v1.StatusRequest
+	7,  // 53: portcullis.agent.v1.Agent.RegisterWorkload:input_type -> portcullis.agent.v1.RegisterWorkloadRequest
+	10, // 54: portcullis.agent.v1.Agent.DeregisterWorkload:input_type -> portcullis.agent.v1.DeregisterWorkloadRequest
+	16, // 55: portcullis.agent.v1.Agent.ListEndpoints:input_type -> portcullis.agent.v1.ListEndpointsRequest
+	14, // 56: portcullis.agent.v1.Agent.ListIdentities:input_type -> portcullis.agent.v1.ListIdentitiesRequest
+	19, // 57: portcullis.agent.v1.Agent.ListBindings:input_type -> portcullis.agent.v1.ListBindingsRequest
+	23, // 58: portcullis.agent.v1.Agent.ListSessions:input_type -> portcullis.agent.v1.ListSessionsRequest
+	26, // 59: portcullis.agent.v1.Agent.ResetSession:input_type -> portcullis.agent.v1.ResetSessionRequest
+	31, // 60: portcullis.agent.v1.Agent.ImportPolicies:input_type -> portcullis.agent.v1.ImportPoliciesRequest
+	34, // 61: portcullis.agent.v1.Agent.ListPolicies:input_type -> portcullis.agent.v1.ListPoliciesRequest
+	37, // 62: portcullis.agent.v1.Agent.GetPolicy:input_type -> portcullis.agent.v1.GetPolicyRequest
+	39, // 63: portcullis.agent.v1.Agent.DeletePolicies:input_type -> portcullis.agent.v1.DeletePoliciesRequest
+	41, // 64: portcullis.agent.v1.Agent.Monitor:input_type -> portcullis.agent.v1.MonitorRequest
+	1,  // 65: portcullis.agent.v1.Agent.Status:output_type -> portcullis.agent.v1.StatusResponse
+	9,  // 66: portcullis.agent.v1.Agent.RegisterWorkload:output_type -> portcullis.agent.v1.RegisterWorkloadResponse
+	11, // 67: portcullis.agent.v1.Agent.DeregisterWorkload:output_type -> portcullis.agent.v1.DeregisterWorkloadResponse
+	17, // 68: portcullis.agent.v1.Agent.ListEndpoints:output_type -> portcullis.agent.v1.ListEndpointsResponse
+	15, // 69: portcullis.agent.v1.Agent.ListIdentities:output_type -> portcullis.agent.v1.ListIdentitiesResponse
+	20, // 70: portcullis.agent.v1.Agent.ListBindings:output_type -> portcullis.agent.v1.ListBindingsResponse
+	24, // 71: portcullis.agent.v1.Agent.ListSessions:output_type -> portcullis.agent.v1.ListSessionsResponse
+	27, // 72: portcullis.agent.v1.Agent.ResetSession:output_type -> portcullis.agent.v1.ResetSessionResponse
+	32, // 73: portcullis.agent.v1.Agent.ImportPolicies:output_type -> portcullis.agent.v1.ImportPoliciesResponse
+	35, // 74: portcullis.agent.v1.Agent.ListPolicies:output_type -> portcullis.agent.v1.ListPoliciesResponse
+	38, // 75: portcullis.agent.v1.Agent.GetPolicy:output_type -> portcullis.agent.v1.GetPolicyResponse
+	40, // 76: portcullis.agent.v1.Agent.DeletePolicies:output_type -> portcullis.agent.v1.DeletePoliciesResponse
+	42, // 77: portcullis.agent.v1.Agent.Monitor:output_type -> portcullis.agent.v1.MonitorResponse
+	65, // [65:78] is the sub-list for method output_type
+	52, // [52:65] is the sub-list for method input_type
+	52, // [52:52] is the sub-list for extension type_name
+	52, // [52:52] is the sub-list for extension extendee
+	0,  // [0:52] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }
