@@ -76,6 +76,9 @@ func Run(ctx context.Context, o Options) (r Report, err error) {
 		if o.Keep {
 			s.say("\nThe labs are left: `portcullis lab status --lab %s`, `portcullis lab down --lab %s`, and the same for %s.", labName("lease"), labName("lease"), labName("classic"))
 		} else {
+			if ctx.Err() != nil {
+				err = errors.New("interrupted; the labs are removed")
+			}
 			err = errors.Join(err, down(context.WithoutCancel(ctx), labs))
 		}
 		r = s.report
