@@ -39,8 +39,9 @@ type Datapath struct {
 	quota array[abi.HoldQuota]
 	state array[abi.State]
 
-	sets   map[uint32]map[abi.PolicyKey]abi.Policy // what the map `policy` holds
-	doomed []doomedSet                             // to be removed, oldest first
+	emptied map[uint32]int64                        // slot -> CLOCK_BOOTTIME when it was emptied; until it is filled again
+	sets    map[uint32]map[abi.PolicyKey]abi.Policy // what the map `policy` holds
+	doomed  []doomedSet                             // to be removed, oldest first
 
 	drops     [abi.DirMax][abi.ReasonMax]atomic.Uint64 // decided in user space
 	sweepMu   sync.Mutex
@@ -63,7 +64,7 @@ func Open(cfg Config) (*Datapath, error) {
 	if err := prepareBPFFS(cfg.PinDir, cfg.Log); err != nil {
 		return nil, err
 	}
-	d := &Datapath{cfg: cfg, pins: pinDir(filepath.Clean(cfg.PinDir))}
+	d := &Datapath{cfg: cfg, pins: pinDir(filepath.Clean(cfg.PinDir)), emptied: map[uint32]int64{}}
 	if err := d.open(); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}

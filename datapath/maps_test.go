@@ -78,6 +78,7 @@ func TestSlotsAreStoredInPlace(t *testing.T) {
 	}
 
 	for name, err := range map[string]error{
+		"resting":     d.InstallSlot(9, want, cold),
 		"slot 0":      d.InstallSlot(0, want, cold),
 		"slot 65":     d.InstallSlot(65, want, cold),
 		"stamp 0":     d.InstallSlot(1, abi.Slot{IP: want.IP}, cold),

@@ -33,6 +33,9 @@ type Slot struct {
 	Cold abi.SlotCold
 }
 
+// slotRest is how long an emptied slot stays empty.
+const slotRest = time.Second
+
 // words is a slot as it is stored: each word in one piece.
 type words [unsafe.Sizeof(abi.Slot{}) / 8]uint64
 
@@ -42,10 +45,17 @@ type words [unsafe.Sizeof(abi.Slot{}) / 8]uint64
 // the IP had before stays, which is another stamp.
 //
 // The lease must have its deadline, and policy must know the identity, before.
-// A slot that was emptied is not to be filled again for a second: see pc_slot.
+// A slot that this process emptied is not filled again for a second (see
+// pc_slot): ErrMapFull, for it happens only when nearly every slot is in use.
 func (d *Datapath) InstallSlot(slot uint32, s abi.Slot, c abi.SlotCold) error {
 	if slot == 0 || slot >= d.slots.n || s.Stamp == 0 || s.IP == (abi.Addr{}) || s.Lease >= d.lease.n {
 		return fmt.Errorf("install slot %d: stamp %d, lease %d: out of range", slot, s.Stamp, s.Lease)
+	}
+	if at, ok := d.emptied[slot]; ok {
+		if d.Now()-at < int64(slotRest) {
+			return fmt.Errorf("install slot %d: it was emptied less than %v ago: %w", slot, slotRest, ErrMapFull)
+		}
+		delete(d.emptied, slot)
 	}
 	p, w := (*words)(unsafe.Pointer(d.slots.at(slot))), (*words)(unsafe.Pointer(&s))
 	atomic.StoreUint64(&p[0], 0)
@@ -58,6 +68,7 @@ func (d *Datapath) InstallSlot(slot uint32, s abi.Slot, c abi.SlotCold) error {
 	b := abi.Binding{Stamp: s.Stamp, Slot: slot}
 	if err := d.coll.Maps["bindings"].Put(&s.IP, &b); err != nil {
 		atomic.StoreUint64(&p[0], 0)
+		d.emptied[slot] = d.Now()
 		return mapError("install a binding of "+AddrFrom(s.IP).String(), "bindings", err)
 	}
 	if d.outsideRanges(s.IP) {
@@ -78,7 +89,9 @@ func (d *Datapath) ZeroSlot(slot uint32, stamp uint64, ip netip.Addr) error {
 	if slot == 0 || slot >= d.slots.n || stamp == 0 {
 		return fmt.Errorf("zero slot %d: stamp %d: out of range", slot, stamp)
 	}
-	atomic.CompareAndSwapUint64(&d.slots.at(slot).Stamp, stamp, 0)
+	if atomic.CompareAndSwapUint64(&d.slots.at(slot).Stamp, stamp, 0) {
+		d.emptied[slot] = d.Now()
+	}
 	key := Addr(ip)
 	var b abi.Binding
 	m := d.coll.Maps["bindings"]
