@@ -32,23 +32,28 @@ inline_always int port_or_addr_less(const struct pc_packet *p)
 
 inline_always void flow_of(const struct pc_packet *p, struct pc_flow *f)
 {
+	__u16 a_port, b_port;
 	__u64 last;
 
 	f->src_is_b = port_or_addr_less(p);
 	if (f->src_is_b) {
 		f->key.a = p->dst;
 		f->key.b = p->src;
-		f->key.a_port = p->dport;
-		f->key.b_port = p->sport;
+		a_port = p->dport;
+		b_port = p->sport;
 	} else {
 		f->key.a = p->src;
 		f->key.b = p->dst;
-		f->key.a_port = p->sport;
-		f->key.b_port = p->dport;
+		a_port = p->sport;
+		b_port = p->dport;
 	}
-	f->key.proto = p->proto;
-	f->key.pad[0] = f->key.pad[1] = f->key.pad[2] = 0;
-	last = (__u64)f->key.a_port << 32 | (__u64)f->key.b_port << 16 | p->proto;
+	/* Ports, protocol and padding in one store: the lookup reads them by
+	 * words, and waits for narrower stores to arrive in the cache. */
+	last = (__u64)p->proto << 32 | (__u64)b_port << 16 | a_port;
+	_Static_assert(__builtin_offsetof(struct pc_ct_key, a_port) == 32, "a_port");
+	_Static_assert(__builtin_offsetof(struct pc_ct_key, b_port) == 34, "b_port");
+	_Static_assert(__builtin_offsetof(struct pc_ct_key, proto) == 36, "proto");
+	*(volatile __u64 *)((void *)&f->key + 32) = last;
 	f->sum = f->key.a.d[0] * 0x9e3779b97f4a7c15ULL + f->key.a.d[1] * 0xc2b2ae3d27d4eb4fULL +
 		 f->key.b.d[0] * 0x165667b19e3779f9ULL + f->key.b.d[1] * 0xd6e8feb86659fd93ULL +
 		 last * 0xa0761d6478bd642fULL;

@@ -78,6 +78,14 @@ inline_always void addr_from4(struct pc_addr *a, __be32 ip)
 	a->d[1] = (__u64)bpf_htonl(0xffff) | (__u64)ip << 32;
 }
 
+/* By words: in a packet an address lies at a multiple of 4 at best, and a copy
+ * that is not told so goes byte by byte. */
+inline_always void addr_from6(struct pc_addr *a, const __be32 *ip)
+{
+	a->d[0] = (__u64)ip[1] << 32 | ip[0];
+	a->d[1] = (__u64)ip[3] << 32 | ip[2];
+}
+
 inline_always int addr_is4(const struct pc_addr *a)
 {
 	return a->d[0] == 0 && (__u32)a->d[1] == bpf_htonl(0xffff);
@@ -229,8 +237,8 @@ inline_always int parse_ip6(struct __sk_buff *skb, __u32 off, int inner, struct 
 	p->is6 = 1;
 	p->proto = h->next;
 	hops = h->hop_limit;
-	__builtin_memcpy(&p->src, h->src, sizeof(p->src));
-	__builtin_memcpy(&p->dst, h->dst, sizeof(p->dst));
+	addr_from6(&p->src, h->src);
+	addr_from6(&p->dst, h->dst);
 	/* ::ffff:a.b.c.d on the wire would be taken for the IPv4 address. */
 	if (addr_is4(&p->src) || addr_is4(&p->dst))
 		return PC_REASON_MALFORMED;

@@ -43,9 +43,9 @@ struct wire_ip6 {
 	__be16 payload_len;
 	__u8 next;
 	__u8 hop_limit;
-	__u64 src[2];
-	__u64 dst[2];
-} __attribute__((packed));
+	__be32 src[4];
+	__be32 dst[4];
+};
 
 struct wire_ports { /* how TCP and UDP begin */
 	__be16 src;
