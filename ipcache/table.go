@@ -326,5 +326,12 @@ func (t *Table) Cap() int { return int(t.cfg.Slots) - FirstSlot }
 // NextStamp returns the stamp that the next Install will use.
 func (t *Table) NextStamp() uint64 { return t.next }
 
-// Holds tells whether the owner has any entry.
-func (t *Table) Holds(owner identity.NodeName) bool { return len(t.byOwner[owner]) > 0 }
+// Holds tells whether the owner has any binding here that is not condemned.
+func (t *Table) Holds(owner identity.NodeName) bool {
+	for _, e := range t.byOwner[owner] {
+		if !e.Condemned {
+			return true
+		}
+	}
+	return false
+}

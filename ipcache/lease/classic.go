@@ -314,7 +314,10 @@ func (v *ClassicVerifier) announced(p *classicPeer, b identity.Binding) {
 	}
 	if e, ok := v.table.Get(b.IP); ok {
 		if e.Lease != ipcache.LeaseClassic || e.Binding.Generation == b.Generation && e.Binding.UID == b.UID {
-			v.table.SetBinding(e.Slot, b)
+			if e.Lease == ipcache.LeaseClassic && e.Binding.Identity.Equal(identity.Identity{}) && e.Hash == b.Identity.Hash() {
+				v.table.SetBinding(e.Slot, b)
+				v.emit(Learned{Slot: e.Slot, Stamp: e.Stamp, Binding: b})
+			}
 			return
 		}
 		v.zero(e)

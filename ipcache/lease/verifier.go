@@ -437,19 +437,16 @@ func (v *Verifier) remember(ip netip.Addr, r Refusal, d time.Duration) {
 // Reason implements VerifierMachine.
 func (v *Verifier) Reason(ip netip.Addr) (Unanswered, Refusal) {
 	w := v.waits[ip]
-	if w == nil {
-		if n, ok := v.negative[ip]; ok && v.now < n.until {
-			return AnsweredRefused, n.reason
-		}
-		return UnansweredTimeout, 0
-	}
 	switch {
-	case w.peer.state != PeerOpen:
+	case w != nil && w.peer.state != PeerOpen:
 		return UnansweredNoSession, 0
-	case w.full:
+	case w != nil && w.full:
 		return UnansweredMapFull, 0
-	case w.refused != 0:
+	case w != nil && w.refused != 0:
 		return AnsweredRefused, w.refused
+	}
+	if n, ok := v.negative[ip]; ok && v.now < n.until {
+		return AnsweredRefused, n.reason
 	}
 	return UnansweredTimeout, 0
 }
@@ -535,8 +532,11 @@ func (v *Verifier) tickOpen(p *peer, wanted bool) {
 	}
 }
 
-// holds tells whether any slot of this owner is in use.
-func (v *Verifier) holds(p *peer) bool { return v.table.Holds(p.name) }
+// holds tells whether any slot of this owner is in use, or could not be zeroed:
+// then the owner is to be told by a Hello.
+func (v *Verifier) holds(p *peer) bool {
+	return v.table.Holds(p.name) || v.nextRetry != 0 && len(v.table.OfOwner(p.name)) > 0
+}
 
 // scan gives back what nobody uses.
 func (v *Verifier) scan() {

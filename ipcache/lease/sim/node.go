@@ -281,7 +281,7 @@ func (a *agent) doOwner(out lease.OwnerOutput) {
 			w.journalFaults--
 			w.log("  %s: the journal fails", a.n.name)
 			a.pending = nil
-			a.stepOwner(lease.JournalFailed{Record: out.Record})
+			a.stepOwner(lease.JournalFailed(out))
 			return
 		}
 		a.n.journal = append(a.n.journal, out.Record)

@@ -30,9 +30,7 @@ func run(seed uint64, o Options, h hooks, trace bool, cover map[Pair]int) Result
 	for w.events < o.Events && w.violation == nil {
 		w.event()
 		for w.events == o.Events/2 && w.faults == 0 {
-			if n := pick(w.rng, w.nodes...); n.agent == nil || w.fault(n) {
-				w.faults = max(w.faults, 1) // every schedule has one
-			}
+			w.fault(pick(w.rng, w.nodes...)) // every schedule has one; all agents run
 		}
 	}
 	r := Result{Seed: seed, Events: w.events, Faults: w.faults}

@@ -1,0 +1,80 @@
+package lease_test
+
+import (
+	"testing"
+	"time"
+
+	"portcullis/identity"
+	"portcullis/ipcache"
+	"portcullis/ipcache/lease"
+)
+
+// Mode classic: what was announced is believed until somebody says otherwise.
+func TestClassic(t *testing.T) {
+	o, err := lease.NewClassicOwner(newOwner(t, nil).cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	table, err := ipcache.New(ipcache.Config{Slots: 8, Leases: 8, NextStamp: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := lease.VerifierConfig{Node: "v", Speaks: func(identity.NodeName, addr) bool { return true }}
+	v, err := lease.NewClassicVerifier(cfg, table, []identity.NodeName{"o"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := lease.Time(time.Hour)
+	stream := lease.StreamID(0)
+	carry := func(outs []lease.OwnerOutput) (all []lease.VerifierOutput) {
+		for _, s := range only[lease.SendToVerifier](outs) {
+			if s.Stream == stream {
+				all = append(all, v.Step(now, lease.FromOwner{Stream: stream, Message: s.Message})...)
+			}
+		}
+		return all
+	}
+	connect := func() []lease.VerifierOutput {
+		stream++
+		v.Step(now, lease.StreamOpened{Owner: "o", Stream: stream})
+		return carry(o.Step(now, lease.StreamAccepted{Stream: stream, Verifier: "v"}))
+	}
+	add := func(uid identity.UID, id identity.Identity) []lease.OwnerOutput {
+		return o.Step(now, lease.Add{UID: uid, IPs: addrs(ip1), Identity: id})
+	}
+
+	one[lease.OpenStream](t, v.Step(now, lease.VerifierTick{})) // without being wanted
+	one[lease.Activate](t, add(w0, y1))                         // at once
+	i := one[lease.Install](t, connect())
+	if i.Lease != ipcache.LeaseClassic || i.Evidence != identity.EvidenceWatch {
+		t.Fatalf("%+v", i)
+	}
+	if a := one[lease.Answer](t, v.Step(now, lease.Want{IP: ip1, Owner: "o"})); !a.Live || a.NotBefore != 0 {
+		t.Fatalf("%+v", a)
+	}
+	one[lease.Zero](t, carry(o.Step(now, lease.Delete{UID: w0})))
+	none[lease.Answer](t, v.Step(now, lease.Want{IP: ip1, Owner: "o", Arrival: now}))
+	one[lease.Activate](t, add(w0, y1)) // no quarantine
+	out := carry(o.Step(now, lease.Delete{UID: w1}))
+	none[lease.Zero](t, out)
+
+	// Cut off, it goes on believing in w0 for ever: the bug.
+	v.Step(now, lease.OwnerGone{Owner: "o", Stream: stream})
+	o.Step(now, lease.VerifierGone{Stream: stream})
+	one[lease.OpenStream](t, v.Step(now.Add(time.Second), lease.VerifierTick{}))
+	o.Step(now, lease.Delete{UID: w0})
+	one[lease.Activate](t, add(w1, y2))
+	now = now.Add(24 * time.Hour)
+	out = v.Step(now, lease.VerifierTick{})
+	none[lease.Zero](t, out)
+
+	// Connected again, it is told.
+	out = connect()
+	ordered(t, out, isA[lease.Install])
+	if e, ok := table.Get(ip1); !ok || e.Binding.UID != w1 {
+		t.Fatalf("%+v", e)
+	}
+	if s := v.Sessions(); len(s) != 1 || s[0].State != lease.PeerOpen || s[0].Bindings != 1 {
+		t.Fatalf("%+v", s)
+	}
+}
