@@ -5,13 +5,18 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strings"
+	"unicode"
 
 	"portcullis/agent/api"
 	"portcullis/identity"
+	"portcullis/ipcache/session"
 )
 
-// maxIfname is IFNAMSIZ - 1 (linux/if.h).
-const maxIfname = 15
+const (
+	maxIfname = 15  // IFNAMSIZ - 1 (linux/if.h)
+	maxName   = 253 // of a workload, as in Kubernetes
+)
 
 // parseRegistration turns a request into a workload, or names everything that
 // is wrong with it.
@@ -22,9 +27,14 @@ func parseRegistration(r *api.RegisterWorkloadRequest, trustDomain string) (work
 	var err error
 	if w.uid, err = identity.ParseUID(r.Uid); err != nil {
 		bad("uid: %v", err)
+	} else if w.uid == (identity.UID{}) {
+		bad("uid: all zero is nobody's")
 	}
 	if r.Namespace == "" || r.Name == "" {
 		bad("namespace and name: both are needed")
+	}
+	if len(r.Name) > maxName || !printable(r.Name) {
+		bad("name %.64q: want at most %d bytes of printable characters", r.Name, maxName)
 	}
 	if r.HostIfname == "" || len(r.HostIfname) > maxIfname {
 		bad("host_ifname %q: want the name of the veth's host side, at most %d characters", r.HostIfname, maxIfname)
@@ -56,7 +66,29 @@ func parseRegistration(r *api.RegisterWorkloadRequest, trustDomain string) (work
 		}
 		w.ports = append(w.ports, identity.NamedPort{Name: p.Name, Port: uint16(p.Port), Protocol: p.Protocol})
 	}
+	if len(errs) == 0 {
+		errs = append(errs, sendable(&w)...)
+	}
 	return w, errors.Join(errs...)
+}
+
+// sendable tells what other agents would refuse about the workload's bindings.
+// A binding that has no form on the wire ends the session in which it is
+// confirmed, and with it every lease on it: so it is not taken up at all.
+func sendable(w *workload) (errs []error) {
+	for _, ip := range w.ips {
+		// The generation is given later, and is never 0.
+		b := identity.Binding{IP: ip, Generation: 1, UID: w.uid, Identity: w.identity, Ports: w.ports}
+		if err := session.CheckBinding(b); err != nil {
+			errs = append(errs, fmt.Errorf("the binding of %s could not be told to other agents: %w", ip, err))
+		}
+	}
+	return errs
+}
+
+// printable keeps out what could write into somebody's terminal or log.
+func printable(s string) bool {
+	return !strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) })
 }
 
 // parseIPs accepts at most one address of each family, in canonical form.
