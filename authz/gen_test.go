@@ -17,6 +17,7 @@ var (
 	genValues     = []string{"a", "b"}
 	genPorts      = []uint16{0, 1, 79, 80, 81, 443, 5000, 8191, 8192, 65534, 65535}
 	genProtos     = []uint8{ProtoTCP, ProtoUDP, ProtoICMP, ProtoICMPv6, ProtoSCTP}
+	genNames      = []string{"http", "dns"}
 )
 
 const genTrustDomain = "test"
@@ -40,25 +41,37 @@ func genIdentity(r *rand.Rand) identity.Identity {
 func genSelector(r *rand.Rand) Selector {
 	s := Selector{}
 	for range r.IntN(3) {
-		switch r.IntN(5) {
+		q := pick(r, []Requirement{
+			InNamespace(pick(r, genNamespaces)), HasServiceAccount(pick(r, genAccounts)),
+			NamespaceHasLabel("team", pick(r, genValues)), NamespaceHasLabel(nameLabel, pick(r, genNamespaces)),
+			Label(pick(r, genKeys), pick(r, genValues)), Label(pick(r, genKeys), pick(r, genValues)),
+		})
+		switch r.IntN(6) {
 		case 0:
-			s = append(s, InNamespace(pick(r, genNamespaces)))
+			q.Operator = NotIn
 		case 1:
-			s = append(s, HasServiceAccount(pick(r, genAccounts)))
+			q.Operator, q.Values = Exists, nil
 		case 2:
-			s = append(s, NamespaceHasLabel("team", pick(r, genValues)))
+			q.Operator, q.Values = DoesNotExist, nil
 		case 3:
-			s = append(s, NamespaceHasLabel(nameLabel, pick(r, genNamespaces)))
-		default:
-			s = append(s, Label(pick(r, genKeys), pick(r, genValues)))
+			q.Values = append(q.Values, pick(r, genValues))
 		}
+		s = append(s, q)
 	}
 	return s
 }
 
+// genNamed returns the named ports of one workload.
+func genNamed(r *rand.Rand) (out []identity.NamedPort) {
+	for range r.IntN(3) {
+		out = append(out, identity.NamedPort{Name: pick(r, genNames), Port: max(1, pick(r, genPorts)), Protocol: pick(r, []string{"TCP", "UDP", "SCTP"})})
+	}
+	return out
+}
+
 func genRule(r *rand.Rand, i int) Rule {
 	rule := Rule{Action: Allow, Path: fmt.Sprintf("rule[%d]", i), Direction: abi.DirIngress}
-	if r.IntN(4) == 0 {
+	if r.IntN(2) == 0 {
 		rule.Direction = abi.DirEgress
 	}
 	if r.IntN(4) == 0 {
@@ -72,11 +85,13 @@ func genRule(r *rand.Rand, i int) Rule {
 	if rule.AnyPort = r.IntN(5) == 0; !rule.AnyPort {
 		for range r.IntN(4) {
 			a, b := pick(r, genPorts), pick(r, genPorts)
-			switch p := pick(r, genProtos); r.IntN(4) {
+			switch p := pick(r, genProtos); r.IntN(5) {
 			case 0:
 				rule.Ports = append(rule.Ports, AllPorts(p))
 			case 1:
-				rule.Ports = append(rule.Ports, PortRange{p, min(a, b), max(a, b)})
+				rule.Ports = append(rule.Ports, PortRange{Proto: p, First: min(a, b), Last: max(a, b)})
+			case 2:
+				rule.Ports = append(rule.Ports, PortNamed(pick(r, []uint8{ProtoTCP, ProtoUDP, ProtoSCTP}), pick(r, genNames)))
 			default:
 				rule.Ports = append(rule.Ports, Port(p, a))
 			}
@@ -101,22 +116,39 @@ func genPolicy(r *rand.Rand, i int) *Policy {
 type world struct {
 	*Repository
 	alloc *identity.Allocator
+	// named ports of the workloads behind each identity, one list for each
+	named map[identity.Numeric][][]identity.NamedPort
 }
 
 func genWorld(r *rand.Rand) world {
-	w := world{NewRepository(Options{TrustDomain: genTrustDomain}), identity.NewAllocator()}
+	opts := Options{TrustDomain: genTrustDomain, EnforceIn: map[string]Enforcement{}}
+	if r.IntN(4) == 0 {
+		opts.Enforce = Enforcement(r.IntN(4))
+	}
+	if r.IntN(4) == 0 {
+		opts.EnforceIn[pick(r, genNamespaces)] = Enforcement(r.IntN(4))
+	}
+	w := world{NewRepository(opts), identity.NewAllocator(), map[identity.Numeric][][]identity.NamedPort{}}
 	for i := range 1 + r.IntN(5) {
 		if err := w.Put(genPolicy(r, i)); err != nil {
 			panic(err)
 		}
 	}
 	for _, ns := range genNamespaces {
-		if r.IntN(2) == 0 {
+		switch r.IntN(4) {
+		case 0: // nobody speaks of it
+		case 1:
+			w.SetNamespaceLabels(ns, map[string]string{})
+		default:
 			w.SetNamespaceLabels(ns, map[string]string{"team": pick(r, genValues)})
 		}
 	}
-	for range 6 {
-		w.alloc.Acquire(genIdentity(r))
+	for i := range 8 {
+		id := genIdentity(r)
+		n, _ := w.alloc.Acquire(id)
+		ports := genNamed(r)
+		w.AddPorts(uint64(i+1), id, ports)
+		w.named[n] = append(w.named[n], ports)
 	}
 	return w
 }

@@ -3,6 +3,7 @@ package authz
 import (
 	"maps"
 	"math/rand/v2"
+	"slices"
 	"testing"
 
 	"portcullis/bpf/abi"
@@ -15,12 +16,17 @@ type oracle struct {
 	trustDomain string
 	policies    []*Policy
 	labels      map[string]map[string]string
+	mode        Enforcement // of the subject
+	own         []identity.NamedPort
 }
 
-func (o oracle) chosen(s Selector, id identity.Identity) bool {
+// chosen returns whether the selector chooses the workload, and whether it
+// would if what is not known were otherwise.
+func (o oracle) chosen(s Selector, id identity.Identity) (surely, maybe bool) {
 	if id.Reserved != "" {
-		return false
+		return false, false
 	}
+	surely, maybe = true, true
 	for _, r := range s {
 		got, there := "", true
 		switch r.Attribute {
@@ -31,64 +37,111 @@ func (o oracle) chosen(s Selector, id identity.Identity) bool {
 		case PodLabel:
 			got, there = id.Labels[r.Key]
 		case NamespaceLabel:
+			labels, known := o.labels[id.Namespace]
 			if r.Key == "kubernetes.io/metadata.name" {
 				got = id.Namespace
+			} else if !known {
+				surely = false
+				continue
 			} else {
-				got, there = o.labels[id.Namespace][r.Key]
+				got, there = labels[r.Key]
 			}
 		}
-		if !there || got != r.Values[0] {
-			return false
+		listed := false
+		for _, v := range r.Values {
+			listed = listed || v == got
+		}
+		ok := false
+		switch r.Operator {
+		case In:
+			ok = there && listed
+		case NotIn:
+			ok = !(there && listed)
+		case Exists:
+			ok = there
+		case DoesNotExist:
+			ok = !there
+		}
+		if !ok {
+			return false, false
 		}
 	}
-	return true
+	return surely, maybe
 }
 
-func (o oracle) covers(r Rule, dir abi.Direction, proto uint8, port uint16) bool {
+// covers returns whether the rule speaks of the port when the called side has
+// these named ports; possibly: whether it would with some others.
+func (o oracle) covers(r Rule, dir abi.Direction, proto uint8, port uint16, called []identity.NamedPort) (now, possibly bool) {
 	if r.Direction != dir {
-		return false
+		return false, false
+	}
+	if r.AnyPort {
+		return true, true
 	}
 	for _, p := range r.Ports {
-		if p.Proto == proto && p.First <= port && port <= p.Last {
-			return true
+		switch {
+		case p.Proto != proto:
+		case p.Name == "":
+			if p.First <= port && port <= p.Last {
+				return true, true
+			}
+		default:
+			possibly = true
+			for _, c := range called {
+				if c.Name == p.Name && c.Port == port && map[string]uint8{"TCP": 6, "UDP": 17, "SCTP": 132}[c.Protocol] == proto {
+					now = true
+				}
+			}
 		}
 	}
-	return r.AnyPort
+	return now, possibly
 }
 
 // judge returns the verdict for a peer, and whether some other peer, real or
 // not, could get the opposite one.
-func (o oracle) judge(subject identity.Identity, dir abi.Direction, peer identity.Identity, proto uint8, port uint16) (pass, depends bool) {
-	var enforced, denies bool
+func (o oracle) judge(subject identity.Identity, dir abi.Direction, peer identity.Identity, named []identity.NamedPort, proto uint8, port uint16) (pass, depends bool) {
+	if o.mode == EnforceNever {
+		return true, false
+	}
+	called := named
+	if dir == abi.DirIngress {
+		called = o.own
+	}
+	enforced, denies := o.mode == EnforceAlways, false
 	// What holds for this peer, for the luckiest and for the unluckiest.
 	var this, best, worst struct{ allow, deny bool }
 	for _, p := range o.policies {
-		if !o.chosen(p.Subject, subject) {
+		surely, maybe := o.chosen(p.Subject, subject)
+		if !maybe {
 			continue
 		}
 		if dir == abi.DirIngress && p.DenyIngress || dir == abi.DirEgress && p.DenyEgress {
 			enforced = true
 		}
 		for _, r := range p.Rules {
-			if r.Direction == dir && r.Action == Deny {
-				denies = true
-			}
-			if !o.covers(r, dir, proto, port) {
+			if r.Direction != dir || r.Action == Allow && !surely {
 				continue
+			}
+			denies = denies || r.Action == Deny
+			now, possibly := o.covers(r, dir, proto, port, called)
+			if dir == abi.DirIngress {
+				possibly = now // the subject's own ports are what they are
 			}
 			named := false
 			for _, s := range r.Peers {
-				named = named || peer.TrustDomain == o.trustDomain && o.chosen(s, peer)
+				surely, maybe := o.chosen(s, peer)
+				named = named || peer.TrustDomain == o.trustDomain && (surely || r.Action == Deny && maybe)
 			}
-			hit := r.AnyPeer || named
-			some := r.AnyPeer || len(r.Peers) > 0
+			hit := now && (r.AnyPeer || named)
+			some := possibly && (r.AnyPeer || len(r.Peers) > 0)
+			all := r.AnyPeer && now && (dir == abi.DirIngress || byNumber(r, proto, port))
 			if r.Action == Allow {
 				this.allow = this.allow || hit
 				best.allow = best.allow || some
-				worst.allow = worst.allow || r.AnyPeer
+				worst.allow = worst.allow || all
 			} else {
 				this.deny = this.deny || hit
-				best.deny = best.deny || r.AnyPeer
+				best.deny = best.deny || all
 				worst.deny = worst.deny || some
 			}
 		}
@@ -101,23 +154,44 @@ func (o oracle) judge(subject identity.Identity, dir abi.Direction, peer identit
 	return verdict(this.allow, this.deny), verdict(best.allow, best.deny) != verdict(worst.allow, worst.deny)
 }
 
+// byNumber reports whether the rule speaks of the port whatever names there are.
+func byNumber(r Rule, proto uint8, port uint16) bool {
+	for _, p := range r.Ports {
+		if p.Name == "" && p.Proto == proto && p.First <= port && port <= p.Last {
+			return true
+		}
+	}
+	return r.AnyPort
+}
+
 // The compiled entries, read as the kernel reads them, say what the rules say.
 func TestEntriesSayWhatTheRulesSay(t *testing.T) {
 	const seed, worlds = 7, 1500
 	r := rand.New(rand.NewPCG(seed, 0))
-	var cases, passes, needs, enforced int
+	var cases, passes, needs, enforced, byName int
 	for range worlds {
 		w := genWorld(r)
-		o := oracle{trustDomain: genTrustDomain, policies: w.List(), labels: w.namespaces}
-		subject := genIdentity(r)
-		set := w.Compile(subject, w.peers())
+		subject, own := genIdentity(r), genNamed(r)
+		o := oracle{trustDomain: genTrustDomain, policies: w.List(), labels: w.namespaces, own: own, mode: w.opts.Enforce}
+		if e, ok := w.opts.EnforceIn[subject.Namespace]; ok {
+			o.mode = e
+		}
+		set := w.Compile(subject, w.peers(), own...)
+		if set.Audit != (o.mode == EnforceAudit) {
+			t.Fatalf("%s: audit %v", o.mode, set.Audit)
+		}
 		for n, id := range w.peers() {
+			named := slices.Concat(w.named[n]...)
 			for range 12 {
 				dir, proto, port := abi.Direction(r.IntN(2)), pick(r, genProtos), pick(r, genPorts)
 				if r.IntN(4) == 0 {
 					port = uint16(r.IntN(1 << 16))
 				}
-				pass, depends := o.judge(subject, dir, id, proto, port)
+				if len(named) > 0 && r.IntN(3) == 0 {
+					p := pick(r, named)
+					port, proto = p.Port, portProtocols[p.Protocol]
+				}
+				pass, depends := o.judge(subject, dir, id, named, proto, port)
 				d := set.Judge(dir, n, proto, port)
 				if (d.Verdict == abi.VerdictPass) != pass || d.NeedsEvidence != depends {
 					t.Fatalf("subject %s, %s, peer %s, %d/%d: entries say %+v, rules say pass %v, depends on the peer %v",
@@ -133,11 +207,15 @@ func TestEntriesSayWhatTheRulesSay(t *testing.T) {
 				passes += b2i(pass)
 				needs += b2i(depends)
 				enforced += b2i(set.Enforce(dir))
+				if dir == abi.DirEgress && pass {
+					without, _ := o.judge(subject, dir, id, nil, proto, port)
+					byName += b2i(!without)
+				}
 			}
 		}
 	}
-	t.Logf("%d cases: %d under policy, %d passed, %d needed evidence", cases, enforced, passes, needs)
-	if cases < 50000 || passes < cases/10 || cases-passes < cases/10 || needs < cases/10 {
+	t.Logf("%d cases: %d under policy, %d passed, %d needed evidence, %d passed by a peer's named port", cases, enforced, passes, needs, byName)
+	if cases < 50000 || byName < 100 || passes < cases/10 || cases-passes < cases/10 || needs < cases/10 {
 		t.Error("the generator is lopsided")
 	}
 }
@@ -175,8 +253,11 @@ func TestAddPeerIsCompile(t *testing.T) {
 		s := w.Compile(subject, func(func(identity.Numeric, identity.Identity) bool) {})
 		before := maps.Clone(s.Entries)
 		for n, id := range w.peers() {
-			if got, want := s.AddPeer(n, id), w.CompilePeer(subject, n, id); !maps.Equal(got, want) {
-				t.Fatalf("AddPeer(%d, %s) = %v, CompilePeer %v", n, id, got, want)
+			got := s.AddPeer(n, id)
+			for k, v := range full.Entries {
+				if k.Identity == uint32(n) && got[k] != v {
+					t.Fatalf("AddPeer(%d, %s) = %v, want %+v: %+v", n, id, got, k, v)
+				}
 			}
 		}
 		if !s.Equal(full) {

@@ -3,7 +3,6 @@ package authz
 import (
 	"cmp"
 	"fmt"
-	"slices"
 
 	"portcullis/bpf/abi"
 	"portcullis/identity"
@@ -80,97 +79,37 @@ const (
 )
 
 // PortRange is a protocol and an inclusive range of the called side's ports
-// (for ICMP: type << 8 | code).
+// (for ICMP: type << 8 | code), or the name that ports of the called
+// workload's containers bear.
 type PortRange struct {
 	Proto       uint8
 	First, Last uint16
+	Name        string // if there is one, First and Last are 0
 }
 
 // Port returns the range of one port.
-func Port(proto uint8, port uint16) PortRange { return PortRange{proto, port, port} }
+func Port(proto uint8, port uint16) PortRange {
+	return PortRange{Proto: proto, First: port, Last: port}
+}
 
 // AllPorts returns the range of every port of a protocol.
-func AllPorts(proto uint8) PortRange { return PortRange{proto, 0, 0xffff} }
+func AllPorts(proto uint8) PortRange { return PortRange{Proto: proto, Last: 0xffff} }
 
-// Selector selects workloads: those that meet every requirement. An empty
-// selector selects every workload. No selector selects a reserved identity.
-type Selector []Requirement
+// PortNamed returns the ports of a protocol that bear a name.
+func PortNamed(proto uint8, name string) PortRange { return PortRange{Proto: proto, Name: name} }
 
-// Requirement asks that an attribute of a workload is related to Values.
-type Requirement struct {
-	Attribute Attribute
-	Key       string // of a label; else empty
-	Operator  Operator
-	Values    []string
-}
-
-// Attribute is a property of a workload that a selector can look at.
-type Attribute uint8
-
-// The attributes.
-const (
-	PodLabel       Attribute = iota + 1
-	NamespaceLabel           // joined from Repository.SetNamespaceLabels
-	Namespace                // the name
-	ServiceAccount
-)
-
-// Operator is the relation that a requirement asks for.
-type Operator uint8
-
-// The operators.
-const (
-	In Operator = iota + 1 // the attribute is there and is one of Values
-)
-
-// Label returns the requirement that a pod label has a value.
-func Label(key, value string) Requirement {
-	return Requirement{Attribute: PodLabel, Key: key, Operator: In, Values: []string{value}}
-}
-
-// NamespaceHasLabel returns the requirement that a label of the workload's
-// namespace has a value.
-func NamespaceHasLabel(key, value string) Requirement {
-	return Requirement{Attribute: NamespaceLabel, Key: key, Operator: In, Values: []string{value}}
-}
-
-// InNamespace returns the requirement that the workload is in a namespace.
-func InNamespace(name string) Requirement {
-	return Requirement{Attribute: Namespace, Operator: In, Values: []string{name}}
-}
-
-// HasServiceAccount returns the requirement that the workload runs under a
-// service account.
-func HasServiceAccount(name string) Requirement {
-	return Requirement{Attribute: ServiceAccount, Operator: In, Values: []string{name}}
-}
-
-// namespaces gives the value of a namespace's label.
-type namespaces func(name, key string) (string, bool)
-
-// selects reports whether the selector selects the identity.
-func (s Selector) selects(id identity.Identity, ns namespaces) bool {
-	if id.Reserved != "" {
-		return false
+// resolve returns the ports that a name stands for at a workload.
+func (p PortRange) resolve(named []identity.NamedPort) (out []PortRange) {
+	for _, n := range named {
+		if n.Name == p.Name && portProtocols[n.Protocol] == p.Proto {
+			out = append(out, Port(p.Proto, n.Port))
+		}
 	}
-	return !slices.ContainsFunc(s, func(r Requirement) bool { return !r.met(id, ns) })
+	return out
 }
 
-func (r Requirement) met(id identity.Identity, ns namespaces) bool {
-	var value string
-	ok := true
-	switch r.Attribute {
-	case PodLabel:
-		value, ok = id.Labels[r.Key]
-	case NamespaceLabel:
-		value, ok = ns(id.Namespace, r.Key)
-	case Namespace:
-		value = id.Namespace
-	case ServiceAccount:
-		value = id.ServiceAccount
-	}
-	return ok && r.Operator == In && slices.Contains(r.Values, value)
-}
+// portProtocols are the protocols of container ports.
+var portProtocols = map[string]uint8{"TCP": ProtoTCP, "UDP": ProtoUDP, "SCTP": ProtoSCTP}
 
 // Validate reports what the compiler could not obey. A policy that it passes
 // means what it says; parsers make no other.
@@ -200,19 +139,13 @@ func (r Rule) validate() error {
 		if p.First > p.Last {
 			return fmt.Errorf("port range %d-%d ends before it begins", p.First, p.Last)
 		}
+		if p.Name != "" && (p.Last != 0 || p.Proto != ProtoTCP && p.Proto != ProtoUDP && p.Proto != ProtoSCTP) {
+			return fmt.Errorf("port %q has a number too, or is of a protocol (%d) without ports", p.Name, p.Proto)
+		}
 	}
 	for _, s := range r.Peers {
 		if err := s.validate(); err != nil {
 			return err
-		}
-	}
-	return nil
-}
-
-func (s Selector) validate() error {
-	for _, r := range s {
-		if r.Attribute < PodLabel || r.Attribute > ServiceAccount || r.Operator != In {
-			return fmt.Errorf("unknown attribute %d or operator %d", r.Attribute, r.Operator)
 		}
 	}
 	return nil

@@ -19,9 +19,12 @@ type RuleRef struct {
 
 // Set is the policy of one subject, ready for the kernel. It belongs to the
 // loop that owns its Repository. It goes on meaning what the repository meant
-// when it was compiled, whatever is put there later.
+// when it was compiled, whatever policies and namespaces are put there later;
+// of peers' named ports it looks at what the repository knows now.
 type Set struct {
 	EnforceIngress, EnforceEgress bool
+	// Audit: what the set says is recorded, and the packet passes all the same.
+	Audit bool
 	// Entries of the policy map, with 0 in the place of the set's number.
 	// Never nil. The flags of shorter prefixes are folded into longer ones.
 	Entries map[abi.PolicyKey]abi.Policy
@@ -30,15 +33,33 @@ type Set struct {
 
 	rules []numbered // those behind Rules[1:]
 	match func(*Rule, identity.Identity) bool
+	ports func(identity.Identity) []identity.NamedPort
 }
 
+// numbered is a rule in a set, with its ports apart: those whose numbers are
+// known for this subject, and those that depend on the peer.
 type numbered struct {
 	*Rule
 	number uint32
+	ports  []PortRange
+	names  []PortRange
 }
 
-func (s *Set) addRule(ref RuleRef, r *Rule) {
-	s.rules = append(s.rules, numbered{r, uint32(len(s.Rules))})
+// addRule numbers a rule. The called side of ingress is the subject: names
+// become the numbers of its own ports.
+func (s *Set) addRule(ref RuleRef, r *Rule, own []identity.NamedPort) {
+	n := numbered{Rule: r, number: uint32(len(s.Rules))}
+	for _, p := range r.Ports {
+		switch {
+		case p.Name == "":
+			n.ports = append(n.ports, p)
+		case r.Direction == abi.DirIngress:
+			n.ports = append(n.ports, p.resolve(own)...)
+		default:
+			n.names = append(n.names, p)
+		}
+	}
+	s.rules = append(s.rules, n)
 	s.Rules = append(s.Rules, ref)
 }
 
@@ -51,9 +72,10 @@ func (s Set) Enforce(dir abi.Direction) bool {
 }
 
 // Equal reports whether the kernel, and who reads its records, would see no
-// difference between two sets.
+// difference between two sets. They may still differ in what AddPeer will
+// say: keep the one that was compiled last.
 func (s Set) Equal(o Set) bool {
-	return s.EnforceIngress == o.EnforceIngress && s.EnforceEgress == o.EnforceEgress &&
+	return s.EnforceIngress == o.EnforceIngress && s.EnforceEgress == o.EnforceEgress && s.Audit == o.Audit &&
 		maps.Equal(s.Entries, o.Entries) && slices.Equal(s.Rules, o.Rules)
 }
 
@@ -78,9 +100,20 @@ func (s *Set) AddPeer(n identity.Numeric, id identity.Identity) map[abi.PolicyKe
 		return nil // the wildcard is nobody's number
 	}
 	t := trie{}
+	var named []identity.NamedPort
 	for _, r := range s.rules {
-		if !r.AnyPeer && s.match(r.Rule, id) {
-			t.add(r, uint32(n), flag(r.Action, abi.PolicyAllow, abi.PolicyDeny))
+		if len(r.names) > 0 && named == nil {
+			named = s.ports(id)
+		}
+		picked := !r.AnyPeer && s.match(r.Rule, id)
+		f := flag(r.Action, abi.PolicyAllow, abi.PolicyDeny)
+		if picked {
+			t.add(r, uint32(n), f, r.AnyPort, r.ports)
+		}
+		if picked || r.AnyPeer {
+			for _, p := range r.names {
+				t.add(r, uint32(n), f, false, p.resolve(named))
+			}
 		}
 	}
 	out := t.fold()
@@ -106,15 +139,22 @@ func (s *Set) RemovePeer(n identity.Numeric) []abi.PolicyKey {
 
 // compileAny returns the entries that speak of every peer. A rule that names
 // peers counts here too, whether somebody it names exists or not: where it
-// applies, the peer must be known.
+// applies, the peer must be known. So does a rule that names ports: any number
+// may turn out to be a peer's port of that name.
 func (s *Set) compileAny() map[abi.PolicyKey]abi.Policy {
 	t := trie{}
 	for _, r := range s.rules {
+		some := flag(r.Action, abi.PolicyPeerAllow, abi.PolicyPeerDeny)
 		switch {
 		case r.AnyPeer:
-			t.add(r, uint32(abi.IDAny), flag(r.Action, abi.PolicyAllow, abi.PolicyDeny))
+			t.add(r, uint32(abi.IDAny), flag(r.Action, abi.PolicyAllow, abi.PolicyDeny), r.AnyPort, r.ports)
 		case len(r.Peers) > 0:
-			t.add(r, uint32(abi.IDAny), flag(r.Action, abi.PolicyPeerAllow, abi.PolicyPeerDeny))
+			t.add(r, uint32(abi.IDAny), some, r.AnyPort, r.ports)
+		default:
+			continue
+		}
+		for _, p := range r.names {
+			t.add(r, uint32(abi.IDAny), some, false, []PortRange{AllPorts(p.Proto)})
 		}
 	}
 	return t.fold()
@@ -152,8 +192,9 @@ func first(a, b uint32) uint32 {
 	return a
 }
 
-// add enters a flag under each prefix that the rule's ports come to.
-func (t trie) add(r numbered, id uint32, flags uint8) {
+// add enters a rule's flag under each prefix that the ports come to, or for
+// every port and protocol.
+func (t trie) add(r numbered, id uint32, flags uint8, anyPort bool, ports []PortRange) {
 	c := cell{flags: flags}
 	switch {
 	case flags&uint8(abi.PolicyAllow) != 0:
@@ -162,11 +203,11 @@ func (t trie) add(r numbered, id uint32, flags uint8) {
 		c.deny = r.number
 	}
 	key := abi.PolicyKey{Identity: id, Direction: uint8(r.Direction), Prefixlen: uint32(abi.PolicyPrefixAny)}
-	if r.AnyPort {
+	if anyPort {
 		t[key] = t[key].merge(c)
 		return
 	}
-	for _, p := range r.Ports {
+	for _, p := range ports {
 		key.Proto = p.Proto
 		for port, n := range prefixes(p.First, p.Last) {
 			k := key
