@@ -9,6 +9,7 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 
@@ -38,13 +39,7 @@ run out, and the gate falls shut.`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			set := newSettings(cmd.Flags(), cmd.LocalNonPersistentFlags())
-			errs := []error{set.load(env.Getenv)}
-			// --socket names the agent's socket for every other command.
-			if socket := cmd.Flags().Lookup("socket"); !cmd.Flags().Changed("api-socket") || socket.Changed && set.inFile["api-socket"] {
-				set.override("api-socket", env.socket, socket.Changed)
-			}
-			errs = append(errs, raw.into(&cfg, set))
-			if err := errors.Join(errs...); err != nil {
+			if err := loadAgent(env, set, &raw, &cfg); err != nil {
 				return usageError{err}
 			}
 			if *printConfig {
@@ -60,7 +55,22 @@ run out, and the gate falls shut.`,
 			return agent.Run(ctx, cfg, log)
 		},
 	}
-	f := cmd.Flags()
+	printConfig = addAgentFlags(cmd.Flags(), &raw, &cfg)
+	return cmd
+}
+
+// loadAgent fills the configuration from flags, environment and file.
+func loadAgent(env *Env, set *settings, raw *agentFlags, cfg *agent.Config) error {
+	errs := []error{set.load(env.Getenv)}
+	// --socket names the agent's socket for every other command.
+	if socket := set.flags.Lookup("socket"); !set.flags.Changed("api-socket") || socket.Changed && set.inFile["api-socket"] {
+		set.override("api-socket", env.socket, socket.Changed)
+	}
+	return errors.Join(append(errs, raw.into(cfg, set))...)
+}
+
+// addAgentFlags adds every setting of the agent.
+func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (printConfig *bool) {
 	f.SortFlags = false
 	f.String("config", defaultConfigFile, "file of settings for what neither flags nor environment set; empty: none")
 	printConfig = f.Bool("print-config", false, "print the settings in force as such a file, with where each comes from, and exit")
@@ -91,7 +101,7 @@ run out, and the gate falls shut.`,
 	f.IntVar(&cfg.Conntrack, "conntrack", cfg.Conntrack, "size of the map of connections")
 	f.DurationVar(&cfg.IdleBinding, "idle-binding", cfg.IdleBinding, "give a binding back when it was not used for this long")
 	f.StringVar(&raw.level, "log-level", raw.level, "debug, info, warn or error")
-	return cmd
+	return printConfig
 }
 
 // agentFlags are the flags that need parsing.

@@ -1,12 +1,12 @@
 package main
 
 import (
-	"context"
 	"encoding/json"
 	"io"
-	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -19,8 +19,6 @@ import (
 
 	"portcullis/agent/api"
 	"portcullis/bpf/abi"
-	"portcullis/identity"
-	"portcullis/observe/flow"
 )
 
 // Every listing, in every form.
@@ -29,7 +27,10 @@ func TestListings(t *testing.T) {
 	for name, args := range map[string]string{
 		"status":            "status",
 		"endpoint-list":     "endpoint list",
+		"endpoint-get":      "endpoint get default/deathstar",
+		"endpoint-waiting":  "endpoint get 25",
 		"identity-list":     "identity list",
+		"identity-get":      "identity get 5163 default/deathstar",
 		"identity-reserved": "identity list --reserved",
 		"ipcache-list":      "ipcache list",
 		"ipcache-get":       "ipcache get 10.2.0.2",
@@ -48,6 +49,29 @@ func TestListings(t *testing.T) {
 				golden(t, name+"."+form, got.stdout)
 			})
 		}
+	}
+}
+
+// An endpoint and an identity are found by each of their names.
+func TestGetByEveryName(t *testing.T) {
+	socket := serveWire(t, &wire{})
+	for want, refs := range map[string][]string{
+		"endpoint-get.table":     {"24", "3f0f5d8e-93a4-4bb5-8d35-5a0b1c2d3e4f", "3F0F5D8E-93A4-4BB5-8D35-5A0B1C2D3E4F", "default/deathstar"},
+		"endpoint-waiting.table": {"25", "a7c6d1b0-0000-4000-8000-000000000025"},
+	} {
+		for _, ref := range refs {
+			got := command(t.Context(), socket, "", "endpoint", "get", ref)
+			golden(t, want, got.stdout)
+		}
+	}
+	byWorkload := command(t.Context(), socket, "", "identity", "get", "default/deathstar")
+	byNumber := command(t.Context(), socket, "", "identity", "get", "19842", "default/deathstar")
+	if byWorkload != byNumber || byNumber.code != exitOK {
+		t.Errorf("by workload %+v, by number and workload %+v", byWorkload, byNumber)
+	}
+	// No workload of this node is default/xwing, but a service account is.
+	if got := command(t.Context(), socket, "", "identity", "get", "default/xwing"); got.code != exitOK || !strings.Contains(got.stdout, "5163") {
+		t.Errorf("by service account: %+v", got)
 	}
 }
 
@@ -88,6 +112,73 @@ func TestOutputFromEnvironment(t *testing.T) {
 	}
 }
 
+func TestHelp(t *testing.T) {
+	for args, want := range map[string]string{
+		"help": "Available Commands", "--help": "Available Commands", "help status": "portcullis status [flags]",
+		"help policy import": "portcullis policy import", "endpoint get --help": "NAMESPACE/NAME | UID | ID", "help completion zsh": "fpath",
+		"help help": "Explain a command",
+	} {
+		got := command(t.Context(), "/nonexistent", "", strings.Fields(args)...)
+		if got.code != exitOK || got.stderr != "" || !strings.Contains(got.stdout, want) {
+			t.Errorf("%q: status %d, stderr %q, no %q in %q", args, got.code, got.stderr, want, got.stdout)
+		}
+	}
+}
+
+// The scripts are such as their shells read, and what they call answers.
+func TestCompletion(t *testing.T) {
+	for _, shell := range []string{"bash", "zsh", "fish"} {
+		got := command(t.Context(), "/nonexistent", "", "completion", shell)
+		if got.code != exitOK || got.stderr != "" || !strings.Contains(got.stdout, "__complete") {
+			t.Errorf("%s: status %d, stderr %q, %d bytes", shell, got.code, got.stderr, len(got.stdout))
+		}
+		path, err := exec.LookPath(shell)
+		if err != nil {
+			t.Logf("there is no %s here to read its script", shell)
+			continue
+		}
+		check := exec.Command(path, "-n")
+		check.Stdin = strings.NewReader(got.stdout)
+		if out, err := check.CombinedOutput(); err != nil {
+			t.Errorf("%s does not read its script: %v\n%s", shell, err, out)
+		}
+	}
+	for args, want := range map[string][]string{
+		"endpoint ":        {"get\t", "list\t"},
+		"status -o ":       {"json", "table", "yaml"},
+		"completion ":      {"bash\t", "fish\t", "zsh\t"},
+		"help endpoint l":  {"list\t"},
+		"agent --print-co": {"--print-config\t"},
+	} {
+		words := strings.Split(args, " ")
+		got := command(t.Context(), "/nonexistent", "", append([]string{"__complete"}, words...)...)
+		for _, w := range want {
+			if !strings.Contains(got.stdout, w) {
+				t.Errorf("%q completes to %q, not to %q", args, got.stdout, w)
+			}
+		}
+	}
+}
+
+func TestVersion(t *testing.T) {
+	got := command(t.Context(), "/nonexistent", "", "version", "-o", "json")
+	var v map[string]any
+	if err := json.Unmarshal([]byte(got.stdout), &v); err != nil || got.code != exitOK {
+		t.Fatalf("%+v: %v", got, err)
+	}
+	for _, key := range []string{"version", "revision", "modified", "go", "platform", "abi"} {
+		if _, ok := v[key]; !ok {
+			t.Errorf("version -o json has no %s: %s", key, got.stdout)
+		}
+	}
+	if v["go"] != runtime.Version() || v["abi"] != float64(abi.ABIVersion) || v["version"] == "" {
+		t.Errorf("version -o json: %s", got.stdout)
+	}
+	if got := command(t.Context(), "/nonexistent", "", "version"); !strings.HasPrefix(got.stdout, "portcullis ") || strings.Count(got.stdout, "\n") != 1 {
+		t.Errorf("version: %+v", got)
+	}
+}
+
 // Wrong command lines end with status 2 and name the mistake; none of them
 // needs an agent.
 func TestUsage(t *testing.T) {
@@ -95,7 +186,7 @@ func TestUsage(t *testing.T) {
 		"":                                  "Available Commands",
 		"endpoint":                          "Available Commands",
 		"sttus":                             "did you mean status?",
-		"endpoint lst":                      "did you mean list?",
+		"endpoint lst":                      "did you mean list or get?",
 		"status now":                        "takes no arguments",
 		"status --colour":                   "unknown flag: --colour",
 		"status -o xml":                     "want table, json or yaml",
@@ -104,9 +195,22 @@ func TestUsage(t *testing.T) {
 		"monitor --reason bad --port 99999": "there is no port 99999",
 		"monitor --port 4294967376":         "there is no port",
 		"monitor --label =":                 "has no key",
+		"endpoint get":                      "accepts 1 arg(s)",
+		"endpoint get deathstar":            "names no endpoint",
+		"endpoint get a/b/c":                "names no endpoint",
+		"endpoint get -- -3":                "names no endpoint",
+		"identity get":                      "requires at least 1 arg(s)",
+		"identity get xwing":                "names no identity",
 		"ipcache get":                       "accepts 1 arg(s)",
 		"ipcache get default/xwing":         "is not an IP address",
 		"session reset":                     "accepts 1 arg(s)",
+		"completion":                        "Available Commands",
+		"completion csh":                    `there is no command "portcullis completion csh"`,
+		"completion bash now":               "takes no arguments",
+		"help no-such":                      `there is no command "portcullis no-such"`,
+		"help sttus":                        "did you mean status?",
+		"help endpoint lst":                 "did you mean list or get?",
+		"help endpoint list x":              `there is no command "portcullis endpoint list x"`,
 		"policy import":                     "-f FILE",
 		"policy import deny.yaml":           "takes no arguments",
 		"policy validate":                   "-f FILE",
@@ -126,6 +230,10 @@ func TestFailures(t *testing.T) {
 	socket := serveWire(t, &wire{})
 	for args, want := range map[string]string{
 		"ipcache get 10.9.9.9":                        "no binding of 10.9.9.9 is known here",
+		"ipcache get 10.2.0.3":                        "is quarantined: see `portcullis endpoint get 25`",
+		"endpoint get 99":                             "this node has no endpoint 99",
+		"endpoint get default/xwing":                  "this node has no endpoint default/xwing",
+		"identity get 5163 77 default/nobody":         "no identity 77, default/nobody is in use",
 		"session reset n9":                            `no peer "n9"`,
 		"policy get netpol/default/x":                 "there is no policy NetworkPolicy/default/x",
 		"policy delete netpol/default/x":              "nothing was deleted",
@@ -266,99 +374,6 @@ func TestImportIsBounded(t *testing.T) {
 	if code != exitFailed || !strings.Contains(stderr.String(), "exceed 16 MiB") {
 		t.Errorf("status %d, %s", code, stderr.String())
 	}
-}
-
-// ---- monitor --------------------------------------------------------------
-
-func flowEvent(verdict abi.Verdict, reason abi.Reason) *api.MonitorResponse {
-	r := flow.Record{
-		Time: now, BootTime: 100e9, Node: "n2", Verdict: verdict, Reason: reason, Direction: abi.DirIngress, State: abi.FlowNew,
-		Protocol: 6, TCPFlags: 2, Length: 74, Endpoint: 24, Ifindex: 7,
-		Source: flow.End{IP: netip.MustParseAddr("10.1.0.3"), Port: 43210, Identity: 5163, Text: "default/xwing[org=alliance]",
-			Labels: []string{"k8s:org=alliance"}, Workload: "default/xwing"},
-		Dest: flow.End{IP: netip.MustParseAddr("10.2.0.2"), Port: 80, Identity: 19842, Text: "default/deathstar[org=empire]",
-			Labels: []string{"k8s:org=empire"}, Workload: "default/deathstar", Endpoint: 24},
-		Evidence: identity.EvidenceLease, Generation: 42e9, Stamp: 7, BindingAge: 3 * time.Second, Policy: "CiliumNetworkPolicy/default/rule1", Rule: 9,
-	}
-	return &api.MonitorResponse{Event: &api.MonitorResponse_Flow{Flow: api.FromRecord(&r)}}
-}
-
-func events() []*api.MonitorResponse {
-	return []*api.MonitorResponse{
-		flowEvent(abi.VerdictPass, abi.ReasonNone),
-		{Event: &api.MonitorResponse_Lost{Lost: &api.LostEvents{Count: 3, Where: "kernel"}}},
-		{}, // of a later version
-		flowEvent(abi.VerdictDrop, abi.ReasonPolicyDenied),
-	}
-}
-
-func TestMonitor(t *testing.T) {
-	w := &wire{events: events()}
-	socket := serveWire(t, w)
-	for _, form := range []string{"table", "json"} {
-		got := command(t.Context(), socket, "", "monitor", "-n", "2", "-o", form)
-		wantErr := "Listening for events. Press Ctrl-C to quit.\n3 events lost: the kernel's ring was full\n"
-		if got.code != exitOK || got.stderr != wantErr {
-			t.Errorf("status %d, stderr %q", got.code, got.stderr)
-		}
-		golden(t, "monitor."+form, got.stdout)
-	}
-	if got := command(t.Context(), socket, "", "monitor", "-n", "1", "-v", "-t"); !strings.Contains(got.stdout, "(default/xwing [k8s:org=alliance])") ||
-		!strings.HasPrefix(got.stdout, "Nov 2") {
-		t.Errorf("verbose, with time: %s", got.stdout)
-	}
-}
-
-func TestMonitorSendsItsFilters(t *testing.T) {
-	w := &wire{events: events()}
-	got := command(t.Context(), serveWire(t, w), "", "monitor", "-n", "1", "--verdict", "drop,pass", "--reason", "none", "--direction", "ingress",
-		"--ip", "10.1.0.0/16", "--label", "org=alliance", "--label", "k8s:class", "--port", "80", "--port", "443", "--protocol", "TCP",
-		"--endpoint", "24", "--workload", "default/xwing")
-	if got.code != exitOK {
-		t.Fatalf("%+v", got)
-	}
-	want := &api.MonitorRequest{
-		Verdicts: []string{"drop", "pass"}, Reasons: []string{"none"}, Directions: []string{"ingress"}, Prefixes: []string{"10.1.0.0/16"},
-		Labels: []string{"org=alliance", "k8s:class"}, Ports: []uint32{80, 443}, Protocols: []string{"TCP"}, Endpoints: []uint32{24},
-		Workloads: []string{"default/xwing"},
-	}
-	if diff := cmp.Diff(want, w.requests[0], protocmp.Transform()); diff != "" {
-		t.Errorf("the agent was asked (-want +got):\n%s", diff)
-	}
-}
-
-// Ctrl-C is the way to end it: no error.
-func TestMonitorInterrupted(t *testing.T) {
-	socket := serveWire(t, &wire{events: events()})
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	stop := &onWrite{after: 2, do: cancel} // both events are there
-	var stderr strings.Builder
-	code := run(ctx, &Env{Args: []string{"monitor", "--socket", socket}, Stdout: stop, Stderr: &stderr, Now: time.Now,
-		Getenv: func(string) string { return "" }})
-	if code != exitOK || strings.Contains(stderr.String(), "portcullis:") {
-		t.Errorf("status %d, stderr %q", code, stderr.String())
-	}
-}
-
-func TestMonitorLosesItsAgent(t *testing.T) {
-	socket := serveWire(t, &wire{events: events()[:1], end: status.Error(codes.Unavailable, "the agent is stopping")})
-	got := command(t.Context(), socket, "", "monitor")
-	if got.code != exitFailed || !strings.Contains(got.stderr, "lost the agent") || !strings.HasPrefix(got.stdout, "-> endpoint 24") {
-		t.Errorf("%+v", got)
-	}
-}
-
-type onWrite struct {
-	after int
-	do    func()
-}
-
-func (w *onWrite) Write(b []byte) (int, error) {
-	if w.after--; w.after == 0 {
-		w.do()
-	}
-	return len(b), nil
 }
 
 // The manual shows what the commands print: each table stands in it.

@@ -2,12 +2,17 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
 	"text/tabwriter"
 
 	"github.com/spf13/cobra"
 
 	"portcullis/agent/api"
+	"portcullis/identity"
 )
 
 func newEndpointCmd(env *Env) *cobra.Command {
@@ -26,7 +31,117 @@ func newEndpointCmd(env *Env) *cobra.Command {
 			return list(env.Stdout, *o, res.GetEndpoints(), func(tw *tabwriter.Writer) { endpointTable(tw, res.GetEndpoints()) })
 		})
 	}
-	return group("endpoint", "This node's workloads, as the datapath knows them", ls)
+	return group("endpoint", "This node's workloads, as the datapath knows them", ls, newEndpointGetCmd(env))
+}
+
+func newEndpointGetCmd(env *Env) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "get (NAMESPACE/NAME | UID | ID)",
+		Short: "Show one endpoint in full; of a quarantined one, whose leases it waits for",
+		Args:  usageArgs(cobra.ExactArgs(1)),
+	}
+	o := addOutput(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		match, err := endpointRef(args[0])
+		if err != nil {
+			return err
+		}
+		return ask(cmd.Context(), env, func(ctx context.Context, c *api.Client) error {
+			res, err := c.ListEndpoints(ctx, &api.ListEndpointsRequest{})
+			if err != nil {
+				return err
+			}
+			found := slices.DeleteFunc(res.GetEndpoints(), func(e *api.Endpoint) bool { return !match(e) })
+			switch {
+			case len(found) == 0:
+				return fmt.Errorf("this node has no endpoint %s: `portcullis endpoint list` shows those that it has", args[0])
+			case len(found) > 1:
+				var ids []string
+				for _, e := range found {
+					ids = append(ids, fmt.Sprint(e.GetId()))
+				}
+				return fmt.Errorf("several endpoints are %s: name one by its id: %s", args[0], strings.Join(ids, ", "))
+			case *o != outTable:
+				return object(env.Stdout, *o, found[0])
+			}
+			return endpointDetail(env, found[0])
+		})
+	}
+	return cmd
+}
+
+// endpointRef parses the three ways to name an endpoint.
+func endpointRef(ref string) (func(*api.Endpoint) bool, error) {
+	if id, err := strconv.ParseUint(ref, 10, 32); err == nil {
+		return func(e *api.Endpoint) bool { return uint64(e.GetId()) == id }, nil
+	}
+	if uid, err := identity.ParseUID(ref); err == nil {
+		return func(e *api.Endpoint) bool { return e.GetWorkload().GetUid() == uid.String() }, nil
+	}
+	if !isName(ref) {
+		return nil, usagef("%q names no endpoint: want NAMESPACE/NAME, a UID, or an id as in `portcullis endpoint list`", ref)
+	}
+	return func(e *api.Endpoint) bool { return workload(e.GetWorkload()) == ref }, nil
+}
+
+// isName tells that s looks like NAMESPACE/NAME.
+func isName(s string) bool {
+	namespace, name, ok := strings.Cut(s, "/")
+	return ok && namespace != "" && name != "" && !strings.Contains(name, "/")
+}
+
+func endpointDetail(env *Env, e *api.Endpoint) error {
+	state := e.GetState()
+	if d := e.GetDetail(); d != "" {
+		state += ": " + d
+	}
+	var ports []string
+	for _, p := range e.GetPorts() {
+		ports = append(ports, fmt.Sprintf("%s %d/%s", p.GetName(), p.GetPort(), p.GetProtocol()))
+	}
+	device := ""
+	if e.GetIfname() != "" {
+		device = fmt.Sprintf("%s (index %d)", e.GetIfname(), e.GetIfindex())
+	}
+	err := table(env.Stdout, 2, func(tw *tabwriter.Writer) {
+		row(tw, "Endpoint:", e.GetId())
+		row(tw, "State:", state)
+		row(tw, "Workload:", workload(e.GetWorkload()))
+		row(tw, "UID:", e.GetWorkload().GetUid())
+		row(tw, "IPs:", strings.Join(e.GetIps(), ", "))
+		row(tw, "Generation:", e.GetGeneration())
+		row(tw, "Identity:", identityText(e.GetIdentity()))
+		row(tw, "SPIFFE ID:", e.GetIdentity().GetSpiffeId())
+		row(tw, "Device:", device)
+		row(tw, "MAC:", e.GetMac())
+		row(tw, "Named ports:", strings.Join(ports, ", "))
+		row(tw, "Policy:", fmt.Sprintf("ingress %s, egress %s, set %d",
+			strings.ToLower(enforcement(e.GetIngressEnforced())), strings.ToLower(enforcement(e.GetEgressEnforced())), e.GetPolicyEpoch()))
+		row(tw, "Registered:", since(env, e.GetCreated(), e.GetCreated() != nil))
+	})
+	if err != nil {
+		return err
+	}
+	return grantTable(env, "Leases on the last holders of its IPs:", e.GetGrants())
+}
+
+// grantTable prints leases that other agents hold, below a title; nothing if
+// there are none.
+func grantTable(env *Env, title string, grants []*api.Grant) error {
+	if len(grants) == 0 {
+		return nil
+	}
+	fmt.Fprintln(env.Stdout, "\n"+title)
+	return table(env.Stdout, gap, func(tw *tabwriter.Writer) {
+		row(tw, "VERIFIER", "IP", "GENERATION", "ENDS WITHIN", "REVOKED")
+		for _, g := range grants {
+			revoked := "no"
+			if g.GetRevoked() {
+				revoked = "yes, not acknowledged yet"
+			}
+			row(tw, g.GetVerifier(), g.GetIp(), g.GetGeneration(), span(g.GetRemaining()), revoked)
+		}
+	})
 }
 
 // endpointTable writes one line for each label of an endpoint, the first of

@@ -172,7 +172,8 @@ func (w *wire) ListEndpoints(context.Context, *api.ListEndpointsRequest) (*api.L
 			Ips: []string{"10.2.0.2", "fd00:2::2"}, Mac: "0a:00:00:00:00:02", Ifname: "pcl7", Ifindex: 7, Generation: 81234567890, State: "active",
 			IngressEnforced: true, PolicyEpoch: 5, Created: ago(60), Ports: []*api.NamedPort{{Name: "http", Port: 80, Protocol: "TCP"}}},
 		{Id: 25, Workload: &api.Workload{Uid: "a7c6d1b0-0000-4000-8000-000000000025"}, Ips: []string{"10.2.0.3"}, State: "quarantined",
-			Detail: "leases on 10.2.0.3 end within 2.1s"},
+			Detail: "waits for 1 leases on the IP's last holder, 2.1s at the most",
+			Grants: []*api.Grant{{Verifier: "n3", Remaining: seconds(2.1), Revoked: true, Ip: "10.2.0.3", Generation: 7000000000}}},
 	}}, nil
 }
 
@@ -194,7 +195,8 @@ func (w *wire) ListBindings(_ context.Context, r *api.ListBindingsRequest) (*api
 			Evidence: "watch", Mode: "classic", Owner: "n1", Age: seconds(400), State: "live", Stamp: 8},
 		{Ip: "10.2.0.2", Generation: 81234567890, Workload: &api.Workload{Uid: "3f0f5d8e-93a4-4bb5-8d35-5a0b1c2d3e4f", Namespace: "default", Name: "deathstar"},
 			Identity: deathstar(), Evidence: "local", Mode: "lease", Owner: "n2", Age: seconds(60), State: "live", Local: true, Stamp: 2,
-			Grants: []*api.Grant{{Verifier: "n1", Remaining: seconds(3.1)}, {Verifier: "n3", Remaining: seconds(0.4), Revoked: true}}},
+			Grants: []*api.Grant{{Verifier: "n1", Remaining: seconds(3.1), Ip: "10.2.0.2", Generation: 81234567890},
+				{Verifier: "n3", Remaining: seconds(0.4), Revoked: true, Ip: "10.2.0.2", Generation: 81234567890}}},
 		{Ip: "10.3.0.5", Generation: 9000000000, Workload: &api.Workload{Uid: "bbbbbbbb-cccc-4ddd-8eee-ffffffffffff"}, Identity: xwing(),
 			Evidence: "lease", Mode: "lease", Owner: "n3", Remaining: seconds(0), Age: seconds(70), State: "stale", Stamp: 5},
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"slices"
 	"text/tabwriter"
 
 	"github.com/spf13/cobra"
@@ -45,7 +46,7 @@ func newIPCacheCmd(env *Env) *cobra.Command {
 				return err
 			}
 			if len(res.GetBindings()) == 0 {
-				return fmt.Errorf("no binding of %s is known here: this node learns a remote one when a packet needs it; see `portcullis monitor --ip %s`", ip, ip)
+				return unknownBinding(ctx, c, ip)
 			}
 			b := res.GetBindings()[0]
 			if *getOut != outTable {
@@ -85,18 +86,24 @@ func bindingDetail(env *Env, b *api.Binding) error {
 		row(tw, "Age:", span(b.GetAge()))
 		row(tw, "Stamp:", b.GetStamp())
 	})
-	if err != nil || len(b.GetGrants()) == 0 {
+	if err != nil {
 		return err
 	}
-	fmt.Fprintln(env.Stdout, "\nLeases on it:")
-	return table(env.Stdout, gap, func(tw *tabwriter.Writer) {
-		row(tw, "VERIFIER", "ENDS WITHIN", "REVOKED")
-		for _, g := range b.GetGrants() {
-			revoked := "no"
-			if g.GetRevoked() {
-				revoked = "yes, not acknowledged yet"
-			}
-			row(tw, g.GetVerifier(), span(g.GetRemaining()), revoked)
+	return grantTable(env, "Leases on it:", b.GetGrants())
+}
+
+// unknownBinding says why there is no binding of an IP, as far as this node
+// can tell.
+func unknownBinding(ctx context.Context, c *api.Client, ip netip.Addr) error {
+	res, err := c.ListEndpoints(ctx, &api.ListEndpointsRequest{})
+	if err != nil {
+		return err
+	}
+	for _, e := range res.GetEndpoints() {
+		if slices.Contains(e.GetIps(), ip.String()) {
+			return fmt.Errorf("no binding of %s is in force: its workload %s is %s: see `portcullis endpoint get %d`",
+				ip, workload(e.GetWorkload()), e.GetState(), e.GetId())
 		}
-	})
+	}
+	return fmt.Errorf("no binding of %s is known here: this node learns a remote one when a packet needs it; see `portcullis monitor --ip %s`", ip, ip)
 }

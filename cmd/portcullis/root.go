@@ -59,6 +59,7 @@ var commands = []func(*Env) *cobra.Command{
 	newPolicyCmd,
 	newMonitorCmd,
 	newVersionCmd,
+	newCompletionCmd,
 }
 
 // run executes one command line and returns its exit status.
@@ -97,6 +98,8 @@ func newRoot(env *Env) *cobra.Command {
 	for _, newCmd := range commands {
 		root.AddCommand(newCmd(env))
 	}
+	root.CompletionOptions.DisableDefaultCmd = true
+	root.SetHelpCommand(newHelpCmd(env))
 	return root
 }
 

@@ -1,0 +1,89 @@
+package main
+
+import (
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/spf13/pflag"
+
+	"portcullis/ipcache/lease"
+)
+
+// docs/operations.md has one row for each flag of the agent, with its default,
+// and none for a flag that does not exist.
+func TestOperationsExplainsEveryFlag(t *testing.T) {
+	text, err := os.ReadFile("../../docs/operations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows := map[string]string{}
+	for _, m := range regexp.MustCompile("(?m)^\\| `--([a-z-]+)` \\| (.*?) \\| .+ \\|$").FindAllStringSubmatch(string(text), -1) {
+		if rows[m[1]] != "" {
+			t.Errorf("--%s has two rows", m[1])
+		}
+		rows[m[1]] = m[2]
+	}
+	required := []string{"node", "node-ip", "range", "listen", "trust-domain"}
+	newAgentCmd(&Env{}).Flags().VisitAll(func(f *pflag.Flag) {
+		got := rows[f.Name]
+		delete(rows, f.Name)
+		want := "`" + f.DefValue + "`"
+		switch f.DefValue {
+		case "", "[]", "false":
+			want = "-"
+		}
+		for _, r := range required {
+			if f.Name == r {
+				want = "required"
+			}
+		}
+		if f.Name == "api-socket" {
+			want = "that of `--socket`"
+		}
+		if !strings.HasPrefix(got, want) {
+			t.Errorf("docs/operations.md: --%s has the default %q, want %q", f.Name, got, want)
+		}
+	})
+	for name := range rows {
+		t.Errorf("docs/operations.md explains --%s, which the agent does not have", name)
+	}
+}
+
+// Every kind of line of the confirmation log, and every alarm, is explained.
+func TestOperationsExplainsLogAndAlarms(t *testing.T) {
+	text, err := os.ReadFile("../../docs/operations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, k := range []lease.LogKind{lease.LogGrant, lease.LogConfirmed, lease.LogRefusal, lease.LogRevocation, lease.LogAcked, lease.LogExpiry,
+		lease.LogQuarantine, lease.LogActivation, lease.LogRelease, lease.LogRenewalGap, lease.LogSessionUp, lease.LogSessionDown} {
+		if !strings.Contains(string(text), "`"+string(k)+"`") {
+			t.Errorf("docs/operations.md does not explain the line %q of the confirmation log", k)
+		}
+	}
+	files, err := os.ReadDir("../../agent")
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := 0
+	for _, f := range files {
+		if !strings.HasSuffix(f.Name(), ".go") {
+			continue
+		}
+		src, err := os.ReadFile("../../agent/" + f.Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range regexp.MustCompile(`alarms\.raise\("([a-z-]+)"`).FindAllStringSubmatch(string(src), -1) {
+			found++
+			if !regexp.MustCompile("(?m)^\\| `" + m[1] + "` \\|").MatchString(string(text)) {
+				t.Errorf("docs/operations.md has no row for the alarm %q", m[1])
+			}
+		}
+	}
+	if found < 5 {
+		t.Errorf("found only %d alarms in package agent: the search is broken", found)
+	}
+}
