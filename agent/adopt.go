@@ -70,6 +70,9 @@ func (l *loop) adoptSlot(slot uint32, s datapath.Slot, id identity.Identity) err
 		return err
 	}
 	l.names.addIdentity(n, id)
+	// Of a remote workload the named ports are not known any more: rules that
+	// name them allow nothing there until it is confirmed again.
+	l.repo.AddPorts(s.Stamp, id, l.stored[s.Cold.UID].ports) // no endpoint is compiled yet
 	l.numerics[s.Stamp], l.installedAt[s.Stamp] = n, lease.Time(s.Installed)
 	return nil
 }

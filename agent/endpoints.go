@@ -140,7 +140,7 @@ func (l *loop) enforce(e *endpoint) error {
 
 // compile puts the endpoint's policy into the kernel, under a new set.
 func (l *loop) compile(e *endpoint) error {
-	e.policy = policySet{id: l.dp.State().NextPolicySet(), set: l.repo.Compile(e.identity, l.ids.All)}
+	e.policy = policySet{id: l.dp.State().NextPolicySet(), set: l.repo.Compile(e.identity, l.ids.All, e.ports...)}
 	if err := l.dp.PutPolicy(e.policy.id, e.policy.set.WithSet(e.policy.id)); err != nil {
 		return fmt.Errorf("%w the policy of %s: %w", errKernelRefuse, e.fullName(), err)
 	}

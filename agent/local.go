@@ -34,10 +34,16 @@ func (l *loop) installLocal(b identity.Binding, ifindex uint32) error {
 		l.table.Free(e.Slot)
 		return err
 	}
+	if err := l.addPorts(e.Stamp, b); err != nil {
+		l.table.Free(e.Slot)
+		l.release(n)
+		return err
+	}
 	s := abi.Slot{Stamp: e.Stamp, IP: datapath.Addr(b.IP), Installed: uint64(l.now()), Generation: uint64(b.Generation),
 		Identity: uint32(n), Lease: e.Lease, Ifindex: ifindex, Evidence: uint8(identity.EvidenceLocal)}
 	if err := l.dp.InstallSlot(e.Slot, s, cold(e.Stamp, b, l.boot)); err != nil {
 		l.table.Free(e.Slot)
+		l.removePorts(e.Stamp)
 		l.release(n)
 		return fmt.Errorf("%w the binding of %s: %w", errKernelRefuse, b.IP, err)
 	}
@@ -60,6 +66,7 @@ func (l *loop) zeroLocal(ip netip.Addr) {
 		l.log.Warn("remove a local binding", zap.Stringer("ip", ip), zap.Error(err))
 	}
 	l.table.Free(e.Slot)
+	l.removePorts(e.Stamp)
 	l.release(l.numerics[e.Stamp])
 	delete(l.installedAt, e.Stamp)
 	delete(l.numerics, e.Stamp)

@@ -123,6 +123,7 @@ func (l *loop) write(w lease.Write) error {
 		if n, ok := l.numerics[w.Stamp]; ok && err == nil {
 			delete(l.numerics, w.Stamp)
 			delete(l.installedAt, w.Stamp)
+			l.removePorts(w.Stamp)
 			l.release(n)
 		}
 		return err
@@ -145,9 +146,14 @@ func (l *loop) install(w lease.Install) error {
 		l.release(n)
 		return fmt.Errorf("remember the identity of %s: %w", w.Binding.IP, err)
 	}
+	if err := l.addPorts(w.Stamp, w.Binding); err != nil {
+		l.release(n)
+		return err
+	}
 	s := abi.Slot{Stamp: w.Stamp, IP: datapath.Addr(w.Binding.IP), Installed: uint64(l.now()), Generation: uint64(w.Binding.Generation),
 		Identity: uint32(n), Lease: w.Lease, Evidence: uint8(w.Evidence)}
 	if err := l.dp.InstallSlot(w.Slot, s, cold(w.Stamp, w.Binding, w.OwnerBoot)); err != nil {
+		l.removePorts(w.Stamp)
 		l.release(n)
 		return err
 	}

@@ -53,6 +53,29 @@ func (l *loop) release(n identity.Numeric) {
 	l.names.removeIdentity(n)
 }
 
+// addPorts tells policy which named ports the binding under a stamp brings.
+// Sets that this changes are switched before the binding is published.
+func (l *loop) addPorts(stamp uint64, b identity.Binding) error {
+	if !l.repo.AddPorts(stamp, b.Identity, b.Ports) {
+		return nil
+	}
+	if err := l.applyPolicies(); err != nil {
+		l.repo.RemovePorts(stamp)
+		return err
+	}
+	return nil
+}
+
+// removePorts is its opposite, after the binding's end.
+func (l *loop) removePorts(stamp uint64) {
+	if !l.repo.RemovePorts(stamp) {
+		return
+	}
+	if err := l.applyPolicies(); err != nil {
+		l.alarms.raise("policy-not-applied", fmt.Sprintf("a named port that is no more is still allowed at other workloads of its identity: %v", err))
+	}
+}
+
 func withSet(entries map[abi.PolicyKey]abi.Policy, set uint32) map[abi.PolicyKey]abi.Policy {
 	out := make(map[abi.PolicyKey]abi.Policy, len(entries))
 	for k, v := range entries {
@@ -170,15 +193,16 @@ func (u *policyUndo) run(why error) error {
 // policy changed. A switch is one update of the endpoint; it bumps the policy
 // epoch, so that live connections are judged again.
 func (l *loop) applyPolicies() error {
-	next := map[*endpoint]policySet{}
+	next, same := map[*endpoint]policySet{}, map[*endpoint]authz.Set{}
 	undo := func() {
 		for e, p := range next {
 			l.forgetPolicy(&endpoint{policy: p, workload: e.workload})
 		}
 	}
 	for _, e := range l.endpoints {
-		set := l.repo.Compile(e.identity, l.ids.All)
+		set := l.repo.Compile(e.identity, l.ids.All, e.ports...)
 		if set.Equal(e.policy.set) {
+			same[e] = set
 			continue
 		}
 		p := policySet{id: l.dp.State().NextPolicySet(), set: set}
@@ -187,6 +211,9 @@ func (l *loop) applyPolicies() error {
 			undo()
 			return fmt.Errorf("%w the policy of %s, nothing was changed: %w", errKernelRefuse, e.fullName(), err)
 		}
+	}
+	for e, set := range same {
+		e.policy.set = set // peers to come may fare otherwise
 	}
 	var errs []error
 	for e, p := range next {
