@@ -47,14 +47,15 @@ type reuseResult struct {
 	WaitedMS        quantiles   `json:"waited_ms"`  // of it: from there on
 	WrongAdmissions int64       `json:"wrong_admissions"`
 	Leases          map[int]int `json:"verifiers_with_live_lease"` // how many held one when the old workload was deleted -> reuses
+	Inherited       int64       `json:"inherited"`                 // datagrams to the old workload that the new one got
 	Admitted        int64       `json:"rightly_admitted"`
 	Unmeasured      int         `json:"unmeasured"` // an event was missing
 }
 
 func (r *reuseResult) problem() error {
 	var errs []error
-	if r.WrongAdmissions > 0 {
-		errs = append(errs, fmt.Errorf("%d WRONG ADMISSIONS", r.WrongAdmissions))
+	if r.WrongAdmissions > 0 || r.Inherited > 0 {
+		errs = append(errs, fmt.Errorf("%d WRONG ADMISSIONS, %d datagrams INHERITED", r.WrongAdmissions, r.Inherited))
 	}
 	for n, count := range r.Leases {
 		if n < len(verifiers) {
@@ -67,7 +68,7 @@ func (r *reuseResult) problem() error {
 func (r *reuseResult) String() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "IP reuse (ms from the last gate's closing to the next one's opening)\n  all      %v\n  created  %v\n  waited   %v\n", r.DelayMS, r.CreatedMS, r.WaitedMS)
-	fmt.Fprintf(&b, "  wrong admissions %d   right ones %d   unmeasured %d\n", r.WrongAdmissions, r.Admitted, r.Unmeasured)
+	fmt.Fprintf(&b, "  wrong admissions %d   inherited %d   right ones %d   unmeasured %d\n", r.WrongAdmissions, r.Inherited, r.Admitted, r.Unmeasured)
 	for n, count := range r.Leases {
 		fmt.Fprintf(&b, "  %d verifiers held a live lease when the old workload was deleted: %d reuses\n", n, count)
 	}
@@ -76,11 +77,12 @@ func (r *reuseResult) String() string {
 
 // reuser measures.
 type reuser struct {
-	l       *lab.Lab
-	servers []netip.Addr
-	events  chan *api.FlowEvent
-	wrong   atomic.Int64 // datagrams that reached who must not have them
-	right   atomic.Int64 // of new workloads, where they may go
+	l         *lab.Lab
+	servers   []netip.Addr
+	events    chan *api.FlowEvent
+	wrong     atomic.Int64 // datagrams of new workloads that reached the old ones' port
+	inherited atomic.Int64 // datagrams to old workloads that reached new ones
+	right     atomic.Int64 // of new workloads, where they may go
 }
 
 func reuses(ctx context.Context, l *lab.Lab, count int) (*reuseResult, error) {
@@ -121,7 +123,7 @@ func reuses(ctx context.Context, l *lab.Lab, count int) (*reuseResult, error) {
 		}
 	}
 	out.DelayMS, out.CreatedMS, out.WaitedMS = summarize(total), summarize(created), summarize(waited)
-	out.WrongAdmissions, out.Admitted = r.wrong.Load(), r.right.Load()
+	out.WrongAdmissions, out.Inherited, out.Admitted = r.wrong.Load(), r.inherited.Load(), r.right.Load()
 	return out, nil
 }
 
@@ -301,7 +303,7 @@ func (r *reuser) registerAndSend(ctx context.Context, next lab.Running, c net.Pa
 				return
 			}
 			if err == nil && bytes.HasPrefix(buf[:n], []byte("old")) {
-				r.wrong.Add(1) // meant for the dead
+				r.inherited.Add(1) // meant for the dead
 			}
 		}
 	})
@@ -317,10 +319,6 @@ func (r *reuser) registerAndSend(ctx context.Context, next lab.Running, c net.Pa
 		run, err := r.l.Register(ctx, next.Spec.FullName(), lab.RunOptions{})
 		done <- registered{run, err}
 	}()
-	if err := r.l.Route(next.Spec.FullName()); err != nil {
-		<-done
-		return err
-	}
 	var got registered
 	for exists := false; !exists; {
 		select {
@@ -335,6 +333,12 @@ func (r *reuser) registerAndSend(ctx context.Context, next lab.Running, c net.Pa
 			}
 			exists = len(eps.GetEndpoints()) > 0
 		}
+	}
+	// Not earlier: what arrives at a veth without programs is not judged. No
+	// process of a workload runs before its endpoint exists, but ours does.
+	if err := r.l.Route(next.Spec.FullName()); err != nil {
+		<-done
+		return err
 	}
 	stopNew := r.sender(c, "new", 5000, 5001)
 	defer stopNew()
