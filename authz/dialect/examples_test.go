@@ -125,7 +125,8 @@ func TestRefusedExamples(t *testing.T) {
 	for file, want := range map[string]string{
 		"networkpolicy-L7.yaml": `networkpolicy-L7.yaml:20: document 1: spec.ingress[0].toPorts[0].rules: not supported yet: rules inside a protocol (L7) are not enforced; remove them to allow the whole port, or remove the port`,
 		"talk-policies.yaml": `talk-policies.yaml:16: document 1: spec.ingress[0].toPorts[0].rules: not supported yet: rules inside a protocol (L7) are not enforced; remove them to allow the whole port, or remove the port
-talk-policies.yaml:27: document 2: spec.egress: not supported yet: egress is not enforced: remove it, and write what must be limited as ingress of the other side
+talk-policies.yaml:35: document 2: spec.egress[0].toPorts[0].rules: not supported yet: rules inside a protocol (L7) are not enforced; remove them to allow the whole port, or remove the port
+talk-policies.yaml:38: document 2: spec.egress[1].toFQDNs: not supported yet: for everybody leave the peers out and name toPorts
 talk-policies.yaml:42: document 3: kind: "cilium.io/v2" "CiliumClusterwideNetworkPolicy" is not supported; accepted are: networking.k8s.io/v1 NetworkPolicy, cilium.io/v2 CiliumNetworkPolicy`,
 	} {
 		policies, err := parse(file, example(t, file))

@@ -68,11 +68,17 @@ func (d *Document) metadata(m *Value, p *authz.Policy) {
 // Namespace returns the name of a namespace.
 func (v *Value) Namespace() (string, bool) {
 	s, ok := v.Text()
-	if ok && !dnsLabel.MatchString(s) {
+	return s, ok && v.IsNamespace(s)
+}
+
+// IsNamespace reports whether s can be the name of a namespace; if not, it
+// refuses v, where the name stands.
+func (v *Value) IsNamespace(s string) bool {
+	if !dnsLabel.MatchString(s) {
 		v.Refuse("%s is not the name of a namespace: want lower-case letters, digits and -", quote(s))
-		return "", false
+		return false
 	}
-	return s, ok
+	return true
 }
 
 // LabelValue returns the value of a label.
@@ -83,27 +89,4 @@ func (v *Value) LabelValue() (string, bool) {
 		return "", false
 	}
 	return s, ok
-}
-
-// LabelSelector parses a label selector; match is called for each of its
-// matchLabels, whose keys it must check (LabelKey).
-func (v *Value) LabelSelector(match func(key string, v *Value)) {
-	v.Object(Fields{
-		"matchLabels": func(m *Value) { m.Each(match) },
-		"matchExpressions": func(e *Value) {
-			if e.tag != "!!seq" || e.Len() > 0 {
-				NotYet("use matchLabels")(e)
-			}
-		},
-	})
-}
-
-// LabelKey reports whether the key of a label is well-formed; if not, it
-// refuses v, the label's value.
-func (v *Value) LabelKey(key string) bool {
-	if !labelKey.MatchString(key) {
-		v.Refuse("%s is not a label's key", quote(key))
-		return false
-	}
-	return true
 }

@@ -38,12 +38,15 @@ func paths(t *testing.T, doc string) string {
 func TestRefusedFields(t *testing.T) {
 	for _, c := range []struct{ doc, want string }{
 		// NetworkPolicy
-		{knp + "  podSelector: {}\n  policyTypes: [Ingress, Egress]", "6 spec.policyTypes[1]"},
-		{knp + "  podSelector: {}\n  policyTypes: [Egress]", "6 spec.policyTypes[0]"},
 		{knp + "  podSelector: {}\n  policyTypes: [ingress]", "6 spec.policyTypes[0]"},
 		{knp + "  podSelector: {}\n  policyTypes: Ingress", "6 spec.policyTypes"},
-		{knp + "  podSelector: {}\n  egress: [{}]", "6 spec.egress"},
-		{knp + "  podSelector: {matchExpressions: [{key: a, operator: Exists}]}", "5 spec.podSelector.matchExpressions"},
+		{knp + "  podSelector: {}\n  egress: [{from: []}, {to: [{}]}, {to: [{ipBlock: {cidr: 10.0.0.0/8}}]}]\n  ingress: [{to: []}]",
+			"6 spec.egress[0].from, 6 spec.egress[1].to[0], 6 spec.egress[2].to[0].ipBlock, 7 spec.ingress[0].to"},
+		{knp + "  podSelector: {}\n  policyTypes: [Ingress]\n  egress: [{to: [{ipBlock: {cidr: 10.0.0.0/8}}]}]", "7 spec.egress[0].to[0].ipBlock"},
+		{knp + "  podSelector:\n    matchExpressions:\n    - {key: a, operator: In, values: []}\n    - {key: a, operator: In}\n    - {key: a, operator: NotIn}\n    - {key: a, operator: Exists, values: [x]}\n    - {key: a, operator: DoesNotExist, values: [x]}\n    - {key: a, operator: in, values: [x]}\n    - {operator: Exists}\n    - {key: a}\n    - {key: 'b b', operator: Exists}\n    - {key: a, operator: In, values: [1, 'x y']}\n    - {key: a, operator: Exists, more: 1}\n    - a",
+			"7 spec.podSelector.matchExpressions[0].values, 8 spec.podSelector.matchExpressions[1], 9 spec.podSelector.matchExpressions[2], 10 spec.podSelector.matchExpressions[3].values, 11 spec.podSelector.matchExpressions[4].values, 12 spec.podSelector.matchExpressions[5].operator, 13 spec.podSelector.matchExpressions[6], 14 spec.podSelector.matchExpressions[7], " +
+				"15 spec.podSelector.matchExpressions[8].key, 16 spec.podSelector.matchExpressions[9].values[0], 16 spec.podSelector.matchExpressions[9].values[1], 17 spec.podSelector.matchExpressions[10].more, 18 spec.podSelector.matchExpressions[11]"},
+		{knp + "  podSelector: {matchExpressions: }", "5 spec.podSelector.matchExpressions"},
 		{knp + "  podSelector: {matchLabel: {a: b}}", "5 spec.podSelector.matchLabel"},
 		{knp + "  podSelector: {matchLabels: {a: 1, b: true, c: null, d: [x], e: yes}}",
 			"5 spec.podSelector.matchLabels.a, 5 spec.podSelector.matchLabels.b, 5 spec.podSelector.matchLabels.c, 5 spec.podSelector.matchLabels.d, 5 spec.podSelector.matchLabels.e"},
@@ -54,8 +57,10 @@ func TestRefusedFields(t *testing.T) {
 		{knp + "  podSelector: {}\n  ingress:\n  - from:", "7 spec.ingress[0].from"},
 		{knp + "  podSelector: {}\n  ingress:\n  - from: {podSelector: {}}", "7 spec.ingress[0].from"},
 		{knp + "  podSelector: {}\n  ingress: [{from: [{podSelector: }]}]", "6 spec.ingress[0].from[0].podSelector"},
-		{knp + "  podSelector: {}\n  ingress:\n  - ports:\n    - {port: http}\n    - {port: '80'}\n    - {port: 80, endPort: 90}\n    - {protocol: SCTP}\n    - {protocol: tcp}\n    - {port: 0}\n    - {port: 65536}\n    - {port: 0x50}\n    - {port: 080}\n    - {port: 80.0}\n    - {port: -1}",
+		{knp + "  podSelector: {}\n  ingress:\n  - ports:\n    - {port: Http}\n    - {port: '80'}\n    - {port: 80, endPort: 79}\n    - {protocol: ICMP}\n    - {protocol: tcp}\n    - {port: 0}\n    - {port: 65536}\n    - {port: 0x50}\n    - {port: 080}\n    - {port: 80.0}\n    - {port: -1}",
 			"8 spec.ingress[0].ports[0].port, 9 spec.ingress[0].ports[1].port, 10 spec.ingress[0].ports[2].endPort, 11 spec.ingress[0].ports[3].protocol, 12 spec.ingress[0].ports[4].protocol, 13 spec.ingress[0].ports[5].port, 14 spec.ingress[0].ports[6].port, 15 spec.ingress[0].ports[7].port, 16 spec.ingress[0].ports[8].port, 17 spec.ingress[0].ports[9].port, 18 spec.ingress[0].ports[10].port"},
+		{knp + "  podSelector: {}\n  egress:\n  - ports:\n    - {endPort: 90}\n    - {port: http, endPort: 90}\n    - {port: 80, endPort: 0}\n    - {port: 80, endPort: 65536}\n    - {port: 80, endPort: '90'}\n    - {port: a--b}\n    - {port: sixteen-letters-}\n    - {port: sixteen-letters1}\n    - {port: ''}",
+			"8 spec.egress[0].ports[0].endPort, 9 spec.egress[0].ports[1].endPort, 10 spec.egress[0].ports[2].endPort, 11 spec.egress[0].ports[3].endPort, 12 spec.egress[0].ports[4].endPort, 13 spec.egress[0].ports[5].port, 14 spec.egress[0].ports[6].port, 15 spec.egress[0].ports[7].port, 16 spec.egress[0].ports[8].port"},
 		{knp + "  podSelector: {}\n  ingres: []", "6 spec.ingres"},
 		{knp + "  endpointSelector: {}", "5 spec.endpointSelector"},
 		{strings.TrimSuffix(knp, "spec:\n"), "1"},
@@ -69,7 +74,7 @@ func TestRefusedFields(t *testing.T) {
 
 		// CiliumNetworkPolicy
 		{cnp + "  ingress: [{}]", "4 spec"},
-		{cnp + "  endpointSelector: {}\n  egress: [{}]\n  egressDeny: []\n  ingressDeny: []\n  enableDefaultDeny: {ingress: false}\n  labels: []\n  log: {value: x}\n  nodeSelector: {}",
+		{cnp + "  endpointSelector: {}\n  egress: {}\n  egressDeny: []\n  ingressDeny: []\n  enableDefaultDeny: {ingress: false}\n  labels: []\n  log: {value: x}\n  nodeSelector: {}",
 			"6 spec.egress, 7 spec.egressDeny, 8 spec.ingressDeny, 9 spec.enableDefaultDeny, 10 spec.labels, 11 spec.log, 12 spec.nodeSelector"},
 		{cnp + "  nodeSelector: {}", "5 spec.nodeSelector"},
 		{cnp + "  endpointSelector: {}\n  description: [1]", "6 spec.description"},
@@ -77,12 +82,18 @@ func TestRefusedFields(t *testing.T) {
 		{cnp + "  endpointSelector: {}\n  ingress:\n" +
 			"  - fromEntities: [all]\n  - fromCIDR: [10.0.0.0/8]\n  - fromCIDRSet: []\n  - fromRequires: []\n  - fromNodes: []\n  - fromGroups: []\n  - icmps: []\n  - authentication: {mode: required}\n  - from: []",
 			"7 spec.ingress[0].fromEntities, 8 spec.ingress[1].fromCIDR, 9 spec.ingress[2].fromCIDRSet, 10 spec.ingress[3].fromRequires, 11 spec.ingress[4].fromNodes, 12 spec.ingress[5].fromGroups, 13 spec.ingress[6].icmps, 14 spec.ingress[7].authentication, 15 spec.ingress[8].from"},
-		{cnp + "  endpointSelector: {}\n  ingress:\n  - fromEndpoints:\n    - matchLabels: {'reserved:host': ''}\n    - matchLabels: {'container:a': b}\n    - matchLabels: {'io.cilium.k8s.policy.cluster': c1}\n    - matchLabels: {'any:io.cilium.k8s.namespace.labels.team': x}\n    - matchExpressions: [{key: a, operator: Exists}]\n    - app: x",
-			`8 spec.ingress[0].fromEndpoints[0].matchLabels["reserved:host"], 9 spec.ingress[0].fromEndpoints[1].matchLabels["container:a"], 10 spec.ingress[0].fromEndpoints[2].matchLabels["io.cilium.k8s.policy.cluster"], 11 spec.ingress[0].fromEndpoints[3].matchLabels["any:io.cilium.k8s.namespace.labels.team"], 12 spec.ingress[0].fromEndpoints[4].matchExpressions, 13 spec.ingress[0].fromEndpoints[5].app`},
+		{cnp + "  endpointSelector: {}\n  ingress:\n  - fromEndpoints:\n    - matchLabels: {'reserved:host': ''}\n    - matchLabels: {'container:a': b}\n    - matchLabels: {'io.cilium.k8s.policy.cluster': c1}\n    - matchLabels: {'any:io.cilium.k8s.namespace.labels.': x}\n    - matchExpressions: [{key: 'reserved:host', operator: Exists}, {key: 'x:a', operator: Exists}, {key: io.cilium.k8s.policy.cluster, operator: DoesNotExist}, {key: io.kubernetes.pod.namespace, operator: In, values: [A]}]\n    - app: x",
+			`8 spec.ingress[0].fromEndpoints[0].matchLabels["reserved:host"], 9 spec.ingress[0].fromEndpoints[1].matchLabels["container:a"], 10 spec.ingress[0].fromEndpoints[2].matchLabels["io.cilium.k8s.policy.cluster"], 11 spec.ingress[0].fromEndpoints[3].matchLabels["any:io.cilium.k8s.namespace.labels."], 12 spec.ingress[0].fromEndpoints[4].matchExpressions[0].key, 12 spec.ingress[0].fromEndpoints[4].matchExpressions[1].key, 12 spec.ingress[0].fromEndpoints[4].matchExpressions[2].key, 12 spec.ingress[0].fromEndpoints[4].matchExpressions[3].key, 13 spec.ingress[0].fromEndpoints[5].app`},
 		{cnp + "  endpointSelector: {}\n  ingress:\n  - fromEndpoints:\n    toPorts: [{ports: [{port: '80'}]}]", "7 spec.ingress[0].fromEndpoints"},
-		{cnp + "  endpointSelector: {}\n  ingress:\n  - toPorts:\n    - {}\n    - ports: []\n    - ports: [{port: 80}]\n    - ports: [{protocol: TCP}]\n    - ports: [{port: '0'}]\n    - ports: [{port: http}]\n    - ports: [{port: '99999'}]\n    - ports: [{port: '080'}]\n    - ports: [{port: '80', endPort: 90}]\n    - ports: [{port: '80', protocol: tcp}]\n    - ports: [{port: '80', protocol: ICMP}]\n    - {ports: [{port: '80'}], rules: {}, listener: {}, serverNames: [], terminatingTLS: {}, originatingTLS: {}}",
+		{cnp + "  endpointSelector: {}\n  ingress:\n  - toPorts:\n    - {}\n    - ports: []\n    - ports: [{port: 80}]\n    - ports: [{protocol: TCP}]\n    - ports: [{port: '0'}]\n    - ports: [{port: a_b}]\n    - ports: [{port: '99999'}]\n    - ports: [{port: '080'}]\n    - ports: [{port: '80', endPort: 79}]\n    - ports: [{port: '80', protocol: tcp}]\n    - ports: [{port: '80', protocol: ICMP}]\n    - {ports: [{port: '80'}], rules: {}, listener: {}, serverNames: [], terminatingTLS: {}, originatingTLS: {}}",
 			"8 spec.ingress[0].toPorts[0], 9 spec.ingress[0].toPorts[1].ports, 10 spec.ingress[0].toPorts[2].ports[0].port, 11 spec.ingress[0].toPorts[3].ports[0], 12 spec.ingress[0].toPorts[4].ports[0].port, 13 spec.ingress[0].toPorts[5].ports[0].port, 14 spec.ingress[0].toPorts[6].ports[0].port, 15 spec.ingress[0].toPorts[7].ports[0].port, 16 spec.ingress[0].toPorts[8].ports[0].endPort, 17 spec.ingress[0].toPorts[9].ports[0].protocol, 18 spec.ingress[0].toPorts[10].ports[0].protocol, " +
 				"19 spec.ingress[0].toPorts[11].rules, 19 spec.ingress[0].toPorts[11].listener, 19 spec.ingress[0].toPorts[11].serverNames, 19 spec.ingress[0].toPorts[11].terminatingTLS, 19 spec.ingress[0].toPorts[11].originatingTLS"},
+		{cnp + "  endpointSelector: {}\n  egress:\n  - toPorts:\n    - ports: [{port: http, endPort: 90}]\n    - ports: [{port: '80', endPort: '90'}]\n    - ports: [{port: '80', endPort: 65536}]\n    - ports: [{port: '80', endPort: 90, protocol: SCTP, name: x}]",
+			"8 spec.egress[0].toPorts[0].ports[0].endPort, 9 spec.egress[0].toPorts[1].ports[0].endPort, 10 spec.egress[0].toPorts[2].ports[0].endPort, 11 spec.egress[0].toPorts[3].ports[0].name"},
+		{cnp + "  endpointSelector: {}\n  egress:\n  - {toRequires: [], toCIDR: [], toCIDRSet: []}\n  - {toEntities: [], toServices: [], toFQDNs: []}\n  - {toGroups: [], toNodes: [], icmps: [], authentication: {}}\n  - fromEndpoints: []",
+			"7 spec.egress[0].toRequires, 7 spec.egress[0].toCIDR, 7 spec.egress[0].toCIDRSet, 8 spec.egress[1].toEntities, 8 spec.egress[1].toServices, 8 spec.egress[1].toFQDNs, 9 spec.egress[2].toGroups, 9 spec.egress[2].toNodes, 9 spec.egress[2].icmps, 9 spec.egress[2].authentication, 10 spec.egress[3].fromEndpoints"},
+		{cnp + "  endpointSelector:\n    matchExpressions:\n    - {key: io.kubernetes.pod.namespace, operator: In, values: [other]}\n    - {key: 'k8s:io.kubernetes.pod.namespace', operator: NotIn, values: [default]}\n    - {key: io.kubernetes.pod.namespace, operator: DoesNotExist}\n    - {key: io.kubernetes.pod.namespace, operator: In, values: [other, default]}",
+			"7 spec.endpointSelector.matchExpressions[0].key, 8 spec.endpointSelector.matchExpressions[1].key, 9 spec.endpointSelector.matchExpressions[2].key"},
 		{strings.Replace(cnp, "spec:\n", "specs: [{endpointSelector: {}}]", 1), "4 specs"},
 		{strings.TrimSuffix(cnp, "spec:\n"), "1"},
 

@@ -3,6 +3,7 @@ package cilium
 import (
 	"fmt"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -39,17 +40,16 @@ type parser struct{ *authz.Policy }
 
 // notYet lists the fields that Cilium has and we do not obey yet, with what to
 // do instead, by the object that they are in.
-var notYet = struct{ spec, rule, toPorts, port map[string]string }{
+var notYet = struct{ spec, from, to, toPorts map[string]string }{
 	spec: map[string]string{
 		"nodeSelector":      "policies for nodes are not enforced: use endpointSelector, or remove the policy",
 		"ingressDeny":       "write as ingress what is allowed; all else is denied",
-		"egress":            "egress is not enforced: remove it, and write what must be limited as ingress of the other side",
-		"egressDeny":        "egress is not enforced: remove it, and write what must be limited as ingress of the other side",
-		"enableDefaultDeny": "remove it: a policy with ingress rules denies what no rule allows",
+		"egressDeny":        "write as egress what is allowed; all else is denied",
+		"enableDefaultDeny": "remove it: a policy with ingress or egress rules denies what no rule allows",
 		"labels":            "remove it: the policy is known by its name",
 		"log":               "remove it",
 	},
-	rule: map[string]string{
+	from: map[string]string{
 		"fromRequires":   "add the labels to each selector in fromEndpoints",
 		"fromCIDR":       "select peers by fromEndpoints",
 		"fromCIDRSet":    "select peers by fromEndpoints",
@@ -59,15 +59,24 @@ var notYet = struct{ spec, rule, toPorts, port map[string]string }{
 		"icmps":          "write a rule without toPorts to allow ICMP with all else from its peers",
 		"authentication": "remove it: peers are known by the agent's --evidence for all rules alike",
 	},
+	to: map[string]string{
+		"toRequires":     "add the labels to each selector in toEndpoints",
+		"toCIDR":         "select peers by toEndpoints; for everybody leave the peers out and name toPorts",
+		"toCIDRSet":      "select peers by toEndpoints; for everybody leave the peers out and name toPorts",
+		"toEntities":     "select peers by toEndpoints; for everybody leave the peers out and name toPorts",
+		"toServices":     "select the service's workloads by toEndpoints",
+		"toFQDNs":        "for everybody leave the peers out and name toPorts",
+		"toGroups":       "select peers by toEndpoints; for everybody leave the peers out and name toPorts",
+		"toNodes":        "select peers by toEndpoints; for everybody leave the peers out and name toPorts",
+		"icmps":          "write a rule without toPorts to allow ICMP with all else to its peers",
+		"authentication": "remove it: peers are known by the agent's --evidence for all rules alike",
+	},
 	toPorts: map[string]string{
 		"rules":          "rules inside a protocol (L7) are not enforced; remove them to allow the whole port, or remove the port",
 		"listener":       "remove it, to allow the whole port",
 		"serverNames":    "remove it, to allow the whole port",
 		"terminatingTLS": "remove it",
 		"originatingTLS": "remove it",
-	},
-	port: map[string]string{
-		"endPort": "write an element for each port",
 	},
 }
 
@@ -90,21 +99,26 @@ func (p *parser) spec(spec *dialect.Value) {
 			s, _ := p.selector(v, true)
 			p.Subject = append(p.Subject, s...)
 		},
+		// One rule or more, were it empty, puts the subject under policy.
 		"ingress": func(v *dialect.Value) {
-			v.List(func(i int, r *dialect.Value) { p.ingress(i, r) })
-			// One rule or more, were it empty, puts the subject under policy.
+			v.List(func(i int, r *dialect.Value) { p.rule(abi.DirIngress, i, r) })
 			p.DenyIngress = v.Len() > 0
+		},
+		"egress": func(v *dialect.Value) {
+			v.List(func(i int, r *dialect.Value) { p.rule(abi.DirEgress, i, r) })
+			p.DenyEgress = v.Len() > 0
 		},
 	}, notYet.spec))
 }
 
-func (p *parser) ingress(i int, v *dialect.Value) {
-	r := authz.Rule{
-		Direction: abi.DirIngress, Action: authz.Allow, AnyPort: true,
-		Path: fmt.Sprintf("spec.ingress[%d]", i),
+func (p *parser) rule(dir abi.Direction, i int, v *dialect.Value) {
+	r := authz.Rule{Direction: dir, Action: authz.Allow, AnyPort: true, Path: fmt.Sprintf("spec.%s[%d]", dir, i)}
+	peers, refused := "fromEndpoints", notYet.from
+	if dir == abi.DirEgress {
+		peers, refused = "toEndpoints", notYet.to
 	}
 	v.Object(with(dialect.Fields{
-		"fromEndpoints": func(f *dialect.Value) {
+		peers: func(f *dialect.Value) {
 			f.List(func(_ int, peer *dialect.Value) { r.Peers = append(r.Peers, p.peer(peer)) })
 		},
 		"toPorts": func(f *dialect.Value) {
@@ -113,14 +127,14 @@ func (p *parser) ingress(i int, v *dialect.Value) {
 				r.Ports = append(r.Ports, toPorts(ports)...)
 			})
 		},
-	}, notYet.rule))
+	}, refused))
 	// Ports without peers: everybody, there. Neither: nobody.
-	r.AnyPeer = !v.Has("fromEndpoints") && !r.AnyPort
+	r.AnyPeer = !v.Has(peers) && !r.AnyPort
 	p.Rules = append(p.Rules, r)
 }
 
-// peer parses an element of fromEndpoints: without a word on namespaces, it
-// means the policy's own.
+// peer parses an element of fromEndpoints or toEndpoints: without a word on
+// namespaces, it means the policy's own.
 func (p *parser) peer(v *dialect.Value) authz.Selector {
 	s, named := p.selector(v, false)
 	if !named {
@@ -129,54 +143,76 @@ func (p *parser) peer(v *dialect.Value) authz.Selector {
 	return s
 }
 
-// selector parses an endpoint selector. named tells that it names a namespace.
+// selector parses an endpoint selector. named tells that it speaks of
+// namespaces.
 func (p *parser) selector(v *dialect.Value, subject bool) (s authz.Selector, named bool) {
-	v.LabelSelector(func(full string, f *dialect.Value) {
-		key, ok := p.key(full, f)
+	v.LabelSelector(func(at *dialect.Value, r authz.Requirement) {
+		key, ok := sourceless(r.Key, at)
 		if !ok {
 			return
 		}
-		switch key {
-		case identity.NamespaceLabel:
-			named = true
-			ns, ok := f.Namespace()
-			if ok && subject && ns != p.Namespace {
-				f.Refuse("a policy selects workloads of its own namespace, %s: remove the label, or put the policy into %s", p.Namespace, ns)
+		r.Key = ""
+		label, ofNamespace := strings.CutPrefix(key, namespaceLabels)
+		switch {
+		case key == identity.NamespaceLabel:
+			r.Attribute, named = authz.Namespace, true
+			if !p.namespaces(at, r, subject) {
+				return
 			}
-			if ok {
-				s = append(s, authz.InNamespace(ns))
-			}
-		case identity.ServiceAccountLabel:
-			if sa, ok := f.LabelValue(); ok {
-				s = append(s, authz.HasServiceAccount(sa))
-			}
+		case ofNamespace:
+			r.Attribute, r.Key, named = authz.NamespaceLabel, label, true
+		case key == identity.ServiceAccountLabel:
+			r.Attribute = authz.ServiceAccount
+		case key == clusterLabel && r.Operator == authz.Exists:
+			return // every workload is in a cluster
+		case strings.HasPrefix(key, "io.cilium."), strings.HasPrefix(key, "io.kubernetes.pod."):
+			// Cilium gives these a meaning; as a pod's label it would match nobody.
+			dialect.NotYet(fmt.Sprintf("of Cilium's own labels only %s, %s and %s... are, and %s with Exists",
+				identity.NamespaceLabel, identity.ServiceAccountLabel, namespaceLabels, clusterLabel))(at)
+			return
 		default:
-			if value, ok := f.LabelValue(); ok && f.LabelKey(key) {
-				s = append(s, authz.Label(key, value))
-			}
+			r.Attribute, r.Key = authz.PodLabel, key
+		}
+		if isLabel := r.Attribute == authz.PodLabel || r.Attribute == authz.NamespaceLabel; !isLabel || at.LabelKey(r.Key) {
+			s = append(s, r)
 		}
 	})
 	return s, named
 }
 
-// key returns a label's key without its source; v is the label's value.
-func (p *parser) key(full string, v *dialect.Value) (string, bool) {
-	source, key, found := strings.Cut(full, ":")
-	if !found {
-		source, key = "any", full
+// Cilium's labels for the namespace's labels, and for the cluster.
+const (
+	namespaceLabels = "io.cilium.k8s.namespace.labels."
+	clusterLabel    = "io.cilium.k8s.policy.cluster"
+)
+
+// namespaces checks a requirement of the namespace's name.
+func (p *parser) namespaces(at *dialect.Value, r authz.Requirement, subject bool) bool {
+	for _, name := range r.Values {
+		if !at.IsNamespace(name) {
+			return false
+		}
 	}
+	own := slices.Contains(r.Values, p.Namespace)
 	switch {
+	case !subject, r.Operator == authz.In && own, r.Operator == authz.NotIn && !own, r.Operator == authz.Exists:
+		return true
+	}
+	at.Refuse("a policy selects workloads of its own namespace, %s: remove the label, or give the policy another namespace", p.Namespace)
+	return false
+}
+
+// sourceless returns a label's key without its source; at is where it stands.
+func sourceless(full string, at *dialect.Value) (string, bool) {
+	source, key, found := strings.Cut(full, ":")
+	switch {
+	case !found:
+		return full, true
 	case source == "reserved":
-		dialect.NotYet("reserved identities; select workloads by their labels")(v)
+		dialect.NotYet("reserved identities; select workloads by their labels")(at)
 		return "", false
 	case source != "k8s" && source != "any":
-		v.Refuse("unknown source of a label: want k8s: or any:, or none")
-		return "", false
-	case key == identity.NamespaceLabel || key == identity.ServiceAccountLabel:
-		return key, true
-	case strings.HasPrefix(key, "io.cilium."), strings.HasPrefix(key, "io.kubernetes.pod."):
-		// Cilium gives these a meaning; as a pod's label it would match nobody.
-		dialect.NotYet("of Cilium's own labels only " + identity.NamespaceLabel + " and " + identity.ServiceAccountLabel + " are")(v)
+		at.Refuse("unknown source of a label: want k8s: or any:, or none")
 		return "", false
 	}
 	return key, true
@@ -197,46 +233,65 @@ func toPorts(v *dialect.Value) (out []authz.PortRange) {
 
 var portNumber = regexp.MustCompile(`^[1-9][0-9]{0,4}$`)
 
-func parsePort(v *dialect.Value) []authz.PortRange {
-	port := 0
-	protos := []uint8{authz.ProtoTCP, authz.ProtoUDP, authz.ProtoSCTP}
-	v.Object(with(dialect.Fields{
+var protocols = map[string][]uint8{
+	"TCP": {authz.ProtoTCP}, "UDP": {authz.ProtoUDP}, "SCTP": {authz.ProtoSCTP},
+	"ANY": anyProtocol, "": anyProtocol,
+}
+
+var anyProtocol = []uint8{authz.ProtoTCP, authz.ProtoUDP, authz.ProtoSCTP}
+
+func parsePort(v *dialect.Value) (out []authz.PortRange) {
+	port, name, end, protos := 0, "", (*dialect.Value)(nil), anyProtocol
+	v.Object(dialect.Fields{
 		"port": func(f *dialect.Value) {
+			s, ok := f.Text()
+			switch {
+			case !ok:
+			case s == "0":
+				dialect.NotYet("every port of a protocol; leave out toPorts for every port, or name ports")(f)
+			case portNumber.MatchString(s):
+				if port, _ = strconv.Atoi(s); port > 65535 {
+					f.Refuse("want a port from 1 to 65535")
+				}
+			default:
+				// Cilium compares names without regard to case.
+				if name = strings.ToLower(s); !dialect.IsPortName(name) {
+					f.Refuse("want a number from 1 to 65535 in decimal, or the name of a container port (letters, digits and -, at most 15, one of them a letter)")
+				}
+			}
+		},
+		"endPort": func(f *dialect.Value) { end = f },
+		"protocol": func(f *dialect.Value) {
 			s, ok := f.Text()
 			if !ok {
 				return
 			}
-			if s == "0" {
-				dialect.NotYet("every port of a protocol; leave out toPorts for every port, or name ports")(f)
-				return
-			}
-			if portNumber.MatchString(s) {
-				port, _ = strconv.Atoi(s)
-			}
-			switch {
-			case port > 65535:
-				f.Refuse("want a port from 1 to 65535")
-			case port == 0:
-				dialect.NotYet("ports by name; write the number, in decimal")(f)
+			if protos, ok = protocols[s]; !ok {
+				dialect.NotYet("use TCP, UDP, SCTP or ANY, in capitals")(f)
 			}
 		},
-		"protocol": func(f *dialect.Value) {
-			switch s, ok := f.Text(); {
-			case !ok:
-			case s == "TCP":
-				protos = []uint8{authz.ProtoTCP}
-			case s == "UDP":
-				protos = []uint8{authz.ProtoUDP}
-			case s == "ANY", s == "":
-			default:
-				dialect.NotYet("use TCP, UDP or ANY, in capitals")(f)
-			}
-		},
-	}, notYet.port))
+	})
 	v.Require("port")
-	var out []authz.PortRange
+	last := port
+	if end != nil {
+		switch n, ok := end.Number(); {
+		case !ok || n == 0: // 0: no range
+		case n > 65535:
+			end.Refuse("want a port from 1 to 65535")
+		case name != "":
+			end.Refuse("a range begins with a number: write port as one, or remove endPort")
+		case n < port:
+			end.Refuse("the range ends before port, where it begins")
+		default:
+			last = n
+		}
+	}
 	for _, proto := range protos {
-		out = append(out, authz.Port(proto, uint16(port)))
+		if name != "" {
+			out = append(out, authz.PortNamed(proto, name))
+			continue
+		}
+		out = append(out, authz.PortRange{Proto: proto, First: uint16(port), Last: uint16(last)})
 	}
 	return out
 }

@@ -2,6 +2,7 @@ package k8s
 
 import (
 	"fmt"
+	"slices"
 
 	"portcullis/authz"
 	"portcullis/authz/dialect"
@@ -28,54 +29,59 @@ func Parse(doc *dialect.Document) ([]*authz.Policy, []authz.Problem) {
 
 type parser struct{ *authz.Policy }
 
-// noEgress says what to do about anything that speaks of egress.
-var noEgress = dialect.NotYet("egress is not enforced: remove it, and write what must be limited as ingress of the other side")
-
 func (p *parser) spec(spec *dialect.Value) {
 	p.Subject = authz.Selector{authz.InNamespace(p.Namespace)}
-	// Default of policyTypes: Ingress, and Egress if there are egress rules.
-	p.DenyIngress = true
+	var types []abi.Direction
+	rules := func(dir abi.Direction, field, peers string) func(*dialect.Value) {
+		return func(v *dialect.Value) {
+			v.List(func(i int, r *dialect.Value) {
+				p.Rules = append(p.Rules, p.rule(dir, fmt.Sprintf("spec.%s[%d]", field, i), peers, r))
+			})
+		}
+	}
 	spec.Object(dialect.Fields{
-		"podSelector": func(v *dialect.Value) { p.Subject = append(p.Subject, labels(v, authz.Label)...) },
-		"policyTypes": p.policyTypes,
-		"ingress": func(v *dialect.Value) {
-			v.List(func(i int, r *dialect.Value) { p.Rules = append(p.Rules, p.ingress(i, r)) })
-		},
-		"egress": func(v *dialect.Value) {
-			if !v.List(func(int, *dialect.Value) {}) || v.Len() > 0 {
-				noEgress(v)
-			}
-		},
+		"podSelector": func(v *dialect.Value) { p.Subject = append(p.Subject, labels(v, authz.PodLabel)...) },
+		"policyTypes": func(v *dialect.Value) { types = policyTypes(v) },
+		"ingress":     rules(abi.DirIngress, "ingress", "from"),
+		"egress":      rules(abi.DirEgress, "egress", "to"),
 	})
+	speaksOf := func(dir abi.Direction) bool {
+		return slices.ContainsFunc(p.Rules, func(r authz.Rule) bool { return r.Direction == dir })
+	}
+	if len(types) == 0 { // empty is as if it were not there
+		p.DenyIngress, p.DenyEgress = true, speaksOf(abi.DirEgress)
+		return
+	}
+	p.DenyIngress, p.DenyEgress = slices.Contains(types, abi.DirIngress), slices.Contains(types, abi.DirEgress)
+	// Rules of a direction that is not among the types say nothing.
+	p.Rules = slices.DeleteFunc(p.Rules, func(r authz.Rule) bool { return !slices.Contains(types, r.Direction) })
 }
 
-func (p *parser) policyTypes(v *dialect.Value) {
-	ingress := v.Len() == 0 // empty is as if it were not there
+func policyTypes(v *dialect.Value) (types []abi.Direction) {
 	v.List(func(_ int, t *dialect.Value) {
 		switch s, ok := t.Text(); {
 		case !ok:
 		case s == "Ingress":
-			ingress = true
+			types = append(types, abi.DirIngress)
 		case s == "Egress":
-			noEgress(t)
+			types = append(types, abi.DirEgress)
 		default:
 			t.Refuse("want Ingress or Egress")
 		}
 	})
-	p.DenyIngress = ingress
+	return types
 }
 
-func (p *parser) ingress(i int, v *dialect.Value) authz.Rule {
-	r := authz.Rule{
-		Direction: abi.DirIngress, Action: authz.Allow, AnyPeer: true, AnyPort: true,
-		Path: fmt.Sprintf("spec.ingress[%d]", i),
-	}
+// rule parses an element of ingress or egress, whose peers are in the field
+// from or to.
+func (p *parser) rule(dir abi.Direction, path, peers string, v *dialect.Value) authz.Rule {
+	r := authz.Rule{Direction: dir, Action: authz.Allow, AnyPeer: true, AnyPort: true, Path: path}
 	v.Object(dialect.Fields{
-		"from": func(from *dialect.Value) {
-			from.List(func(_ int, peer *dialect.Value) {
+		peers: func(f *dialect.Value) {
+			f.List(func(_ int, peer *dialect.Value) {
 				// One peer or more: those, not everybody.
 				r.AnyPeer = false
-				r.Peers = append(r.Peers, p.peer(peer))
+				r.Peers = append(r.Peers, p.peer(peer, peers))
 			})
 		},
 		"ports": func(ports *dialect.Value) {
@@ -88,63 +94,86 @@ func (p *parser) ingress(i int, v *dialect.Value) authz.Rule {
 	return r
 }
 
-// peer parses one element of from: pods of the policy's own namespace, or of
-// the namespaces that are selected.
-func (p *parser) peer(v *dialect.Value) authz.Selector {
+// peer parses one element of from or to: pods of the policy's own namespace,
+// or of the namespaces that are selected.
+func (p *parser) peer(v *dialect.Value, field string) authz.Selector {
 	s := authz.Selector{authz.InNamespace(p.Namespace)}
 	if v.Has("namespaceSelector") {
 		s = authz.Selector{}
 	}
 	v.Object(dialect.Fields{
-		"podSelector":       func(f *dialect.Value) { s = append(s, labels(f, authz.Label)...) },
-		"namespaceSelector": func(f *dialect.Value) { s = append(s, labels(f, authz.NamespaceHasLabel)...) },
+		"podSelector":       func(f *dialect.Value) { s = append(s, labels(f, authz.PodLabel)...) },
+		"namespaceSelector": func(f *dialect.Value) { s = append(s, labels(f, authz.NamespaceLabel)...) },
 		"ipBlock":           dialect.NotYet("select peers by podSelector and namespaceSelector"),
 	})
 	if v.Len() == 0 {
-		v.Refuse("want a podSelector, a namespaceSelector or both; for every peer leave out from")
+		v.Refuse("want a podSelector, a namespaceSelector or both; for every peer leave out %s", field)
 	}
 	return s
 }
 
 // labels parses a label selector into requirements.
-func labels(v *dialect.Value, require func(key, value string) authz.Requirement) authz.Selector {
-	var s authz.Selector
-	v.LabelSelector(func(key string, f *dialect.Value) {
-		if value, ok := f.LabelValue(); ok && f.LabelKey(key) {
-			s = append(s, require(key, value))
+func labels(v *dialect.Value, of authz.Attribute) (s authz.Selector) {
+	v.LabelSelector(func(at *dialect.Value, r authz.Requirement) {
+		if at.LabelKey(r.Key) {
+			r.Attribute = of
+			s = append(s, r)
 		}
 	})
 	return s
 }
 
+var protocols = map[string]uint8{"TCP": authz.ProtoTCP, "UDP": authz.ProtoUDP, "SCTP": authz.ProtoSCTP}
+
 func parsePort(v *dialect.Value) authz.PortRange {
-	pr := authz.AllPorts(authz.ProtoTCP)
+	proto, port, name, end := uint8(authz.ProtoTCP), 0, "", (*dialect.Value)(nil)
 	v.Object(dialect.Fields{
 		"protocol": func(f *dialect.Value) {
-			switch s, ok := f.Text(); {
-			case !ok:
-			case s == "TCP":
-				pr.Proto = authz.ProtoTCP
-			case s == "UDP":
-				pr.Proto = authz.ProtoUDP
-			case s == "SCTP":
-				dialect.NotYet("use TCP or UDP")(f)
-			default:
-				f.Refuse("want TCP or UDP, in capitals")
+			s, ok := f.Text()
+			if !ok {
+				return
+			}
+			if proto, ok = protocols[s]; !ok {
+				f.Refuse("want TCP, UDP or SCTP, in capitals")
 			}
 		},
 		"port": func(f *dialect.Value) {
 			if f.IsText() {
-				dialect.NotYet("ports by name; write the number, without quotes")(f)
+				if name, _ = f.Text(); !dialect.IsPortName(name) {
+					f.Refuse("want the name of a container port (small letters, digits and -, at most 15, one of them a letter), or a number without quotes")
+				}
 				return
 			}
-			n, ok := f.Number()
-			if ok && (n < 1 || n > 65535) {
-				f.Refuse("want a port from 1 to 65535")
-			}
-			pr.First, pr.Last = uint16(n), uint16(n)
+			port = portNumber(f)
 		},
-		"endPort": dialect.NotYet("write an element for each port"),
+		"endPort": func(f *dialect.Value) { end = f },
 	})
-	return pr
+	switch {
+	case name != "":
+		if end != nil {
+			end.Refuse("a range begins with a number: write port as one, or remove endPort")
+		}
+		return authz.PortNamed(proto, name)
+	case end != nil && !v.Has("port"):
+		end.Refuse("port, where the range begins, is missing")
+	case end != nil:
+		last := portNumber(end)
+		if last > 0 && last < port {
+			end.Refuse("the range ends before port, where it begins")
+		}
+		return authz.PortRange{Proto: proto, First: uint16(port), Last: uint16(max(port, last))}
+	case v.Has("port"):
+		return authz.Port(proto, uint16(port))
+	}
+	return authz.AllPorts(proto)
+}
+
+// portNumber returns 0 for what it refuses.
+func portNumber(v *dialect.Value) int {
+	n, ok := v.Number()
+	if ok && (n < 1 || n > 65535) {
+		v.Refuse("want a port from 1 to 65535")
+		return 0
+	}
+	return n
 }
