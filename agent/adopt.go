@@ -7,6 +7,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"portcullis/authz"
 	"portcullis/bpf/abi"
 	"portcullis/datapath"
 	"portcullis/identity"
@@ -21,6 +22,8 @@ import (
 //	pinned slot, identity unknown -> zeroed
 //	pinned endpoint, registered   -> stays as it is, gets its policy anew
 //	pinned endpoint, not          -> its gate is closed
+//	pinned endpoint, its policy   -> everything is denied there until somebody
+//	files are gone                   imports or deletes policies (I2)
 //
 // Policies are in the repository before the first endpoint is compiled, and
 // numbers keep their identities, so a packet that passed before passes now.
@@ -77,27 +80,60 @@ func (l *loop) adoptSlot(slot uint32, s datapath.Slot, id identity.Identity) err
 	return nil
 }
 
-// adoptEndpoints takes over the endpoints that are registered and closes the
-// others. It comes before every other input of the owner machine.
+// registered reports whether the endpoint on a device is one of those that an
+// earlier agent registered and did not end.
+func (l *loop) registered(name string, ep abi.Endpoint) bool {
+	w, ok := l.stored[ep.UID]
+	return ok && w.ifname == name && ep.State != uint32(abi.EPClosed) && sameIPs(w.ips, ep)
+}
+
+// shutStrangers closes the endpoints that are not registered. It comes before
+// the owner machine begins: to that, their bindings ended at its start, and
+// packets that they send later must not be taken for their IPs' next holder's
+// (I1).
+func (l *loop) shutStrangers() error {
+	pinned, err := l.dp.Endpoints()
+	if err != nil {
+		return err
+	}
+	for name, ep := range pinned {
+		if l.registered(name, ep) {
+			continue
+		}
+		if err := l.shutPinned(name, ep); err != nil {
+			return err
+		}
+		l.log.Warn("an endpoint of an earlier agent is shut: it is not registered", zap.String("device", name), zap.String("uid", identity.UID(ep.UID).String()))
+	}
+	return nil
+}
+
+func (l *loop) shutPinned(name string, ep abi.Endpoint) error {
+	ep.State = uint32(abi.EPClosed)
+	if err := l.dp.SetEndpoint(ep); err != nil {
+		return fmt.Errorf("shut the endpoint on %s that an earlier agent left: %w", name, err)
+	}
+	return nil
+}
+
+// adoptEndpoints takes over the endpoints that are registered. It comes before
+// every other input of the owner machine.
 func (l *loop) adoptEndpoints() error {
 	pinned, err := l.dp.Endpoints()
 	if err != nil {
 		return err
 	}
 	for name, ep := range pinned {
-		w, ok := l.stored[ep.UID]
-		if ok && w.ifname == name && ep.State != uint32(abi.EPClosed) && sameIPs(w.ips, ep) {
-			if err := l.adoptEndpoint(w, ep); err == nil {
-				continue
-			} else {
-				l.log.Warn("an endpoint of an earlier agent is not taken over", zap.String("workload", w.fullName()), zap.Error(err))
+		if !l.registered(name, ep) {
+			continue
+		}
+		w := l.stored[ep.UID]
+		if err := l.adoptEndpoint(w, ep); err != nil {
+			l.log.Warn("an endpoint of an earlier agent is not taken over", zap.String("workload", w.fullName()), zap.Error(err))
+			if err := l.shutPinned(name, ep); err != nil {
+				return err
 			}
 		}
-		ep.State = uint32(abi.EPClosed)
-		if err := l.dp.SetEndpoint(ep); err != nil {
-			return fmt.Errorf("shut the endpoint on %s that an earlier agent left: %w", name, err)
-		}
-		l.log.Warn("an endpoint of an earlier agent is shut: it is not registered", zap.String("device", name), zap.String("uid", identity.UID(ep.UID).String()))
 	}
 	for uid, w := range l.stored {
 		if l.endpoints[uid] == nil {
@@ -116,6 +152,12 @@ func (l *loop) adoptEndpoint(w workload, ep abi.Endpoint) error {
 		generation: identity.Generation(ep.Generation), created: l.created[w.uid], activated: make(chan struct{})}
 	if !l.holdIndexes.reserve(e.holdIndex) {
 		return fmt.Errorf("its hold index %d is taken", e.holdIndex)
+	}
+	if e.lost = ep.Flags & enforceFlags; e.lost != 0 && l.underPolicy(e) {
+		e.lost = 0
+	}
+	if e.lost != 0 {
+		l.alarms.raise("policies-lost", fmt.Sprintf("%s is under policy in the kernel, and no policy in %s selects it: everything is denied there until policies are imported or deleted", e.fullName(), l.cfg.StateDir))
 	}
 	var err error
 	if e.numeric, err = l.acquire(e.identity); err == nil {
@@ -144,6 +186,14 @@ func (l *loop) adoptEndpoint(w workload, ep abi.Endpoint) error {
 		return err
 	}
 	return l.dp.DeletePolicySet(ep.Policy)
+}
+
+// enforceFlags are what a policy makes of an endpoint.
+const enforceFlags = uint32(abi.EPEnforceIngress | abi.EPEnforceEgress)
+
+// underPolicy reports whether any policy speaks of the endpoint.
+func (l *loop) underPolicy(e *endpoint) bool {
+	return slices.ContainsFunc(l.repo.List(), func(p *authz.Policy) bool { return l.repo.Selects(p, e.identity) })
 }
 
 // localStands reports whether every binding of the endpoint is installed, and

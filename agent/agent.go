@@ -83,7 +83,12 @@ func Run(signalled context.Context, cfg Config, log *zap.Logger) error {
 	run("held packets", func(ctx context.Context) error { return l.dp.Held(ctx, func(r hold.Record) { l.receive(ctx, r) }) })
 	run("events", func(ctx context.Context) error { return l.dp.Events(ctx, l.publish) })
 	run("devices", func(ctx context.Context) error {
+		watching := false
 		return netdev.Watch(ctx, func(c netdev.Change) {
+			if !watching { // and the devices were listed
+				watching = true
+				l.post(l.sweepDevices)
+			}
 			if c.Gone {
 				l.post(func() { l.linkGone(c.Device.Ifindex) })
 			}
@@ -194,7 +199,7 @@ func (l *loop) open(ctx context.Context) error {
 	if l.audit, err = audit.Open(l.cfg.AuditLog, l.cfg.Node, l.log); err != nil {
 		return err
 	}
-	for _, step := range []func() error{l.openKernel, l.loadPolicies, l.restoreTable,
+	for _, step := range []func() error{l.openKernel, l.shutStrangers, l.loadPolicies, l.restoreTable,
 		func() error { return l.buildMachines(records, state) }, l.adoptEndpoints} {
 		if err := step(); err != nil {
 			return err

@@ -148,8 +148,9 @@ func (c *Config) validateTimes() (errs []error) {
 	if c.AddWait < 0 {
 		bad("--add-wait %v: want 0 or more", c.AddWait)
 	}
-	if c.IdleBinding < time.Second {
-		bad("--idle-binding %v: want at least 1s", c.IdleBinding)
+	// Which bindings are in use is learnt from a sweep of conntrack.
+	if least := 3 * sweepInterval; c.IdleBinding < least {
+		bad("--idle-binding %v: want at least %v, or bindings in use are given back", c.IdleBinding, least)
 	}
 	return errs
 }

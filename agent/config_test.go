@@ -32,6 +32,7 @@ func TestConfigValidate(t *testing.T) {
 		{"unsafe lease", func(c *Config) { c.UnsafeClassic = true }, []string{"--unsafe-classic"}},
 		{"ttl above MAX_LEASE", func(c *Config) { c.TTL = 61 * time.Second }, []string{"--ttl"}},
 		{"heartbeat too slow", func(c *Config) { c.Heartbeat = 16 * time.Second }, []string{"--heartbeat"}},
+		{"bindings given back while in use", func(c *Config) { c.IdleBinding = sweepInterval }, []string{"--idle-binding"}},
 		{"a peer in our range", func(c *Config) { c.Peers[0].Ranges[0] = netip.MustParsePrefix("10.1.1.128/25") }, []string{"overlaps"}},
 		{"a peer with our address", func(c *Config) { c.Peers[0].Address = netip.MustParseAddrPort("192.0.2.1:4260") }, []string{"overlaps"}},
 		{"a peer twice", func(c *Config) { c.Peers = append(c.Peers, c.Peers[0]) }, []string{"twice", "overlaps"}},

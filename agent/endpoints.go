@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -42,6 +43,7 @@ type endpoint struct {
 	state     abi.EndpointState // what the kernel was told last
 	detail    string            // why it is not active
 	policy    policySet
+	lost      uint32 // directions (enforceFlags) denied because their policies are gone, see adopt.go
 	// generation of its bindings; 0 until it was activated.
 	generation identity.Generation
 	created    time.Time
@@ -73,12 +75,20 @@ func (l *loop) register(w workload) (*endpoint, error) {
 		}
 		return e, nil
 	}
+	if ip, ok := l.nodeUIDs[w.uid]; ok {
+		return nil, fmt.Errorf("uid %s is %w: it names this node as the holder of %s", w.uid, errConflict, ip)
+	}
 	if err := l.claimIPs(&w); err != nil {
 		return nil, err
 	}
 	device, err := netdev.ByName(w.ifname)
 	if err != nil {
 		return nil, fmt.Errorf("%w in the agent's network namespace: %w", errNoDevice, err)
+	}
+	if device.Kind != "veth" || slices.Contains(l.cfg.Uplinks, w.ifname) {
+		// The node's own traffic would be judged as a workload's, and what
+		// comes in by an uplink would be believed to be this workload.
+		return nil, fmt.Errorf("%w for a workload: %s is no host side of its veth (kind %s)", errNoDevice, w.ifname, device.Kind)
 	}
 	ifindex := device.Ifindex
 	if stale := l.byIfindex[ifindex]; stale != nil {
@@ -138,9 +148,18 @@ func (l *loop) enforce(e *endpoint) error {
 	return nil
 }
 
+// meaning compiles the endpoint's policy.
+func (l *loop) meaning(e *endpoint) authz.Set {
+	set := l.repo.Compile(e.identity, l.ids.All, e.ports...)
+	// Enforced without an entry is denied.
+	set.EnforceIngress = set.EnforceIngress || e.lost&uint32(abi.EPEnforceIngress) != 0
+	set.EnforceEgress = set.EnforceEgress || e.lost&uint32(abi.EPEnforceEgress) != 0
+	return set
+}
+
 // compile puts the endpoint's policy into the kernel, under a new set.
 func (l *loop) compile(e *endpoint) error {
-	e.policy = policySet{id: l.dp.State().NextPolicySet(), set: l.repo.Compile(e.identity, l.ids.All, e.ports...)}
+	e.policy = policySet{id: l.dp.State().NextPolicySet(), set: l.meaning(e)}
 	if err := l.dp.PutPolicy(e.policy.id, e.policy.set.WithSet(e.policy.id)); err != nil {
 		return fmt.Errorf("%w the policy of %s: %w", errKernelRefuse, e.fullName(), err)
 	}
@@ -308,6 +327,16 @@ func (l *loop) linkGone(ifindex uint32) {
 		l.log.Error("end of a workload whose device is gone", zap.Error(err))
 	}
 	l.sweepDevice(ifindex)
+}
+
+// sweepDevices ends the workloads whose devices vanished between the adoption
+// and the watch over devices.
+func (l *loop) sweepDevices() {
+	for _, ifindex := range slices.Collect(maps.Keys(l.byIfindex)) {
+		if !deviceExists(ifindex) {
+			l.linkGone(ifindex)
+		}
+	}
 }
 
 // deviceExists is true when in doubt: then nothing is taken from an endpoint.

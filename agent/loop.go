@@ -45,6 +45,7 @@ type loop struct {
 	transport *session.Transport // set before run, safe for concurrent use
 	source    *svid.Source       // set before run, safe for concurrent use
 	journal   *journal.Journal
+	unwritten bool // the journal could not be written
 	store     *store
 	audit     *audit.Log
 
@@ -124,12 +125,17 @@ func (l *loop) run(ctx context.Context) error {
 		case <-timer.C:
 			l.tick()
 		case <-retry.C:
-			for uid, generation := range l.retryActivation {
-				l.activate(uid, generation)
-			}
-			l.compactJournal()
+			l.retry()
 		}
 	}
+}
+
+// retry does again what failed.
+func (l *loop) retry() {
+	for uid, generation := range l.retryActivation {
+		l.activate(uid, generation)
+	}
+	l.compactJournal()
 }
 
 // now is the node's CLOCK_BOOTTIME. A message's time is read after the

@@ -53,6 +53,7 @@ func (l *loop) carryOutOwner(outs []lease.OwnerOutput) *lease.JournalFailed {
 			if err := l.journal.Append(o.Record); err != nil {
 				l.alarms.raise("journal", fmt.Sprintf("the journal cannot be written, so no lease is granted: %v: make room in %s", err, l.cfg.JournalDir))
 				l.log.Error("write the journal", zap.Error(err))
+				l.unwritten = true
 				return &lease.JournalFailed{Record: o.Record}
 			}
 		case lease.OwnerTimer:

@@ -98,7 +98,7 @@ func (l *loop) forgetPolicy(e *endpoint) {
 // repository goes back to what it was when one does not fit. They are stored
 // first: a policy that a restart would forget must not be counted on.
 func (l *loop) importPolicies(parsed []api.ParsedPolicy) (replaced map[authz.Ref]bool, err error) {
-	undo := &policyUndo{l: l}
+	undo := l.changePolicies()
 	replaced = map[authz.Ref]bool{}
 	now := time.Now()
 	for _, p := range parsed {
@@ -113,12 +113,13 @@ func (l *loop) importPolicies(parsed []api.ParsedPolicy) (replaced map[authz.Ref
 	if err != nil {
 		return nil, undo.run(err)
 	}
+	undo.done()
 	return replaced, nil
 }
 
 // deletePolicies removes policies, all or none.
 func (l *loop) deletePolicies(refs []authz.Ref) error {
-	undo := &policyUndo{l: l}
+	undo := l.changePolicies()
 	for _, ref := range refs {
 		undo.remember(ref)
 		l.repo.Delete(ref)
@@ -132,6 +133,7 @@ func (l *loop) deletePolicies(refs []authz.Ref) error {
 	if err != nil {
 		return undo.run(err)
 	}
+	undo.done()
 	return nil
 }
 
@@ -162,7 +164,21 @@ type policyUndo struct {
 		policy *authz.Policy // nil: there was none
 		file   importedFile
 	}
+	lost map[*endpoint]uint32
 }
+
+// changePolicies begins a change that somebody asked for: what is in force
+// after it is meant, whatever was lost before.
+func (l *loop) changePolicies() *policyUndo {
+	u := &policyUndo{l: l, lost: map[*endpoint]uint32{}}
+	for _, e := range l.endpoints {
+		u.lost[e], e.lost = e.lost, 0
+	}
+	return u
+}
+
+// done ends a change that went through.
+func (u *policyUndo) done() { u.l.alarms.clear("policies-lost") }
 
 // remember notes what stands, and reports whether anything does.
 func (u *policyUndo) remember(ref authz.Ref) bool {
@@ -178,6 +194,9 @@ func (u *policyUndo) remember(ref authz.Ref) bool {
 // run restores what stood and returns why it had to.
 func (u *policyUndo) run(why error) error {
 	errs := []error{why}
+	for e, lost := range u.lost {
+		e.lost = lost
+	}
 	for _, o := range u.old {
 		if o.policy == nil {
 			errs = append(errs, u.l.removePolicy(o.ref))
@@ -200,7 +219,7 @@ func (l *loop) applyPolicies() error {
 		}
 	}
 	for _, e := range l.endpoints {
-		set := l.repo.Compile(e.identity, l.ids.All, e.ports...)
+		set := l.meaning(e)
 		if set.Equal(e.policy.set) {
 			same[e] = set
 			continue

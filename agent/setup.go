@@ -98,20 +98,25 @@ func (l *loop) openJournal(ctx context.Context) ([]lease.Record, lease.JournalSt
 	return records, state, nil
 }
 
-// compactJournal keeps the journal in proportion to what it has to say.
+// compactJournal keeps the journal in proportion to what it has to say, and
+// begins one anew when it could not be written.
 func (l *loop) compactJournal() {
 	owner, ok := l.owner.(*lease.Owner)
-	if !ok || l.journal.Len() < compactAbove {
+	if !ok || l.journal.Len() < compactAbove && !l.unwritten {
 		return
 	}
 	records := owner.Records()
-	if 2*len(records) > l.journal.Len() {
+	if 2*len(records) > l.journal.Len() && !l.unwritten {
 		return
 	}
 	if err := l.journal.Compact(records); err != nil {
-		// The long journal still stands, and says the same.
+		// The old journal still stands: it says the same, or more is granted
+		// only when it can be written.
 		l.log.Warn("compact the journal", zap.Error(err))
+		return
 	}
+	l.unwritten = false
+	l.alarms.clear("journal")
 }
 
 // restoreTable makes the table of slots, with those of an earlier agent.
@@ -149,10 +154,17 @@ func (l *loop) buildMachines(records []lease.Record, state lease.JournalState) (
 	if l.cfg.Evidence == ModeClassic {
 		return l.buildClassic(identity.Generation(st.LastGeneration()))
 	}
+	fresh := l.cfg.FreshRanges
+	if fresh && st.LastGeneration() != 0 {
+		// The pins know better: an IP of these ranges was bound in this boot. A
+		// flag that stayed in somebody's unit file must not end a wait (I1).
+		fresh = false
+		l.log.Warn("--fresh-ranges is not true: this node has bound IPs in this boot; leave the flag out")
+	}
 	now := l.now()
 	owner, err := lease.NewOwner(lease.OwnerConfig{Node: l.cfg.Node, Boot: l.boot, ReuseMargin: l.cfg.ReuseMargin, MaxWorkloads: maxEndpoints + len(l.cfg.NodeIPs),
 		Nonce: newNonce, Mine: l.mine, LastGeneration: identity.Generation(st.LastGeneration()),
-		Journal: state, Records: records, FreshRanges: l.cfg.FreshRanges}, now)
+		Journal: state, Records: records, FreshRanges: fresh}, now)
 	if err != nil {
 		return err
 	}

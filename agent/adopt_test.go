@@ -1,0 +1,146 @@
+package agent
+
+import (
+	"os"
+	"slices"
+	"testing"
+
+	"portcullis/authz"
+	"portcullis/bpf/abi"
+	"portcullis/ipcache/lease"
+)
+
+// A restart with nothing changed: the endpoint stays active, under its policy
+// and with its generation.
+func TestRestartKeepsEndpoints(t *testing.T) {
+	n := newNode(t)
+	n.veth("a0")
+	l := n.mustStart()
+	e := n.run(l, app("a0", "10.1.1.2"))
+	n.importPolicy(l, denyAll)
+	before := n.inKernel(l, "a0")
+	n.crash(l)
+
+	l = n.mustStart()
+	defer n.crash(l)
+	after := n.inKernel(l, "a0")
+	if after.Policy == before.Policy {
+		t.Error("the policy was not compiled anew")
+	}
+	if after.Policy = before.Policy; after != before {
+		t.Errorf("the endpoint changed: %+v, was %+v", after, before)
+	}
+	if l.endpoints[e.uid] == nil || l.endpoints[e.uid].generation != e.generation {
+		t.Error("the agent does not know its workload any more")
+	}
+}
+
+// A workload that is under policy in the kernel is not opened because the
+// files of its policies are gone (I2): not by the start, not by the one after
+// it, and not by a change of somebody's ports; by a policy that is imported.
+func TestLostPoliciesDoNotOpen(t *testing.T) {
+	n := newNode(t)
+	n.veth("a0")
+	l := n.mustStart()
+	n.run(l, app("a0", "10.1.1.2"))
+	n.importPolicy(l, denyAll)
+	n.crash(l)
+	if err := os.RemoveAll(n.cfg.StateDir); err != nil {
+		t.Fatal(err)
+	}
+	enforced := func(l *loop) bool {
+		ep := n.inKernel(l, "a0")
+		return ep.State == uint32(abi.EPActive) && ep.Flags&uint32(abi.EPEnforceIngress) != 0
+	}
+	lost := func(l *loop) bool {
+		return slices.ContainsFunc(l.alarms.list(), func(a alarm) bool { return a.name == "policies-lost" })
+	}
+	for range 2 {
+		l = n.mustStart()
+		if !enforced(l) {
+			t.Fatal("opened by a start")
+		}
+		if err := l.applyPolicies(); err != nil || !enforced(l) {
+			t.Fatalf("opened by a compilation (%v)", err)
+		}
+		if !lost(l) {
+			t.Error("no alarm")
+		}
+		n.crash(l)
+	}
+	l = n.mustStart()
+	defer n.crash(l)
+	n.importPolicy(l, denyAll)
+	if !enforced(l) || lost(l) {
+		t.Errorf("with its policy back: enforced %v, alarm %v", enforced(l), lost(l))
+	}
+	if err := l.deletePolicies([]authz.Ref{l.repo.List()[0].Ref}); err != nil {
+		t.Fatal(err)
+	}
+	if enforced(l) {
+		t.Error("under policy after the last one was deleted")
+	}
+}
+
+// An endpoint that is not registered any more is shut, and its binding ends.
+func TestUnregisteredEndpointIsShut(t *testing.T) {
+	n := newNode(t)
+	n.veth("a0")
+	l := n.mustStart()
+	e := n.run(l, app("a0", "10.1.1.2"))
+	if err := l.store.deleteWorkload(e.uid); err != nil {
+		t.Fatal(err)
+	}
+	n.crash(l)
+	l = n.mustStart()
+	defer n.crash(l)
+	if ep := n.inKernel(l, "a0"); ep.State != uint32(abi.EPClosed) {
+		t.Errorf("state %d, want closed", ep.State)
+	}
+	if _, ok := l.table.Get(e.ips[0]); ok {
+		t.Error("its binding stands")
+	}
+}
+
+// A workload whose device vanished after the adoption, before devices are
+// watched, ends.
+func TestDeviceVanishesBeforeTheWatch(t *testing.T) {
+	n := newNode(t)
+	n.veth("a0")
+	l := n.mustStart()
+	e := n.run(l, app("a0", "10.1.1.2"))
+	n.crash(l)
+	l = n.mustStart()
+	defer n.crash(l)
+	if l.endpoints[e.uid] == nil {
+		t.Fatal("not adopted")
+	}
+	n.unplug("a0")
+	l.sweepDevices()
+	if l.endpoints[e.uid] != nil || len(l.byIfindex) != 0 {
+		t.Error("the endpoint is still there")
+	}
+	for _, w := range l.owner.Workloads() {
+		if w.UID == e.uid {
+			t.Errorf("the owner still speaks for it: %v", w.State)
+		}
+	}
+}
+
+// --fresh-ranges is a statement that the pins can refute: a flag left in a unit
+// file must not cut the wait for leases that a lost journal knew of (I1).
+func TestFreshRangesIsNotBelievedAgainstThePins(t *testing.T) {
+	n := newNode(t)
+	n.veth("a0")
+	l := n.mustStart()
+	n.run(l, app("a0", "10.1.1.2"))
+	n.crash(l)
+	if err := os.RemoveAll(n.cfg.JournalDir); err != nil {
+		t.Fatal(err)
+	}
+	l = n.mustStart()
+	defer n.crash(l)
+	if wait := l.grants.StartupWait(l.now()); wait < lease.MaxLease {
+		t.Errorf("waits %v for leases of which it knows nothing, want at least %v", wait, lease.MaxLease)
+	}
+}

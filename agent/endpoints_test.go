@@ -1,0 +1,121 @@
+package agent
+
+import (
+	"errors"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"portcullis/bpf/abi"
+	"portcullis/identity"
+)
+
+// Only the host side of a workload's veth is a workload's device: the programs
+// on an uplink would cut the node off, and make whoever sends in by it the
+// workload.
+func TestRegisterRefusesOtherDevices(t *testing.T) {
+	n := newNode(t)
+	n.veth("up0")
+	bridge := &netlink.Bridge{LinkAttrs: netlink.NewLinkAttrs()}
+	bridge.Name = "br0"
+	if err := netlink.LinkAdd(bridge); err != nil {
+		t.Fatal(err)
+	}
+	n.cfg.Uplinks = []string{"up0"}
+	l := n.mustStart()
+	defer n.crash(l)
+	for _, ifname := range []string{"up0", "lo", "br0", "nothing"} {
+		if _, err := l.register(app(ifname, "10.1.1.2")); !errors.Is(err, errNoDevice) {
+			t.Errorf("%s: %v, want %v", ifname, err, errNoDevice)
+		}
+	}
+	if len(l.endpoints) != 0 {
+		t.Error("something is left of them")
+	}
+}
+
+// The UID under which the node holds its own addresses is nobody else's: its
+// deregistration would end the node's binding.
+func TestRegisterRefusesTheNodesUID(t *testing.T) {
+	n := newNode(t)
+	n.veth("a0")
+	l := n.mustStart()
+	defer n.crash(l)
+	w := app("a0", "10.1.1.2")
+	w.uid = nodeUID(n.cfg.Node, n.cfg.NodeIPs[0])
+	if _, err := l.register(w); !errors.Is(err, errConflict) {
+		t.Errorf("%v, want %v", err, errConflict)
+	}
+}
+
+// A journal that could not be written is begun anew as soon as that is
+// possible: then what waited for it goes on.
+func TestJournalIsMended(t *testing.T) {
+	n := newNode(t)
+	n.veth("a0")
+	l := n.mustStart()
+	defer l.close() // of which the journal's part fails
+	if err := l.journal.Close(); err != nil {
+		t.Fatal(err)
+	}
+	e, err := l.register(app("a0", "10.1.1.2"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	alarmed := func() bool {
+		return slices.ContainsFunc(l.alarms.list(), func(a alarm) bool { return a.name == "journal" })
+	}
+	tickUntil(l, alarmed)
+	if e.state != abi.EPQuarantined || n.inKernel(l, "a0").State != uint32(abi.EPQuarantined) || !alarmed() {
+		t.Fatalf("without a journal: state %v, alarm %v; want quarantined, with an alarm", e.state, alarmed())
+	}
+	l.retry()
+	tickUntil(l, func() bool { return e.state == abi.EPActive })
+	if e.state != abi.EPActive || alarmed() {
+		t.Errorf("with a journal again: state %v, alarm %v", e.state, alarmed())
+	}
+}
+
+// tickUntil lets time pass for the loop until done, or ten seconds.
+func tickUntil(l *loop, done func() bool) {
+	for deadline := time.Now().Add(10 * time.Second); !done() && time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		l.tick()
+	}
+}
+
+// A workload's end closes its gate before anybody else can have its IP, and
+// leaves nothing behind when its device goes.
+func TestDeregister(t *testing.T) {
+	n := newNode(t)
+	n.veth("a0")
+	n.veth("b0")
+	l := n.mustStart()
+	defer n.crash(l)
+	first := n.run(l, app("a0", "10.1.1.2"))
+	if _, err := l.register(app("b0", "10.1.1.2")); !errors.Is(err, errConflict) {
+		t.Fatalf("the IP of a live workload was given away: %v", err)
+	}
+	if existed, err := l.deregister(first.uid); !existed || err != nil {
+		t.Fatal(existed, err)
+	}
+	if ep := n.inKernel(l, "a0"); ep.State != uint32(abi.EPClosed) {
+		t.Errorf("the gate is not closed: state %d", ep.State)
+	}
+	second := n.run(l, app("b0", "10.1.1.2"))
+	if second.id == first.id || second.generation <= first.generation {
+		t.Errorf("endpoint %d, generation %d after endpoint %d, generation %d", second.id, second.generation, first.id, first.generation)
+	}
+	n.unplug("a0")
+	l.linkGone(first.ifindex)
+	if l.endpoints[second.uid] == nil || l.byIP[second.ips[0]] != second {
+		t.Error("the end of the first one's device ended the second one")
+	}
+	if users := l.ids.Users(first.numeric); users != 0 {
+		t.Errorf("%d users of a number that nobody has", users)
+	}
+	if _, ok := l.ids.Lookup(identity.Numeric(first.numeric)); ok {
+		t.Error("its number still names it")
+	}
+}
