@@ -82,28 +82,10 @@ func Run(signalled context.Context, cfg Config, log *zap.Logger) error {
 	run("sessions", l.transport.Run)
 	run("held packets", func(ctx context.Context) error { return l.dp.Held(ctx, func(r hold.Record) { l.receive(ctx, r) }) })
 	run("events", func(ctx context.Context) error { return l.dp.Events(ctx, l.publish) })
-	run("devices", func(ctx context.Context) error {
-		watching := false
-		return netdev.Watch(ctx, func(c netdev.Change) {
-			if !watching { // and the devices were listed
-				watching = true
-				l.post(l.sweepDevices)
-			}
-			if c.Gone {
-				l.post(func() { l.linkGone(c.Device.Ifindex) })
-			}
-		})
-	})
+	run("devices", l.watchDevices)
 	run("conntrack sweep", l.sweepConntrack)
 	run("local API", func(ctx context.Context) error { return serve(ctx, l, listener) })
-	l.post(func() {
-		for _, add := range l.pendingAdds {
-			l.stepOwner(add)
-		}
-		l.pendingAdds = nil
-		l.stepOwner(lease.OwnerTick{})
-		l.stepVerifier(lease.VerifierTick{})
-	})
+	l.post(l.begin)
 	log.Info("agent started", zap.String("evidence", string(cfg.Evidence)), zap.Stringers("ranges", cfg.Ranges), zap.String("socket", cfg.APISocket))
 	group.Go(func() error {
 		select {
@@ -120,6 +102,30 @@ func Run(signalled context.Context, cfg Config, log *zap.Logger) error {
 		return nil
 	}
 	return err
+}
+
+// begin is the first thing that the loop does: after the adoptions.
+func (l *loop) begin() {
+	for _, add := range l.pendingAdds {
+		l.stepOwner(add)
+	}
+	l.pendingAdds = nil
+	l.stepOwner(lease.OwnerTick{})
+	l.stepVerifier(lease.VerifierTick{})
+}
+
+// watchDevices tells the loop of devices that vanish, until ctx ends.
+func (l *loop) watchDevices(ctx context.Context) error {
+	watching := false
+	return netdev.Watch(ctx, func(c netdev.Change) {
+		if !watching { // and the devices were listed
+			watching = true
+			l.post(l.sweepDevices)
+		}
+		if c.Gone {
+			l.post(func() { l.linkGone(c.Device.Ifindex) })
+		}
+	})
 }
 
 // receive hands a held packet to the loop. While the loop is behind, packets
