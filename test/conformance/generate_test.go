@@ -13,12 +13,25 @@ var (
 	someNamespaces = []string{"a", "b"}
 	someValues     = []string{"x", "y"}
 	somePorts      = []uint16{1, 53, 80, 81, 4096, 5000, 8191, 65535}
+	someNames      = []string{"http", "dns"}
 )
 
 func pick[T any](r *rand.Rand, from []T) T { return from[r.IntN(len(from))] }
 
 func someIdentity(r *rand.Rand) identity.Identity {
-	return identity.New(trustDomain, pick(r, someNamespaces), pick(r, someValues), map[string]string{"app": pick(r, someValues)})
+	labels := map[string]string{"app": pick(r, someValues)}
+	if r.IntN(2) == 0 {
+		labels["zone"] = pick(r, someValues)
+	}
+	return identity.New(trustDomain, pick(r, someNamespaces), pick(r, someValues), labels)
+}
+
+// someNamed returns the named ports of one workload.
+func someNamed(r *rand.Rand) (out []identity.NamedPort) {
+	for range r.IntN(3) {
+		out = append(out, identity.NamedPort{Name: pick(r, someNames), Port: pick(r, somePorts), Protocol: pick(r, []string{"TCP", "UDP", "SCTP"})})
+	}
+	return out
 }
 
 func someSelector(r *rand.Rand) authz.Selector {
@@ -27,11 +40,13 @@ func someSelector(r *rand.Rand) authz.Selector {
 		{authz.Label("app", pick(r, someValues))},
 		{authz.Label("app", pick(r, someValues)), authz.InNamespace(pick(r, someNamespaces))},
 		{authz.Label("app", "nobody")},
+		{{Attribute: authz.PodLabel, Key: "zone", Operator: authz.NotIn, Values: []string{pick(r, someValues)}}},
+		{{Attribute: authz.PodLabel, Key: "zone", Operator: pick(r, []authz.Operator{authz.Exists, authz.DoesNotExist})}},
 	})
 }
 
 func somePort(r *rand.Rand) authz.PortRange {
-	proto := pick(r, []uint8{authz.ProtoTCP, authz.ProtoTCP, authz.ProtoUDP, authz.ProtoICMP, authz.ProtoICMPv6})
+	proto := pick(r, []uint8{authz.ProtoTCP, authz.ProtoTCP, authz.ProtoUDP, authz.ProtoSCTP, authz.ProtoICMP, authz.ProtoICMPv6})
 	if proto == authz.ProtoICMP || proto == authz.ProtoICMPv6 {
 		if r.IntN(2) == 0 {
 			return authz.Port(proto, uint16(echoRequest(proto))<<8)
@@ -39,16 +54,18 @@ func somePort(r *rand.Rand) authz.PortRange {
 		return authz.AllPorts(proto)
 	}
 	a, b := pick(r, somePorts), pick(r, somePorts)
-	switch r.IntN(4) {
+	switch r.IntN(5) {
 	case 0:
 		return authz.AllPorts(proto)
+	case 2:
+		return authz.PortNamed(proto, pick(r, someNames))
 	case 1:
 		return authz.PortRange{Proto: proto, First: min(a, b), Last: max(a, b)}
 	}
 	return authz.Port(proto, a)
 }
 
-// somePolicy goes beyond what files can say today: egress, deny, ranges.
+// somePolicy goes beyond what files can say today: denials.
 func somePolicy(r *rand.Rand, n int) *authz.Policy {
 	p := &authz.Policy{
 		Ref:         authz.Ref{Kind: "Test", Namespace: "a", Name: fmt.Sprint(n)},

@@ -29,6 +29,12 @@ func (p packet) bytes() []byte {
 		binary.BigEndian.PutUint16(l4, p.sport)
 		binary.BigEndian.PutUint16(l4[2:], p.dport)
 		binary.BigEndian.PutUint16(l4[4:], 8)
+	case authz.ProtoSCTP:
+		l4 = make([]byte, 12+20)
+		binary.BigEndian.PutUint16(l4, p.sport)
+		binary.BigEndian.PutUint16(l4[2:], p.dport)
+		l4[12] = 1 // INIT
+		binary.BigEndian.PutUint16(l4[14:], 20)
 	default:
 		l4 = make([]byte, 8)
 		l4[0] = echoRequest(p.proto)
