@@ -22,7 +22,9 @@ type Requirement struct {
 // Attribute is a property of a workload that a selector can look at.
 type Attribute uint8
 
-// The attributes.
+// The attributes. An identity has every label of its pod today. Whoever filters
+// labels must refuse a selector that names one which the filter removes: In
+// would select nobody, NotIn and DoesNotExist everybody.
 const (
 	PodLabel       Attribute = iota + 1
 	NamespaceLabel           // joined from Repository.SetNamespaceLabels

@@ -97,6 +97,48 @@ func TestExamples(t *testing.T) {
 	}
 }
 
+// The example of egress, where a port's name means the called ship's.
+func TestEgressExample(t *testing.T) {
+	src, err := os.ReadFile("../../docs/examples/egress-policies.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	policies, err := parse("egress-policies.yaml", string(src))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := authz.NewRepository(authz.Options{})
+	if err := r.Put(policies...); err != nil {
+		t.Fatal(err)
+	}
+	ship := func(class string) identity.Identity {
+		return identity.New("", "default", "default", map[string]string{"class": class})
+	}
+	alloc := identity.NewAllocator()
+	for i, class := range []string{"deathstar", "tiefighter", "xwing"} {
+		alloc.Acquire(ship(class))
+		r.AddPorts(uint64(i), ship(class), []identity.NamedPort{{Name: "http", Port: 8080 + uint16(i), Protocol: "TCP"}})
+	}
+	for _, c := range []struct {
+		from, to string
+		port     uint16
+		pass     bool
+	}{
+		{"xwing", "deathstar", 8080, true}, {"xwing", "deathstar", 80, false}, {"xwing", "tiefighter", 8081, false},
+		{"tiefighter", "deathstar", 80, true}, {"tiefighter", "deathstar", 89, true}, {"tiefighter", "deathstar", 90, false},
+		{"tiefighter", "deathstar", 8080, false}, {"tiefighter", "xwing", 80, false}, {"deathstar", "xwing", 1, true},
+	} {
+		set := r.Compile(ship(c.from), alloc.All)
+		n, _ := alloc.Acquire(ship(c.to))
+		if d := set.Judge(abi.DirEgress, n, authz.ProtoTCP, c.port); (d.Verdict == abi.VerdictPass) != c.pass {
+			t.Errorf("%+v: %+v", c, d)
+		}
+		if set.EnforceIngress {
+			t.Errorf("%s: its ingress is under policy", c.from)
+		}
+	}
+}
+
 // The model of a document, in full: everything that a flow record, a trace or
 // policy get shows comes from it.
 func TestModelGolden(t *testing.T) {
