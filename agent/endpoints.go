@@ -166,23 +166,19 @@ func (l *loop) compile(e *endpoint) error {
 	return nil
 }
 
-// claimIPs checks that the node may give these IPs away, and that no live
-// workload has them. An IP whose last holder's device is gone is taken from
-// it: nothing here relies on a deregistration before the registration.
+// claimIPs checks that the node may give these IPs away. That another workload
+// still has one does not matter: whoever registers was given the IP, and a
+// deregistration may be missing. The owner machine takes it from the holder,
+// whose gate is closed, once the newcomer stands, quarantined; the newcomer
+// waits as after every end.
 func (l *loop) claimIPs(w *workload) error {
 	for _, ip := range w.ips {
 		if l.nodeOf(ip) != l.cfg.Node || slices.Contains(l.cfg.NodeIPs, ip) {
 			return fmt.Errorf("%s is %w (%v)", ip, errNotMine, l.cfg.Ranges)
 		}
-		holder := l.byIP[ip]
-		if holder == nil {
-			continue
-		}
-		if deviceExists(holder.ifindex) {
-			return fmt.Errorf("%s is %w: %s (%s) holds it, and its device %s exists", ip, errConflict, holder.fullName(), holder.uid, holder.ifname)
-		}
-		if _, err := l.deregister(holder.uid); err != nil {
-			return err
+		if holder := l.byIP[ip]; holder != nil {
+			l.log.Warn("an IP is given to another workload before its holder was deregistered", zap.Stringer("ip", ip),
+				zap.String("holder", holder.fullName()), zap.String("newcomer", w.fullName()))
 		}
 	}
 	return nil

@@ -51,9 +51,10 @@ type AgentClient interface {
 	// network namespace and the veth. The agent attaches its programs with the
 	// endpoint quarantined before any wait, then activates it when no lease on
 	// an earlier binding of the IPs can be alive. A uid that is registered
-	// already with the same fields is not an error: its state is returned.
+	// already with the same fields is not an error: its state is returned. An IP
+	// that another workload has is taken from it: its gate is closed first.
 	//
-	//	ALREADY_EXISTS       an IP is held by another live workload
+	//	ALREADY_EXISTS       the uid is registered with other fields, or the device is another workload's
 	//	INVALID_ARGUMENT     a field is missing or malformed
 	//	FAILED_PRECONDITION  the IP is not in this node's ranges, or no such device
 	//	RESOURCE_EXHAUSTED   a map is full
@@ -244,9 +245,10 @@ type AgentServer interface {
 	// network namespace and the veth. The agent attaches its programs with the
 	// endpoint quarantined before any wait, then activates it when no lease on
 	// an earlier binding of the IPs can be alive. A uid that is registered
-	// already with the same fields is not an error: its state is returned.
+	// already with the same fields is not an error: its state is returned. An IP
+	// that another workload has is taken from it: its gate is closed first.
 	//
-	//	ALREADY_EXISTS       an IP is held by another live workload
+	//	ALREADY_EXISTS       the uid is registered with other fields, or the device is another workload's
 	//	INVALID_ARGUMENT     a field is missing or malformed
 	//	FAILED_PRECONDITION  the IP is not in this node's ranges, or no such device
 	//	RESOURCE_EXHAUSTED   a map is full
