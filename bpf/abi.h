@@ -350,15 +350,15 @@ struct pc_event {
  * header on. Two record sizes, PC_HELD_SMALL and PC_HELD_LARGE bytes. */
 struct pc_held {
 	__u64 arrival;	    /* BOOTTIME at the hook */
-	struct pc_addr peer;
-	struct pc_addr local;
+	struct pc_addr peer;  /* whose binding is missing: the source, at from_workload the destination */
+	struct pc_addr local; /* the endpoint's side */
 	__u32 endpoint;	    /* id */
 	__u32 ifindex;
 	__u32 hold_index;
 	__u32 len;	    /* of the packet, in bytes */
 	__u16 gso_size;	    /* 0: not a GSO packet */
 	__u16 gso_segs;
-	__u8 direction;
+	__u8 direction;	    /* enum pc_direction: the hook that judges it again */
 	__u8 proto;
 	__u8 reason;	    /* what it would be dropped for were no hold possible */
 	__u8 pad;

@@ -93,7 +93,7 @@ inline_always int gate(struct __sk_buff *skb, int dir)
 			skb->mark &= ~mark_mask;
 		return TCX_NEXT;
 	}
-	if (may_hold(&l, dir)) {
+	if (may_hold(&l)) {
 		if (hold(skb, &l)) {
 			count(skb, &l, dir, PC_VERDICT_HOLD);
 			emit(skb, &l, PC_VERDICT_HOLD);

@@ -32,16 +32,18 @@ inline_always int reader_alive(__u64 now)
 }
 
 /* Can the packet that was just refused for want of evidence be held instead? */
-inline_always int may_hold(const struct pc_life *l, int dir)
+inline_always int may_hold(const struct pc_life *l)
 {
-	if (dir != PC_DIR_INGRESS || !l->peer.holdable)
+	if (!l->peer.holdable)
 		return 0;
 	if (l->peer.kind != PEER_MISSING && l->peer.kind != PEER_EXPIRED)
 		return 0;
 	if (l->reason != PC_REASON_UNBOUND && l->reason != PC_REASON_STALE_LEASE)
 		return 0;
 	/* Never twice: a second hold would give the packet a new arrival time,
-	 * and with it perhaps the next holder's binding (I1). */
+	 * and with it perhaps the next holder's binding (I1). Both hooks know
+	 * the packet by its mark: to_workload as the agent sent it, from_workload
+	 * as to_workload turned it round. */
 	if (l->reinjected)
 		return 0;
 	return reader_alive(l->now);

@@ -69,7 +69,7 @@ func TestRangeEpoch(t *testing.T) {
 		p, _ := f.world.Prefix(24)
 		g.ipRange(p, abi.RangeKnown|abi.RangeHoldable, 0)
 		g.state(func(s *abi.State) { s.RangeEpoch++ })
-		g.drop(g.from(g.pod, back), abi.ReasonUnbound)
+		g.want(g.from(g.pod, back), held, abi.ReasonUnbound)
 		g.want(g.to(g.pod, g.uplink, call), held, abi.ReasonUnbound)
 		g.delete("ranges", rangeKey(p))
 		g.state(func(s *abi.State) { s.RangeEpoch++ })

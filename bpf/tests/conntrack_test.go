@@ -216,9 +216,8 @@ func TestRepliesFromChangedBinding(t *testing.T) {
 		g.pass(g.from(g.pod, call))
 		g.pass(g.to(g.pod, g.uplink, back))
 		g.lease(session, -time.Second)
-		r := g.to(g.pod, g.uplink, back) // can be asked about
-		g.want(r, held, abi.ReasonStaleLease)
-		g.drop(g.from(g.pod, call), abi.ReasonStaleLease) // cannot
+		g.want(g.to(g.pod, g.uplink, back), held, abi.ReasonStaleLease)
+		g.want(g.from(g.pod, call), held, abi.ReasonStaleLease)
 		g.ipRange(f.remote, abi.RangeKnown, 0)
 		g.drop(g.to(g.pod, g.uplink, back), abi.ReasonStaleLease)
 		g.lease(session, time.Hour)
@@ -243,7 +242,12 @@ func TestReplyPastLease(t *testing.T) {
 		g.pass(g.to(g.pod, g.uplink, call))
 		g.pass(g.from(g.pod, back))
 		g.lease(session, -time.Second)
-		g.drop(g.from(g.pod, back), abi.ReasonStaleLease)
+		r := g.from(g.pod, back)
+		g.want(r, held, abi.ReasonStaleLease)
+		if h := r.held[0]; h.Peer != addr(f.peer) || h.Local != addr(f.pod) || abi.Direction(h.Direction) != egress {
+			t.Errorf("held %+v", h.Held)
+		}
+		g.drop(g.turned(g.pod, back), abi.ReasonStaleLease) // never twice
 		g.want(g.to(g.pod, g.uplink, call), held, abi.ReasonStaleLease)
 		g.lease(session, time.Hour)
 		g.pass(g.from(g.pod, back))
@@ -339,7 +343,7 @@ func TestEpoch(t *testing.T) {
 			g.policy(ep.Policy, port(allow))
 			g.pass(g.to(g.pod, g.uplink, call))
 			ep = g.newPolicy(ep, port(peerAllow), client)
-			g.drop(g.from(g.pod, back), abi.ReasonUnbound)
+			g.want(g.from(g.pod, back), held, abi.ReasonUnbound)
 			g.want(g.to(g.pod, g.uplink, call), held, abi.ReasonUnbound)
 			g.bind(f.peer, idClient)
 			g.pass(g.from(g.pod, back))

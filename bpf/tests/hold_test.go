@@ -225,3 +225,85 @@ func TestTurnRound(t *testing.T) {
 		g.drop(g.run("from_workload", tcp(f.pod2, 40000, f.peer, 80, syn), turned), abi.ReasonSpoofed)
 	})
 }
+
+// callOut sets up an endpoint that may call identity idClient at TCP and UDP
+// port 80, so that what it sends there needs evidence.
+func callOut(t testing.TB, f family, opts ...option) (*gate, abi.Endpoint) {
+	g := newGate(t, opts...)
+	ep := g.endpoint(g.pod, f, f.pod, enforceOut)
+	for _, proto := range []uint8{protoTCP, protoUDP} {
+		g.policy(ep.Policy, rule{identity: idAny, dir: egress, proto: proto, port: 80, flags: peerAllow},
+			rule{identity: idClient, dir: egress, proto: proto, port: 80, flags: allow})
+	}
+	g.known(f)
+	return g, ep
+}
+
+// TestHoldEgress: a packet that the workload sends waits for its destination's
+// binding, comes back by the turn, and is judged again, once.
+func TestHoldEgress(t *testing.T) {
+	eachFamily(t, func(t *testing.T, f family) {
+		g, ep := callOut(t, f)
+		p := tcp(f.pod, 40000, f.peer, 80, syn)
+		r := g.from(g.pod, p)
+		g.want(r, held, abi.ReasonUnbound)
+		h := r.held[0]
+		if h.Peer != addr(f.peer) || h.Local != addr(f.pod) || abi.Direction(h.Direction) != egress || h.Ifindex != g.pod ||
+			h.Endpoint != ep.ID || h.Sport != 40000 || h.Dport != 80 || !bytes.Equal(h.packet, p) {
+			t.Errorf("held %+v", h.Held)
+		}
+		if n := len(g.flows()); n != 0 {
+			t.Errorf("%d conntrack entries for a held packet", n)
+		}
+		again := g.turned(g.pod, p)
+		g.drop(again, abi.ReasonUnbound)
+		if len(again.held) != 0 {
+			t.Error("held twice")
+		}
+		b := g.bind(f.peer, idOther)
+		g.drop(g.turned(g.pod, p), abi.ReasonPolicyDenied)
+		g.revoke(b)
+		b = g.bind(f.peer, idClient)
+		again = g.turned(g.pod, p)
+		g.pass(again)
+		if again.mark != 0 || len(again.events) != 1 || again.events[0].Flags != uint8(abi.EventReinjected) ||
+			again.events[0].DstIdentity != uint32(idClient) {
+			t.Errorf("mark %#x, events %+v", again.mark, again.events)
+		}
+		r = g.from(g.pod, p)
+		g.pass(r)
+		if len(r.events) != 0 {
+			t.Errorf("the flow is known: %+v", r.events)
+		}
+		// The answer past its lease waits too, and for the same binding.
+		back := tcp(f.peer, 80, f.pod, 40000, syn|ack)
+		g.pass(g.to(g.pod, g.uplink, back))
+		g.lease(session, -time.Second)
+		g.want(g.to(g.pod, g.uplink, back), held, abi.ReasonStaleLease)
+		g.want(g.from(g.pod, p), held, abi.ReasonStaleLease)
+		g.drop(g.reinject(g.pod, back), abi.ReasonStaleLease)
+		g.lease(session, time.Hour)
+		g.pass(g.reinject(g.pod, back))
+		// Not for another one (I4).
+		g.lease(session, -time.Second)
+		g.want(g.to(g.pod, g.uplink, back), held, abi.ReasonStaleLease)
+		g.revoke(b)
+		g.bind(f.peer, idClient)
+		g.drop(g.reinject(g.pod, back), abi.ReasonGenerationChanged)
+	})
+}
+
+// TestHoldEgressQuota: both directions of an endpoint share its places.
+func TestHoldEgressQuota(t *testing.T) {
+	f := families[0]
+	g, ep := callOut(t, f, constant("hold_per_endpoint", uint32(2)))
+	p := tcp(f.pod, 40000, f.peer, 80, syn)
+	g.want(g.from(g.pod, p), held, abi.ReasonUnbound)
+	g.want(g.from(g.pod, p), held, abi.ReasonUnbound)
+	g.drop(g.from(g.pod, p), abi.ReasonHoldOverflow)
+	if q := g.quota(ep.HoldIndex); q.In != 2 {
+		t.Errorf("own %+v", q)
+	}
+	g.state(func(s *abi.State) { s.ReaderTick = 1 })
+	g.drop(g.from(g.pod, p), abi.ReasonUnbound) // nobody reads
+}

@@ -37,6 +37,17 @@ func (g *gate) attach() {
 // inject sends a frame out of the veth's host side, as the agent does.
 func (g *gate) inject(packet []byte, mark int) {
 	g.t.Helper()
+	g.sendFrom("pod", packet, mark)
+}
+
+// sendFrom sends a frame out of a device; out of `podp`, it is what the workload
+// sends.
+func (g *gate) sendFrom(device string, packet []byte, mark int) {
+	g.t.Helper()
+	l, err := netlink.LinkByName(device)
+	if err != nil {
+		g.t.Fatal(err)
+	}
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		g.t.Fatal(err)
@@ -46,7 +57,7 @@ func (g *gate) inject(packet []byte, mark int) {
 		g.t.Fatal(err)
 	}
 	// ENOBUFS: a program dropped it, which the test sees elsewhere.
-	err = unix.Sendto(fd, packet, 0, &unix.SockaddrLinklayer{Ifindex: int(g.pod), Halen: 6})
+	err = unix.Sendto(fd, packet, 0, &unix.SockaddrLinklayer{Ifindex: l.Attrs().Index, Halen: 6})
 	if err != nil && !errors.Is(err, unix.ENOBUFS) {
 		g.t.Fatal(err)
 	}
@@ -88,6 +99,38 @@ func TestTurnRoundLive(t *testing.T) {
 		// Without it, the packet is one towards the workload.
 		g.inject(udp(f.peer, 1, f.pod, 4242), 0)
 		if e = g.event(); abi.Direction(e.Direction) != ingress || abi.Reason(e.Reason) != abi.ReasonPolicyDenied {
+			t.Errorf("event %+v", e)
+		}
+	})
+}
+
+// TestHoldEgressLive: on a real veth, what the workload's side sends is held,
+// and passes when it is sent back with the turn-round mark after the answer.
+func TestHoldEgressLive(t *testing.T) {
+	eachFamily(t, func(t *testing.T, f family) {
+		g := newGate(t)
+		ep := g.endpoint(g.pod, f, f.pod, enforceOut)
+		g.policy(ep.Policy, rule{identity: idAny, dir: egress, proto: protoUDP, port: 4242, flags: peerAllow},
+			rule{identity: idClient, dir: egress, proto: protoUDP, port: 4242, flags: allow})
+		g.known(f)
+		g.attach()
+		g.sendFrom("podp", udp(f.pod, 1, f.peer, 4242), 0)
+		if e := g.event(); abi.Verdict(e.Verdict) != held || abi.Direction(e.Direction) != egress || abi.Reason(e.Reason) != abi.ReasonUnbound {
+			t.Fatalf("event %+v", e)
+		}
+		g.held.SetDeadline(time.Now().Add(10 * time.Second))
+		rec, err := g.held.Read()
+		if err != nil {
+			t.Fatal(err)
+		}
+		h := decodeHeld(rec.RawSample)
+		g.inject(h.packet, turnMark)
+		if e := g.event(); abi.Verdict(e.Verdict) != drop || abi.Reason(e.Reason) != abi.ReasonUnbound || e.Flags&uint8(abi.EventReinjected) == 0 {
+			t.Errorf("event %+v", e)
+		}
+		g.bind(f.peer, idClient)
+		g.inject(h.packet, turnMark)
+		if e := g.event(); abi.Verdict(e.Verdict) != pass || abi.Direction(e.Direction) != egress || e.DstIdentity != uint32(idClient) {
 			t.Errorf("event %+v", e)
 		}
 	})

@@ -169,8 +169,7 @@ func TestPolicyProtocols(t *testing.T) {
 	})
 }
 
-// TestEgressPolicy: the same function judges what the workload sends; nothing
-// is held there yet.
+// TestEgressPolicy: the same function judges what the workload sends.
 func TestEgressPolicy(t *testing.T) {
 	eachFamily(t, func(t *testing.T, f family) {
 		g := newGate(t)
@@ -183,24 +182,24 @@ func TestEgressPolicy(t *testing.T) {
 		send := func(to netip.Addr, port uint16) result { return g.from(g.pod, tcp(f.pod, 40000, to, port, syn)) }
 
 		g.drop(send(f.peer, 81), abi.ReasonPolicyDenied)
-		g.drop(send(f.peer, 80), abi.ReasonUnbound)
+		g.want(send(f.peer, 80), held, abi.ReasonUnbound)
 		b := g.bind(f.peer, idOther)
 		g.drop(send(f.peer, 80), abi.ReasonPolicyDenied)
 		g.revoke(b)
-		g.drop(send(f.peer, 80), abi.ReasonUnbound)
+		g.want(send(f.peer, 80), held, abi.ReasonUnbound)
 		g.bind(f.peer, idClient)
 		g.lease(session, -time.Second)
-		g.drop(send(f.peer, 80), abi.ReasonStaleLease)
+		g.want(send(f.peer, 80), held, abi.ReasonStaleLease)
 		g.lease(session, time.Hour)
 		r := send(f.peer, 80)
 		g.pass(r)
 		if e := r.events[0]; e.Rule != 5 || e.DstIdentity != uint32(idClient) || e.SrcIdentity != ep.Identity {
 			t.Errorf("event %+v", e)
 		}
-		g.pass(send(f.world, 80))
-		if len(r.held) != 0 {
-			t.Error("held at from_workload")
-		}
+		g.pass(send(f.world, 80)) // outside the known ranges
+		g.ipRange(f.remote, abi.RangeKnown, 0)
+		g.drop(send(f.peer2, 80), abi.ReasonUnbound) // nobody to ask
+		g.known(f)
 
 		// The reply comes in by an uplink, and only there.
 		reply := tcp(f.peer, 80, f.pod, 40000, syn|ack)

@@ -193,6 +193,17 @@ func (g *gate) reinject(ifindex uint32, packet []byte) result {
 	return g.run("to_workload", packet, skBuff{Ifindex: ifindex, Mark: reinjectMark})
 }
 
+// turned sends a packet that was held at from_workload as it comes back there:
+// the agent sends it out of the device, to_workload turns it round.
+func (g *gate) turned(ifindex uint32, packet []byte) result {
+	g.t.Helper()
+	r := g.run("to_workload", packet, skBuff{Ifindex: ifindex, Mark: turnMark})
+	if r.ret != tcxRedirect {
+		g.t.Errorf("not turned round: %d", r.ret)
+	}
+	return g.run("from_workload", packet, skBuff{Ifindex: ifindex, IngressIfindex: ifindex, Mark: r.mark})
+}
+
 func (g *gate) want(r result, v abi.Verdict, reason abi.Reason) {
 	g.t.Helper()
 	if r.verdict != v || r.reason != reason {
