@@ -207,6 +207,7 @@ type grant struct {
 	revoked bool         // its deadline is frozen
 	seq     uint64       // of the Revoke that was sent; 0: none
 	told    bool         // was in Welcome.Revoked of this session
+	unsaid  bool         // the journal failed: it must have it before the verifier hears more
 	logged  bool         // the expiry was
 
 	at int // index in verifier.grants

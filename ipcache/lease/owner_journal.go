@@ -255,8 +255,17 @@ func (o *Owner) journalFailed(r Record) {
 		case Journal:
 			// What the record was to precede was not done, and a lost end
 			// costs only time; but what belongs to the start is said again.
-			if r := out.Record; r.Kind == RecordWait || r.Kind == RecordBound && o.holds(r) {
+			r := out.Record
+			if r.Kind == RecordWait || r.Kind == RecordBound && o.holds(r) {
 				o.unsaid = append(o.unsaid, r)
+			}
+			if r.Kind == RecordGrant {
+				// It stays in the books, and goes with the session.
+				if v := o.verifiers[r.Verifier]; v != nil {
+					if g := o.find(v, r.VerifierBoot, r.IP, r.Generation); g != nil {
+						g.unsaid = true
+					}
+				}
 			}
 		case OwnerTimer:
 			// Asked for again, see setTimer.

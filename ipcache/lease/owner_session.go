@@ -107,6 +107,8 @@ func (o *Owner) hello(s *ownerStream, m Hello) {
 				g = o.regrant(s, h)
 			} else if g.revoked {
 				g = nil // refused to this verifier once: it must zero and ask again
+			} else {
+				o.say(g)
 			}
 			if g != nil {
 				g.session = s
@@ -191,6 +193,7 @@ func (o *Owner) confirm(s *ownerStream, m Confirm) {
 		refuse(RefusedBusy)
 		return
 	}
+	o.say(g)
 	g.session = s
 	since := time.Duration(-1)
 	if a.hasEnded {
@@ -298,9 +301,18 @@ func (o *Owner) newGrant(v *book, boot identity.BootID, ip netip.Addr, w *worklo
 		return nil
 	}
 	g := o.bookGrant(v, boot, ip, w.gen, w.UID)
-	o.emit(Journal{o.grantRecord(RecordGrant, g, o.now)})
+	g.unsaid = true
+	o.say(g)
 	o.log(LogEntry{Kind: LogGrant, Peer: v.name, IP: ip, Generation: w.gen, UID: w.UID, Identity: w.Identity})
 	return g
+}
+
+// say journals a grant that the journal does not have.
+func (o *Owner) say(g *grant) {
+	if g.unsaid {
+		g.unsaid = false
+		o.emit(Journal{o.grantRecord(RecordGrant, g, o.now)})
+	}
 }
 
 func (o *Owner) bookGrant(v *book, boot identity.BootID, ip netip.Addr, gen identity.Generation, uid identity.UID) *grant {

@@ -364,6 +364,24 @@ func TestJournalBeforeTheWord(t *testing.T) {
 	one[lease.CloseVerifier](t, r.step(lease.JournalFailed(grant)))
 }
 
+// A grant whose record was lost is journalled before the verifier hears of it
+// again, also when it stands in the books already.
+func TestLostGrantIsJournalledLater(t *testing.T) {
+	r, b := held0(t)
+	gen := r.active[w0]
+	r.restart(true, lease.Adopt{Add: lease.Add{UID: w0, IPs: addrs(ip1), Identity: y1}, Generation: gen})
+	out := r.msg(2, hello(r.accept(2), held(b)))
+	r.step(lease.JournalFailed{Record: one[lease.Record](t, out)})
+	out = r.msg(3, hello(r.accept(3), held(b)))
+	if rec := one[lease.Record](t, out); rec.Kind != lease.RecordGrant {
+		t.Fatalf("%+v", rec)
+	}
+	if _, ok := out[len(out)-1].(lease.Journal); ok {
+		t.Fatal("journalled after the Welcome")
+	}
+	none[lease.Record](t, r.msg(3, lease.Confirm{ID: 1, IP: ip1}))
+}
+
 // A Revoke goes out before the end is journalled: a lost record costs time only.
 func TestRevokeBeforeEndRecord(t *testing.T) {
 	r, _ := held0(t)

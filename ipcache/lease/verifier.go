@@ -98,6 +98,7 @@ type Verifier struct {
 	nextScan  Time
 	timer     Time
 	nextRetry Time // of failed stores; 0: none
+	nextAsk   Time // when a negative answer ends that a wait is held back by; 0: none
 
 	peers    map[identity.NodeName]*peer
 	order    []*peer // by first use
@@ -193,6 +194,8 @@ func NewVerifier(cfg VerifierConfig, table *ipcache.Table, now Time) (*Verifier,
 		negative: map[netip.Addr]negative{},
 		uses:     map[uint32]*use{},
 		leases:   map[uint32]*leaseState{},
+
+		oldLease: map[uint32]uint32{}, oldDeadline: map[uint32]Time{},
 	}
 	for _, owner := range table.Owners() {
 		for _, e := range table.OfOwner(owner) {
@@ -231,7 +234,8 @@ func (v *Verifier) Step(now Time, in VerifierInput) []VerifierOutput {
 		v.storeFailed(last, f.Write)
 	} else {
 		v.committed(last)
-		v.oldLease, v.oldDeadline = map[uint32]uint32{}, map[uint32]Time{}
+		clear(v.oldLease)
+		clear(v.oldDeadline)
 		v.step(in)
 	}
 	v.tick()
@@ -377,6 +381,9 @@ func (v *Verifier) ask(w *wait) {
 	}
 	if n, ok := v.negative[w.ip]; ok {
 		if v.now < n.until {
+			if v.nextAsk == 0 || n.until < v.nextAsk {
+				v.nextAsk = n.until
+			}
 			return // held, and asked again at its end or at Bound
 		}
 		delete(v.negative, w.ip)
@@ -458,6 +465,14 @@ func (v *Verifier) tick() {
 	for _, p := range v.order {
 		v.tickPeer(p)
 	}
+	if v.nextAsk != 0 && v.now >= v.nextAsk {
+		v.nextAsk = 0
+		for _, p := range v.order {
+			for _, w := range p.waits {
+				v.ask(w)
+			}
+		}
+	}
 	if v.now >= v.nextScan {
 		v.scan()
 		v.nextScan = v.now.Add(min(v.cfg.IdleBinding/8, 10*time.Second))
@@ -521,12 +536,6 @@ func (v *Verifier) tickOpen(p *peer, wanted bool) {
 		v.setState(p, PeerIdle)
 		return
 	}
-	for _, w := range p.waits {
-		if n, ok := v.negative[w.ip]; ok && v.now >= n.until {
-			delete(v.negative, w.ip)
-			v.ask(w)
-		}
-	}
 	if v.now >= p.nextBeat {
 		v.beat(p, v.cfg.TTL)
 	}
@@ -577,6 +586,7 @@ func (v *Verifier) setTimer() {
 		}
 	}
 	sooner(v.nextRetry)
+	sooner(v.nextAsk)
 	for _, p := range v.order {
 		if d, ok := v.gapAt(p); ok {
 			sooner(d)
@@ -593,11 +603,6 @@ func (v *Verifier) setTimer() {
 			}
 			if p.idleSince != 0 {
 				sooner(p.idleSince.Add(v.cfg.IdleSession))
-			}
-			for _, w := range p.waits {
-				if n, ok := v.negative[w.ip]; ok {
-					sooner(n.until)
-				}
 			}
 		}
 	}

@@ -371,9 +371,17 @@ func (v *Verifier) refused(p *peer, m Refused) {
 // revoke: zero, then ack. The check is by generation: a revoke of a former
 // holder says nothing about the present one.
 func (v *Verifier) revoke(p *peer, m Revoke) {
-	for _, e := range v.table.OfOwner(p.name) {
-		if e.Lease >= ipcache.LeaseFirst && e.Binding.IP == m.IP && e.Binding.Generation == m.Generation && e.OwnerBoot == p.boot {
-			v.zero(e, "revoked")
+	is := func(e ipcache.Entry) bool {
+		return e.Lease >= ipcache.LeaseFirst && e.Binding.Owner == p.name && e.Binding.IP == m.IP && e.Binding.Generation == m.Generation && e.OwnerBoot == p.boot
+	}
+	if e, ok := v.table.Get(m.IP); ok && is(e) {
+		v.zero(e, "revoked")
+	} else if v.nextRetry != 0 {
+		// It may be among those that could not be zeroed before.
+		for _, e := range v.table.OfOwner(p.name) {
+			if is(e) {
+				v.zero(e, "revoked")
+			}
 		}
 	}
 	v.emit(SendToOwner{p.stream, Ack(m)})

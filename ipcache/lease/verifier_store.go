@@ -42,11 +42,15 @@ func (v *Verifier) committed(outs []VerifierOutput) {
 // them and 0 is stored. An index with a slot that could not be zeroed is never
 // given a deadline again, because a session never takes up an index in use.
 func (v *Verifier) clearLeases() {
-	for _, i := range slices.Sorted(maps.Keys(v.leases)) {
-		l := v.leases[i]
-		if !l.retired || v.table.LeaseUsers(i) > 0 {
-			continue
+	var over []uint32
+	for i, l := range v.leases {
+		if l.retired && v.table.LeaseUsers(i) == 0 {
+			over = append(over, i)
 		}
+	}
+	slices.Sort(over)
+	for _, i := range over {
+		l := v.leases[i]
 		if !l.zeroed {
 			// Not at once again after a failure: retryStores does it.
 			if !l.mustZero && !v.emitted(i) {
@@ -107,7 +111,8 @@ func (v *Verifier) storeFailed(outs []VerifierOutput, w Write) {
 	for k, out := range outs[i:] {
 		v.undo(out, k == 0)
 	}
-	v.oldLease, v.oldDeadline = map[uint32]uint32{}, map[uint32]Time{}
+	clear(v.oldLease)
+	clear(v.oldDeadline)
 }
 
 func sameWrite(a, b Write) bool {

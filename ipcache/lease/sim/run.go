@@ -34,7 +34,7 @@ func run(seed uint64, o Options, h hooks, trace bool, cover map[Pair]int) Result
 		}
 	}
 	r := Result{Seed: seed, Events: w.events, Faults: w.faults}
-	if w.violation == nil {
+	if w.violation == nil && !o.noCalm {
 		w.ceaseFaults()
 		w.converge()
 		if seed%32 == 0 {
@@ -171,6 +171,9 @@ func (w *World) hop(h hop) {
 	if !s.dialed {
 		s.dial()
 		return
+	}
+	if !w.calmed && w.rng.IntN(w.lag) == 0 {
+		s.slow() // any message may take any time
 	}
 	a := s.v
 	if h.toOwner {
@@ -328,22 +331,29 @@ func (w *World) nudge(a *agent) bool {
 func (w *World) fault(n *node) bool {
 	a := n.agent
 	switch r := w.rng.IntN(100); {
-	case r < 4:
-		if len(w.streams) == 0 {
-			return false
-		}
-		pick(w.rng, w.streams...).slow()
-	case r < 30:
+	case r < 10:
 		if len(w.streams) == 0 {
 			return false
 		}
 		s := pick(w.rng, w.streams...)
-		if s.broken || !s.dialed || len(s.toV) == 0 && w.rng.IntN(4) != 0 {
+		s.slow()
+		w.log("fault: what is under way on a stream %s -> %s is late", s.vn.name, s.on.name)
+	case r < 36:
+		if len(w.streams) == 0 {
+			return false
+		}
+		s := pick(w.rng, w.streams...)
+		for _, o := range w.streams { // rather one with a binding under way
+			if !o.broken && o.binds() && w.rng.IntN(3) != 0 {
+				s = o
+			}
+		}
+		if s.broken || !s.dialed {
 			return false
 		}
 		s.break_()
 		w.log("fault: a stream %s -> %s breaks", s.vn.name, s.on.name)
-	case r < 42:
+	case r < 46:
 		o := pick(w.rng, w.nodes...)
 		k := [2]int{min(n.index, o.index), max(n.index, o.index)}
 		if o == n {
@@ -398,6 +408,7 @@ func (w *World) quick(events int) {
 
 func (w *World) ceaseFaults() {
 	w.log("faults cease")
+	w.calmed = true
 	w.storeFaults, w.journalFaults = 0, 0
 	clear(w.cuts)
 	for _, s := range w.streams {

@@ -27,10 +27,14 @@ func TestSchedules(t *testing.T) {
 		t.Log(r)
 		return
 	}
+	schedules := *runsFlag
+	if testing.Short() {
+		schedules = min(schedules, 300)
+	}
 	cover := map[Pair]int{}
 	var mu sync.Mutex
 	var events, faults, quiet atomic.Int64
-	parallel(*runsFlag, func(seeds func() (uint64, bool)) {
+	parallel(schedules, func(seeds func() (uint64, bool)) {
 		mine := map[Pair]int{}
 		for seed, ok := seeds(); ok; seed, ok = seeds() {
 			r := run(seed, options, hooks{}, false, mine)
@@ -49,14 +53,14 @@ func TestSchedules(t *testing.T) {
 			cover[p] += n
 		}
 	})
-	t.Logf("%d schedules of %d events, %d faults", *runsFlag, options.Events, faults.Load())
+	t.Logf("%d schedules of %d events, %d faults", schedules, options.Events, faults.Load())
 	if n := quiet.Load(); n > 0 {
 		t.Errorf("%d schedules without a fault", n)
 	}
-	if e := events.Load(); !t.Failed() && e < int64(*runsFlag)*200 {
-		t.Errorf("%d events in %d schedules", e, *runsFlag)
+	if e := events.Load(); !t.Failed() && e < int64(schedules)*200 {
+		t.Errorf("%d events in %d schedules", e, schedules)
 	}
-	if *runsFlag >= 10_000 {
+	if schedules >= 10_000 {
 		checkCoverage(t, cover)
 	}
 }

@@ -1,6 +1,10 @@
 package sim
 
-import "portcullis/ipcache/lease"
+import (
+	"slices"
+
+	"portcullis/ipcache/lease"
+)
 
 // stream is a connection from a verifier to an owner: a queue per direction,
 // in order, of unbounded delay.
@@ -59,8 +63,8 @@ func (s *stream) truncate(q *[]any) {
 	}
 	keep := least + s.w.rng.IntN(len(*q)-least+1)
 	end := keep
-	if s.w.rng.IntN(2) == 0 {
-		end = least + s.w.rng.IntN(keep-least+1)
+	if s.w.rng.IntN(4) != 0 {
+		end = least
 	}
 	old := *q
 	*q = append(append(append(make([]any, 0, keep+1), old[:end]...), ended{}), old[end:keep]...)
@@ -75,14 +79,23 @@ func (s *stream) break_() {
 	s.truncate(&s.toV)
 	s.truncate(&s.toO)
 	s.slow()
+	s.slowV = max(s.slowV, s.w.events+s.w.rng.IntN(200))
+}
+
+// binds tells whether a Binding is under way.
+func (s *stream) binds() bool {
+	return slices.ContainsFunc(s.toV, func(m any) bool { _, ok := m.(lease.Binding); return ok })
 }
 
 // ends tells that the end is noticed next: that is never late.
 func (s *stream) ends(q []any) bool { return q[0] == any(ended{}) }
 
-// slow keeps back, now and then, what remains behind the end.
+// slow keeps back, for a while, what is under way.
 func (s *stream) slow() {
-	if s.w.rng.IntN(2) == 0 {
+	if s.w.calmed {
+		return
+	}
+	if s.w.rng.IntN(4) != 0 {
 		s.slowV = s.w.events + s.w.rng.IntN(200)
 	}
 	if s.w.rng.IntN(2) == 0 {
@@ -97,6 +110,7 @@ func (s *stream) closeBy(a *agent) {
 		return
 	}
 	s.broken = true
+	s.slow()
 	if s.v == a {
 		s.toO = append(s.toO, ended{})
 	} else {
@@ -120,6 +134,7 @@ func (s *stream) cut(a *agent) {
 		s.toO = nil
 	}
 	s.broken = true
+	s.slow()
 }
 
 // over tells that nothing can come of the stream any more.

@@ -33,6 +33,8 @@ type World struct {
 	streams []*stream
 	cuts    map[[2]int]bool
 
+	lag                        int  // one delivery in so many makes its stream slow
+	calmed                     bool // faults have ceased
 	storeFaults, journalFaults int
 	events, faults             int
 	violation                  *Violation
@@ -72,9 +74,10 @@ type hooks struct {
 
 // Options sizes a World.
 type Options struct {
-	Nodes  int // at least 3
-	IPs    int // per node
-	Events int // random ones, before faults end
+	Nodes  int  // at least 3
+	IPs    int  // per node
+	Events int  // random ones, before faults end
+	noCalm bool // stop there, without I3
 }
 
 func newWorld(seed uint64, o Options, h hooks) *World {
@@ -89,6 +92,7 @@ func newWorld(seed uint64, o Options, h hooks) *World {
 	w.margin = pick(w.rng, 10*time.Millisecond, 100*time.Millisecond, time.Second)
 	w.flight = w.margin / 3
 	w.idle = pick(w.rng, 5*time.Minute, 2*w.ttl, w.ttl/2)
+	w.lag = pick(w.rng, 300, 100, 30, 10)
 	w.grants = pick(w.rng, 0, 0, 0, 3)
 	rates := []int64{894, 1000, 1117} // rho of A2 between the slowest and the fastest
 	for i := range o.Nodes {
