@@ -84,6 +84,7 @@ measure: build ## first contacts and IP reuse, measured in a lab with real agent
 	@test/prepare strict
 	$(GO) run ./test/bench/contacts -portcullis bin/portcullis first
 	$(GO) run ./test/bench/contacts -portcullis bin/portcullis reuse
+	$(GO) run ./test/bench/contacts -portcullis bin/portcullis -add-first reuse
 
 prepare: ## check the kernel and mount the BPF file system where it is missing
 	@test/prepare strict

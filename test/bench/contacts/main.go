@@ -53,6 +53,7 @@ func run(ctx context.Context) (err error) {
 	warm := flag.Int("warm", 1000, "first: contacts on a warm session")
 	cold := flag.Int("cold", 100, "first: contacts on a cold session")
 	count := flag.Int("count", 500, "reuse: how many")
+	addFirst := flag.Bool("add-first", false, "reuse: register the new workload while the old one still is, as where a deregistration is missing")
 	flag.Parse()
 	if _, err := os.Stat(*binary); err != nil {
 		return fmt.Errorf("%w (make build)", err)
@@ -70,7 +71,7 @@ func run(ctx context.Context) (err error) {
 	case "first":
 		result, err = firstContacts(ctx, l, *warm, *cold)
 	case "reuse":
-		result, err = reuses(ctx, l, *count)
+		result, err = reuses(ctx, l, *count, *addFirst)
 	default:
 		return errors.New("say `first` or `reuse`")
 	}

@@ -78,6 +78,7 @@ func (r *reuseResult) String() string {
 // reuser measures.
 type reuser struct {
 	l         *lab.Lab
+	addFirst  bool // do not deregister the old workload before the new one is registered
 	servers   []netip.Addr
 	events    chan *api.FlowEvent
 	wrong     atomic.Int64 // datagrams of new workloads that reached the old ones' port
@@ -85,12 +86,12 @@ type reuser struct {
 	right     atomic.Int64 // of new workloads, where they may go
 }
 
-func reuses(ctx context.Context, l *lab.Lab, count int) (*reuseResult, error) {
+func reuses(ctx context.Context, l *lab.Lab, count int, addFirst bool) (*reuseResult, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	var running sync.WaitGroup
 	defer running.Wait()
 	defer cancel()
-	r := &reuser{l: l, events: make(chan *api.FlowEvent, 1<<16)}
+	r := &reuser{l: l, addFirst: addFirst, events: make(chan *api.FlowEvent, 1<<16)}
 	if err := l.ImportPolicies(ctx, &api.PolicyFile{Name: "reuse", Content: []byte(policyReuse)}); err != nil {
 		return nil, err
 	}
@@ -261,14 +262,40 @@ func (r *reuser) once(ctx context.Context, i int) (leases int, delay delays, err
 	defer newSock.Close()
 	r.drainEvents()
 
-	d, err := r.l.Deregister(ctx, old.Spec.FullName())
-	if err != nil {
+	if leases, err = r.liveLeases(ctx, old); err != nil {
 		return 0, delays{}, err
+	}
+	if !r.addFirst {
+		d, err := r.l.Deregister(ctx, old.Spec.FullName())
+		if err != nil {
+			return 0, delays{}, err
+		}
+		leases = d.Leases
 	}
 	if err := r.registerAndSend(ctx, next, newSock, stopOld); err != nil {
 		return 0, delays{}, err
 	}
-	return d.Leases, r.delay(old, next), nil
+	return leases, r.delay(old, next), nil
+}
+
+// liveLeases counts the verifiers that hold a live lease on the workload's IP.
+func (r *reuser) liveLeases(ctx context.Context, w lab.Running) (live int, err error) {
+	agent, err := r.l.Client("one")
+	if err != nil {
+		return 0, err
+	}
+	list, err := agent.ListBindings(ctx, &api.ListBindingsRequest{Ips: []string{w.IP4().String()}})
+	if err != nil {
+		return 0, err
+	}
+	for _, b := range list.GetBindings() {
+		for _, g := range b.GetGrants() {
+			if g.GetRemaining().AsDuration() > 0 && !g.GetRevoked() {
+				live++
+			}
+		}
+	}
+	return live, nil
 }
 
 // heardByAll waits until every server has answered: then each of their nodes
