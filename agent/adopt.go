@@ -81,10 +81,11 @@ func (l *loop) adoptSlot(slot uint32, s datapath.Slot, id identity.Identity) err
 }
 
 // registered reports whether the endpoint on a device is one of those that an
-// earlier agent registered and did not end.
+// earlier agent registered and did not end, with IPs that are still this
+// node's: the owner machine takes the adoption of others for the end of all.
 func (l *loop) registered(name string, ep abi.Endpoint) bool {
 	w, ok := l.stored[ep.UID]
-	return ok && w.ifname == name && ep.State != uint32(abi.EPClosed) && sameIPs(w.ips, ep)
+	return ok && w.ifname == name && ep.State != uint32(abi.EPClosed) && sameIPs(w.ips, ep) && l.allGivable(w.ips)
 }
 
 // shutStrangers closes the endpoints that are not registered. It comes before
@@ -180,6 +181,9 @@ func (l *loop) adoptEndpoint(w workload, ep abi.Endpoint) error {
 		// Not a workload that the owner machine can vouch for: it waits as
 		// a new one does.
 		l.zeroBinding(e.ips, e.uid)
+		for _, ip := range e.ips {
+			delete(l.byIP, ip)
+		}
 		e.state, e.generation = abi.EPQuarantined, 0
 	}
 	if err := l.dp.SetEndpoint(e.abi()); err != nil {

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"net/netip"
 	"os"
 	"slices"
 	"testing"
@@ -142,5 +143,32 @@ func TestFreshRangesIsNotBelievedAgainstThePins(t *testing.T) {
 	defer n.crash(l)
 	if wait := l.grants.StartupWait(l.now()); wait < lease.MaxLease {
 		t.Errorf("waits %v for leases of which it knows nothing, want at least %v", wait, lease.MaxLease)
+	}
+}
+
+// A range that moves away while no agent runs shuts the workloads in it, and
+// nobody else's.
+func TestRangeMovesWhileNoAgentRuns(t *testing.T) {
+	n := newNode(t)
+	n.cfg.Ranges = append(n.cfg.Ranges, netip.MustParsePrefix("10.1.3.0/24"))
+	l := n.mustStart()
+	for ifname, ip := range map[string]string{"a0": "10.1.1.2", "a1": "10.1.1.3", "a2": "10.1.1.4", "a3": "10.1.1.5", "moved": "10.1.3.2"} {
+		n.veth(ifname)
+		n.run(l, app(ifname, ip))
+	}
+	n.crash(l)
+	n.cfg.Ranges = n.cfg.Ranges[:1]
+	l = n.mustStart()
+	defer n.crash(l)
+	for _, ifname := range []string{"a0", "a1", "a2", "a3"} {
+		if ep := n.inKernel(l, ifname); ep.State != uint32(abi.EPActive) {
+			t.Errorf("%s: state %d, want active", ifname, ep.State)
+		}
+	}
+	if ep := n.inKernel(l, "moved"); ep.State != uint32(abi.EPClosed) {
+		t.Errorf("moved: state %d, want closed", ep.State)
+	}
+	if _, ok := l.table.Get(netip.MustParseAddr("10.1.3.2")); ok {
+		t.Error("the binding of an IP that is not this node's stands")
 	}
 }

@@ -115,10 +115,18 @@ func (l *loop) add(e *endpoint) {
 	l.endpoints[e.uid] = e
 	l.byIfindex[e.ifindex] = e
 	l.byEndpointID[e.id] = e
+	if e.state == abi.EPActive {
+		l.hold(e)
+	}
+	l.names.addEndpoint(e)
+}
+
+// hold notes that the endpoint has its IPs. Until it is active somebody else may
+// have them, and keeps them if it is rejected.
+func (l *loop) hold(e *endpoint) {
 	for _, ip := range e.ips {
 		l.byIP[ip] = e
 	}
-	l.names.addEndpoint(e)
 }
 
 // enforce puts the endpoint under its policy and its programs on the device,
@@ -173,7 +181,7 @@ func (l *loop) compile(e *endpoint) error {
 // waits as after every end.
 func (l *loop) claimIPs(w *workload) error {
 	for _, ip := range w.ips {
-		if l.nodeOf(ip) != l.cfg.Node || slices.Contains(l.cfg.NodeIPs, ip) {
+		if !l.givable(ip) {
 			return fmt.Errorf("%s is %w (%v)", ip, errNotMine, l.cfg.Ranges)
 		}
 		if holder := l.byIP[ip]; holder != nil {
@@ -182,6 +190,13 @@ func (l *loop) claimIPs(w *workload) error {
 		}
 	}
 	return nil
+}
+
+// givable reports whether the IP is one that this node gives to workloads.
+func (l *loop) givable(ip netip.Addr) bool { return l.mine(ip) && !slices.Contains(l.cfg.NodeIPs, ip) }
+
+func (l *loop) allGivable(ips []netip.Addr) bool {
+	return !slices.ContainsFunc(ips, func(ip netip.Addr) bool { return !l.givable(ip) })
 }
 
 // abi returns the endpoint as the kernel is to see it.
@@ -229,6 +244,7 @@ func (l *loop) activate(uid identity.UID, generation identity.Generation) {
 		return
 	}
 	delete(l.retryActivation, uid)
+	l.hold(e)
 	l.names.addEndpoint(e)
 	l.log.Info("endpoint active", zap.String("workload", e.fullName()), zap.Uint64("generation", uint64(generation)))
 	close(e.activated)
@@ -267,8 +283,8 @@ func (l *loop) deregister(uid identity.UID) (existed bool, err error) {
 		return true, fmt.Errorf("%w to close the gate of %s, try again: %w", errKernelRefuse, e.fullName(), err)
 	}
 	l.endHolds(l.holds.DropEndpoint(e.id, abi.ReasonQuarantined))
+	l.zeroBinding(e.ips, uid) // only its own: its IPs may be another's
 	for _, ip := range e.ips {
-		l.zeroLocal(ip)
 		if l.byIP[ip] == e {
 			delete(l.byIP, ip)
 		}

@@ -10,6 +10,7 @@ import (
 
 	"portcullis/bpf/abi"
 	"portcullis/identity"
+	"portcullis/ipcache/lease"
 )
 
 // Only the host side of a workload's veth is a workload's device: the programs
@@ -109,6 +110,34 @@ func TestIPGivenTwice(t *testing.T) {
 	if second.state != abi.EPActive || l.byIP[second.ips[0]] != second || !ok || entry.Binding.UID != second.uid {
 		t.Errorf("the newcomer is %v, binding %v", second.state, entry.Binding)
 	}
+}
+
+// A newcomer that is rejected takes nothing from the IP's holder, neither when
+// it comes nor when it goes.
+func TestRejectedNewcomerTakesNothing(t *testing.T) {
+	n := newNode(t)
+	n.veth("a0")
+	n.veth("b0")
+	l := n.mustStart()
+	defer n.crash(l)
+	holder := n.run(l, app("a0", "10.1.1.2"))
+	l.stepOwner(lease.Leave{}) // from now on nothing is taken up
+	newcomer, err := l.register(app("b0", "10.1.1.2"))
+	if err != nil || newcomer.detail == "" {
+		t.Fatalf("%v, detail %q; want a rejection", err, newcomer.detail)
+	}
+	intact := func() {
+		t.Helper()
+		entry, ok := l.table.Get(holder.ips[0])
+		if n.inKernel(l, "a0").State != uint32(abi.EPActive) || !ok || entry.Binding.UID != holder.uid || l.byIP[holder.ips[0]] != holder {
+			t.Errorf("the holder is %v, the binding %v", holder.state, entry.Binding)
+		}
+	}
+	intact()
+	if _, err := l.deregister(newcomer.uid); err != nil {
+		t.Fatal(err)
+	}
+	intact()
 }
 
 // A workload's end closes its gate before anybody else can have its IP, and

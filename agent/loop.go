@@ -58,7 +58,7 @@ type loop struct {
 	holds    *hold.Queue
 
 	endpoints       map[identity.UID]*endpoint
-	byIP            map[netip.Addr]*endpoint
+	byIP            map[netip.Addr]*endpoint // active ones
 	byEndpointID    map[uint32]*endpoint
 	byIfindex       map[uint32]*endpoint // until the device is gone, ended ones too
 	holdIndexes     *indexes
