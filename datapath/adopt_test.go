@@ -92,16 +92,6 @@ func TestKilledAgentLeavesTheGate(t *testing.T) {
 	}
 	l.must(d.Close())
 	check("closed")
-
-	// And again, with another layout: refused, and nothing changes.
-	cfg := l.config()
-	cfg.Conntrack *= 2
-	_, err = datapath.Open(cfg)
-	var layout *datapath.LayoutError
-	if !errors.As(err, &layout) || !errors.Is(err, datapath.ErrPins) || !strings.Contains(err.Error(), "conntrack") {
-		t.Errorf("another layout: %v", err)
-	}
-	check("after a refused start")
 }
 
 // shortLivedAgent runs in a process of its own, until it is killed.

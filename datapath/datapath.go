@@ -6,7 +6,10 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
+	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -29,6 +32,7 @@ const (
 type Datapath struct {
 	cfg      Config
 	pins     pinDir
+	lock     *os.File // of the pin directory
 	coll     *ebpf.Collection
 	reinject uint32
 	turn     uint32
@@ -50,10 +54,30 @@ type Datapath struct {
 
 // Open loads the programs and pins them, or adopts what an earlier agent has
 // pinned: its maps stay, its programs are replaced under their links without a
-// gap. While Open runs, and if it fails, what was in force stays in force.
+// gap. Maps of another layout or size are replaced too, and their entries
+// carried over (migrate.go). While Open runs, and if it fails, what was in
+// force stays in force; it may have moved into the new maps. An Open that was
+// cut off anywhere is made good by the next.
 //
-// Errors are ErrUnsupported, ErrPins, or say what the kernel refused.
+// The pin directory is locked until Close, or the end of the process; Open
+// waits two seconds for another process that is ending.
+//
+// Errors are ErrUnsupported, ErrInUse, ErrPins, ErrMapFull (the sizes asked for
+// are too small for what there is), or say what the kernel refused.
 func Open(cfg Config) (*Datapath, error) {
+	d, err := prepare(cfg)
+	if err != nil {
+		return nil, err
+	}
+	if err := d.open(math.MaxInt, nil); err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	return d, nil
+}
+
+// prepare checks what can be checked before anything is changed, and makes the
+// pin directory.
+func prepare(cfg Config) (*Datapath, error) {
 	cfg, err := cfg.withDefaults()
 	if err != nil {
 		return nil, fmt.Errorf("datapath: %w", err)
@@ -64,24 +88,78 @@ func Open(cfg Config) (*Datapath, error) {
 	if err := prepareBPFFS(cfg.PinDir, cfg.Log); err != nil {
 		return nil, err
 	}
-	d := &Datapath{cfg: cfg, pins: pinDir(filepath.Clean(cfg.PinDir)), emptied: map[uint32]int64{}}
-	if err := d.open(); err != nil {
-		return nil, errors.Join(err, d.Close())
-	}
-	return d, nil
+	return &Datapath{cfg: cfg, pins: pinDir(filepath.Clean(cfg.PinDir)), emptied: map[uint32]int64{}, sets: map[uint32]map[abi.PolicyKey]abi.Policy{}}, nil
 }
 
-func (d *Datapath) open() error {
+// open takes the first steps of Open, of which there may be fewer; done is
+// called after each.
+func (d *Datapath) open(most int, done func(step string)) (err error) {
+	if d.lock, err = lockPins(string(d.pins), lockWait); err != nil {
+		return err
+	}
+	if err := d.pins.recover(); err != nil {
+		return err
+	}
 	spec, err := d.spec()
 	if err != nil {
 		return err
 	}
-	pinned, err := d.pins.openMaps(spec)
+	old, err := d.pins.openMaps(spec)
 	if err != nil {
 		return err
 	}
-	defer closeMaps(pinned)
-	d.coll, err = ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: pinned})
+	defer closeMaps(old)
+	steps, err := d.steps(spec, old)
+	if err != nil {
+		return err
+	}
+	for _, s := range steps[:min(most, len(steps))] {
+		if err := s.do(); err != nil {
+			// Half-made maps are never in force; what is kept elsewhere stands.
+			return errors.Join(err, d.pins.removeAll(d.pins.mapsNew()))
+		}
+		if done != nil {
+			done(s.name)
+		}
+	}
+	return nil
+}
+
+// steps are those that bring the agent's programs and maps into force.
+func (d *Datapath) steps(spec *ebpf.CollectionSpec, old map[string]*ebpf.Map) ([]step, error) {
+	if len(old) == 0 {
+		return d.createSteps(spec), nil
+	}
+	m, err := d.compare(spec, old)
+	if err != nil {
+		return nil, err
+	}
+	if m != nil {
+		return m.steps(), nil
+	}
+	return slices.Concat([]step{
+		{"load", func() error { return d.load(spec, old) }},
+		{"leases", func() error { d.fixedLeases(); return nil }},
+	}, d.swapSteps(), []step{{"order", d.putInOrder}}), nil
+}
+
+// createSteps make the first pins; `state` comes last, for pins without it are
+// not complete.
+func (d *Datapath) createSteps(spec *ebpf.CollectionSpec) []step {
+	steps := []step{
+		{"load", func() error { return d.load(spec, nil) }},
+		{"initialise", func() error { d.initialise(); return nil }},
+		{"pin records", func() error { return d.pins.pinRecords(d.pins.maps()) }},
+	}
+	for _, name := range pinnedMaps(spec.Maps) {
+		steps = append(steps, step{"pin map " + name, func() error { return d.pins.pinMap(d.pins.maps(), name, d.coll.Maps[name]) }})
+	}
+	return append(steps, d.swapSteps()...)
+}
+
+// load loads the programs, with the given maps and fresh ones for the rest.
+func (d *Datapath) load(spec *ebpf.CollectionSpec, replace map[string]*ebpf.Map) (err error) {
+	d.coll, err = ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: replace})
 	if err != nil {
 		var rejected *ebpf.VerifierError
 		if errors.As(err, &rejected) {
@@ -89,29 +167,11 @@ func (d *Datapath) open() error {
 		}
 		return fmt.Errorf("load the kernel programs: %w", err)
 	}
-	if err := d.mapArrays(); err != nil {
-		return err
-	}
-	adopt := len(pinned) > 0
-	if adopt {
-		if v := d.state.at(0).ABIVersion; v != uint64(abi.ABIVersion) {
-			return &LayoutError{PinDir: d.cfg.PinDir, Diffs: []string{fmt.Sprintf("they have ABI version %d, this agent has %d", v, abi.ABIVersion)}}
-		}
-	} else {
-		d.initialise()
-		if err := d.pins.pinMaps(d.coll.Maps); err != nil {
-			return err
-		}
-	}
-	d.fixedLeases()
-	if err := d.pins.pinPrograms(d.coll.Programs); err != nil {
-		return err
-	}
-	if adopt {
-		return d.adopt()
-	}
-	d.sets = map[uint32]map[abi.PolicyKey]abi.Policy{}
-	return nil
+	return d.mapArrays()
+}
+
+func (d *Datapath) layoutError(diffs ...string) error {
+	return &LayoutError{PinDir: d.cfg.PinDir, Diffs: diffs}
 }
 
 // spec returns the object with this configuration's sizes and constants.
@@ -191,6 +251,7 @@ func (d *Datapath) initialise() {
 	s := d.state.at(0)
 	s.NextStamp, s.NextEndpoint, s.NextPolicy = 1, 1, 1
 	s.ABIVersion = uint64(abi.ABIVersion)
+	d.fixedLeases()
 }
 
 // fixedLeases writes the deadlines of the reserved lease indices.
@@ -212,12 +273,18 @@ func (d *Datapath) Close() error {
 		d.coll.Close()
 		d.coll = nil
 	}
+	if d.lock != nil {
+		err = errors.Join(err, d.lock.Close())
+		d.lock = nil
+	}
 	return err
 }
 
 // Remove ends enforcement: it removes all links, programs and maps of a pin
-// directory, and the directory. Devices that still exist pass everything from
-// then on. A directory that does not exist is no error.
+// directory, also those of a migration that was cut off, and the directory.
+// Devices that still exist pass everything from then on. It refuses while an
+// agent runs (ErrInUse). A directory that does not exist is no error, nor is a
+// Remove that is repeated after it was cut off.
 func Remove(dir string) error { return pinDir(filepath.Clean(dir)).remove() }
 
 // Config returns the configuration in force, defaults filled in.

@@ -11,8 +11,14 @@
 //	<pin-dir>/progs/{from_workload,to_workload}
 //	<pin-dir>/links/<ifname>/{from_workload,to_workload}
 //
-// Open adopts what it finds there if layout and sizes are the same, and
-// replaces the programs under the standing links, one atomic update each.
+// Open adopts what it finds there, and replaces the programs under the standing
+// links, one atomic update each. Maps of another layout or size, of another
+// version or other settings, are replaced too: migrate.go says how. While that
+// lasts there is a directory maps_new, not in force, or maps_ready, which takes
+// the place of maps; beside the maps stands an empty directory records_HASH,
+// for the layout of what goes through the rings.
+//
+// The pin directory itself is locked (flock) by its Datapath.
 //
 // # Falling shut
 //

@@ -202,10 +202,48 @@ func (d *Datapath) Endpoints() (map[string]abi.Endpoint, error) {
 	return out, nil
 }
 
-// adopt brings what an earlier agent left into order: this agent's programs
-// under every link, nothing for devices that vanished meanwhile, no slot
-// without its binding. Endpoints and bindings that are sound are not touched.
-func (d *Datapath) adopt() error {
+// swapSteps replace the programs: first their pins, then those under the links
+// of every device, which is done in one step each.
+func (d *Datapath) swapSteps() []step {
+	steps := []step{{"pin programs", func() error { return d.pins.pinPrograms(d.coll.Programs) }}}
+	names, err := d.pins.devices()
+	if err != nil {
+		return []step{{"list devices", func() error { return err }}}
+	}
+	for _, name := range names {
+		steps = append(steps, step{"swap " + name, func() error { return d.adoptDevice(name) }})
+	}
+	return steps
+}
+
+// adoptDevice puts this agent's programs under the links of a device, and takes
+// the links away if it vanished meanwhile.
+func (d *Datapath) adoptDevice(name string) error {
+	ifindex, err := d.pins.deviceOf(name)
+	if err != nil {
+		return err
+	}
+	if ifindex == 0 {
+		d.log().Info("a device vanished while no agent ran", zap.String("device", name))
+		if err := d.pins.removeLinks(name); err != nil {
+			return fmt.Errorf("remove the links of %s: %w", name, err)
+		}
+		return nil
+	}
+	// Replaces the programs; attaches one that an agent which died in
+	// AddEndpoint had not come to.
+	return d.attach(name, ifindex)
+}
+
+// putInOrder ends what an earlier agent left half done: no endpoint without its
+// device, no slot without its binding, no policy that nobody uses. What is
+// sound is not touched.
+func (d *Datapath) putInOrder() error {
+	// No program is under way any more that read a slot before it was emptied:
+	// what the earlier agent emptied may be filled (see pc_slot).
+	if err := barrier(); err != nil {
+		return err
+	}
 	names, err := d.pins.devices()
 	if err != nil {
 		return err
@@ -214,18 +252,6 @@ func (d *Datapath) adopt() error {
 	for _, name := range names {
 		ifindex, err := d.pins.deviceOf(name)
 		if err != nil {
-			return err
-		}
-		if ifindex == 0 {
-			d.log().Info("a device vanished while no agent ran", zap.String("device", name))
-			if err := d.pins.removeLinks(name); err != nil {
-				return fmt.Errorf("remove the links of %s: %w", name, err)
-			}
-			continue
-		}
-		// Replaces the programs; attaches one that an agent which died in
-		// AddEndpoint had not come to.
-		if err := d.attach(name, ifindex); err != nil {
 			return err
 		}
 		alive[ifindex] = true

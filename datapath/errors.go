@@ -18,12 +18,15 @@ var (
 	ErrStaleStamp = errors.New("the slot has another stamp")
 	// ErrPins is wrapped by errors about pins that cannot be adopted.
 	ErrPins = errors.New("the pinned maps cannot be adopted")
+	// ErrInUse means that another process, an agent most likely, has the pin
+	// directory.
+	ErrInUse = errors.New("the pin directory is in use by a running agent")
 	// ErrNoDevice means that the network device does not exist.
 	ErrNoDevice = errors.New("no such network device")
 )
 
-// LayoutError says which pinned maps differ from what is asked for. It is
-// ErrPins.
+// LayoutError says why pinned maps can neither be adopted nor carried over
+// into new ones. It is ErrPins; what was in force stays in force.
 type LayoutError struct {
 	PinDir string
 	Diffs  []string // one for each map
@@ -31,7 +34,7 @@ type LayoutError struct {
 
 // Error says what differs and what to do.
 func (e *LayoutError) Error() string {
-	return fmt.Sprintf("%v: in %s, %s. Either start with the sizes that the pins have, "+
+	return fmt.Sprintf("%v: in %s, %s. Either start an agent that fits them, "+
 		"or end all workloads of this node and remove the pins, then start again", ErrPins, e.PinDir, strings.Join(e.Diffs, "; "))
 }
 

@@ -1,6 +1,8 @@
 package datapath
 
 import (
+	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
 	"unsafe"
@@ -42,6 +44,40 @@ func (a *array[T]) at(i uint32) *T {
 	}
 	return (*T)(unsafe.Pointer(&a.mem[uintptr(i)*unsafe.Sizeof(zero)]))
 }
+
+// rawArray is an mmapable array whose elements have a layout of another version.
+type rawArray struct {
+	mem    []byte
+	stride uint32
+}
+
+func mapBytes(m *ebpf.Map, name string) (rawArray, error) {
+	stride := (m.ValueSize() + 7) &^ 7
+	page := os.Getpagesize()
+	length := (int(stride)*int(m.MaxEntries()) + page - 1) / page * page
+	mem, err := unix.Mmap(m.FD(), 0, length, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return rawArray{}, fmt.Errorf("map %s into memory: %w", name, err)
+	}
+	return rawArray{mem, stride}, nil
+}
+
+func (a rawArray) element(i uint32) []byte {
+	at := uint64(i) * uint64(a.stride)
+	return a.mem[at : at+uint64(a.stride)]
+}
+
+func (a rawArray) close() { _ = unix.Munmap(a.mem) }
+
+// fromBytes reads a structure of this version.
+func fromBytes[T any](b []byte) (v T) {
+	copy(unsafe.Slice((*byte)(unsafe.Pointer(&v)), unsafe.Sizeof(v)), b)
+	return v
+}
+
+func uint64At(b []byte, off uint32) uint64 { return binary.NativeEndian.Uint64(b[off:]) }
+
+func isNoSpace(err error) bool { return errors.Is(err, unix.ENOSPC) }
 
 func (a *array[T]) close() error {
 	if a.mem == nil {

@@ -17,6 +17,8 @@ import (
 type pinDir string
 
 func (p pinDir) maps() string                { return filepath.Join(string(p), "maps") }
+func (p pinDir) mapsNew() string             { return filepath.Join(string(p), "maps_new") }
+func (p pinDir) mapsReady() string           { return filepath.Join(string(p), "maps_ready") }
 func (p pinDir) progs() string               { return filepath.Join(string(p), "progs") }
 func (p pinDir) links() string               { return filepath.Join(string(p), "links") }
 func (p pinDir) device(ifname string) string { return filepath.Join(p.links(), escape(ifname)) }
@@ -41,8 +43,12 @@ func pinnedMaps[T any](of map[string]T) []string {
 	return append(names, "state")
 }
 
-// openMaps opens the pinned maps for adoption; none if there are no pins.
-// What an agent left that died while it made them is removed.
+// essential are the maps without which pins are not those of an agent. Others
+// may be missing: earlier versions had fewer.
+var essential = []string{"bindings", "endpoints", "leases", "policy", "ranges", "slots", "slots_cold", "state"}
+
+// openMaps opens the pinned maps; none if there are no pins. What an agent left
+// that died while it made them is removed.
 func (p pinDir) openMaps(spec *ebpf.CollectionSpec) (_ map[string]*ebpf.Map, err error) {
 	maps := map[string]*ebpf.Map{}
 	defer func() {
@@ -50,39 +56,37 @@ func (p pinDir) openMaps(spec *ebpf.CollectionSpec) (_ map[string]*ebpf.Map, err
 			closeMaps(maps)
 		}
 	}()
-	var missing, diffs []string
 	for _, name := range pinnedMaps(spec.Maps) {
 		m, err := ebpf.LoadPinnedMap(filepath.Join(p.maps(), name), nil)
 		if errors.Is(err, fs.ErrNotExist) {
-			missing = append(missing, name)
 			continue
 		}
 		if err != nil {
 			return nil, fmt.Errorf("open the pinned map %s: %w", name, err)
 		}
 		maps[name] = m
-		if err := spec.Maps[name].Compatible(m); err != nil {
-			diffs = append(diffs, fmt.Sprintf("map %s differs (%v)", name, err))
+	}
+	var missing []string
+	for _, name := range essential {
+		if maps[name] == nil {
+			missing = append(missing, name)
 		}
 	}
-	if len(missing) > 0 {
-		devices, err := p.devices()
-		if err != nil {
-			return nil, err
-		}
-		if len(devices) > 0 {
-			// Without `state` stamps would be used twice; without another map,
-			// running programs would judge by one that nobody writes.
-			return nil, &LayoutError{PinDir: string(p), Diffs: []string{"these maps are missing: " + strings.Join(missing, ", ")}}
-		}
-		closeMaps(maps)
-		if err := errors.Join(p.removeAll(p.progs()), p.removeAll(p.maps())); err != nil {
-			return nil, fmt.Errorf("remove unfinished pins: %w", err)
-		}
-		return nil, nil
+	if len(missing) == 0 {
+		return maps, nil
 	}
-	if len(diffs) > 0 {
-		return nil, &LayoutError{PinDir: string(p), Diffs: diffs}
+	devices, err := p.devices()
+	if err != nil {
+		return nil, err
+	}
+	if len(devices) > 0 {
+		// Without `state` stamps would be used twice; without another map,
+		// running programs would judge by one that nobody writes.
+		return nil, &LayoutError{PinDir: string(p), Diffs: []string{"missing: " + strings.Join(missing, ", ")}}
+	}
+	closeMaps(maps)
+	if err := errors.Join(p.removeAll(p.progs()), p.removeAll(p.maps())); err != nil {
+		return nil, fmt.Errorf("remove incomplete pins: %w", err)
 	}
 	return maps, nil
 }
@@ -94,14 +98,28 @@ func closeMaps(maps map[string]*ebpf.Map) {
 	}
 }
 
-func (p pinDir) pinMaps(maps map[string]*ebpf.Map) error {
-	if err := os.MkdirAll(p.maps(), 0o700); err != nil {
-		return fmt.Errorf("pin maps: %w", err)
+// pinMap pins a map in a directory, which is made. It may be pinned elsewhere
+// too. It may be repeated.
+func (p pinDir) pinMap(dir, name string, m *ebpf.Map) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("pin map %s: %w", name, err)
 	}
-	for _, name := range pinnedMaps(maps) {
-		if err := maps[name].Pin(filepath.Join(p.maps(), name)); err != nil {
-			return fmt.Errorf("pin map %s: %w", name, err)
-		}
+	// A copy, for the library takes a map's former pin away.
+	c, err := m.Clone()
+	if err != nil {
+		return fmt.Errorf("pin map %s: %w", name, err)
+	}
+	defer c.Close()
+	if err := c.Pin(filepath.Join(dir, name)); err != nil {
+		return fmt.Errorf("pin map %s: %w", name, err)
+	}
+	return nil
+}
+
+// pinRecords says of which layout the records of the pinned rings are.
+func (p pinDir) pinRecords(dir string) error {
+	if err := os.MkdirAll(filepath.Join(dir, recordsPin()), 0o700); err != nil {
+		return fmt.Errorf("pin the layout of records: %w", err)
 	}
 	return nil
 }
@@ -221,6 +239,11 @@ func (p pinDir) remove() error {
 	if !on {
 		return fmt.Errorf("%s does not lie in a bpffs: not removed", p)
 	}
+	lock, err := lockPins(string(p), lockWait)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
 	devices, err := p.devices()
 	if err != nil {
 		return err
@@ -230,7 +253,8 @@ func (p pinDir) remove() error {
 			return fmt.Errorf("remove the links of %s: %w", ifname, err)
 		}
 	}
-	if err := errors.Join(p.removeAll(p.links()), p.removeAll(p.progs()), p.removeAll(p.maps())); err != nil {
+	if err := errors.Join(p.removeAll(p.links()), p.removeAll(p.progs()),
+		p.removeAll(p.maps()), p.removeAll(p.mapsNew()), p.removeAll(p.mapsReady())); err != nil {
 		return fmt.Errorf("remove pins: %w", err)
 	}
 	if err := os.Remove(string(p)); err != nil && !errors.Is(err, fs.ErrNotExist) {

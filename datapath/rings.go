@@ -102,25 +102,32 @@ func (d *Datapath) emptyHeld(rd *ringbuf.Reader) error {
 	if err := barrier(); err != nil {
 		return err
 	}
-	var rec ringbuf.Record
-	for {
-		rd.SetDeadline(time.Now())
-		err := rd.ReadInto(&rec)
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			break
-		}
-		if err != nil {
-			return fmt.Errorf("empty the ring of held packets: %w", err)
-		}
-		if p, err := parseHeld(rec.RawSample); err == nil {
-			d.CountDrop(p.Direction, abi.ReasonHoldTimeout)
-		}
+	if err := d.drainHeld(rd); err != nil {
+		return err
 	}
 	for i := uint32(0); i < d.quota.n; i++ {
 		q := d.quota.at(i)
 		atomic.StoreUint64(&q.Out, atomic.LoadUint64(&q.In))
 	}
 	return nil
+}
+
+// drainHeld takes what there is out of a ring of held packets, and counts it.
+func (d *Datapath) drainHeld(rd *ringbuf.Reader) error {
+	var rec ringbuf.Record
+	for {
+		rd.SetDeadline(time.Now())
+		err := rd.ReadInto(&rec)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("empty the ring of held packets: %w", err)
+		}
+		// A record of another version may say anything; it is counted all the same.
+		p, _ := parseHeld(rec.RawSample)
+		d.CountDrop(p.Direction, abi.ReasonHoldTimeout)
+	}
 }
 
 // barrier returns when every program that was running when it was called has

@@ -183,8 +183,9 @@ func (d *Datapath) adoptSlots() error {
 			}
 			ok = err == nil && b.Slot == i && b.Stamp == stamp
 		}
-		if !ok || i == 0 {
+		if !ok || i == 0 || s.Lease >= d.lease.n {
 			atomic.StoreUint64(&d.slots.at(i).Stamp, 0)
+			d.emptied[i] = d.Now()
 		}
 	}
 	var key abi.Addr
