@@ -63,9 +63,36 @@ func (n *node) when(t lease.Time) int64 { return (int64(t) - n.offset) * 1000 / 
 // flight is F by this node's clock, in real time.
 func (n *node) flight() int64 { return int64(n.w.flight) * 1000 / n.rate }
 
+// start starts a process over what its predecessor left.
 func (n *node) start() {
 	w := n.w
 	a := &agent{n: n, streams: map[lease.StreamID]*stream{}, held: map[int][]packet{}, cold: true}
+	var err error
+	if a.owner, err = lease.NewOwner(n.ownerConfig(), n.clock()); err != nil {
+		panic(err)
+	}
+	a.table = n.restore()
+	a.ver, err = lease.NewVerifier(lease.VerifierConfig{
+		Node: n.name, Boot: n.boot, TTL: w.ttl, Heartbeat: w.heartbeat, IdleBinding: w.idle, IdleSession: w.idle,
+		Speaks: func(o identity.NodeName, ip netip.Addr) bool { return w.ips[w.ipIndex[ip]].node.name == o },
+	}, a.table, n.clock())
+	if err != nil {
+		panic(err)
+	}
+	n.agent = a
+	a.adopt()
+	for a.cold {
+		a.local() // the adoption comes before the loop
+		a.flush(len(a.pending))
+		if n.agent != a {
+			return
+		}
+	}
+}
+
+// ownerConfig says what became of the journal.
+func (n *node) ownerConfig() lease.OwnerConfig {
+	w := n.w
 	cfg := lease.OwnerConfig{
 		Node: n.name, Boot: n.boot, ReuseMargin: w.margin, Flight: w.flight, Grants: w.grants,
 		Nonce:          func() (x lease.Nonce) { binary.LittleEndian.PutUint64(x[:], w.rng.Uint64()); return },
@@ -89,65 +116,55 @@ func (n *node) start() {
 	if w.hooks.ownerConfig != nil {
 		w.hooks.ownerConfig(n, &cfg)
 	}
-	var err error
-	if a.owner, err = lease.NewOwner(cfg, n.clock()); err != nil {
-		panic(err)
-	}
+	return cfg
+}
+
+// restore rebuilds the table from the kernel's maps.
+func (n *node) restore() *ipcache.Table {
 	next := n.k.nextStamp
-	if w.hooks.tableStart != nil {
-		next = w.hooks.tableStart(n)
+	if n.w.hooks.tableStart != nil {
+		next = n.w.hooks.tableStart(n)
 	}
-	if a.table, err = ipcache.New(ipcache.Config{
+	table, err := ipcache.New(ipcache.Config{
 		Slots: kernelSlots, Leases: kernelLeases, NextStamp: next,
 		Reserve: func(limit uint64) error { n.k.nextStamp = limit; return nil },
-	}); err != nil {
+	})
+	if err != nil {
 		panic(err)
 	}
 	for i, s := range n.k.slots {
 		if s.stamp == 0 {
 			continue
 		}
-		if err := a.table.Restore(ipcache.Entry{
+		if err := table.Restore(ipcache.Entry{
 			Slot: uint32(i), Stamp: s.stamp, Lease: s.lease, OwnerBoot: s.boot, Hash: s.hash, Evidence: identity.EvidenceLease,
-			Binding:   identity.Binding{IP: w.ips[s.ip].addr, Generation: s.gen, UID: s.uid, Owner: s.owner.name},
+			Binding:   identity.Binding{IP: n.w.ips[s.ip].addr, Generation: s.gen, UID: s.uid, Owner: s.owner.name},
 			Condemned: n.k.binding[s.ip] != uint32(i),
 		}); err != nil {
 			panic(err)
 		}
 	}
-	a.ver, err = lease.NewVerifier(lease.VerifierConfig{
-		Node: n.name, Boot: n.boot, TTL: w.ttl, Heartbeat: w.heartbeat, IdleBinding: w.idle, IdleSession: w.idle,
-		Speaks: func(o identity.NodeName, ip netip.Addr) bool { return w.ips[w.ipIndex[ip]].node.name == o },
-	}, a.table, n.clock())
-	if err != nil {
-		panic(err)
-	}
-	n.agent = a
+	return table
+}
+
+// adopt tells the owner of the endpoints in the pinned map: the active ones
+// are adopted, the others wait.
+func (a *agent) adopt() {
 	var later []any
-	for _, e := range n.k.endpoints {
-		add := lease.Add{UID: e.w.uid, IPs: []netip.Addr{w.ips[e.w.ip].addr}, Identity: e.w.id}
-		if e.active {
-			gen := e.gen
-			if w.rng.IntN(4) == 0 {
-				gen = 0 // as a node's own addresses: by the journal
-			}
-			if gen == 0 && !journalled(n.journal, e) {
-				gen = e.gen
-			}
-			a.inbox = append(a.inbox, lease.Adopt{Add: add, Generation: gen})
-		} else {
+	for _, e := range a.n.k.endpoints {
+		add := lease.Add{UID: e.w.uid, IPs: []netip.Addr{a.n.w.ips[e.w.ip].addr}, Identity: e.w.id}
+		if !e.active {
 			later = append(later, add)
+			continue
 		}
+		gen := e.gen
+		if a.n.w.rng.IntN(4) == 0 && journalled(a.n.journal, e) {
+			gen = 0 // as a node's own addresses: by the journal
+		}
+		a.inbox = append(a.inbox, lease.Adopt{Add: add, Generation: gen})
 	}
 	a.inbox = append(a.inbox, later...)
 	a.inbox = append(a.inbox, lease.OwnerTick{}, lease.VerifierTick{})
-	for a.cold {
-		a.local() // the adoption comes before the loop
-		a.flush(len(a.pending))
-		if n.agent != a {
-			return
-		}
-	}
 }
 
 func journalled(rs []lease.Record, e *endpoint) bool {
