@@ -223,3 +223,6 @@ func plural(n int, one, many string) string {
 	}
 	return fmt.Sprintf("%d %s", n, many)
 }
+
+// oneLine keeps a text of several lines within a row of a table.
+func oneLine(s string) string { return strings.ReplaceAll(s, "\n", "; ") }
