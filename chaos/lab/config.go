@@ -24,6 +24,9 @@ type Config struct {
 	TTL         time.Duration `json:"ttl"`         // of leases
 	Heartbeat   time.Duration `json:"heartbeat"`   // between renewals
 	ReuseMargin time.Duration `json:"reuseMargin"` // an IP rests at least this long before its next use
+	// SVIDTTL is how long an agent's SVID lives; it is renewed at half-life.
+	// 0: the trust domain's default.
+	SVIDTTL time.Duration `json:"svidTTL,omitempty"`
 }
 
 // Node is one node of a lab.
@@ -155,6 +158,7 @@ func ParseConfig(b []byte) (Config, error) {
 		"ttl":         d.duration(&c.TTL),
 		"heartbeat":   d.duration(&c.Heartbeat),
 		"reuseMargin": d.duration(&c.ReuseMargin),
+		"svidTTL":     d.duration(&c.SVIDTTL),
 	})
 	c.setDefaults()
 	if len(d.errs) > 0 {

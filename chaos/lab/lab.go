@@ -9,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -246,12 +245,12 @@ func (l *Lab) killAll(s *state) (errs []error) {
 		return []error{err} // a pid of another boot names nobody
 	}
 	for _, w := range s.Workloads {
-		errs = append(errs, w.Process.stop(0))
+		errs = append(errs, w.Process.kill())
 	}
 	for _, n := range s.Nodes {
-		errs = append(errs, n.Agent.stop(0))
+		errs = append(errs, n.Agent.kill())
 	}
-	return append(errs, s.Authority.stop(0))
+	return append(errs, s.Authority.kill())
 }
 
 // sweep removes everything that carries the lab's name: whatever still runs in
@@ -330,6 +329,13 @@ func (l *Lab) Socket(node string) string { return filepath.Join(l.nodeDir(node),
 // AuditLog returns the file of the node's confirmation log.
 func (l *Lab) AuditLog(node string) string { return filepath.Join(l.nodeDir(node), "audit.log") }
 
+// PinDir returns the directory of the pins of the node's agent.
+func (l *Lab) PinDir(node string) string { return l.pinDir(node) }
+
+// JournalDir returns where the node's agent keeps its journal and its records
+// of workloads.
+func (l *Lab) JournalDir(node string) string { return filepath.Join(l.nodeDir(node), "journal") }
+
 // startAuthority starts the trust domain and waits until it serves every node.
 func (l *Lab) startAuthority(ctx context.Context, s *state) error {
 	l.say("starting the trust domain")
@@ -340,9 +346,21 @@ func (l *Lab) startAuthority(ctx context.Context, s *state) error {
 	for _, n := range s.Nodes {
 		argv = append(argv, "--node", n.Name)
 	}
+	if s.Config.SVIDTTL != 0 {
+		argv = append(argv, "--svid-ttl", s.Config.SVIDTTL.String())
+	}
 	log := filepath.Join(l.dir, "ca.log")
 	var p Process
 	err := l.update(func(s *state) (err error) {
+		if s.Authority.Alive() {
+			return fmt.Errorf("it is running already (pid %d)", s.Authority.PID)
+		}
+		// Sockets of a former one: ready is who makes them anew.
+		for _, n := range s.Nodes {
+			if err := os.Remove(l.workloadAPIPath(n.Name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return err
+			}
+		}
 		// In the underlay's namespace, where it is found after a crash as
 		// everything of the lab is.
 		c := command{netns: l.underlayNS(), argv: argv, log: log}
@@ -355,7 +373,7 @@ func (l *Lab) startAuthority(ctx context.Context, s *state) error {
 	}
 	return l.poll(ctx, 10*time.Second, p, "the trust domain", log, func() error {
 		for _, n := range s.Nodes {
-			if _, err := os.Stat(strings.TrimPrefix(l.workloadAPI(n.Name), "unix://")); err != nil {
+			if _, err := os.Stat(l.workloadAPIPath(n.Name)); err != nil {
 				return err
 			}
 		}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -16,6 +17,10 @@ import (
 
 func (l *Lab) workloadAPI(node string) string {
 	return labca.Address(l.caDir(), identity.NodeName(node))
+}
+
+func (l *Lab) workloadAPIPath(node string) string {
+	return strings.TrimPrefix(l.workloadAPI(node), "unix://")
 }
 
 // startAgent starts the node's agent in the node's namespace. fresh states
@@ -83,7 +88,35 @@ func (l *Lab) agentArgs(s *state, n *nodeState, fresh bool) []string {
 // KillAgent kills the node's agent with SIGKILL: a crash. What is in the
 // kernel stays.
 func (l *Lab) KillAgent(ctx context.Context, node string) error {
-	l.forget(node)
+	return l.endAgent(node, Process.kill)
+}
+
+// stopLimit is how long a planned stop may take: the agent hands over first.
+const stopLimit = 15 * time.Second
+
+// StopAgent asks the node's agent to end (SIGTERM) and waits until it has: a
+// planned stop, before which it hands over.
+func (l *Lab) StopAgent(ctx context.Context, node string) error {
+	return l.endAgent(node, func(p Process) error { return p.terminate(stopLimit) })
+}
+
+func (l *Lab) endAgent(node string, end func(Process) error) error {
+	defer l.forget(node)
+	return l.withAgent(node, end)
+}
+
+// PauseAgent stops the node's agent with SIGSTOP and returns when it does
+// nothing any more; ResumeAgent lets it go on. Its connections stay open.
+func (l *Lab) PauseAgent(ctx context.Context, node string) error {
+	return l.withAgent(node, Process.pause)
+}
+
+// ResumeAgent ends a PauseAgent. One that is not paused is no error.
+func (l *Lab) ResumeAgent(ctx context.Context, node string) error {
+	return l.withAgent(node, Process.resume)
+}
+
+func (l *Lab) withAgent(node string, do func(Process) error) error {
 	return l.update(func(s *state) error {
 		n, err := s.node(node)
 		if err != nil {
@@ -92,7 +125,7 @@ func (l *Lab) KillAgent(ctx context.Context, node string) error {
 		if !n.Agent.Alive() {
 			return fmt.Errorf("the agent of node %s is not running", node)
 		}
-		return n.Agent.stop(0)
+		return do(n.Agent)
 	})
 }
 
@@ -163,17 +196,31 @@ func (l *Lab) forget(node string) {
 // ImportPolicies imports the files at every node whose agent is running; on
 // return all those nodes judge by them.
 func (l *Lab) ImportPolicies(ctx context.Context, files ...*api.PolicyFile) error {
-	return l.eachAgent(func(node string, c *api.Client) error {
-		r, err := c.ImportPolicies(ctx, &api.ImportPoliciesRequest{Files: files})
-		if err != nil {
-			return err
-		}
-		var errs []error
-		for _, p := range r.GetProblems() {
-			errs = append(errs, fmt.Errorf("%s: %s: %s: %s", p.GetFile(), p.GetPolicy(), p.GetField(), p.GetText()))
-		}
-		return errors.Join(errs...)
-	})
+	return l.eachAgent(func(_ string, c *api.Client) error { return importAt(ctx, c, files) })
+}
+
+// ImportPoliciesAt imports the files at one node.
+func (l *Lab) ImportPoliciesAt(ctx context.Context, node string, files ...*api.PolicyFile) error {
+	c, err := l.Client(node)
+	if err == nil {
+		err = importAt(ctx, c, files)
+	}
+	if err != nil {
+		return fmt.Errorf("node %s: %w", node, err)
+	}
+	return nil
+}
+
+func importAt(ctx context.Context, c *api.Client, files []*api.PolicyFile) error {
+	r, err := c.ImportPolicies(ctx, &api.ImportPoliciesRequest{Files: files})
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, p := range r.GetProblems() {
+		errs = append(errs, fmt.Errorf("%s: %s: %s: %s", p.GetFile(), p.GetPolicy(), p.GetField(), p.GetText()))
+	}
+	return errors.Join(errs...)
 }
 
 // DeleteAllPolicies removes every policy from every node.
@@ -208,5 +255,27 @@ func (l *Lab) eachAgent(f func(node string, c *api.Client) error) error {
 // KillAuthority kills the lab's trust domain: from now on nobody can issue an
 // identity. Agents go on with the SVIDs that they have.
 func (l *Lab) KillAuthority(ctx context.Context) error {
-	return l.update(func(s *state) error { return s.Authority.stop(0) })
+	return l.update(func(s *state) error { return s.Authority.kill() })
+}
+
+// StartAuthority starts the trust domain again, with the key that it had.
+func (l *Lab) StartAuthority(ctx context.Context) error {
+	s, err := l.read()
+	if err != nil {
+		return err
+	}
+	return l.startAuthority(ctx, s)
+}
+
+// ReplaceAuthority puts a trust domain with another key in the place of the
+// one that there is: every SVID that is out is worth nothing.
+func (l *Lab) ReplaceAuthority(ctx context.Context) error {
+	if err := l.KillAuthority(ctx); err != nil {
+		return err
+	}
+	// The trust domain makes a key when it finds none.
+	if err := os.Remove(filepath.Join(l.caDir(), "authority.pem")); err != nil {
+		return err
+	}
+	return l.StartAuthority(ctx)
 }

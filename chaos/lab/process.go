@@ -31,18 +31,36 @@ func processOf(pid int) (Process, error) {
 
 // stat reads a process's start time and state.
 func stat(pid int) (start uint64, state byte, err error) {
-	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	f, err := statFields("/proc/" + strconv.Itoa(pid))
 	if err != nil {
 		return 0, 0, err
+	}
+	start, err = strconv.ParseUint(f[19], 10, 64)
+	return start, f[0][0], err
+}
+
+// taskState reads the state of one thread, /proc/PID/task/TID.
+func taskState(dir string) (byte, error) {
+	f, err := statFields(dir)
+	if err != nil {
+		return 0, err
+	}
+	return f[0][0], nil
+}
+
+// statFields returns what stands in a stat file from the third field on.
+func statFields(dir string) ([]string, error) {
+	b, err := os.ReadFile(dir + "/stat")
+	if err != nil {
+		return nil, err
 	}
 	// The second field, the command in brackets, may contain anything.
 	i := bytes.LastIndexByte(b, ')')
 	f := strings.Fields(string(b[i+1:]))
 	if i < 0 || len(f) < 20 {
-		return 0, 0, fmt.Errorf("process %d: cannot read its status", pid)
+		return nil, fmt.Errorf("%s: cannot read its status", dir)
 	}
-	start, err = strconv.ParseUint(f[19], 10, 64)
-	return start, f[0][0], err
+	return f, nil
 }
 
 // Alive reports whether this very process still runs.
@@ -75,23 +93,14 @@ func (p Process) pidfd() (int, error) {
 	return fd, nil
 }
 
-// stop sends SIGTERM, waits for at most grace, then kills, and waits until the
-// process is gone. With grace 0 it kills at once.
-func (p Process) stop(grace time.Duration) error {
+// kill sends SIGKILL and waits until the process is gone. One that is gone
+// already is no error.
+func (p Process) kill() error {
 	fd, err := p.pidfd()
 	if fd < 0 {
 		return err
 	}
 	defer unix.Close(fd)
-	if grace > 0 {
-		if err := unix.PidfdSendSignal(fd, unix.SIGTERM, nil, 0); err != nil && err != unix.ESRCH {
-			return fmt.Errorf("stop process %d: %w", p.PID, err)
-		}
-		if waitPidfd(fd, grace) {
-			reap(p.PID)
-			return nil
-		}
-	}
 	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && err != unix.ESRCH {
 		return fmt.Errorf("kill process %d: %w", p.PID, err)
 	}
@@ -102,11 +111,83 @@ func (p Process) stop(grace time.Duration) error {
 	return nil
 }
 
+// terminate sends SIGTERM and waits until the process has ended; after limit
+// it gives up and leaves it as it is.
+func (p Process) terminate(limit time.Duration) error {
+	fd, err := p.pidfd()
+	if fd < 0 {
+		return err
+	}
+	defer unix.Close(fd)
+	if err := unix.PidfdSendSignal(fd, unix.SIGTERM, nil, 0); err != nil && err != unix.ESRCH {
+		return fmt.Errorf("stop process %d: %w", p.PID, err)
+	}
+	if !waitPidfd(fd, limit) {
+		return fmt.Errorf("process %d has not ended %v after SIGTERM", p.PID, limit)
+	}
+	reap(p.PID)
+	return nil
+}
+
+// pause sends SIGSTOP and waits until every thread has stopped: from then on
+// the process does nothing.
+func (p Process) pause() error {
+	return p.signal(unix.SIGSTOP, func() (bool, error) {
+		tasks, err := filepath.Glob("/proc/" + strconv.Itoa(p.PID) + "/task/[0-9]*")
+		if err != nil {
+			return false, err
+		}
+		for _, t := range tasks {
+			if state, err := taskState(t); err == nil && state != 'T' {
+				return false, nil
+			}
+		}
+		return len(tasks) > 0, nil
+	})
+}
+
+// resume sends SIGCONT and waits until the process runs again.
+func (p Process) resume() error {
+	return p.signal(unix.SIGCONT, func() (bool, error) { return !p.paused(), nil })
+}
+
+// paused reports whether the process is stopped by a signal.
+func (p Process) paused() bool {
+	_, state, err := stat(p.PID)
+	return err == nil && state == 'T'
+}
+
+func (p Process) signal(sig unix.Signal, done func() (bool, error)) error {
+	fd, err := p.pidfd()
+	if err != nil {
+		return err
+	}
+	if fd < 0 {
+		return fmt.Errorf("process %d is gone", p.PID)
+	}
+	defer unix.Close(fd)
+	if err := unix.PidfdSendSignal(fd, sig, nil, 0); err != nil {
+		return fmt.Errorf("signal process %d: %w", p.PID, err)
+	}
+	for deadline := time.Now().Add(5 * time.Second); ; {
+		ok, err := done()
+		if ok || err != nil {
+			return err
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("process %d does not heed signal %v", p.PID, sig)
+		}
+		if waitPidfd(fd, time.Millisecond) {
+			return fmt.Errorf("process %d has ended", p.PID)
+		}
+	}
+}
+
 func waitPidfd(fd int, d time.Duration) bool {
 	deadline := time.Now().Add(d)
 	for {
 		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-		n, err := unix.Poll(fds, max(0, int(time.Until(deadline).Milliseconds())))
+		n, err := unix.Poll(fds, max(0, int(time.Until(deadline).Milliseconds())+1))
 		if err == unix.EINTR {
 			continue
 		}
@@ -144,7 +225,7 @@ func killIn(inodes map[uint64]bool) error {
 				continue
 			}
 			found = true
-			if err := p.stop(0); err != nil {
+			if err := p.kill(); err != nil {
 				return err
 			}
 		}

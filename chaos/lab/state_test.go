@@ -63,19 +63,28 @@ func TestProcess(t *testing.T) {
 	if other.Alive() {
 		t.Error("a recycled pid counts as alive")
 	}
-	if err := other.stop(0); err != nil || !p.Alive() {
+	if err := other.kill(); err != nil || !p.Alive() {
 		t.Errorf("a recycled pid was killed (%v)", err)
 	}
-	if err := p.stop(10 * time.Second); err != nil {
+	if err := p.pause(); err != nil || !p.paused() || !p.Alive() {
+		t.Errorf("pause: %v, paused %v", err, p.paused())
+	}
+	if err := p.resume(); err != nil || p.paused() {
+		t.Errorf("resume: %v, paused %v", err, p.paused())
+	}
+	if err := other.resume(); err == nil {
+		t.Error("a recycled pid was resumed")
+	}
+	if err := p.terminate(10 * time.Second); err != nil {
 		t.Fatal(err)
 	}
 	if p.Alive() {
 		t.Error("alive after stop")
 	}
-	if err := p.stop(0); err != nil {
+	if err := p.kill(); err != nil {
 		t.Errorf("stopping twice: %v", err)
 	}
-	if err := (Process{}).stop(0); err != nil {
+	if err := (Process{}).kill(); err != nil {
 		t.Errorf("stopping what never was: %v", err)
 	}
 }

@@ -30,7 +30,7 @@ type NodeStatus struct {
 	IPs      []netip.Addr   `json:"ips"`
 	Ranges   []netip.Prefix `json:"ranges"`
 	PID      int            `json:"pid"`
-	Agent    string         `json:"agent"` // "healthy", "unhealthy", "dead", "unreachable"
+	Agent    string         `json:"agent"` // "healthy", "unhealthy", "dead", "paused", "unreachable"
 	Problems []string       `json:"problems,omitempty"`
 	Socket   string         `json:"socket"`
 	Netns    string         `json:"netns"`
@@ -101,6 +101,9 @@ func (l *Lab) Status(ctx context.Context) (Status, error) {
 func (l *Lab) askAgent(ctx context.Context, n *nodeState, endpoints map[string]string) (state string, problems []string) {
 	if !n.Agent.Alive() {
 		return "dead", []string{"last words: " + tail(l.agentLog(n.Name), 1)}
+	}
+	if n.Agent.paused() {
+		return "paused", []string{"`portcullis lab fault resume-agent " + n.Name + "` lets it go on"}
 	}
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()

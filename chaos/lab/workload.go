@@ -336,7 +336,7 @@ func (l *Lab) Delete(ctx context.Context, name string) (Deleted, error) {
 		return Deleted{}, err
 	}
 	path := l.workloadNS(w.Spec)
-	errs := []error{w.Process.stop(0)}
+	errs := []error{w.Process.kill()}
 	if isNamespace(path) {
 		errs = append(errs, killIn(map[uint64]bool{inode(path): true}))
 	}

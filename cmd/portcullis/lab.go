@@ -61,7 +61,8 @@ Without a file it has three nodes and no workloads. A cluster file looks like th
   evidence: lease     # or classic
   ttl: 3s
   heartbeat: 500ms
-  reuseMargin: 10ms`,
+  reuseMargin: 10ms
+  svidTTL: 1h`,
 		Args: usageArgs(cobra.NoArgs),
 	}
 	file := cmd.Flags().StringP("file", "f", "", "cluster file")
@@ -263,8 +264,20 @@ func newLabFaultCmd(env *Env, f *labFlags) *cobra.Command {
 		}),
 		sub("kill-agent NODE", "Kill a node's agent (SIGKILL)", 1,
 			func(ctx context.Context, l *lab.Lab, a []string) error { return l.KillAgent(ctx, a[0]) }),
+		sub("stop-agent NODE", "Ask a node's agent to end (SIGTERM): it hands over first", 1,
+			func(ctx context.Context, l *lab.Lab, a []string) error { return l.StopAgent(ctx, a[0]) }),
 		sub("start-agent NODE", "Start a node's agent again and wait until it is healthy", 1,
-			func(ctx context.Context, l *lab.Lab, a []string) error { return l.StartAgent(ctx, a[0]) }))
+			func(ctx context.Context, l *lab.Lab, a []string) error { return l.StartAgent(ctx, a[0]) }),
+		sub("pause-agent NODE", "Stop a node's agent where it stands (SIGSTOP)", 1,
+			func(ctx context.Context, l *lab.Lab, a []string) error { return l.PauseAgent(ctx, a[0]) }),
+		sub("resume-agent NODE", "Let a paused agent go on (SIGCONT)", 1,
+			func(ctx context.Context, l *lab.Lab, a []string) error { return l.ResumeAgent(ctx, a[0]) }),
+		sub("kill-authority", "Kill the trust domain: agents go on with the SVIDs that they have", 0,
+			func(ctx context.Context, l *lab.Lab, _ []string) error { return l.KillAuthority(ctx) }),
+		sub("start-authority", "Start the trust domain again, with the key that it had", 0,
+			func(ctx context.Context, l *lab.Lab, _ []string) error { return l.StartAuthority(ctx) }),
+		sub("replace-authority", "Put a trust domain with another key in its place", 0,
+			func(ctx context.Context, l *lab.Lab, _ []string) error { return l.ReplaceAuthority(ctx) }))
 }
 
 // newLabCACmd is the lab's trust domain: a process of its own.
