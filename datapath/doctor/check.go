@@ -249,7 +249,7 @@ func port(f *Facts) Check {
 		return Check{"port", Warn, fmt.Sprintf("who listens on %d/TCP cannot be told: %v", p.Number, p.Err), "agents speak to each other there", "run this as root"}
 	case !p.Taken:
 		return ok("port", "%d/TCP is free", p.Number)
-	case p.Program == "portcullis":
+	case p.Ours:
 		return ok("port", "%d/TCP: the agent, process %d", p.Number, p.PID)
 	case p.Program == "":
 		return Check{"port", Warn, fmt.Sprintf("somebody listens on %d/TCP, and who it is cannot be told", p.Number), "agents speak to each other there", do}

@@ -65,6 +65,7 @@ type Port struct {
 	Taken   bool
 	PID     int    // 0: not known
 	Program string // its name; "" where it is not known
+	Ours    bool   // it is this program
 	Err     error
 }
 

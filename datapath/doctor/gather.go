@@ -224,10 +224,17 @@ func whoListens(port uint16) Port {
 			pid := strings.Split(fd, "/")[2]
 			p.PID, _ = strconv.Atoi(pid)
 			p.Program = strings.TrimSpace(read("/proc/" + pid + "/comm"))
+			p.Ours = p.Program == "portcullis" || sameFile("/proc/"+pid+"/exe", "/proc/self/exe")
 			return p
 		}
 	}
 	return p
+}
+
+func sameFile(a, b string) bool {
+	x, err1 := os.Stat(a)
+	y, err2 := os.Stat(b)
+	return err1 == nil && err2 == nil && os.SameFile(x, y)
 }
 
 // listener returns the inode of the socket if a line of /proc/net/tcp is one

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -107,10 +108,24 @@ func TestPort(t *testing.T) {
 	defer l.Close()
 	p := whoListens(4260)
 	want := strings.TrimSpace(read("/proc/self/comm"))
-	if !p.Taken || p.PID != os.Getpid() || p.Program != want {
+	if !p.Taken || p.PID != os.Getpid() || p.Program != want || !p.Ours {
 		t.Errorf("this test listens: %+v, want process %d %q", p, os.Getpid(), want)
 	}
-	check(t, Gather(Config{PinDir: "/sys/fs/bpf/x", JournalDir: "/run", Port: 4260}), "port", Fail, want)
+	cfg := Config{PinDir: "/sys/fs/bpf/x", JournalDir: "/run", Port: 4260}
+	check(t, Gather(cfg), "port", OK, fmt.Sprint(os.Getpid()))
+
+	// Another program, which was given a listening socket.
+	file, err := l.(*net.TCPListener).File()
+	must(t, err)
+	stranger := exec.Command("sleep", "60")
+	stranger.ExtraFiles = []*os.File{file}
+	must(t, stranger.Start())
+	must(t, file.Close())
+	must(t, l.Close())
+	check(t, Gather(cfg), "port", Fail, fmt.Sprintf("sleep (process %d)", stranger.Process.Pid))
+	must(t, stranger.Process.Kill())
+	_ = stranger.Wait() // killed
+	check(t, Gather(cfg), "port", OK, "free")
 }
 
 // With a real endpoint: its programs are ours, first, and its pins are known.
