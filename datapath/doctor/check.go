@@ -213,9 +213,9 @@ func pins(f *Facts) Check {
 		}
 	}
 	if len(gone) > 0 {
-		return ok("pins", "%s, %d devices; the agent will remove those of devices that are gone: %s", dir, len(p.Devices), strings.Join(gone, ", "))
+		return ok("pins", "%s, devices: %d; the agent will remove the links of those that are gone: %s", dir, len(p.Devices), strings.Join(gone, ", "))
 	}
-	return ok("pins", "%s, %d devices", dir, len(p.Devices))
+	return ok("pins", "%s, devices: %d", dir, len(p.Devices))
 }
 
 func cgroup2(f *Facts) Check {

@@ -146,7 +146,7 @@ func TestEndpoint(t *testing.T) {
 	cfg := Config{PinDir: pins, JournalDir: "/run", Port: 4260}
 	f := Gather(cfg)
 	check(t, f, "programs", OK, "first on all 2 hooks")
-	check(t, f, "pins", OK, pins+", 1 devices")
+	check(t, f, "pins", OK, pins+", devices: 1")
 	check(t, f, "bpffs", OK, pins)
 	check(t, f, "forwarding", Warn, "ip_forward")
 	i := slices.IndexFunc(f.Devices, func(d Device) bool { return d.Name == "wl0" })
