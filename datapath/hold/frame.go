@@ -3,6 +3,7 @@ package hold
 import (
 	"encoding/binary"
 	"errors"
+	"hash/crc32"
 )
 
 // vnetHeader is struct virtio_net_hdr: what PACKET_VNET_HDR puts before each
@@ -24,6 +25,9 @@ const (
 	protoRouting       = 43
 	protoFragment      = 44
 	protoDestOpts      = 60
+	protoSCTP          = 132
+	sctpHeaderLen      = 12
+	sctpCsumOffset     = 8
 	tcpCsumOffset      = 16
 	udpCsumOffset      = 6
 	maxExtensionHeader = 8 // a longer chain is sent as it is, without offload
@@ -96,7 +100,9 @@ func (f *frame) setEnd(p []byte, ipLen int) {
 // A packet that a local stack has made has, where its checksum will stand,
 // the sum of the pseudo-header only (CHECKSUM_PARTIAL): the kernel is told to
 // finish it. A packet from a wire has a full checksum, and goes as it is: if
-// it is wrong, the receiver drops it, as it would have done without us.
+// it is wrong, the receiver drops it, as it would have done without us. SCTP's
+// checksum is none that the header can ask for: a local stack leaves it 0, and
+// it is computed here. A fragment has its datagram's sum, complete.
 func prepare(p []byte, gsoSize uint16, h *[vnetHeaderLen]byte) (frame, error) {
 	*h = [vnetHeaderLen]byte{}
 	f, err := parseFrame(p)
@@ -112,6 +118,9 @@ func prepare(p []byte, gsoSize uint16, h *[vnetHeaderLen]byte) (frame, error) {
 	case f.proto == protoUDP && len(p) >= f.l4+8:
 		at = f.l4 + udpCsumOffset
 		headers = f.l4 + 8
+	}
+	if f.proto == protoSCTP && f.l4 != 0 && gsoSize == 0 {
+		finishSCTP(p[f.l4:f.end])
 	}
 	if at == 0 {
 		if gsoSize != 0 {
@@ -151,6 +160,16 @@ func prepare(p []byte, gsoSize uint16, h *[vnetHeaderLen]byte) (frame, error) {
 	}
 	return f, nil
 }
+
+// finishSCTP computes the checksum that a local stack left to the device.
+func finishSCTP(p []byte) {
+	if len(p) < sctpHeaderLen || binary.LittleEndian.Uint32(p[sctpCsumOffset:]) != 0 {
+		return
+	}
+	binary.LittleEndian.PutUint32(p[sctpCsumOffset:], crc32.Checksum(p, castagnoli))
+}
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // sum adds 16-bit big-endian words (RFC 1071).
 func sum(acc uint32, b []byte) uint32 {

@@ -1,6 +1,7 @@
 package hold
 
 import (
+	"bytes"
 	"encoding/binary"
 	"testing"
 )
@@ -116,4 +117,54 @@ func FuzzPrepare(f *testing.F) {
 			t.Fatalf("checksum at %d+%d in %d bytes", start, off, len(p))
 		}
 	})
+}
+
+// RFC 9260, appendix A, describes the sum.
+func TestSCTPChecksum(t *testing.T) {
+	// An INIT as a local stack leaves it to the device.
+	init := []byte{
+		0x0b, 0x59, 0x0b, 0x59, 0x00, 0x00, 0x00, 0x00, 0, 0, 0, 0,
+		0x01, 0x00, 0x00, 0x14, 0x00, 0x00, 0x00, 0x01, 0x00, 0x01, 0x00, 0x00, 0x00, 0x0a, 0x00, 0x0a, 0x00, 0x00, 0x00, 0x01,
+	}
+	p := eth4(protoSCTP, init)
+	padded := append(append([]byte{}, p...), 0, 0, 0) // the frame's padding is not summed
+	var h [vnetHeaderLen]byte
+	for _, p := range [][]byte{p, padded} {
+		if _, err := prepare(p, 0, &h); err != nil || h != [vnetHeaderLen]byte{} {
+			t.Fatalf("%v, header %v", err, h)
+		}
+		if got := binary.LittleEndian.Uint32(p[42:]); got != crc32c(init) || got == 0 {
+			t.Errorf("checksum %#x, want %#x", got, crc32c(init))
+		}
+	}
+	// One that has a checksum keeps it, right or wrong.
+	p[42] ^= 1
+	want := append([]byte{}, p...)
+	if _, err := prepare(p, 0, &h); err != nil || !bytes.Equal(p, want) {
+		t.Errorf("%v: a checksum was changed", err)
+	}
+	// A fragment has none, and short ones are left alone.
+	frag := eth4(protoSCTP, make([]byte, 32))
+	frag[14+6] = 0x20
+	if _, err := prepare(frag, 0, &h); err != nil || !bytes.Equal(frag[34:], make([]byte, 32)) {
+		t.Errorf("%v: a fragment was changed", err)
+	}
+	if _, err := prepare(eth4(protoSCTP, make([]byte, 11)), 0, &h); err != nil {
+		t.Error(err)
+	}
+	if _, err := prepare(eth4(protoSCTP, init), 1400, &h); err == nil {
+		t.Error("a GSO packet of SCTP was accepted")
+	}
+}
+
+// crc32c is the sum by its definition, bit by bit.
+func crc32c(b []byte) uint32 {
+	crc := ^uint32(0)
+	for _, v := range b {
+		crc ^= uint32(v)
+		for range 8 {
+			crc = crc>>1 ^ 0x82f63b78*(crc&1)
+		}
+	}
+	return ^crc
 }
