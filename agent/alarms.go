@@ -12,8 +12,13 @@ type alarm struct {
 	name  string
 	text  string
 	since time.Time
+	last  time.Time
 	count uint64
 }
+
+// alarmLife is how long an alarm stands after its last occurrence, unless it
+// is cleared before. Conditions that go on are raised again and again.
+const alarmLife = 10 * time.Minute
 
 // alarms holds the conditions raised and not cleared. Safe for concurrent use.
 type alarms struct {
@@ -33,6 +38,7 @@ func (a *alarms) raise(name, text string) {
 		a.raised[name] = r
 	}
 	r.text = text
+	r.last = time.Now()
 	r.count++
 }
 
@@ -40,6 +46,18 @@ func (a *alarms) clear(name string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	delete(a.raised, name)
+}
+
+// expire clears what did not occur for alarmLife. Those that wait for an
+// operator are raised once and stand until they are cleared.
+func (a *alarms) expire() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for name, r := range a.raised {
+		if name != "policies-lost" && name != "policy-lost" && name != "uplink" && time.Since(r.last) > alarmLife {
+			delete(a.raised, name)
+		}
+	}
 }
 
 func (a *alarms) list() []alarm {

@@ -13,6 +13,7 @@ import (
 
 	"portcullis/identity"
 	"portcullis/ipcache/lease"
+	"portcullis/ipcache/session"
 )
 
 // Mode is what an entry of the binding cache is believed on.
@@ -123,6 +124,9 @@ func (c *Config) Validate() error {
 	}
 	errs = append(errs, c.validateTimes()...)
 	errs = append(errs, c.validateRanges()...)
+	if c.Bindings > session.MaxHeld {
+		bad("--bindings %d: want at most %d, what one session can account for", c.Bindings, session.MaxHeld)
+	}
 	for flag, n := range map[string]int{"--hold-per-endpoint": c.HoldPerEndpoint, "--hold-total": c.HoldTotal, "--bindings": c.Bindings, "--conntrack": c.Conntrack} {
 		if n < 1 {
 			bad("%s %d: want at least 1", flag, n)

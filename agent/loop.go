@@ -63,6 +63,8 @@ type loop struct {
 	byIfindex       map[uint32]*endpoint // until the device is gone, ended ones too
 	holdIndexes     *indexes
 	retryActivation map[identity.UID]identity.Generation
+	retryClose      map[identity.UID]bool // gates that could not be closed
+	retryRelease    []identity.Numeric    // numbers whose entries could not be removed
 	nodeUIDs        map[identity.UID]netip.Addr
 	numerics        map[uint64]identity.Numeric // stamp -> the number that its slot speaks of
 	policyFiles     map[authz.Ref]importedFile
@@ -135,6 +137,15 @@ func (l *loop) retry() {
 	for uid, generation := range l.retryActivation {
 		l.activate(uid, generation)
 	}
+	for uid := range l.retryClose {
+		l.closeEndpoint(uid)
+	}
+	again := l.retryRelease
+	l.retryRelease = nil
+	for _, n := range again {
+		l.release(n)
+	}
+	l.alarms.expire()
 	l.compactJournal()
 }
 

@@ -40,10 +40,7 @@ func (l *loop) carryOutOwner(outs []lease.OwnerOutput) *lease.JournalFailed {
 			l.activate(o.UID, o.Generation)
 		case lease.CloseEndpoint:
 			l.log.Warn("an endpoint ends: its IP was given to another", zap.Stringer("uid", o.UID), zap.String("why", o.Why))
-			if _, err := l.deregister(o.UID); err != nil {
-				// The newcomer waits, quarantined, until this one is closed.
-				l.log.Error("close an endpoint", zap.Stringer("uid", o.UID), zap.Error(err))
-			}
+			l.closeEndpoint(o.UID)
 		case lease.Rejected:
 			if e := l.endpoints[o.UID]; e != nil {
 				e.detail = o.Why
@@ -65,6 +62,16 @@ func (l *loop) carryOutOwner(outs []lease.OwnerOutput) *lease.JournalFailed {
 		}
 	}
 	return nil
+}
+
+// closeEndpoint ends an endpoint whose IP was given to another. Until it is
+// closed the newcomer waits, quarantined; it is tried again until it works.
+func (l *loop) closeEndpoint(uid identity.UID) {
+	delete(l.retryClose, uid)
+	if _, err := l.deregister(uid); err != nil {
+		l.retryClose[uid] = true
+		l.log.Error("close an endpoint", zap.Stringer("uid", uid), zap.Error(err))
+	}
 }
 
 // stepVerifier feeds the verifier machine and carries out, in order, what it

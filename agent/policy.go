@@ -33,9 +33,16 @@ func (l *loop) acquire(id identity.Identity) (identity.Numeric, error) {
 }
 
 // release gives up one use of a number. With the last one its entries leave
-// every policy set, before the allocator may give the number away again.
+// every policy set first: only then may the number be given away again, since
+// a stale entry would admit whoever gets it. While one cannot be removed the
+// number stays in use, and is released again later.
 func (l *loop) release(n identity.Numeric) {
-	if !l.ids.Release(n) {
+	id, ok := l.ids.Lookup(n)
+	if !ok || id.Reserved != "" {
+		return
+	}
+	if l.ids.Users(n) > 1 {
+		l.ids.Release(n)
 		return
 	}
 	for _, e := range l.endpoints {
@@ -44,12 +51,13 @@ func (l *loop) release(n identity.Numeric) {
 			keys[i].Set = e.policy.id
 		}
 		if err := l.dp.DeletePolicy(keys); err != nil {
-			// The entries speak of an identity that nobody has. Should the
-			// number come back before they are gone, it is by its hash the
-			// same identity; one that collides gets entries of its own.
-			l.log.Warn("remove policy of an unused identity", zap.Error(err))
+			e.policy.set.AddPeer(n, id) // as it may stand in the kernel
+			l.retryRelease = append(l.retryRelease, n)
+			l.log.Warn("remove policy of an unused identity, to be tried again", zap.Stringer("identity", id), zap.Error(err))
+			return
 		}
 	}
+	l.ids.Release(n)
 	l.names.removeIdentity(n)
 }
 
@@ -241,6 +249,7 @@ func (l *loop) applyPolicies() error {
 		if err := l.dp.SetEndpoint(e.abi()); err != nil {
 			// Replacing an element of a preallocated map fails only if the
 			// map is gone. The old set stays in force; say so loudly.
+			l.forgetPolicy(&endpoint{policy: p, workload: e.workload})
 			e.policy = old
 			l.alarms.raise("policy-not-applied", fmt.Sprintf("%s is still judged by its former policy: %v", e.fullName(), err))
 			errs = append(errs, err)

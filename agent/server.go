@@ -63,7 +63,11 @@ func (s *server) RegisterWorkload(ctx context.Context, r *api.RegisterWorkloadRe
 		return nil, err
 	}
 	// The endpoint stands, shut. From here on only the caller waits.
-	if wait := r.Wait.AsDuration(); wait > 0 {
+	wait := s.l.cfg.AddWait
+	if r.Wait != nil {
+		wait = r.Wait.AsDuration()
+	}
+	if wait > 0 {
 		timer := time.NewTimer(wait)
 		defer timer.Stop()
 		select {

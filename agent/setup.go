@@ -61,15 +61,33 @@ func (l *loop) setRanges() error {
 	if err := l.dp.SetRanges(ranges); err != nil {
 		return err
 	}
+	return l.setUplinks()
+}
+
+// setUplinks tells the kernel by which devices other nodes' packets come in.
+// Those that exist are told whatever becomes of the others.
+func (l *loop) setUplinks() error {
 	var uplinks []int
+	var errs []error
 	for _, name := range l.cfg.Uplinks {
 		d, err := netdev.ByName(name)
 		if err != nil {
-			return fmt.Errorf("--uplink %s: %w", name, err)
+			errs = append(errs, fmt.Errorf("--uplink %s: %w", name, err))
+			continue
 		}
 		uplinks = append(uplinks, int(d.Ifindex))
 	}
-	return l.dp.SetUplinks(uplinks)
+	return errors.Join(append(errs, l.dp.SetUplinks(uplinks))...)
+}
+
+// refreshUplinks follows an uplink that went or was made anew, under another
+// index.
+func (l *loop) refreshUplinks() {
+	if err := l.setUplinks(); err != nil {
+		l.alarms.raise("uplink", fmt.Sprintf("packets of other nodes are dropped as spoofed: %v", err))
+		return
+	}
+	l.alarms.clear("uplink")
 }
 
 // loadPolicies puts what was imported before into the repository, before any

@@ -664,7 +664,8 @@ type RegisterWorkloadRequest struct {
 	Mac            string                 `protobuf:"bytes,8,opt,name=mac,proto3" json:"mac,omitempty"`                                 // of the workload's side
 	Ports          []*NamedPort           `protobuf:"bytes,9,rep,name=ports,proto3" json:"ports,omitempty"`
 	// wait bounds only how long the caller waits for activation; afterwards the
-	// endpoint stays quarantined and is activated later. 0: return at once.
+	// endpoint stays quarantined and is activated later. 0: return at once; not
+	// set: the agent's --add-wait.
 	Wait          *durationpb.Duration `protobuf:"bytes,10,opt,name=wait,proto3" json:"wait,omitempty"`
 	TrustDomain   string               `protobuf:"bytes,11,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"` // default: the agent's
 	unknownFields protoimpl.UnknownFields
