@@ -224,7 +224,8 @@ struct pc_policy_key {
 	__u32 set;
 	__u32 identity;	   /* numeric, or PC_ID_ANY */
 	__u8 direction;	   /* enum pc_direction */
-	__u8 proto;	   /* IPPROTO_*; ICMP and ICMPv6 are themselves, "port" = type << 8 | code */
+	__u8 proto;	   /* IPPROTO_*; ICMP and ICMPv6 are themselves, "port" = type << 8 | code;
+			    * others than these, TCP, UDP and SCTP have port 0 */
 	__u8 port[2];	   /* BE; the port of the side that was called */
 };
 

@@ -27,11 +27,13 @@ inline_always int judge_from(struct __sk_buff *skb, struct pc_life *l, const str
 	/* Said of every packet of the endpoint, hence first. */
 	if (!endpoint_sent(skb, l, ep))
 		return PC_REASON_SPOOFED;
-	if (l->p.kind == KIND_ARP || l->p.kind == KIND_ND)
+	if (l->p.kind == KIND_ARP || l->p.kind == KIND_ND || l->p.kind == KIND_GROUP)
 		return neighbour_from_workload(skb, l);
 	/* I1: no packet leaves under an address that is not the sender's. */
 	if (!endpoint_owns(ep, &l->p.src, l->p.is6))
 		return PC_REASON_SPOOFED;
+	if (l->p.frag)
+		return PC_REASON_UNSUPPORTED;
 	if (l->p.kind == KIND_ICMP_ERROR)
 		return judge_icmp_error(skb, l);
 	return judge_flow(skb, l, PC_DIR_EGRESS);
@@ -43,8 +45,12 @@ inline_always int judge_to(struct __sk_buff *skb, struct pc_life *l, const struc
 		return arp_to_workload(skb);
 	if (l->p.kind == KIND_ND) /* its hop limit says that it is from the link */
 		return PC_REASON_NONE;
+	if (l->p.kind == KIND_GROUP) /* the same; it asks everybody, never one */
+		return addr_multicast(&l->p.dst) ? PC_REASON_NONE : PC_REASON_UNSUPPORTED;
 	/* Conntrack and policy speak of the endpoint's own addresses. */
 	if (!endpoint_owns(ep, &l->p.dst, l->p.is6) && !addr_multicast(&l->p.dst))
+		return PC_REASON_UNSUPPORTED;
+	if (l->p.frag)
 		return PC_REASON_UNSUPPORTED;
 	if (l->p.kind == KIND_ICMP_ERROR)
 		return judge_icmp_error(skb, l);

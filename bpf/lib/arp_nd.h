@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
-/* ARP and IPv6 neighbour discovery: judged by whose address they speak of, not
+/* ARP, IPv6 neighbour discovery, group membership: judged by whose address they speak of, not
  * by policy. A workload may say only where its own addresses are. */
 #ifndef PC_ARP_ND_H
 #define PC_ARP_ND_H
@@ -79,7 +79,7 @@ inline_always int nd_option_honest(struct __sk_buff *skb, const struct pc_life *
 
 inline_always int nd_is_dad(const struct pc_life *l)
 {
-	return l->p.kind == KIND_ND && l->p.icmp_type == ND_SOLICIT && addr_zero(&l->p.src);
+	return l->p.kind == KIND_ND && l->p.type == ND_SOLICIT && addr_zero(&l->p.src);
 }
 
 inline_always int nd_from_workload(struct __sk_buff *skb, const struct pc_life *l, const struct pc_endpoint *ep)
@@ -87,7 +87,7 @@ inline_always int nd_from_workload(struct __sk_buff *skb, const struct pc_life *
 	struct wire_nd *nd;
 	struct pc_addr target;
 
-	switch (l->p.icmp_type) {
+	switch (l->p.type) {
 	case ND_ROUTER_SOLICIT:
 		if (!nd_option_honest(skb, l, ep, WIRE_ETH + WIRE_IP6 + WIRE_ICMP))
 			return PC_REASON_SPOOFED;
@@ -109,12 +109,28 @@ inline_always int nd_from_workload(struct __sk_buff *skb, const struct pc_life *
 		return nd_owns(l, ep, &target) ? PC_REASON_NONE : PC_REASON_SPOOFED;
 	if (!nd_owns(l, ep, &l->p.src))
 		return PC_REASON_SPOOFED;
-	if (l->p.icmp_type == ND_ADVERT && !nd_owns(l, ep, &target))
+	if (l->p.type == ND_ADVERT && !nd_owns(l, ep, &target))
 		return PC_REASON_SPOOFED;
 	return PC_REASON_NONE;
 }
 
-/* Both protocols, one way out. */
+/* IGMP and MLD: a workload says which groups it listens to, and does not ask: it
+ * is no router. Switches that snoop need it, for neighbour discovery too. */
+inline_always int group_from_workload(const struct pc_life *l, const struct pc_endpoint *ep)
+{
+	if (l->p.type == IGMP_QUERY || l->p.type == MLD_QUERY)
+		return PC_REASON_SPOOFED;
+	if (!addr_multicast(&l->p.dst))
+		return PC_REASON_UNSUPPORTED;
+	/* Before it has an address it may speak without (RFC 3376, RFC 3590). */
+	if (l->p.is6)
+		return addr_zero(&l->p.src) || nd_owns(l, ep, &l->p.src) ? PC_REASON_NONE :
+								       PC_REASON_SPOOFED;
+	return !(__u32)(l->p.src.d[1] >> 32) || endpoint_owns(ep, &l->p.src, 0) ? PC_REASON_NONE :
+									      PC_REASON_SPOOFED;
+}
+
+/* All these protocols, one way out. */
 separate int neighbour_from_workload(struct __sk_buff *skb, struct pc_life *l)
 {
 	const struct pc_endpoint *ep;
@@ -127,6 +143,8 @@ separate int neighbour_from_workload(struct __sk_buff *skb, struct pc_life *l)
 		return PC_REASON_NO_ENDPOINT;
 	if (l->p.kind == KIND_ARP)
 		reason = arp_from_workload(skb, l, ep);
+	else if (l->p.kind == KIND_GROUP)
+		reason = group_from_workload(l, ep);
 	else
 		reason = nd_from_workload(skb, l, ep);
 	if (!reason && !endpoint_unchanged(skb, l, ep))
@@ -140,7 +158,7 @@ inline_always int quarantine_admits(const struct pc_life *l)
 {
 	if (l->p.kind == KIND_ARP || nd_is_dad(l))
 		return 1;
-	return l->dir == PC_DIR_INGRESS && l->p.kind == KIND_ND && l->p.icmp_type == ND_ADVERT &&
+	return l->dir == PC_DIR_INGRESS && l->p.kind == KIND_ND && l->p.type == ND_ADVERT &&
 	       (__u8)l->p.dst.d[0] == 0xff;
 }
 

@@ -124,8 +124,6 @@ inline_always int peer_look_up(struct __sk_buff *skb, struct pc_life *l)
 	}
 	peer->identity = READ_ONCE(s->identity);
 	peer->evidence = READ_ONCE(s->evidence);
-	peer->generation = READ_ONCE(s->generation);
-	peer->installed = READ_ONCE(s->installed);
 	ifindex = READ_ONCE(s->ifindex);
 	live = lease_live(READ_ONCE(s->lease), l->now);
 	if (!slot_still(s, peer->stamp))

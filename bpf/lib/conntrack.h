@@ -30,13 +30,14 @@ inline_always int port_or_addr_less(const struct pc_packet *p)
 	return p->dport < p->sport;
 }
 
-inline_always void flow_of(const struct pc_packet *p, struct pc_flow *f)
+/* Names the packet's flow; returns whether the packet's source is b. */
+inline_always int flow_of(const struct pc_packet *p, struct pc_flow *f)
 {
+	int src_is_b = port_or_addr_less(p);
 	__u16 a_port, b_port;
 	__u64 last;
 
-	f->src_is_b = port_or_addr_less(p);
-	if (f->src_is_b) {
+	if (src_is_b) {
 		f->key.a = p->dst;
 		f->key.b = p->src;
 		a_port = p->dport;
@@ -57,6 +58,7 @@ inline_always void flow_of(const struct pc_packet *p, struct pc_flow *f)
 	f->sum = f->key.a.d[0] * 0x9e3779b97f4a7c15ULL + f->key.a.d[1] * 0xc2b2ae3d27d4eb4fULL +
 		 f->key.b.d[0] * 0x165667b19e3779f9ULL + f->key.b.d[1] * 0xd6e8feb86659fd93ULL +
 		 last * 0xa0761d6478bd642fULL;
+	return src_is_b;
 }
 
 /*
@@ -133,24 +135,38 @@ inline_always int packet_opens(const struct pc_packet *p)
 {
 	if (p->proto == PROTO_TCP)
 		return (p->tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN;
+	if (p->proto == PROTO_SCTP)
+		return p->type == SCTP_INIT;
 	return is_echo_request(p);
+}
+
+/* What the packet says of the flow's end. */
+inline_always __u32 ct_ends(const struct pc_packet *p, int forward)
+{
+	__u32 fin = forward ? PC_CT_FIN_FORWARD : PC_CT_FIN_REPLY;
+
+	if (p->proto == PROTO_TCP)
+		return (p->tcp_flags & TCP_FIN ? fin : 0) | (p->tcp_flags & TCP_RST ? PC_CT_RST : 0);
+	if (p->proto == PROTO_SCTP) {
+		if (p->type == SCTP_ABORT || p->type == SCTP_SHUTDOWN_COMPLETE)
+			return PC_CT_RST;
+		if (p->type == SCTP_SHUTDOWN)
+			return fin;
+	}
+	return 0;
 }
 
 /* last_seen and the TCP state, which user space collects garbage by. Stores
  * only what changes: both directions share the cache line. */
 inline_always void ct_touch(struct pc_ct *ct, const struct pc_packet *p, int forward, __u32 ctflags, __u64 now)
 {
-	__u32 bits = forward ? 0 : PC_CT_SEEN_REPLY;
+	__u32 bits = (forward ? 0 : PC_CT_SEEN_REPLY) | ct_ends(p, forward);
 
 	if (READ_ONCE(ct->last_seen) != now)
 		WRITE_ONCE(ct->last_seen, now);
-	if (p->proto == PROTO_TCP) {
+	if (p->proto == PROTO_TCP || p->proto == PROTO_SCTP) {
 		__u32 ended = PC_CT_FIN_FORWARD | PC_CT_FIN_REPLY | PC_CT_RST;
 
-		if (p->tcp_flags & TCP_FIN)
-			bits |= forward ? PC_CT_FIN_FORWARD : PC_CT_FIN_REPLY;
-		if (p->tcp_flags & TCP_RST)
-			bits |= PC_CT_RST;
 		/* The same ports again, after the end. */
 		if (packet_opens(p) && (ctflags & ended))
 			__sync_fetch_and_and(&ct->flags, ~ended);

@@ -18,14 +18,24 @@ inline_always void count(struct __sk_buff *skb, const struct pc_life *l, int dir
 
 separate int emit(struct __sk_buff *skb, struct pc_life *l, __u32 verdict)
 {
+	__u64 generation = 0, installed = 0;
+	__u32 zero = 0, index;
 	struct pc_event *e;
-	__u32 zero = 0;
+	struct pc_slot *s;
 
 	if (!l)
 		return 0;
 	/* For the record only: a verdict that needed no evidence did not look. */
 	if (l->id && l->p.kind == KIND_FLOW && l->peer.kind == PEER_NOT_ASKED)
 		peer_identify(skb, l);
+	index = l->peer.slot;
+	s = l->peer.stamp ? bpf_map_lookup_elem(&slots, &index) : 0;
+	if (s && READ_ONCE(s->stamp) == l->peer.stamp) {
+		generation = READ_ONCE(s->generation);
+		installed = READ_ONCE(s->installed);
+		if (!slot_still(s, l->peer.stamp)) /* emptied meanwhile */
+			generation = installed = 0;
+	}
 	e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
 	if (!e) {
 		struct pc_state *s = bpf_map_lookup_elem(&state, &zero);
@@ -37,8 +47,8 @@ separate int emit(struct __sk_buff *skb, struct pc_life *l, __u32 verdict)
 	}
 	e->time = l->now;
 	e->stamp = l->peer.stamp;
-	e->generation = l->peer.generation;
-	e->installed = l->peer.installed;
+	e->generation = generation;
+	e->installed = installed;
 	e->src = l->p.src;
 	e->dst = l->p.dst;
 	e->src_identity = l->dir == PC_DIR_EGRESS ? l->identity : l->peer.identity;

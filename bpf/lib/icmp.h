@@ -9,7 +9,7 @@
 
 separate int judge_icmp_error(struct __sk_buff *skb, struct pc_life *l)
 {
-	int reason, opened_by_src, quoted;
+	int reason, opened_by_src, quoted, src_is_b;
 	struct pc_judgement *j;
 	struct pc_packet q = {};
 	struct pc_ct_key key;
@@ -24,9 +24,9 @@ separate int judge_icmp_error(struct __sk_buff *skb, struct pc_life *l)
 	/* The quoted packet crossed this device the other way. */
 	quoted = PC_DIR_INGRESS - (l->dir & 1);
 	if (l->p.is6)
-		reason = parse_ip6(skb, WIRE_ETH + WIRE_IP6 + WIRE_ICMP, 1, &q);
+		reason = parse_ip6(skb, l->p.l4 + WIRE_ICMP, 1, &q);
 	else
-		reason = parse_ip4(skb, WIRE_ETH + WIRE_IP4 + WIRE_ICMP, 1, &q);
+		reason = parse_ip4(skb, l->p.l4 + WIRE_ICMP, 1, &q);
 	if (reason)
 		return reason;
 	if (q.kind != KIND_FLOW)
@@ -36,13 +36,13 @@ separate int judge_icmp_error(struct __sk_buff *skb, struct pc_life *l)
 	if (!addr_equal(quoted == PC_DIR_EGRESS ? &q.src : &q.dst, life_local(l, l->dir)))
 		return PC_REASON_UNSUPPORTED;
 
-	flow_of(&q, f);
+	src_is_b = flow_of(&q, f);
 	key = f->key;
 	ct = bpf_map_lookup_elem(&conntrack, &key);
 	if (!ct)
 		return PC_REASON_UNSUPPORTED;
 	flags = READ_ONCE(ct->flags);
-	opened_by_src = !(flags & PC_CT_FORWARD_B) == !f->src_is_b;
+	opened_by_src = !(flags & PC_CT_FORWARD_B) == !src_is_b;
 	if (!judgement_read(ct, opened_by_src ? quoted : PC_DIR_INGRESS - quoted, f->sum, flags & PC_CT_FORWARD_B, l->id, j))
 		return PC_REASON_UNSUPPORTED;
 	if (j->epoch != l->policy ||

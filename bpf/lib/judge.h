@@ -93,17 +93,13 @@ separate int judge_anew(struct __sk_buff *skb, struct pc_life *l)
 
 inline_always int remember_new(struct pc_life *l, const struct pc_ct_key *key, __u32 jdir)
 {
-	__u32 opened_by_b = l->f.src_is_b ? PC_CT_FORWARD_B : 0;
+	__u32 opened_by_b = l->src_is_b ? PC_CT_FORWARD_B : 0;
 	struct pc_ct fresh = {};
 
 	l->j.seal = judgement_seal(l->f.sum, &l->j, jdir, opened_by_b);
 	*judgement_at(&fresh, jdir) = l->j;
 	fresh.created = fresh.last_seen = l->now;
-	fresh.flags = opened_by_b;
-	if (l->p.proto == PROTO_TCP && (l->p.tcp_flags & TCP_FIN))
-		fresh.flags |= PC_CT_FIN_FORWARD;
-	if (l->p.proto == PROTO_TCP && (l->p.tcp_flags & TCP_RST))
-		fresh.flags |= PC_CT_RST;
+	fresh.flags = opened_by_b | ct_ends(&l->p, 1);
 	/* A whole element: where the flow begins anew, it replaces the old one
 	 * at once, with the judgements of whoever else had judged that. */
 	if (bpf_map_update_elem(&conntrack, key, &fresh, BPF_ANY))
@@ -163,7 +159,7 @@ inline_always int judge_flow(struct __sk_buff *skb, struct pc_life *l, int dir)
 	struct pc_ct *ct;
 	int forward, reason;
 
-	flow_of(&l->p, &l->f);
+	l->src_is_b = flow_of(&l->p, &l->f);
 	ct = bpf_map_lookup_elem(&conntrack, &l->f.key);
 	if (!ct) {
 		l->how = CT_FORWARD;
@@ -172,7 +168,7 @@ inline_always int judge_flow(struct __sk_buff *skb, struct pc_life *l, int dir)
 	flags = READ_ONCE(ct->flags);
 	opened_by_b = flags & PC_CT_FORWARD_B;
 	l->how = CT_FOUND | (opened_by_b ? CT_OPENED_BY_B : 0);
-	forward = !opened_by_b == !l->f.src_is_b;
+	forward = !opened_by_b == !l->src_is_b;
 	if (forward) {
 		l->how |= CT_FORWARD;
 		if (!is_echo_reply(&l->p)) {

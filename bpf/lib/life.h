@@ -18,22 +18,17 @@ enum pc_peer_kind {
 
 struct pc_peer {
 	__u64 stamp; /* 0 unless bound or expired */
-	__u64 generation;
-	__u64 installed;
 	__u32 slot; /* known by its range: the range epoch instead */
 	__u32 identity;
 	__u8 kind;     /* enum pc_peer_kind */
 	__u8 evidence; /* enum pc_evidence */
 	__u8 holdable; /* its owner can be asked */
-	__u8 pad[5];
 };
 
 /* A packet's flow, as conntrack names it. */
 struct pc_flow {
 	struct pc_ct_key key;
 	__u64 sum; /* of the key, for seals */
-	__u8 src_is_b;
-	__u8 pad[7];
 };
 
 /* What conntrack says about a packet and its endpoint. */
@@ -73,6 +68,7 @@ struct pc_life {
 	__u8 no_evidence; /* the verdict is the same whoever the peer is */
 	__u8 how;      /* enum pc_how */
 	__u8 need;     /* least evidence asked for */
+	__u8 src_is_b;	   /* the flow's key has the packet's source as b */
 	__u8 unremembered; /* conntrack is full, and the flow needs no entry */
 };
 

@@ -17,14 +17,25 @@
  * for memory that user space or another CPU writes at the same time. */
 #define READ_ONCE(x) (*(const volatile typeof(x) *)&(x))
 #define WRITE_ONCE(x, v) (*(volatile typeof(x) *)&(x) = (v))
+#define unlikely(x) __builtin_expect(!!(x), 0)
 
 /* What kind of rules a packet falls under. */
 enum pc_kind {
 	KIND_NONE = 0, /* nothing is known: not parsed, or refused by the parser */
-	KIND_FLOW,     /* TCP, UDP, ICMP echo */
+	KIND_FLOW,     /* TCP, UDP, SCTP, ICMP echo, and other protocols by their number */
 	KIND_ARP,
 	KIND_ND,
+	KIND_GROUP, /* IGMP and MLD: who listens to which group on this link */
 	KIND_ICMP_ERROR,
+	KIND_FRAGMENT, /* a later one: its ports are in the first */
+};
+
+/* Which part of a datagram the packet is. */
+enum pc_frag {
+	FRAG_WHOLE = 0,
+	FRAG_FIRST,
+	FRAG_LATER,
+	FRAG_LAST,
 };
 
 struct pc_packet {
@@ -35,9 +46,14 @@ struct pc_packet {
 	__u8 proto;
 	__u8 kind; /* enum pc_kind */
 	__u8 tcp_flags;
-	__u8 icmp_type;
-	__u8 icmp_code;
+	__u8 type; /* ICMP, IGMP: its type; SCTP: that of the first chunk */
+	__u8 code;
 	__u8 is6;
+	__u8 frag; /* enum pc_frag */
+	__u8 l4;   /* where the transport header begins */
+	__u32 frag_id;
+	__u16 frag_at;	/* in 8 bytes */
+	__u16 frag_len; /* of its part of the datagram, in bytes */
 };
 
 /* The bytes [off, off + size) of the packet, or 0. What an earlier call
@@ -110,27 +126,27 @@ inline_always int addr_multicast(const struct pc_addr *a)
 
 inline_always int is_echo_request(const struct pc_packet *p)
 {
-	return (p->proto == PROTO_ICMP && p->icmp_type == ICMP_ECHO) ||
-	       (p->proto == PROTO_ICMP6 && p->icmp_type == ICMP6_ECHO);
+	return (p->proto == PROTO_ICMP && p->type == ICMP_ECHO) ||
+	       (p->proto == PROTO_ICMP6 && p->type == ICMP6_ECHO);
 }
 
 inline_always int is_echo_reply(const struct pc_packet *p)
 {
-	return (p->proto == PROTO_ICMP && p->icmp_type == ICMP_ECHO_REPLY) ||
-	       (p->proto == PROTO_ICMP6 && p->icmp_type == ICMP6_ECHO_REPLY);
+	return (p->proto == PROTO_ICMP && p->type == ICMP_ECHO_REPLY) ||
+	       (p->proto == PROTO_ICMP6 && p->type == ICMP6_ECHO_REPLY);
 }
 
 /* ICMP of both families. The asking side's "port" is the identifier, the
  * answering side's is 0, so that two hosts that ask each other with the same
  * identifier have two flows. */
-inline_always int parse_icmp(struct __sk_buff *skb, __u32 off, int is6, struct pc_packet *p)
+inline_always int parse_icmp(struct __sk_buff *skb, int is6, __u8 hops, struct pc_packet *p)
 {
-	struct wire_icmp *h = bytes_at(skb, off, sizeof(*h));
+	struct wire_icmp *h = bytes_at(skb, p->l4, sizeof(*h));
 
 	if (!h)
 		return PC_REASON_MALFORMED;
-	p->icmp_type = h->type;
-	p->icmp_code = h->code;
+	p->type = h->type;
+	p->code = h->code;
 	p->kind = KIND_FLOW;
 	if (h->type == (is6 ? ICMP6_ECHO : ICMP_ECHO)) {
 		p->sport = bpf_ntohs(h->id);
@@ -142,6 +158,11 @@ inline_always int parse_icmp(struct __sk_buff *skb, __u32 off, int is6, struct p
 		p->dport = bpf_ntohs(h->id);
 		return PC_REASON_NONE;
 	}
+	/* None of what follows is ever fragmented (RFC 6980 forbids it for
+	 * neighbour discovery). */
+	p->kind = KIND_NONE;
+	if (p->frag)
+		return PC_REASON_UNSUPPORTED;
 	if (is6 ? h->type >= ICMP6_UNREACHABLE && h->type <= ICMP6_PARAMETER :
 		  h->type == ICMP_UNREACHABLE || h->type == ICMP_TIME_EXCEEDED ||
 			  h->type == ICMP_PARAMETER) {
@@ -149,15 +170,48 @@ inline_always int parse_icmp(struct __sk_buff *skb, __u32 off, int is6, struct p
 		return PC_REASON_NONE;
 	}
 	if (is6 && h->type >= ND_ROUTER_SOLICIT && h->type <= ND_REDIRECT) {
+		if (p->l4 != WIRE_ETH + WIRE_IP6) /* nobody sends it behind other headers */
+			return PC_REASON_UNSUPPORTED;
+		if (hops != 255) /* it has crossed a router: forged */
+			return PC_REASON_MALFORMED;
 		p->kind = KIND_ND;
+		return PC_REASON_NONE;
+	}
+	if (is6 && ((h->type >= MLD_QUERY && h->type <= MLD_DONE) || h->type == MLD2_REPORT)) {
+		if (hops != 1)
+			return PC_REASON_MALFORMED;
+		p->kind = KIND_GROUP;
 		return PC_REASON_NONE;
 	}
 	return PC_REASON_UNSUPPORTED;
 }
 
-/* TCP, UDP or ICMP with `room` bytes of it in the IP packet. `inner`: the
- * packet is quoted by an ICMP error, which need not quote more than 8 bytes. */
-inline_always int parse_l4(struct __sk_buff *skb, __u32 off, __u32 room, int is6, int inner,
+inline_always int parse_igmp(struct __sk_buff *skb, __u8 hops, struct pc_packet *p)
+{
+	__u8 *type = bytes_at(skb, p->l4, 8);
+
+	if (!type || hops != 1)
+		return PC_REASON_MALFORMED;
+	if (p->frag)
+		return PC_REASON_UNSUPPORTED;
+	switch (*type) {
+	case IGMP_QUERY:
+	case IGMP1_REPORT:
+	case IGMP2_REPORT:
+	case IGMP2_LEAVE:
+	case IGMP3_REPORT:
+		p->type = *type;
+		p->kind = KIND_GROUP;
+		return PC_REASON_NONE;
+	}
+	return PC_REASON_UNSUPPORTED;
+}
+
+/* The transport header at p->l4, with `room` bytes from there in the packet.
+ * `inner`: the packet is quoted by an ICMP error, which need not quote more
+ * than 8 bytes of it. A first fragment without the whole header has too little
+ * room: nobody sends such but to hide its ports. */
+inline_always int parse_l4(struct __sk_buff *skb, __u32 room, int is6, int inner, __u8 hops,
 			   struct pc_packet *p)
 {
 	if (p->proto == PROTO_TCP && !inner) {
@@ -165,7 +219,7 @@ inline_always int parse_l4(struct __sk_buff *skb, __u32 off, __u32 room, int is6
 
 		if (room < sizeof(*h))
 			return PC_REASON_MALFORMED;
-		h = bytes_at(skb, off, sizeof(*h));
+		h = bytes_at(skb, p->l4, sizeof(*h));
 		if (!h || h->offset >> 4 < 5)
 			return PC_REASON_MALFORMED;
 		p->sport = bpf_ntohs(h->ports.src);
@@ -174,12 +228,26 @@ inline_always int parse_l4(struct __sk_buff *skb, __u32 off, __u32 room, int is6
 		p->kind = KIND_FLOW;
 		return PC_REASON_NONE;
 	}
-	if (p->proto == PROTO_TCP || p->proto == PROTO_UDP) {
+	if (p->proto == PROTO_SCTP && !inner) {
+		struct wire_sctp *h;
+
+		if (room < sizeof(*h))
+			return PC_REASON_MALFORMED;
+		h = bytes_at(skb, p->l4, sizeof(*h));
+		if (!h)
+			return PC_REASON_MALFORMED;
+		p->sport = bpf_ntohs(h->ports.src);
+		p->dport = bpf_ntohs(h->ports.dst);
+		p->type = h->chunk;
+		p->kind = KIND_FLOW;
+		return PC_REASON_NONE;
+	}
+	if (p->proto == PROTO_TCP || p->proto == PROTO_UDP || p->proto == PROTO_SCTP) {
 		struct wire_ports *h;
 
 		if (room < 8)
 			return PC_REASON_MALFORMED;
-		h = bytes_at(skb, off, 8);
+		h = bytes_at(skb, p->l4, 8);
 		if (!h)
 			return PC_REASON_MALFORMED;
 		p->sport = bpf_ntohs(h->src);
@@ -190,15 +258,82 @@ inline_always int parse_l4(struct __sk_buff *skb, __u32 off, __u32 room, int is6
 	if (p->proto == (is6 ? PROTO_ICMP6 : PROTO_ICMP)) {
 		if (room < sizeof(struct wire_icmp))
 			return PC_REASON_MALFORMED;
-		return parse_icmp(skb, off, is6, p);
+		return parse_icmp(skb, is6, hops, p);
 	}
-	return PC_REASON_UNSUPPORTED;
+	if (!is6 && p->proto == PROTO_IGMP)
+		return room < 8 ? PC_REASON_MALFORMED : parse_igmp(skb, hops, p);
+	/* The other family's ICMP, and what says that nothing follows. */
+	if (p->proto == (is6 ? PROTO_ICMP : PROTO_ICMP6) || p->proto == (is6 ? EXT_NONE : EXT_HOPS))
+		return PC_REASON_UNSUPPORTED;
+	/* GRE, ESP and all others: a flow is the two addresses and the number. */
+	p->kind = KIND_FLOW;
+	return PC_REASON_NONE;
+}
+
+/* Notes which part of its datagram the packet is. `at`: in 8 bytes. */
+inline_always int parse_fragment(struct pc_packet *p, __u32 id, __u32 at, __u32 more, __u32 room)
+{
+	p->frag_id = id;
+	p->frag_at = at;
+	p->frag_len = room;
+	/* All but the last are multiples of 8; none ends past the largest datagram. */
+	if (!room || (more && room % 8) || at * 8 + room > 65535)
+		return PC_REASON_MALFORMED;
+	if (!at) {
+		p->frag = FRAG_FIRST;
+		return PC_REASON_NONE;
+	}
+	/* It would write over the ports that the first was judged by. */
+	if (at * 8 < 24)
+		return PC_REASON_MALFORMED;
+	p->frag = more ? FRAG_LATER : FRAG_LAST;
+	p->kind = KIND_FRAGMENT;
+	return PC_REASON_NONE;
+}
+
+/* The options from `off` to `end`, of an IPv4 header or of an IPv6 extension
+ * header. A source route makes another destination than the one that is
+ * judged, a home address another source: refused. */
+separate int options(struct __sk_buff *skb, __u32 off, __u32 end, __u32 is6)
+{
+	__u8 o[2];
+	int i;
+
+	for (i = 0; i <= 40; i++) {
+		if (off == end)
+			return PC_REASON_NONE;
+		if (off > end || bpf_skb_load_bytes(skb, off, o, 1))
+			return PC_REASON_MALFORMED;
+		if (!is6 && o[0] == IP4_OPTION_END)
+			return PC_REASON_NONE;
+		if (o[0] == (is6 ? IP6_OPTION_PAD1 : IP4_OPTION_NOP)) {
+			off++;
+			continue;
+		}
+		if (bpf_skb_load_bytes(skb, off, o, 2))
+			return PC_REASON_MALFORMED;
+		if (is6) {
+			/* Lengths beyond 16 bits: only the stack's own GSO packets. */
+			if (o[0] == IP6_OPTION_HOME || (o[0] == IP6_OPTION_JUMBO && !skb->gso_size))
+				return PC_REASON_UNSUPPORTED;
+			off += 2 + o[1];
+			continue;
+		}
+		if (o[0] == IP4_OPTION_LSRR || o[0] == IP4_OPTION_SSRR)
+			return PC_REASON_UNSUPPORTED;
+		if (o[1] < 2)
+			return PC_REASON_MALFORMED;
+		off += o[1];
+	}
+	return PC_REASON_UNSUPPORTED; /* more than anybody needs */
 }
 
 inline_always int parse_ip4(struct __sk_buff *skb, __u32 off, int inner, struct pc_packet *p)
 {
 	struct wire_ip4 *h = bytes_at(skb, off, sizeof(*h));
-	__u32 room, frag;
+	__u32 head, room, frag, id;
+	__u8 hops;
+	int reason;
 
 	if (!h || h->version_ihl >> 4 != 4 || (h->version_ihl & 0xf) < 5)
 		return PC_REASON_MALFORMED;
@@ -206,23 +341,101 @@ inline_always int parse_ip4(struct __sk_buff *skb, __u32 off, int inner, struct 
 	p->proto = h->proto;
 	addr_from4(&p->src, h->src);
 	addr_from4(&p->dst, h->dst);
-	frag = bpf_ntohs(h->frag) & IP4_FRAGMENT;
+	head = (h->version_ihl & 0xf) * 4;
+	hops = h->ttl;
+	frag = bpf_ntohs(h->frag);
+	id = bpf_ntohs(h->id);
 	room = bpf_ntohs(h->total_len);
-	/* Options are not supported: a source route makes the destination
-	 * that is judged another one than that which is reached. */
-	if (h->version_ihl != 0x45)
-		return PC_REASON_UNSUPPORTED;
 	if (!inner) {
 		if (!room && skb->gso_size) /* longer than 16 bits can say */
 			room = skb->len - off;
 		if (room > skb->len - off)
 			return PC_REASON_MALFORMED;
 	}
-	if (room < WIRE_IP4)
+	if (room < head)
 		return PC_REASON_MALFORMED;
-	if (frag)
+	room -= head;
+	if (unlikely(head != WIRE_IP4)) {
+		reason = options(skb, off + WIRE_IP4, off + head, 0);
+		if (reason)
+			return reason;
+	}
+	if (off + head > 255) /* only quoted behind a long chain */
 		return PC_REASON_UNSUPPORTED;
-	return parse_l4(skb, off + WIRE_IP4, room - WIRE_IP4, 0, inner, p);
+	p->l4 = off + head;
+	if (unlikely(frag & (IP4_MORE | IP4_OFFSET))) {
+		reason = parse_fragment(p, id, frag & IP4_OFFSET, frag & IP4_MORE, room);
+		if (reason || p->kind == KIND_FRAGMENT)
+			return reason;
+	}
+	return parse_l4(skb, room, 0, inner, hops, p);
+}
+
+/* Walks from p->l4, where the header p->proto begins, over extension headers.
+ * `room`: bytes from there. At most 6 of them, and 255 bytes with all before. */
+separate int ip6_chain(struct __sk_buff *skb, struct pc_packet *p, __u32 room)
+{
+	struct wire_ip6_ext ext;
+	struct wire_ip6_frag f;
+	__u32 off, end, size;
+	__u8 next;
+	int i, reason;
+
+	if (!p || room > 0xffffff)
+		return PC_REASON_MALFORMED;
+	off = p->l4;
+	end = off + room;
+	next = p->proto;
+	for (i = 0; i <= 6; i++) {
+		p->proto = next;
+		p->l4 = off;
+		if (next != EXT_HOPS && next != EXT_DEST && next != EXT_ROUTING && next != EXT_FRAGMENT)
+			return PC_REASON_NONE;
+		if (next == EXT_HOPS && i) /* it comes first, or not at all */
+			return PC_REASON_MALFORMED;
+		if (off + 8 > end)
+			return PC_REASON_MALFORMED;
+		if (next == EXT_FRAGMENT) {
+			if (p->frag || bpf_skb_load_bytes(skb, off, &f, sizeof(f)))
+				return PC_REASON_MALFORMED;
+			off += sizeof(f);
+			next = f.next;
+			if (off > 255)
+				return PC_REASON_UNSUPPORTED;
+			/* The only fragment of its datagram is a whole one (RFC 6946). */
+			if (!(f.offset & bpf_htons(0xfff8 | IP6_MORE)))
+				continue;
+			reason = parse_fragment(p, bpf_ntohl(f.id), bpf_ntohs(f.offset) >> 3,
+						f.offset & bpf_htons(IP6_MORE), end - off);
+			if (!reason && p->kind == KIND_FRAGMENT) {
+				p->proto = next;
+				p->l4 = off;
+				return PC_REASON_NONE;
+			}
+			if (reason)
+				return reason;
+			continue;
+		}
+		if (bpf_skb_load_bytes(skb, off, &ext, sizeof(ext)))
+			return PC_REASON_MALFORMED;
+		size = (ext.len + 1) * 8;
+		if (off + size > end)
+			return PC_REASON_MALFORMED;
+		if (off + size > 255)
+			return PC_REASON_UNSUPPORTED;
+		if (next == EXT_ROUTING) {
+			/* Not at its destination yet: it would be judged for another. */
+			if (ext.left || !ext.type)
+				return PC_REASON_UNSUPPORTED;
+		} else {
+			reason = options(skb, off + 2, off + size, 1);
+			if (reason)
+				return reason;
+		}
+		off += size;
+		next = ext.next;
+	}
+	return PC_REASON_UNSUPPORTED;
 }
 
 inline_always int parse_ip6(struct __sk_buff *skb, __u32 off, int inner, struct pc_packet *p)
@@ -243,14 +456,23 @@ inline_always int parse_ip6(struct __sk_buff *skb, __u32 off, int inner, struct 
 	if (addr_is4(&p->src) || addr_is4(&p->dst))
 		return PC_REASON_MALFORMED;
 	room = bpf_ntohs(h->payload_len);
-	if (!inner && room > skb->len - off - WIRE_IP6)
-		return PC_REASON_MALFORMED;
-	/* Extension headers are not supported yet, fragments among them. */
-	reason = parse_l4(skb, off + WIRE_IP6, room, 1, inner, p);
-	/* Neighbour discovery that crossed a router is forged. */
-	if (!reason && p->kind == KIND_ND && hops != 255)
-		return PC_REASON_MALFORMED;
-	return reason;
+	off += WIRE_IP6;
+	if (!inner) {
+		if (!room && skb->gso_size)
+			room = skb->len - off;
+		if (room > skb->len - off)
+			return PC_REASON_MALFORMED;
+	}
+	if (off > 255)
+		return PC_REASON_UNSUPPORTED;
+	p->l4 = off;
+	if (p->proto != PROTO_TCP && p->proto != PROTO_UDP && p->proto != PROTO_ICMP6) {
+		reason = ip6_chain(skb, p, room);
+		if (reason || p->kind == KIND_FRAGMENT)
+			return reason;
+		room -= p->l4 - off;
+	}
+	return parse_l4(skb, room, 1, inner, hops, p);
 }
 
 /* Returns PC_REASON_NONE, or why the packet cannot be judged. Even then what

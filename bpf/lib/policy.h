@@ -17,7 +17,7 @@ inline_always __u16 policy_port(const struct pc_packet *p, int forward)
 	if (p->proto == PROTO_ICMP || p->proto == PROTO_ICMP6) {
 		if (!forward && is_echo_reply(p))
 			return (p->proto == PROTO_ICMP ? ICMP_ECHO : ICMP6_ECHO) << 8;
-		return p->icmp_type << 8 | p->icmp_code;
+		return p->type << 8 | p->code;
 	}
 	return forward ? p->dport : p->sport;
 }

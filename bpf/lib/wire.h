@@ -63,6 +63,29 @@ struct wire_tcp {
 	__be16 urgent;
 };
 
+struct wire_sctp { /* with the head of the first chunk */
+	struct wire_ports ports;
+	__be32 tag;
+	__be32 check;
+	__u8 chunk;
+	__u8 chunk_flags;
+	__be16 chunk_len;
+};
+
+struct wire_ip6_ext { /* how every extension header begins */
+	__u8 next;
+	__u8 len; /* in 8 bytes, the first 8 not counted */
+	__u8 type; /* of a routing header */
+	__u8 left; /* of a routing header: segments */
+};
+
+struct wire_ip6_frag {
+	__u8 next;
+	__u8 reserved;
+	__be16 offset;
+	__be32 id;
+};
+
 struct wire_icmp {
 	__u8 type;
 	__u8 code;
@@ -93,16 +116,40 @@ enum {
 	ETHERTYPE_IP6 = 0x86dd,
 
 	PROTO_ICMP = 1,
+	PROTO_IGMP = 2,
 	PROTO_TCP = 6,
 	PROTO_UDP = 17,
 	PROTO_ICMP6 = 58,
+	PROTO_SCTP = 132,
+
+	/* IPv6 extension headers; others (AH, ESP, mobility) are protocols to us */
+	EXT_HOPS = 0,
+	EXT_ROUTING = 43,
+	EXT_FRAGMENT = 44,
+	EXT_NONE = 59,
+	EXT_DEST = 60,
+
+	IP4_OPTION_END = 0,
+	IP4_OPTION_NOP = 1,
+	IP4_OPTION_LSRR = 131,
+	IP4_OPTION_SSRR = 137,
+	IP6_OPTION_PAD1 = 0,
+	IP6_OPTION_JUMBO = 0xc2,
+	IP6_OPTION_HOME = 0xc9,
+
+	SCTP_INIT = 1,
+	SCTP_ABORT = 6,
+	SCTP_SHUTDOWN = 7,
+	SCTP_SHUTDOWN_COMPLETE = 14,
 
 	TCP_FIN = 0x01,
 	TCP_SYN = 0x02,
 	TCP_RST = 0x04,
 	TCP_ACK = 0x10,
 
-	IP4_FRAGMENT = 0x3fff, /* more-fragments, or an offset */
+	IP4_MORE = 0x2000, /* fragments follow */
+	IP4_OFFSET = 0x1fff,
+	IP6_MORE = 1,
 
 	ICMP_ECHO_REPLY = 0,
 	ICMP_UNREACHABLE = 3,
@@ -116,6 +163,16 @@ enum {
 	ICMP6_PARAMETER = 4,
 	ICMP6_ECHO = 128,
 	ICMP6_ECHO_REPLY = 129,
+
+	MLD_QUERY = 130,
+	MLD_REPORT = 131,
+	MLD_DONE = 132,
+	MLD2_REPORT = 143,
+	IGMP_QUERY = 0x11,
+	IGMP1_REPORT = 0x12,
+	IGMP2_REPORT = 0x16,
+	IGMP2_LEAVE = 0x17,
+	IGMP3_REPORT = 0x22,
 
 	ND_ROUTER_SOLICIT = 133,
 	ND_ROUTER_ADVERT = 134,
@@ -134,6 +191,8 @@ _Static_assert(sizeof(struct wire_arp) == 28, "arp");
 _Static_assert(sizeof(struct wire_ip4) == 20, "ip4");
 _Static_assert(sizeof(struct wire_ip6) == 40, "ip6");
 _Static_assert(sizeof(struct wire_tcp) == 20, "tcp");
+_Static_assert(sizeof(struct wire_sctp) == 16, "sctp");
+_Static_assert(sizeof(struct wire_ip6_frag) == 8, "ip6 fragment");
 _Static_assert(sizeof(struct wire_icmp) == 8, "icmp");
 _Static_assert(sizeof(struct wire_nd) == 24, "nd");
 

@@ -51,6 +51,7 @@ const (
 	protoTCP   = 6
 	protoUDP   = 17
 	protoICMP6 = 58
+	protoSCTP  = 132
 
 	fin = 0x01
 	syn = 0x02

@@ -1,6 +1,8 @@
 package tests
 
 import (
+	"bytes"
+	"encoding/binary"
 	"net/netip"
 	"testing"
 	"time"
@@ -23,7 +25,11 @@ func TestParse(t *testing.T) {
 		{"IPv4 of version 5", v4, patch(tcp4(), 14, 0x55), abi.ReasonMalformed},
 		{"IPv6 of version 4", v6, patch(tcp6(), 14, 0x40), abi.ReasonMalformed},
 		{"IPv4 header too short", v4, patch(tcp4(), 14, 0x44), abi.ReasonMalformed},
-		{"IPv4 options", v4, patch(tcp4(), 14, 0x46), abi.ReasonUnsupported},
+		{"IPv4 options that are none", v4, patch(tcp4(), 14, 0x4f), abi.ReasonMalformed},
+		{"IPv4 options, loose source route", v4, ip4Options(tcp4(), 131, 7, 4, 10, 0, 9, 9), abi.ReasonUnsupported},
+		{"IPv4 options, strict source route behind others", v4, ip4Options(tcp4(), 1, 1, 148, 4, 0, 0, 137, 3, 4), abi.ReasonUnsupported},
+		{"IPv4 options, length 0", v4, ip4Options(tcp4(), 148, 0, 0, 0), abi.ReasonMalformed},
+		{"IPv4 options, longer than the header", v4, ip4Options(tcp4(), 148, 9, 0, 0), abi.ReasonMalformed},
 		{"IPv4 longer than the frame", v4, patch(tcp4(), 17, 41), abi.ReasonMalformed},
 		{"IPv6 longer than the frame", v6, patch(tcp6(), 19, 21), abi.ReasonMalformed},
 		{"IPv4 shorter than its header", v4, patch(tcp4(), 17, 19), abi.ReasonMalformed},
@@ -34,18 +40,32 @@ func TestParse(t *testing.T) {
 		{"half a UDP header", v4, patch(udp(v4.pod, 1, v4.pod, 2), 17, 27), abi.ReasonMalformed},
 		{"half an ICMP header", v4, patch(icmpEcho(v4, v4.pod, v4.pod, 8, 1), 17, 27), abi.ReasonMalformed},
 		{"half an ICMPv6 header", v6, patch(icmpEcho(v6, v6.pod, v6.pod, 128, 1), 19, 7), abi.ReasonMalformed},
-		{"first fragment", v4, patch(tcp4(), 20, 0x20), abi.ReasonUnsupported},
-		{"later fragment", v4, patch(tcp4(), 21, 1), abi.ReasonUnsupported},
-		{"IPv6 fragment", v6, frame(v6.pod, v6.pod, 44, make([]byte, 20)), abi.ReasonUnsupported},
-		{"hop-by-hop options", v6, frame(v6.pod, v6.pod, 0, make([]byte, 20)), abi.ReasonUnsupported},
-		{"routing header", v6, frame(v6.pod, v6.pod, 43, make([]byte, 24)), abi.ReasonUnsupported},
-		{"SCTP", v4, frame(v4.pod, v4.pod, 132, make([]byte, 20)), abi.ReasonUnsupported},
-		{"GRE", v6, frame(v6.pod, v6.pod, 47, make([]byte, 20)), abi.ReasonUnsupported},
+		{"first fragment of odd length", v4, patch(tcp4(), 20, 0x20), abi.ReasonMalformed},
+		{"fragment over the ports", v4, patch(tcp4(), 21, 2), abi.ReasonMalformed},
+		{"hop-by-hop options twice", v6, chain(v6.pod, v6.pod, nil, 0, 0), abi.ReasonMalformed},
+		{"hop-by-hop options not first", v6, chain(v6.pod, v6.pod, tcpHeader(1, 2, syn), protoTCP, 60, 0), abi.ReasonMalformed},
+		{"options longer than the packet", v6, frame(v6.pod, v6.pod, 60, []byte{6, 9, 1, 4, 0, 0, 0, 0}), abi.ReasonMalformed},
+		{"option longer than its header", v6, frame(v6.pod, v6.pod, 60, append([]byte{6, 0, 1, 5, 0, 0, 0, 0}, tcpHeader(1, 2, syn)...)), abi.ReasonMalformed},
+		{"home address", v6, frame(v6.pod, v6.pod, 60, append([]byte{6, 2, 1, 2, 0, 0, 0xc9, 16, 0xfd, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9},
+			tcpHeader(1, 2, syn)...)), abi.ReasonUnsupported},
+		{"jumbogram", v6, frame(v6.pod, v6.pod, 0, append([]byte{6, 0, 0xc2, 4, 0, 1, 0, 0}, tcpHeader(1, 2, syn)...)), abi.ReasonUnsupported},
+		{"routing header with segments left", v6, frame(v6.pod, v6.pod, 43, append([]byte{6, 0, 4, 1, 0, 0, 0, 0}, tcpHeader(1, 2, syn)...)), abi.ReasonUnsupported},
+		{"routing header of type 0", v6, frame(v6.pod, v6.pod, 43, append([]byte{6, 0, 0, 0, 0, 0, 0, 0}, tcpHeader(1, 2, syn)...)), abi.ReasonUnsupported},
+		{"extension headers without end", v6, chain(v6.pod, v6.pod, tcpHeader(1, 2, syn), protoTCP, 0, 60, 60, 60, 60, 60, 60, 60), abi.ReasonUnsupported},
+		{"extension headers, and nothing", v6, chain(v6.pod, v6.pod, nil, protoTCP, 60), abi.ReasonMalformed},
+		{"no next header", v6, frame(v6.pod, v6.pod, 59, make([]byte, 8)), abi.ReasonUnsupported},
+		{"neighbour discovery behind options", v6, hops(chain(v6.pod, v6.pod, make([]byte, 24), protoICMP6, 60), 255, 14+40+8, 135), abi.ReasonUnsupported},
+		{"half an SCTP header", v4, frame(v4.pod, v4.pod, protoSCTP, make([]byte, 12)), abi.ReasonMalformed},
+		{"half an IGMP header", v4, hops(frame(v4.pod, v4.pod, 2, make([]byte, 7)), 1, 14+20, 0x16), abi.ReasonMalformed},
+		{"IGMP from afar", v4, hops(frame(v4.pod, v4.pod, 2, make([]byte, 8)), 2, 14+20, 0x16), abi.ReasonMalformed},
+		{"DVMRP", v4, hops(frame(v4.pod, v4.pod, 2, make([]byte, 8)), 1, 14+20, 0x13), abi.ReasonUnsupported},
 		{"ICMPv6 in IPv4", v4, frame(v4.pod, v4.pod, protoICMP6, []byte{128, 0, 0, 0, 0, 1, 0, 1}), abi.ReasonUnsupported},
 		{"ICMP in IPv6", v6, frame(v6.pod, v6.pod, protoICMP, []byte{8, 0, 0, 0, 0, 1, 0, 1}), abi.ReasonUnsupported},
 		{"ICMP redirect", v4, icmpError(v4, v4.pod, v4.pod, 5, tcp4()[14:]), abi.ReasonUnsupported},
 		{"ICMP timestamp", v4, icmpEcho(v4, v4.pod, v4.pod, 13, 1), abi.ReasonUnsupported},
-		{"MLD", v6, icmpEcho(v6, v6.pod, v6.pod, 143, 1), abi.ReasonUnsupported},
+		{"MLD from afar", v6, icmpEcho(v6, v6.pod, v6.pod, 143, 1), abi.ReasonMalformed},
+		{"router renumbering", v6, icmpEcho(v6, v6.pod, v6.pod, 138, 1), abi.ReasonUnsupported},
+		{"VLAN with ARP in it", v4, ether(podMAC, hostMAC, 0x8100, append([]byte{0, 5}, arp(1, podMAC, v4.pod, v4.node)[12:]...)), abi.ReasonUnsupported},
 		{"IPv4-mapped source in IPv6", v4, mapped(frame(v6.pod, v6.pod, protoTCP, tcpHeader(1, 2, syn)), 14+8, v4.pod), abi.ReasonMalformed},
 		{"IPv4-mapped destination in IPv6", v6, mapped(tcp6(), 14+24, v4.pod), abi.ReasonMalformed},
 		{"VLAN", v4, ether(podMAC, hostMAC, 0x8100, make([]byte, 40)), abi.ReasonUnsupported},
@@ -64,6 +84,39 @@ func TestParse(t *testing.T) {
 func mapped(p []byte, at int, v4 netip.Addr) []byte {
 	a := v4.As16()
 	copy(p[at:], a[:])
+	return p
+}
+
+// ip4Options puts options into an IPv4 packet, padded with the list's end.
+func ip4Options(p []byte, o ...byte) []byte {
+	o = append(o, make([]byte, -len(o)&3)...)
+	out := append(bytes.Clone(p[:34]), append(o, p[34:]...)...)
+	out[14] = 0x40 | byte(5+len(o)/4)
+	binary.BigEndian.PutUint16(out[16:], uint16(len(out)-14))
+	return out
+}
+
+// chain is an IPv6 packet with empty extension headers (PadN) before its last
+// header, which is of protocol last.
+func chain(src, dst netip.Addr, payload []byte, last uint8, headers ...uint8) []byte {
+	for i := len(headers) - 1; i >= 0; i-- {
+		h := []byte{last, 0, 1, 4, 0, 0, 0, 0}
+		if headers[i] == 43 {
+			h = []byte{last, 0, 2, 0, 0, 0, 0, 0} // no segments left
+		}
+		payload, last = append(h, payload...), headers[i]
+	}
+	return frame(src, dst, last, payload)
+}
+
+// hops sets the hop limit of a frame, and one byte more.
+func hops(p []byte, n byte, at int, v byte) []byte {
+	if p[14]>>4 == 4 {
+		p[14+8] = n
+	} else {
+		p[14+7] = n
+	}
+	p[at] = v
 	return p
 }
 

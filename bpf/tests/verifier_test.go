@@ -32,22 +32,41 @@ func TestStack(t *testing.T) {
 		if m == nil {
 			t.Fatalf("%s: no stack depth in %q", name, prog.VerifierLog)
 		}
-		var frames []int
-		for _, s := range strings.Split(m[1], "+") {
+		// The functions in the order of the program's instructions, and whom
+		// each calls.
+		var functions []string
+		calls := map[string][]string{}
+		for _, ins := range spec.Programs[name].Instructions {
+			if sym := ins.Symbol(); sym != "" && (len(functions) == 0 || functions[len(functions)-1] != sym) {
+				functions = append(functions, sym)
+			}
+			if ins.IsFunctionCall() {
+				from := functions[len(functions)-1]
+				calls[from] = append(calls[from], ins.Reference())
+			}
+		}
+		depth := map[string]int{}
+		for i, s := range strings.Split(m[1], "+") {
 			n, err := strconv.Atoi(s)
 			if err != nil {
 				t.Fatal(err)
 			}
-			frames = append(frames, max(32, (n+31)/32*32))
+			if i < len(functions) {
+				depth[functions[i]] = max(32, (n+31)/32*32)
+			}
 		}
-		// The program's own frame comes first. Functions that call others
-		// are small; the largest is called from the program itself.
-		largest := 0
-		for _, n := range frames[1:] {
-			largest = max(largest, n)
+		if len(functions) < 5 || len(depth) != len(functions) {
+			t.Fatalf("%s: functions %v, depths %s", name, functions, m[1])
 		}
-		if sum := frames[0] + largest; sum > 512 {
-			t.Errorf("%s needs %d bytes of stack on Linux 6.6: %s", name, sum, m[1])
+		var deepest func(f string) int
+		deepest = func(f string) (n int) {
+			for _, callee := range calls[f] {
+				n = max(n, deepest(callee))
+			}
+			return n + depth[f]
+		}
+		if sum := deepest(functions[0]); sum > 512 {
+			t.Errorf("%s needs %d bytes of stack on Linux 6.6: %v %s", name, sum, functions, m[1])
 		}
 	}
 }
