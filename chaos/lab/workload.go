@@ -170,11 +170,12 @@ func (l *Lab) Register(ctx context.Context, name string, o RunOptions) (Running,
 	for _, ip := range w.IPs {
 		req.Ips = append(req.Ips, ip.String())
 	}
+	wait := time.Duration(0) // said, for the agent has a default of its own
 	if !o.NoWait {
-		wait := o.Wait
+		wait = o.Wait
 		setDefault(&wait, s.Config.addWait())
-		req.Wait = durationpb.New(wait)
 	}
+	req.Wait = durationpb.New(wait)
 	resp, err := c.RegisterWorkload(ctx, req)
 	if err != nil {
 		return r, fmt.Errorf("register with the agent of node %s: %w", w.Spec.Node, err)
