@@ -24,6 +24,7 @@ EMIT_ENUM(pc_policy_flag);
 EMIT_ENUM(pc_judgement_flag);
 EMIT_ENUM(pc_ifindex);
 EMIT_ENUM(pc_ct_flag);
+EMIT_ENUM(pc_fragment_size);
 EMIT_ENUM(pc_flow_state);
 EMIT_ENUM(pc_event_flag);
 EMIT_ENUM(pc_held_size);

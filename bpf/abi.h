@@ -116,7 +116,7 @@ struct pc_endpoint {
 	__u32 identity;
 	__u32 policy;	    /* the policy set in force: also the policy epoch. A change of the
 			     * ENFORCE flags needs a new number too: flows are judged again only then */
-	__u32 hold_index;   /* index into `hold_quota`; > 0 */
+	__u32 hold_index;   /* index into `hold_quota`, and of its part of `fragments`; > 0 */
 	__u8 mac[6];
 	__u8 pad[2];
 	__u8 uid[16];	    /* of the workload */
@@ -304,6 +304,14 @@ struct pc_ct {
 	__u32 flags;
 	__u32 pad;
 };
+
+/* ---- fragments ------------------------------------------------------- */
+
+/* Map `fragments`: array, the kernel's own; user space sets its size only, to
+ * (greatest hold_index + 1) * PC_FRAGMENTS_PER_ENDPOINT. An endpoint has that
+ * many datagrams of which a part has passed and a part is still to come; one
+ * more is dropped for map-full. An endpoint without hold_index has none. */
+enum pc_fragment_size { PC_FRAGMENTS_PER_ENDPOINT = 64 };
 
 /* ---- rings ----------------------------------------------------------- */
 

@@ -39,4 +39,8 @@ const volatile __u32 default_evidence = PC_EVIDENCE_LEASE;
  * counts, whatever stands in `leases`. */
 const volatile __u32 classic = 0;
 
+/* ns; how long the other fragments of a datagram may come after its first. No
+ * shorter than the longest hold. */
+const volatile __u64 fragment_lifetime = 2000000000;
+
 #endif

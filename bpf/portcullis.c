@@ -13,6 +13,7 @@
  */
 #include "lib/arp_nd.h"
 #include "lib/event.h"
+#include "lib/fragment.h"
 #include "lib/hold.h"
 #include "lib/icmp.h"
 #include "lib/judge.h"
@@ -32,8 +33,8 @@ inline_always int judge_from(struct __sk_buff *skb, struct pc_life *l, const str
 	/* I1: no packet leaves under an address that is not the sender's. */
 	if (!endpoint_owns(ep, &l->p.src, l->p.is6))
 		return PC_REASON_SPOOFED;
-	if (l->p.frag)
-		return PC_REASON_UNSUPPORTED;
+	if (l->p.kind == KIND_FRAGMENT)
+		return fragment_follow(skb, l);
 	if (l->p.kind == KIND_ICMP_ERROR)
 		return judge_icmp_error(skb, l);
 	return judge_flow(skb, l, PC_DIR_EGRESS);
@@ -50,8 +51,8 @@ inline_always int judge_to(struct __sk_buff *skb, struct pc_life *l, const struc
 	/* Conntrack and policy speak of the endpoint's own addresses. */
 	if (!endpoint_owns(ep, &l->p.dst, l->p.is6) && !addr_multicast(&l->p.dst))
 		return PC_REASON_UNSUPPORTED;
-	if (l->p.frag)
-		return PC_REASON_UNSUPPORTED;
+	if (l->p.kind == KIND_FRAGMENT)
+		return fragment_follow(skb, l);
 	if (l->p.kind == KIND_ICMP_ERROR)
 		return judge_icmp_error(skb, l);
 	return judge_flow(skb, l, PC_DIR_INGRESS);
@@ -76,6 +77,9 @@ inline_always int judge(struct __sk_buff *skb, struct pc_life *l, int dir)
 		reason = judge_to(skb, l, ep);
 	if (!reason && !endpoint_unchanged(skb, l, ep))
 		return PC_REASON_NO_ENDPOINT;
+	/* I6: what cannot be remembered cannot be followed. */
+	if (unlikely(l->p.frag == FRAG_FIRST) && !reason && !fragment_store(skb, l, PC_VERDICT_PASS))
+		return PC_REASON_MAP_FULL;
 	return reason;
 }
 
@@ -101,12 +105,18 @@ inline_always int gate(struct __sk_buff *skb, int dir)
 	}
 	if (may_hold(&l)) {
 		if (hold(skb, &l)) {
+			/* If there is no room, the rest is dropped. */
+			if (l.p.frag == FRAG_FIRST)
+				fragment_store(skb, &l, PC_VERDICT_HOLD);
 			count(skb, &l, dir, PC_VERDICT_HOLD);
 			emit(skb, &l, PC_VERDICT_HOLD);
 			return TCX_DROP;
 		}
 		l.reason = PC_REASON_HOLD_OVERFLOW;
 	}
+	/* Those that are held behind it wait in vain. */
+	if (l.reinjected && l.p.frag == FRAG_FIRST)
+		fragment_store(skb, &l, PC_VERDICT_DROP);
 	count(skb, &l, dir, PC_VERDICT_DROP);
 	emit(skb, &l, PC_VERDICT_DROP);
 	return TCX_DROP;

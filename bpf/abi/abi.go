@@ -150,6 +150,14 @@ func (x FlowState) String() string {
 	return "FlowState(" + strconv.FormatUint(uint64(x), 10) + ")"
 }
 
+// FragmentSize is enum pc_fragment_size.
+type FragmentSize uint32
+
+// The values of enum pc_fragment_size.
+const (
+	FragmentsPerEndpoint FragmentSize = 64
+)
+
 // HeldSize is enum pc_held_size.
 type HeldSize uint32
 

@@ -18,6 +18,7 @@ inline_always const struct pc_endpoint *endpoint_find(struct __sk_buff *skb, str
 	l->ep_flags = READ_ONCE(ep->flags);
 	l->ep_state = READ_ONCE(ep->state);
 	l->identity = READ_ONCE(ep->identity);
+	l->hold_index = READ_ONCE(ep->hold_index);
 	/* Id 0 would equal that of an empty judgement. */
 	if (!l->id || (l->ep_state != PC_EP_ACTIVE && l->ep_state != PC_EP_QUARANTINED))
 		return 0;

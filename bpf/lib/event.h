@@ -26,7 +26,7 @@ separate int emit(struct __sk_buff *skb, struct pc_life *l, __u32 verdict)
 	if (!l)
 		return 0;
 	/* For the record only: a verdict that needed no evidence did not look. */
-	if (l->id && l->p.kind == KIND_FLOW && l->peer.kind == PEER_NOT_ASKED)
+	if (l->id && (l->p.kind == KIND_FLOW || l->p.kind == KIND_FRAGMENT) && l->peer.kind == PEER_NOT_ASKED)
 		peer_identify(skb, l);
 	index = l->peer.slot;
 	s = l->peer.stamp ? bpf_map_lookup_elem(&slots, &index) : 0;

@@ -51,11 +51,6 @@ separate int judge_anew(struct __sk_buff *skb, struct pc_life *l)
 	reason = policy_judge(skb, l, jdir, forward);
 	if (reason)
 		return reason;
-	/* An echo reply that answers nothing opens nothing. */
-	if (!known && is_echo_reply(&l->p)) {
-		l->flow = PC_FLOW_NONE;
-		return PC_REASON_NONE;
-	}
 	if (!endpoint_unchanged(skb, l, ep))
 		return PC_REASON_NO_ENDPOINT;
 
@@ -86,6 +81,12 @@ separate int judge_anew(struct __sk_buff *skb, struct pc_life *l)
 			j->stamp = l->peer.stamp;
 		else
 			j->flags |= PC_JUDGED_BY_RANGE;
+	}
+	/* An echo reply that answers nothing opens nothing. */
+	if (!known && is_echo_reply(&l->p)) {
+		l->flow = PC_FLOW_NONE;
+		l->report = 0;
+		return PC_REASON_NONE;
 	}
 	l->how |= CT_REMEMBER | (restart ? CT_RESTART : 0);
 	return PC_REASON_NONE;

@@ -58,6 +58,7 @@ struct pc_life {
 	__u32 ep_flags;
 	__u32 ep_state;
 	__u32 identity;
+	__u32 hold_index;
 
 	__u32 rule;
 	__u8 dir; /* enum pc_direction */

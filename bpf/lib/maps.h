@@ -77,6 +77,30 @@ struct {
 	__type(value, struct pc_ct);
 } conntrack SEC(".maps");
 
+/* The verdict on a datagram's first fragment. Guarded by lock. */
+struct pc_fragment {
+	struct bpf_spin_lock lock;
+	__u32 endpoint; /* id; 0: free */
+	struct pc_addr src;
+	struct pc_addr dst;
+	__u32 id;
+	__u8 proto;
+	__u8 direction;
+	__u8 verdict; /* enum pc_verdict */
+	__u8 reason;  /* enum pc_reason */
+	__u64 expires;
+	struct pc_judgement j; /* its grounds */
+	__u32 passed; /* bytes of the datagram */
+	__u32 total;  /* 0: the last fragment has not been seen */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1025 * PC_FRAGMENTS_PER_ENDPOINT);
+	__type(key, __u32);
+	__type(value, struct pc_fragment);
+} fragments SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 1 << 20);
