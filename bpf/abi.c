@@ -28,6 +28,7 @@ EMIT_ENUM(pc_fragment_size);
 EMIT_ENUM(pc_flow_state);
 EMIT_ENUM(pc_event_flag);
 EMIT_ENUM(pc_held_size);
+EMIT_ENUM(pc_hold_sources_size);
 EMIT_STRUCT(pc_endpoint);
 EMIT_STRUCT(pc_binding);
 EMIT_STRUCT(pc_slot);

@@ -373,7 +373,7 @@ struct pc_held {
 	__u8 pad;
 	__u16 sport;
 	__u16 dport;
-	__u32 pad2;
+	__u32 source_index; /* into `hold_sources`; 0: not counted there */
 };
 
 enum pc_held_size {
@@ -387,6 +387,19 @@ struct pc_hold_quota {
 	__u64 in;
 	__u64 out;
 };
+
+/*
+ * Map `hold_sources`: array of struct pc_hold_quota, mmapable, PC_HOLD_SOURCES
+ * long; the same for what one source sends: at to_workload the remote address,
+ * at from_workload the endpoint and the address that it calls. The kernel picks
+ * the element by a keyed sum and names it in the record; two sources may share
+ * one, and then its places. Index 0 is nobody's. Used only if hold_per_source
+ * is set: whoever sets it gives back, for every record that ends, to
+ * hold_quota[0], hold_quota[hold_index] and, if source_index is not 0,
+ * hold_sources[source_index]; and at the start sets `out` to `in` in all of both
+ * maps, once no program holds any more.
+ */
+enum pc_hold_sources_size { PC_HOLD_SOURCES = 65536 };
 
 /* Map `state`: array of one, mmapable. Pinned: it outlives the agent. */
 struct pc_state {

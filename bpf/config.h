@@ -27,6 +27,13 @@ const volatile __u32 turn_mark = 0;
 const volatile __u32 hold_per_endpoint = 64;
 const volatile __u32 hold_total = 4096;
 
+/* The same of one source; see abi.h, `hold_sources`. 0: not counted here (by a
+ * loader that does not know how to give back). */
+const volatile __u32 hold_per_source = 0;
+
+/* Random per boot: nobody can choose an address that shares another's place. */
+const volatile __u64 hold_key = 0x9e3779b97f4a7c15ULL;
+
 /* ns; when the hold reader has not ticked for this long nothing is held: a
  * dead agent must not turn drops into silence. */
 const volatile __u64 hold_reader_timeout = 1000000000;

@@ -167,6 +167,14 @@ const (
 	HeldLarge HeldSize = 67584
 )
 
+// HoldSourcesSize is enum pc_hold_sources_size.
+type HoldSourcesSize uint32
+
+// The values of enum pc_hold_sources_size.
+const (
+	HoldSources HoldSourcesSize = 65536
+)
+
 // Identity is enum pc_identity.
 type Identity uint32
 
@@ -459,22 +467,22 @@ type Event struct {
 
 // Held is struct pc_held, 72 bytes.
 type Held struct {
-	Arrival   uint64
-	Peer      Addr
-	Local     Addr
-	Endpoint  uint32
-	Ifindex   uint32
-	HoldIndex uint32
-	Len       uint32
-	GsoSize   uint16
-	GsoSegs   uint16
-	Direction uint8
-	Proto     uint8
-	Reason    uint8
-	_         uint8
-	Sport     uint16
-	Dport     uint16
-	_         uint32
+	Arrival     uint64
+	Peer        Addr
+	Local       Addr
+	Endpoint    uint32
+	Ifindex     uint32
+	HoldIndex   uint32
+	Len         uint32
+	GsoSize     uint16
+	GsoSegs     uint16
+	Direction   uint8
+	Proto       uint8
+	Reason      uint8
+	_           uint8
+	Sport       uint16
+	Dport       uint16
+	SourceIndex uint32
 }
 
 // HoldQuota is struct pc_hold_quota, 16 bytes.

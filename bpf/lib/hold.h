@@ -49,7 +49,22 @@ inline_always int may_hold(const struct pc_life *l)
 	return reader_alive(l->now);
 }
 
-inline_always int hold_copy(struct __sk_buff *skb, struct pc_life *l, __u32 index, __u32 size)
+/* The place of the packet's source in hold_sources; never 0. What a workload
+ * sends counts by where it goes: a storm to one address leaves its other calls
+ * alone, and other workloads' calls to that address. */
+inline_always __u32 hold_source(const struct pc_life *l)
+{
+	const struct pc_addr *a = life_peer(l, l->dir);
+	__u64 h = a->d[0] ^ hold_key;
+
+	h = (h ^ h >> 32) * 0xd6e8feb86659fd93ULL + a->d[1];
+	if (l->dir == PC_DIR_EGRESS)
+		h += (__u64)l->id << 1 | 1;
+	h = (h ^ h >> 32 ^ hold_key) * 0xc2b2ae3d27d4eb4fULL;
+	return 1 + (__u32)(h >> 32) % (PC_HOLD_SOURCES - 1);
+}
+
+inline_always int hold_copy(struct __sk_buff *skb, struct pc_life *l, __u32 index, __u32 source, __u32 size)
 {
 	struct pc_held *h;
 	__u32 len = skb->len;
@@ -76,7 +91,7 @@ inline_always int hold_copy(struct __sk_buff *skb, struct pc_life *l, __u32 inde
 	h->pad = 0;
 	h->sport = l->p.sport;
 	h->dport = l->p.dport;
-	h->pad2 = 0;
+	h->source_index = source;
 	if (len < WIRE_ETH || len > size - sizeof(*h))
 		goto discard;
 	if (bpf_skb_load_bytes(skb, 0, h + 1, len))
@@ -91,9 +106,9 @@ discard:
 /* 1: the packet is with user space now, and is dropped here. 0: no place. */
 separate int hold(struct __sk_buff *skb, struct pc_life *l)
 {
-	struct pc_hold_quota *own, *all;
+	struct pc_hold_quota *own, *all, *one = 0;
+	__u32 index, zero = 0, id, source = 0;
 	const struct pc_endpoint *ep;
-	__u32 index, zero = 0, id;
 	int done;
 
 	if (!l)
@@ -107,22 +122,31 @@ separate int hold(struct __sk_buff *skb, struct pc_life *l)
 	all = bpf_map_lookup_elem(&hold_quota, &zero);
 	if (!own || !all || !index) /* an endpoint without a quota holds nothing */
 		return 0;
-	/* Its own first: one endpoint's storm must not use up the common one. */
+	/* The narrowest first: one source's storm must not use up its
+	 * endpoint's, nor one endpoint's the common one. */
+	if (hold_per_source) {
+		source = hold_source(l);
+		one = bpf_map_lookup_elem(&hold_sources, &source);
+		if (!one || !quota_take(one, hold_per_source))
+			return 0;
+	}
 	if (!quota_take(own, hold_per_endpoint))
-		return 0;
-	if (!quota_take(all, hold_total)) {
-		__sync_fetch_and_add(&own->in, -1);
-		return 0;
-	}
+		goto give_back_source;
+	if (!quota_take(all, hold_total))
+		goto give_back_own;
 	if (skb->len <= PC_HELD_SMALL - sizeof(struct pc_held))
-		done = hold_copy(skb, l, index, PC_HELD_SMALL);
+		done = hold_copy(skb, l, index, source, PC_HELD_SMALL);
 	else
-		done = hold_copy(skb, l, index, PC_HELD_LARGE);
-	if (!done) {
-		__sync_fetch_and_add(&all->in, -1);
-		__sync_fetch_and_add(&own->in, -1);
-	}
-	return done;
+		done = hold_copy(skb, l, index, source, PC_HELD_LARGE);
+	if (done)
+		return 1;
+	__sync_fetch_and_add(&all->in, -1);
+give_back_own:
+	__sync_fetch_and_add(&own->in, -1);
+give_back_source:
+	if (one)
+		__sync_fetch_and_add(&one->in, -1);
+	return 0;
 }
 
 #endif

@@ -2,6 +2,7 @@ package tests
 
 import (
 	"bytes"
+	"net/netip"
 	"testing"
 	"time"
 
@@ -306,4 +307,73 @@ func TestHoldEgressQuota(t *testing.T) {
 	}
 	g.state(func(s *abi.State) { s.ReaderTick = 1 })
 	g.drop(g.from(g.pod, p), abi.ReasonUnbound) // nobody reads
+}
+
+func (g *gate) source(index uint32) (q abi.HoldQuota) {
+	g.t.Helper()
+	if err := g.coll.Maps["hold_sources"].Lookup(index, &q); err != nil {
+		g.t.Fatal(err)
+	}
+	return q
+}
+
+// TestHoldPerSource: one source's storm leaves the other places to others, at
+// whichever endpoint; one endpoint's calls to an address leave alone another's.
+func TestHoldPerSource(t *testing.T) {
+	eachFamily(t, func(t *testing.T, f family) {
+		opts := []option{constant("hold_per_source", uint32(2)), constant("hold_per_endpoint", uint32(5)), constant("hold_key", uint64(12345))}
+		g, ep := wantPeer(t, f, opts...)
+		other := g.endpoint(g.pod2, f, f.pod2, enforceIn|enforceOut)
+		for _, d := range []abi.Direction{ingress, egress} {
+			g.policy(other.Policy, rule{identity: idAny, dir: d, proto: protoTCP, port: 80, flags: peerAllow})
+		}
+		in := func(src netip.Addr) result { return g.to(g.pod, g.uplink, tcp(src, 1, f.pod, 80, syn)) }
+		r := in(f.peer)
+		g.want(r, held, abi.ReasonUnbound)
+		index := r.held[0].SourceIndex
+		if index == 0 || index >= uint32(abi.HoldSources) {
+			t.Fatalf("source index %d", index)
+		}
+		g.want(in(f.peer), held, abi.ReasonUnbound)
+		for range 3 {
+			g.drop(in(f.peer), abi.ReasonHoldOverflow)
+		}
+		// By the address alone: its storm counts at other endpoints too.
+		g.drop(g.to(g.pod2, g.uplink, tcp(f.peer, 1, f.pod2, 80, syn)), abi.ReasonHoldOverflow)
+		g.want(in(f.peer2), held, abi.ReasonUnbound)
+		// An overflow takes no place, anywhere.
+		if q := g.source(index); q.In != 2 || q.Out != 0 {
+			t.Errorf("source %+v", q)
+		}
+		if q := g.quota(ep.HoldIndex); q.In != 3 {
+			t.Errorf("own %+v", q)
+		}
+		// Given back.
+		g.put("hold_sources", index, abi.HoldQuota{In: 2, Out: 1})
+		g.want(in(f.peer), held, abi.ReasonUnbound)
+		g.drop(in(f.peer), abi.ReasonHoldOverflow)
+
+		// What is sent to that address counts for the sender.
+		out := func(ifindex uint32, src netip.Addr) result { return g.from(ifindex, tcp(src, 1, f.peer, 80, syn)) }
+		r = out(g.pod2, f.pod2)
+		g.want(r, held, abi.ReasonUnbound)
+		if r.held[0].SourceIndex == index {
+			t.Error("the caller and the called share a place")
+		}
+		g.want(out(g.pod2, f.pod2), held, abi.ReasonUnbound)
+		g.drop(out(g.pod2, f.pod2), abi.ReasonHoldOverflow)
+		ep.Flags |= uint32(enforceOut)
+		ep.Policy = other.Policy
+		g.put("endpoints", g.pod, ep)
+		g.want(out(g.pod, f.pod), held, abi.ReasonUnbound)
+
+		// No place in the endpoint's quota, or in the ring: given back.
+		g, ep = wantPeer(t, f, append(opts, constant("hold_per_endpoint", uint32(1)))...)
+		r = in(f.peer)
+		index = r.held[0].SourceIndex
+		g.drop(in(f.peer), abi.ReasonHoldOverflow)
+		if q := g.source(index); q.In != 1 {
+			t.Errorf("source %+v", q)
+		}
+	})
 }
