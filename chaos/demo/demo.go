@@ -55,13 +55,16 @@ type story struct {
 	report Report
 	begun  time.Time
 	policy bool // networkpolicy-L4.yaml is in force
+
+	rogueDead map[*lab.Lab]bool // the agent of the rogue node was killed for good
+	agentBack chan struct{}     // closed when step 5 needs the trust domain no more
 }
 
 // Run tells the demo. The error is of what kept it from being told; a step
 // that went otherwise than expected is in the report only. It removes the labs,
 // also when ctx ends.
 func Run(ctx context.Context, o Options) (r Report, err error) {
-	s := &story{out: o.Out}
+	s := &story{out: o.Out, rogueDead: map[*lab.Lab]bool{}}
 	if s.out == nil {
 		s.out = io.Discard
 	}
@@ -86,9 +89,14 @@ func Run(ctx context.Context, o Options) (r Report, err error) {
 	if err != nil {
 		return r, err
 	}
+	fctx, cancel := context.WithCancel(ctx)
+	f := startFaults(fctx, labs["lease"])
+	defer func() { cancel(); <-f.done }()
+	s.agentBack = f.agentBack
 	for _, part := range []func() error{
 		func() error { return s.starWars(ctx, labs["lease"]) },
 		func() error { return s.staleIdentity(ctx, labs["classic"], labs["lease"]) },
+		func() error { return s.merge(f) },
 	} {
 		if err := part(); err != nil {
 			return r, err
@@ -135,7 +143,7 @@ func alone(ctx context.Context, out io.Writer) (release func(), err error) {
 
 // up makes both labs at once.
 func (s *story) up(ctx context.Context, o Options) (labs map[string]*lab.Lab, err error) {
-	s.say("Making two labs of three nodes each, in network namespaces of this machine, with real agents:\n" +
+	s.say("Making two labs, of five and of three nodes, in network namespaces of this machine, with real agents:\n" +
 		"one with evidence lease (Portcullis), one with evidence classic (how engines behave that believe a cache).")
 	s.say("%s", lab.ClassicWarning)
 	labs = map[string]*lab.Lab{}

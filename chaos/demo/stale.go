@@ -80,7 +80,7 @@ func (s *story) staleIdentity(ctx context.Context, classic, lease *lab.Lab) erro
 func (s *stage) name(what string) string { return "3. " + s.mode + ": " + what }
 
 func (s *stage) overTCP(ctx context.Context) error {
-	if err := s.l.ImportPolicies(ctx, policyFile("stale-identity-policies.yaml")); err != nil {
+	if err := s.importPolicies(ctx, s.l, "stale-identity-policies.yaml"); err != nil {
 		return err
 	}
 	s.matrix(ctx)
@@ -120,7 +120,7 @@ func (s *stage) refusedTwice(ctx context.Context, step string, a *act, impostor 
 		{"after the lease ended", "the same, when the lease has ended and the IP is free: the server's node cannot ask the owner", "owner-unreachable"},
 	} {
 		if t.reason == "owner-unreachable" {
-			if err := s.waitActive(ctx, impostor); err != nil {
+			if err := waitActive(ctx, s.l, impostor); err != nil {
 				return err
 			}
 		}
@@ -196,7 +196,7 @@ func (s *stage) attack(ctx context.Context, victim string) (lab.Running, error) 
 	}
 	r, err := s.l.Run(ctx, sleeper("impostor", "v2", v.Spec.Node, v.IPs), lab.RunOptions{NoWait: true})
 	if err == nil && s.mode == "classic" {
-		err = s.waitActive(ctx, r)
+		err = waitActive(ctx, s.l, r)
 	}
 	return r, err
 }
@@ -208,8 +208,8 @@ func (s *stage) calm(ctx context.Context, impostor lab.Running) error {
 }
 
 // waitActive waits until the owner lets the workload use its IPs.
-func (s *stage) waitActive(ctx context.Context, r lab.Running) error {
-	c, err := s.l.Client(r.Spec.Node)
+func waitActive(ctx context.Context, l *lab.Lab, r lab.Running) error {
+	c, err := l.Client(r.Spec.Node)
 	if err != nil {
 		return err
 	}
@@ -236,6 +236,11 @@ func (s *stage) waitActive(ctx context.Context, r lab.Running) error {
 
 // newcomer: a legitimate client, while nobody but the agents is alive.
 func (s *stage) newcomer(ctx context.Context) error {
+	select {
+	case <-s.agentBack:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 	if err := s.l.KillAuthority(ctx); err != nil {
 		return err
 	}
@@ -271,6 +276,7 @@ func (s *stage) rogue(ctx context.Context, victim lab.Running, st *Step) error {
 	if err := s.l.KillAgent(ctx, victim.Spec.Node); err != nil {
 		return err
 	}
+	s.rogueDead[s.l] = true
 	end, err := s.leaseEnd(ctx, victim.IP4())
 	if err != nil {
 		return err
@@ -363,7 +369,7 @@ func (s *stage) hammer(ctx context.Context, from lab.Running, until time.Time) (
 }
 
 func (s *stage) overUDP(ctx context.Context) error {
-	if err := s.l.ImportPolicies(ctx, policyFile("stale-identity-udp.yaml")); err != nil {
+	if err := s.importPolicies(ctx, s.l, "stale-identity-udp.yaml"); err != nil {
 		return err
 	}
 	if err := s.waitTalk(ctx); err != nil {

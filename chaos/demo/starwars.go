@@ -10,12 +10,14 @@ import (
 	"portcullis/docs/examples"
 )
 
-// cluster is the demo's lab: the Star Wars workloads and those of the stale
-// identity together.
+// cluster is the demo's lab: the workloads of the stale identity, with
+// evidence lease those of the other steps too.
 func cluster(mode string) lab.Config {
 	c := parse("stale-identity.cluster.yaml")
 	if mode == "lease" {
 		c.Workloads = append(c.Workloads, parse("starwars.cluster.yaml").Workloads...)
+		f := parse("agent-faults.cluster.yaml")
+		c.Nodes, c.Workloads = append(c.Nodes, f.Nodes...), append(c.Workloads, f.Workloads...)
 	}
 	c.Evidence = mode
 	c.TTL, c.Heartbeat = lab.DefaultTTL, lab.DefaultHeartbeat
@@ -32,6 +34,21 @@ func parse(name string) lab.Config {
 
 func policyFile(name string) *api.PolicyFile {
 	return &api.PolicyFile{Name: name, Content: examples.Read(name)}
+}
+
+// importPolicies imports a file at every node that a step may involve; the
+// agents of step 5 have faults of their own meanwhile. The killed agent of step
+// 3 has no part in what follows.
+func (s *story) importPolicies(ctx context.Context, l *lab.Lab, name string) error {
+	for _, node := range []string{clientNode, serverNode, rogueNode} {
+		if node == rogueNode && s.rogueDead[l] {
+			continue
+		}
+		if err := l.ImportPoliciesAt(ctx, node, policyFile(name)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // starWars is steps 1 and 2.
@@ -69,7 +86,7 @@ func (s *story) starWars(ctx context.Context, l *lab.Lab) error {
 		}
 	}
 	s.say("\n2. networkpolicy-L4.yaml: only ships of the empire may use the deathstar's port 80.")
-	if err := l.ImportPolicies(ctx, policyFile("networkpolicy-L4.yaml")); err != nil {
+	if err := s.importPolicies(ctx, l, "networkpolicy-L4.yaml"); err != nil {
 		return err
 	}
 	s.policy = true

@@ -19,6 +19,7 @@ type watch struct {
 
 	mu     sync.Mutex
 	events []*api.FlowEvent // guarded by mu
+	lost   uint64           // guarded by mu; events that the stream or the kernel's ring had no room for
 }
 
 // watchNode subscribes at a node's agent; on return nothing that happens later
@@ -45,11 +46,12 @@ func watchNode(ctx context.Context, l *lab.Lab, node string, req *api.MonitorReq
 			if err != nil {
 				return // stopped, or the agent is gone: what is missing shows
 			}
+			w.mu.Lock()
 			if f := m.GetFlow(); f != nil {
-				w.mu.Lock()
 				w.events = append(w.events, f)
-				w.mu.Unlock()
 			}
+			w.lost += m.GetLost().GetCount()
+			w.mu.Unlock()
 		}
 	}()
 	return w, nil
@@ -59,6 +61,26 @@ func watchNode(ctx context.Context, l *lab.Lab, node string, req *api.MonitorReq
 func (w *watch) stop() {
 	w.cancel()
 	<-w.done
+}
+
+// lostEvents returns how many events did not arrive.
+func (w *watch) lostEvents() uint64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.lost
+}
+
+// between counts the events from a to b, and returns the time of the last
+// (CLOCK_BOOTTIME ns).
+func (w *watch) between(a, b int64) (n int, last int64) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, e := range w.events {
+		if t := int64(e.GetBootTime()); t >= a && t < b {
+			n, last = n+1, max(last, t)
+		}
+	}
+	return n, last
 }
 
 // find returns the first event of any of the watches that is wanted, waiting
