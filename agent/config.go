@@ -3,14 +3,17 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"portcullis/authz"
 	"portcullis/identity"
 	"portcullis/ipcache/lease"
 	"portcullis/ipcache/session"
@@ -55,6 +58,9 @@ type Config struct {
 	Evidence      Mode
 	UnsafeClassic bool
 	FreshRanges   bool
+
+	Enforce   authz.Enforcement            // how far policy is enforced
+	EnforceIn map[string]authz.Enforcement // in a namespace, otherwise than Enforce says
 
 	TTL         time.Duration
 	Heartbeat   time.Duration
@@ -121,6 +127,9 @@ func (c *Config) Validate() error {
 		}
 	default:
 		bad("--evidence %q: want lease, or classic", c.Evidence)
+	}
+	if c.Enforce == authz.EnforceAudit || slices.Contains(slices.Collect(maps.Values(c.EnforceIn)), authz.EnforceAudit) {
+		bad("--enforce=audit is not enforced yet: say default, always or never")
 	}
 	errs = append(errs, c.validateTimes()...)
 	errs = append(errs, c.validateRanges()...)

@@ -14,6 +14,7 @@ import (
 	"go.uber.org/zap/zapcore"
 
 	"portcullis/agent"
+	"portcullis/authz"
 	"portcullis/identity"
 )
 
@@ -90,6 +91,8 @@ func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (printC
 	f.StringVar(&raw.evidence, "evidence", string(cfg.Evidence), "what a binding is believed on: lease, or classic (unsafe)")
 	f.BoolVar(&cfg.UnsafeClassic, "unsafe-classic", false, "accept that --evidence=classic takes new workloads for dead ones")
 	f.BoolVar(&cfg.FreshRanges, "fresh-ranges", false, "state that nobody ever served --range before: skips the wait after a start without a journal")
+	f.TextVar(&cfg.Enforce, "enforce", cfg.Enforce, "how far policy is enforced: default (on workloads that a policy selects), always, never, or audit (judge and record, let pass)")
+	f.StringArrayVar(&raw.enforceIn, "enforce-in", nil, "NAMESPACE=MODE: in that namespace, otherwise than --enforce says (repeat)")
 	f.DurationVar(&cfg.TTL, "ttl", cfg.TTL, "how long a lease holds without renewal")
 	f.DurationVar(&cfg.Heartbeat, "heartbeat", cfg.Heartbeat, "how often leases are renewed")
 	f.DurationVar(&cfg.ReuseMargin, "reuse-margin", cfg.ReuseMargin, "least time between two workloads on one IP")
@@ -108,6 +111,7 @@ func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (printC
 type agentFlags struct {
 	node, listen, evidence, level string
 	nodeIPs, ranges, peers        []string
+	enforceIn                     []string
 }
 
 // into parses the flags and reports everything that is wrong at once, with
@@ -135,6 +139,18 @@ func (r *agentFlags) into(cfg *agent.Config, set *settings) error {
 			continue
 		}
 		cfg.Ranges = append(cfg.Ranges, p)
+	}
+	for i, s := range r.enforceIn {
+		namespace, mode, ok := strings.Cut(s, "=")
+		e, err := authz.ParseEnforcement(mode)
+		if !ok || namespace == "" || err != nil {
+			bad("enforce-in", i, "%q: want NAMESPACE=MODE, e.g. kube-system=never", s)
+			continue
+		}
+		if cfg.EnforceIn == nil {
+			cfg.EnforceIn = map[string]authz.Enforcement{}
+		}
+		cfg.EnforceIn[namespace] = e
 	}
 	for i, s := range r.peers {
 		p, err := agent.ParsePeer(s)

@@ -1,0 +1,55 @@
+package agent
+
+import (
+	"testing"
+
+	"portcullis/authz"
+	"portcullis/bpf/abi"
+)
+
+const denyIngress = `
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: deny, namespace: default}
+spec: {podSelector: {}, policyTypes: [Ingress]}
+`
+
+// How far policy is enforced reaches the kernel as the endpoint's flags.
+func TestEnforce(t *testing.T) {
+	const both = uint32(abi.EPEnforceIngress | abi.EPEnforceEgress)
+	for _, tc := range []struct {
+		name           string
+		everywhere, in authz.Enforcement // the second: in the workload's namespace
+		exception      bool
+		before, after  uint32 // flags without a policy, and with one
+	}{
+		{name: "default", before: 0, after: uint32(abi.EPEnforceIngress)},
+		{name: "always", everywhere: authz.EnforceAlways, before: both, after: both},
+		{name: "never", everywhere: authz.EnforceNever},
+		{name: "always but here", everywhere: authz.EnforceAlways, in: authz.EnforceNever, exception: true},
+		{name: "never but here", everywhere: authz.EnforceNever, in: authz.EnforceAlways, exception: true, before: both, after: both},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			n := newNode(t)
+			n.cfg.Enforce = tc.everywhere
+			if tc.exception {
+				n.cfg.EnforceIn = map[string]authz.Enforcement{"default": tc.in}
+			}
+			n.veth("a0")
+			l := n.mustStart()
+			defer n.crash(l)
+			e := n.run(l, app("a0", "10.1.1.2"))
+			if got := n.inKernel(l, "a0").Flags & both; got != tc.before {
+				t.Errorf("without a policy: flags %d, want %d", got, tc.before)
+			}
+			epoch := e.policy.id
+			n.importPolicy(l, denyIngress)
+			if got := n.inKernel(l, "a0").Flags & both; got != tc.after {
+				t.Errorf("with a policy: flags %d, want %d", got, tc.after)
+			}
+			if tc.before != tc.after && e.policy.id == epoch {
+				t.Error("the flags changed and the epoch did not")
+			}
+		})
+	}
+}
