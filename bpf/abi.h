@@ -116,7 +116,7 @@ struct pc_endpoint {
 	__u32 identity;
 	__u32 policy;	    /* the policy set in force: also the policy epoch. A change of the
 			     * ENFORCE flags needs a new number too: flows are judged again only then */
-	__u32 hold_index;   /* index into `hold_quota`, and of its part of `fragments`; > 0 */
+	__u32 hold_index;   /* index into `hold_quota` and `ct_budget`, and of its part of `fragments`; > 0 */
 	__u8 mac[6];
 	__u8 pad[2];
 	__u8 uid[16];	    /* of the workload */
@@ -302,7 +302,33 @@ struct pc_ct {
 	__u64 created;
 	__u64 last_seen; /* within a clock tick */
 	__u32 flags;
-	__u32 pad;
+	__u32 budget;	 /* index into `ct_budget` of the endpoint that made the entry; 0: nobody's */
+};
+
+/*
+ * Map `ct_budget`: array, mmapable, as long as `hold_quota`, by hold_index: how
+ * many conntrack entries the endpoint has made and not lost. in - out is that
+ * number; read as signed, since it may be off by what happens at the moment.
+ * Beyond ct_per_endpoint the endpoint makes no entry more (map-full), whoever
+ * else may.
+ *
+ * The kernel alone writes `in`: plus one for an entry made, minus one for an
+ * entry of the endpoint that another replaced. User space alone writes `out`,
+ * and only in its sweep, from what it has counted:
+ *
+ *	in0[i] := in[i] for all i, before it reads the first entry
+ *	n[i]   := number of entries with budget i that are left in the map
+ *	out[i] := in0[i] - n[i] for all i (wraps), after the last
+ *
+ * What comes while it sweeps makes the number too high, never too low, but for
+ * entries replaced meanwhile; the next sweep puts that right: nothing adds up.
+ * An entry with a budget beyond the array is nobody's. Indices without an
+ * endpoint are written too, so that the next endpoint with that hold_index
+ * begins with what is left of the last one's entries.
+ */
+struct pc_ct_budget {
+	__u64 in;
+	__u64 out;
 };
 
 /* ---- fragments ------------------------------------------------------- */

@@ -46,6 +46,10 @@ const volatile __u32 default_evidence = PC_EVIDENCE_LEASE;
  * counts, whatever stands in `leases`. */
 const volatile __u32 classic = 0;
 
+/* Conntrack entries that one endpoint may have made; see abi.h, `ct_budget`. 0:
+ * any number (by a loader that does not sweep as it says there). */
+const volatile __u32 ct_per_endpoint = 0;
+
 /* ns; how long the other fragments of a datagram may come after its first. No
  * shorter than the longest hold. */
 const volatile __u64 fragment_lifetime = 2000000000;

@@ -407,7 +407,13 @@ type CT struct {
 	Created   uint64
 	LastSeen  uint64
 	Flags     uint32
-	_         uint32
+	Budget    uint32
+}
+
+// CTBudget is struct pc_ct_budget, 16 bytes.
+type CTBudget struct {
+	In  uint64
+	Out uint64
 }
 
 // CTKey is struct pc_ct_key, 40 bytes.

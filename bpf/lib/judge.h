@@ -92,20 +92,55 @@ separate int judge_anew(struct __sk_buff *skb, struct pc_life *l)
 	return PC_REASON_NONE;
 }
 
+inline_always struct pc_ct_budget *budget_of(__u32 index)
+{
+	return index ? bpf_map_lookup_elem(&ct_budget, &index) : 0;
+}
+
+/* One more entry of the endpoint; 0: it has had its share. Add first, as for
+ * holds. */
+inline_always int budget_take(struct pc_ct_budget *b)
+{
+	__u64 in = __sync_fetch_and_add(&b->in, 1);
+
+	if ((__s64)(in - READ_ONCE(b->out)) < (__s64)ct_per_endpoint)
+		return 1;
+	__sync_fetch_and_add(&b->in, -1);
+	return 0;
+}
+
 inline_always int remember_new(struct pc_life *l, const struct pc_ct_key *key, __u32 jdir)
 {
 	__u32 opened_by_b = l->src_is_b ? PC_CT_FORWARD_B : 0;
+	struct pc_ct_budget *own = 0, *before = 0;
 	struct pc_ct fresh = {};
+	struct pc_ct *old;
+	int failed;
 
 	l->j.seal = judgement_seal(l->f.sum, &l->j, jdir, opened_by_b);
 	*judgement_at(&fresh, jdir) = l->j;
 	fresh.created = fresh.last_seen = l->now;
 	fresh.flags = opened_by_b | ct_ends(&l->p, 1);
+	if (ct_per_endpoint) {
+		/* One endpoint's flood must not take the map from the others. An
+		 * endpoint without an index makes no entries. */
+		fresh.budget = l->hold_index;
+		old = bpf_map_lookup_elem(&conntrack, key);
+		if (!old || READ_ONCE(old->budget) != l->hold_index) {
+			own = budget_of(l->hold_index);
+			if (!own || !budget_take(own))
+				return PC_REASON_MAP_FULL;
+			before = old ? budget_of(READ_ONCE(old->budget)) : 0;
+		}
+	}
 	/* A whole element: where the flow begins anew, it replaces the old one
 	 * at once, with the judgements of whoever else had judged that. */
-	if (bpf_map_update_elem(&conntrack, key, &fresh, BPF_ANY))
-		return PC_REASON_MAP_FULL;
-	return PC_REASON_NONE;
+	failed = bpf_map_update_elem(&conntrack, key, &fresh, BPF_ANY) != 0;
+	if (failed)
+		before = own;
+	if (before)
+		__sync_fetch_and_add(&before->in, -1);
+	return failed ? PC_REASON_MAP_FULL : PC_REASON_NONE;
 }
 
 /* Stores l->j. */
