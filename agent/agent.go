@@ -165,11 +165,7 @@ func newSource(cfg Config, log *zap.Logger) (*svid.Source, error) {
 // earlier agent left in the kernel is shut first: nothing of it is renewed
 // before it is registered, or confirmed, again.
 func newLoop(ctx context.Context, cfg Config, log *zap.Logger) (*loop, error) {
-	bootText, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return nil, fmt.Errorf("which boot is this? %w", err)
-	}
-	boot, err := identity.ParseBootID(string(bootText))
+	boot, err := bootID()
 	if err != nil {
 		return nil, err
 	}
@@ -218,4 +214,13 @@ func (l *loop) open(ctx context.Context) error {
 	l.addNodeIPs()
 	l.sweepSlots()
 	return nil
+}
+
+// bootID names this boot of the kernel (random(4)).
+func bootID() (identity.BootID, error) {
+	text, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return identity.BootID{}, fmt.Errorf("which boot is this? %w", err)
+	}
+	return identity.ParseBootID(string(text))
 }

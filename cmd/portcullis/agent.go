@@ -21,7 +21,7 @@ import (
 func newAgentCmd(env *Env) *cobra.Command {
 	cfg := agent.Default()
 	raw := agentFlags{level: "info"}
-	var printConfig *bool
+	var printConfig, cleanup *bool
 	cmd := &cobra.Command{
 		Use:   "agent",
 		Short: "Run the daemon of this node",
@@ -53,10 +53,13 @@ run out, and the gate falls shut.`,
 			defer log.Sync() //nolint:errcheck // stderr cannot be synced on Linux
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM)
 			defer stop()
+			if *cleanup {
+				return agent.Cleanup(ctx, cfg, log)
+			}
 			return agent.Run(ctx, cfg, log)
 		},
 	}
-	printConfig = addAgentFlags(cmd.Flags(), &raw, &cfg)
+	printConfig, cleanup = addAgentFlags(cmd.Flags(), &raw, &cfg)
 	return cmd
 }
 
@@ -71,10 +74,11 @@ func loadAgent(env *Env, set *settings, raw *agentFlags, cfg *agent.Config) erro
 }
 
 // addAgentFlags adds every setting of the agent.
-func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (printConfig *bool) {
+func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (printConfig, cleanup *bool) {
 	f.SortFlags = false
 	f.String("config", defaultConfigFile, "file of settings for what neither flags nor environment set; empty: none")
 	printConfig = f.Bool("print-config", false, "print the settings in force as such a file, with where each comes from, and exit")
+	cleanup = f.Bool("cleanup", false, "remove programs and maps that an agent with these settings left in the kernel, and exit: workloads are not judged any more")
 	f.StringVar(&raw.node, "node", "", "name of this node, as in the agents' SPIFFE IDs (required)")
 	f.StringArrayVar(&raw.nodeIPs, "node-ip", nil, "an address of this node (repeat; required)")
 	f.StringArrayVar(&raw.ranges, "range", nil, "a prefix whose addresses this node gives to its workloads (repeat; required)")
@@ -104,7 +108,7 @@ func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (printC
 	f.IntVar(&cfg.Conntrack, "conntrack", cfg.Conntrack, "size of the map of connections")
 	f.DurationVar(&cfg.IdleBinding, "idle-binding", cfg.IdleBinding, "give a binding back when it was not used for this long")
 	f.StringVar(&raw.level, "log-level", raw.level, "debug, info, warn or error")
-	return printConfig
+	return printConfig, cleanup
 }
 
 // agentFlags are the flags that need parsing.

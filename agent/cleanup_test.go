@@ -1,0 +1,41 @@
+package agent
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+	"go.uber.org/zap"
+)
+
+func TestCleanup(t *testing.T) {
+	n := newNode(t)
+	n.veth("a0")
+	l := n.mustStart()
+	n.run(l, app("a0", "10.1.1.2"))
+	if err := Cleanup(t.Context(), n.cfg, zap.NewNop()); err == nil {
+		t.Fatal("cleaned up under a running agent")
+	}
+	n.crash(l)
+	if err := Cleanup(t.Context(), n.cfg, zap.NewNop()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(n.cfg.PinDir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the pins are there still: %v", err)
+	}
+	if _, err := netlink.LinkByName("a0"); err != nil {
+		t.Errorf("the workload's device went too: %v", err)
+	}
+	// Again, and a start after it: both find nothing.
+	if err := Cleanup(t.Context(), n.cfg, zap.NewNop()); err != nil {
+		t.Errorf("a second time: %v", err)
+	}
+	l = n.mustStart()
+	defer n.crash(l)
+	if len(l.endpoints) != 0 {
+		t.Errorf("%d endpoints after a cleanup", len(l.endpoints))
+	}
+	n.run(l, app("a0", "10.1.1.2"))
+}
