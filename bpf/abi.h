@@ -101,6 +101,7 @@ enum pc_endpoint_flag {
 	PC_EP_ENFORCE_EGRESS = 2, /* its egress is under policy */
 	PC_EP_CHECK_MAC = 4, /* anti-spoofing looks at the MAC too */
 	PC_EP_STRICT_TCP = 8, /* a TCP flow must begin with a SYN */
+	PC_EP_FORWARDS = 32, /* it also sends and receives under the addresses in `sources` */
 };
 
 /* Map `endpoints`: ifindex (u32) of the host side of the veth -> this.
@@ -121,6 +122,26 @@ struct pc_endpoint {
 	__u8 pad[2];
 	__u8 uid[16];	    /* of the workload */
 	__u8 pad2[4];
+};
+
+/*
+ * Map `sources`: LPM trie: further addresses of an endpoint with PC_EP_FORWARDS
+ * (a router, a VPN gateway). What it sends from them, and what comes for them, is
+ * judged under the endpoint's policy; ARP and neighbour discovery never speak of
+ * them. To the rest of the node they are what the ranges and bindings say of
+ * them: for a workload of the same node to be reached from them, the device of
+ * the forwarding endpoint must be in `uplinks`.
+ */
+struct pc_source_key {
+	__u32 prefixlen; /* 32 + bits of addr; an IPv4 prefix of n bits is 32 + 96 + n */
+	__u32 endpoint;	 /* id: never reused, so no other endpoint inherits the entry */
+	struct pc_addr addr;
+};
+
+enum pc_source_flag { PC_SOURCE_ALLOW = 1 };
+
+struct pc_source {
+	__u32 flags; /* enum pc_source_flag; 0: not this prefix, though a shorter one */
 };
 
 /* ---- bindings, slots, leases ---------------------------------------- */
@@ -465,6 +486,7 @@ _Static_assert(sizeof(struct pc_binding) == 16, "pc_binding");
 _Static_assert(sizeof(struct pc_slot) == 64, "pc_slot");
 _Static_assert(sizeof(struct pc_slot_cold) == 136, "pc_slot_cold");
 _Static_assert(sizeof(struct pc_range_key) == 20, "pc_range_key");
+_Static_assert(sizeof(struct pc_source_key) == 24, "pc_source_key");
 _Static_assert(sizeof(struct pc_policy_key) == 16, "pc_policy_key");
 _Static_assert(sizeof(struct pc_policy) == 8, "pc_policy");
 _Static_assert(sizeof(struct pc_ct_key) == 40, "pc_ct_key");

@@ -31,7 +31,7 @@ inline_always int judge_from(struct __sk_buff *skb, struct pc_life *l, const str
 	if (l->p.kind == KIND_ARP || l->p.kind == KIND_ND || l->p.kind == KIND_GROUP)
 		return neighbour_from_workload(skb, l);
 	/* I1: no packet leaves under an address that is not the sender's. */
-	if (!endpoint_owns(ep, &l->p.src, l->p.is6))
+	if (!endpoint_side(ep, l, PC_DIR_EGRESS))
 		return PC_REASON_SPOOFED;
 	if (l->p.kind == KIND_FRAGMENT)
 		return fragment_follow(skb, l);
@@ -49,7 +49,7 @@ inline_always int judge_to(struct __sk_buff *skb, struct pc_life *l, const struc
 	if (l->p.kind == KIND_GROUP) /* the same; it asks everybody, never one */
 		return addr_multicast(&l->p.dst) ? PC_REASON_NONE : PC_REASON_UNSUPPORTED;
 	/* Conntrack and policy speak of the endpoint's own addresses. */
-	if (!endpoint_owns(ep, &l->p.dst, l->p.is6) && !addr_multicast(&l->p.dst))
+	if (!endpoint_side(ep, l, PC_DIR_INGRESS) && !addr_multicast(&l->p.dst))
 		return PC_REASON_UNSUPPORTED;
 	if (l->p.kind == KIND_FRAGMENT)
 		return fragment_follow(skb, l);

@@ -60,6 +60,7 @@ const (
 	EPEnforceEgress  EndpointFlag = 2
 	EPCheckMac       EndpointFlag = 4
 	EPStrictTcp      EndpointFlag = 8
+	EPForwards       EndpointFlag = 32
 )
 
 // EndpointState is enum pc_endpoint_state.
@@ -358,6 +359,14 @@ func (x Reason) String() string {
 	return "Reason(" + strconv.FormatUint(uint64(x), 10) + ")"
 }
 
+// SourceFlag is enum pc_source_flag.
+type SourceFlag uint32
+
+// The values of enum pc_source_flag.
+const (
+	SourceAllow SourceFlag = 1
+)
+
 // Verdict is enum pc_verdict.
 type Verdict uint32
 
@@ -567,6 +576,18 @@ type SlotCold struct {
 	OwnerBoot    [16]uint8
 	IdentityHash [32]uint8
 	Owner        [64]uint8
+}
+
+// Source is struct pc_source, 4 bytes.
+type Source struct {
+	Flags uint32
+}
+
+// SourceKey is struct pc_source_key, 24 bytes.
+type SourceKey struct {
+	Prefixlen uint32
+	Endpoint  uint32
+	Addr      Addr
 }
 
 // State is struct pc_state, 64 bytes.

@@ -43,6 +43,28 @@ inline_always int endpoint_owns(const struct pc_endpoint *ep, const struct pc_ad
 	return !addr_zero(own) && addr_equal(own, a);
 }
 
+/* Is the packet's near address one that the endpoint forwards for? */
+separate int source_allowed(struct pc_life *l)
+{
+	struct pc_source_key key = { .prefixlen = 32 + 128 };
+	const struct pc_source *s;
+
+	if (!l)
+		return 0;
+	key.endpoint = l->id;
+	key.addr = *life_local(l, l->dir);
+	s = bpf_map_lookup_elem(&sources, &key);
+	return s && (READ_ONCE(s->flags) & PC_SOURCE_ALLOW);
+}
+
+/* The address that the packet has on the endpoint's side must be its own. */
+inline_always int endpoint_side(const struct pc_endpoint *ep, struct pc_life *l, int dir)
+{
+	if (endpoint_owns(ep, life_local(l, dir), l->p.is6))
+		return 1;
+	return unlikely(l->ep_flags & PC_EP_FORWARDS) && source_allowed(l);
+}
+
 inline_always int endpoint_enforces(const struct pc_life *l, int dir)
 {
 	return l->ep_flags & (dir == PC_DIR_EGRESS ? PC_EP_ENFORCE_EGRESS : PC_EP_ENFORCE_INGRESS);
