@@ -30,9 +30,14 @@ import (
 
 // adoptSlots restores the table of slots and the numbers in them.
 func (l *loop) adoptSlots() error {
-	wanted := map[identity.Hash]bool{}
+	wanted, holders := map[identity.Hash]bool{}, map[identity.UID]bool{}
 	for _, s := range l.dp.Slots() {
 		wanted[s.Cold.IdentityHash] = true
+		holders[s.Cold.UID] = true
+	}
+	ports, err := l.store.loadPorts(func(uid identity.UID) bool { return holders[uid] })
+	if err != nil {
+		return err
 	}
 	known, err := l.store.loadIdentities(func(h identity.Hash) bool { return wanted[h] })
 	if err != nil {
@@ -44,10 +49,11 @@ func (l *loop) adoptSlots() error {
 	}
 	for _, w := range l.stored {
 		known[w.identity.Hash()] = w.identity
+		ports[w.uid] = w.ports
 	}
 	for i, s := range l.dp.Slots() {
 		id, ok := known[s.Cold.IdentityHash]
-		if !ok || l.adoptSlot(i, s, id) != nil {
+		if !ok || l.adoptSlot(i, s, id, ports[s.Cold.UID]) != nil {
 			if err := l.dp.ZeroSlot(i, s.Stamp, datapath.AddrFrom(s.IP)); err != nil {
 				return err
 			}
@@ -58,7 +64,7 @@ func (l *loop) adoptSlots() error {
 }
 
 // adoptSlot takes over one slot; on an error the caller zeroes it.
-func (l *loop) adoptSlot(slot uint32, s datapath.Slot, id identity.Identity) error {
+func (l *loop) adoptSlot(slot uint32, s datapath.Slot, id identity.Identity, ports []identity.NamedPort) error {
 	if s.Lease == ipcache.LeaseClassic && l.cfg.Evidence != ModeClassic {
 		return fmt.Errorf("slot %d is of mode classic", slot)
 	}
@@ -66,16 +72,14 @@ func (l *loop) adoptSlot(slot uint32, s datapath.Slot, id identity.Identity) err
 	if err := l.ids.Restore(n, id); err != nil {
 		return err
 	}
-	b := identity.Binding{IP: datapath.AddrFrom(s.IP), Generation: identity.Generation(s.Generation), UID: s.Cold.UID, Identity: id, Owner: cString(s.Cold.Owner[:])}
+	b := identity.Binding{IP: datapath.AddrFrom(s.IP), Generation: identity.Generation(s.Generation), UID: s.Cold.UID, Identity: id, Owner: cString(s.Cold.Owner[:]), Ports: ports}
 	if err := l.table.Restore(ipcache.Entry{Slot: slot, Stamp: s.Stamp, Lease: s.Lease, Binding: b, Hash: id.Hash(),
 		OwnerBoot: s.Cold.OwnerBoot, Evidence: identity.Evidence(s.Evidence)}); err != nil {
 		l.ids.Release(n)
 		return err
 	}
 	l.names.addIdentity(n, id)
-	// Of a remote workload the named ports are not known any more: rules that
-	// name them allow nothing there until it is confirmed again.
-	l.repo.AddPorts(s.Stamp, id, l.stored[s.Cold.UID].ports) // no endpoint is compiled yet
+	l.repo.AddPorts(s.Stamp, id, ports) // no endpoint is compiled yet
 	l.numerics[s.Stamp], l.installedAt[s.Stamp] = n, lease.Time(s.Installed)
 	return nil
 }

@@ -36,7 +36,7 @@ func Cleanup(ctx context.Context, cfg Config, log *zap.Logger) error {
 		return err
 	}
 	// Without the pins these tell of nothing.
-	for _, name := range []string{"workloads", "identities"} {
+	for _, name := range []string{"workloads", "identities", "ports"} {
 		if err := os.RemoveAll(filepath.Join(cfg.JournalDir, name)); err != nil {
 			return fmt.Errorf("cleanup: %w", err)
 		}

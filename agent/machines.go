@@ -154,6 +154,10 @@ func (l *loop) install(w lease.Install) error {
 		l.release(n)
 		return fmt.Errorf("remember the identity of %s: %w", w.Binding.IP, err)
 	}
+	if err := l.store.putPorts(w.Binding.UID, w.Binding.Ports); err != nil {
+		l.release(n)
+		return fmt.Errorf("remember the ports of %s: %w", w.Binding.IP, err)
+	}
 	if err := l.addPorts(w.Stamp, w.Binding); err != nil {
 		l.release(n)
 		return err

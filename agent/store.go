@@ -29,7 +29,9 @@ type store struct {
 	workloads  string // directory; a file per UID
 	identities string // file; a line per identity, appended
 	policies   string // directory; a file per policy
+	ports      string // file; a line per remote workload with named ports, appended
 	known      map[identity.Hash]bool
+	knownPorts map[identity.UID]bool
 	boot       identity.BootID
 }
 
@@ -56,7 +58,8 @@ type policyRecord struct {
 
 func openStore(journalDir, stateDir string, boot identity.BootID) (*store, error) {
 	s := &store{workloads: filepath.Join(journalDir, "workloads"), identities: filepath.Join(journalDir, "identities"),
-		policies: filepath.Join(stateDir, "policies"), known: map[identity.Hash]bool{}, boot: boot}
+		policies: filepath.Join(stateDir, "policies"), known: map[identity.Hash]bool{}, boot: boot,
+		ports: filepath.Join(journalDir, "ports"), knownPorts: map[identity.UID]bool{}}
 	for _, dir := range []string{s.workloads, s.policies} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("store: %w", err)
@@ -110,21 +113,65 @@ func (s *store) putIdentity(id identity.Identity) error {
 	if s.known[h] {
 		return nil
 	}
-	line, err := json.Marshal(id)
+	if err := appendLine(s.identities, id); err != nil {
+		return err
+	}
+	s.known[h] = true
+	return nil
+}
+
+// portsRecord is what is stored of a remote workload's named ports.
+type portsRecord struct {
+	UID   identity.UID         `json:"uid"`
+	Ports []identity.NamedPort `json:"ports"`
+}
+
+// putPorts remembers a remote workload's named ports, of which the kernel's
+// maps keep nothing.
+func (s *store) putPorts(uid identity.UID, ports []identity.NamedPort) error {
+	if len(ports) == 0 || s.knownPorts[uid] {
+		return nil
+	}
+	if err := appendLine(s.ports, portsRecord{uid, ports}); err != nil {
+		return err
+	}
+	s.knownPorts[uid] = true
+	return nil
+}
+
+// loadPorts returns the named ports by workload, and keeps only those that
+// keep wants.
+func (s *store) loadPorts(keep func(identity.UID) bool) (map[identity.UID][]identity.NamedPort, error) {
+	out := map[identity.UID][]identity.NamedPort{}
+	data, err := os.ReadFile(s.ports)
+	if err := ignoreMissing(err); err != nil {
+		return nil, fmt.Errorf("store: %w", err)
+	}
+	var kept strings.Builder
+	for _, line := range strings.Split(string(data), "\n") {
+		var r portsRecord
+		if json.Unmarshal([]byte(line), &r) != nil || !keep(r.UID) || s.knownPorts[r.UID] {
+			continue
+		}
+		out[r.UID], s.knownPorts[r.UID] = r.Ports, true
+		kept.WriteString(line + "\n")
+	}
+	return out, writeFile(s.ports, []byte(kept.String()), false)
+}
+
+// appendLine appends one value to a file of JSON lines.
+func appendLine(path string, v any) error {
+	line, err := json.Marshal(v)
 	if err != nil {
 		return err
 	}
-	f, err := os.OpenFile(s.identities, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
 	}
 	// A line of its own also after one that a crash cut off.
 	_, err = f.Write(append(append([]byte{'\n'}, line...), '\n'))
-	if err := errors.Join(err, f.Close()); err != nil {
-		return err
-	}
-	s.known[h] = true
-	return nil
+	return errors.Join(err, f.Close())
 }
 
 // loadIdentities returns the identities by hash, and keeps only those that
