@@ -56,6 +56,8 @@ func (o *ClassicOwner) Step(now Time, in OwnerInput) []OwnerOutput {
 		o.add(now, in.Add, in.Generation)
 	case Delete:
 		o.delete(in.UID)
+	case Relabel:
+		o.relabel(now, in)
 	case Leave, OwnerTick, JournalFailed:
 	}
 	return o.out

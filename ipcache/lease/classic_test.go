@@ -78,3 +78,23 @@ func TestClassic(t *testing.T) {
 		t.Fatalf("%+v", s)
 	}
 }
+
+// A relabelled workload is announced anew, without a wait.
+func TestClassicRelabel(t *testing.T) {
+	o, err := lease.NewClassicOwner(newOwner(t, nil).cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := lease.Time(time.Hour)
+	one[lease.Rejected](t, o.Step(now, lease.Relabel{UID: w0, Identity: y2}))
+	gen := one[lease.Activate](t, o.Step(now, lease.Add{UID: w0, IPs: addrs(ip1), Identity: y1})).Generation
+	o.Step(now, lease.StreamAccepted{Stream: 1, Verifier: "v"})
+	out := o.Step(now, lease.Relabel{UID: w0, Identity: y2})
+	if w := one[lease.Withdraw](t, out); w.Generation != gen {
+		t.Errorf("withdrawn: %+v, want generation %d", w, gen)
+	}
+	a, b := one[lease.Activate](t, out), one[lease.Announce](t, out)
+	if a.Generation <= gen || b.Binding.Generation != a.Generation || !b.Binding.Identity.Equal(y2) {
+		t.Errorf("activated %+v, announced %+v", a, b)
+	}
+}

@@ -51,6 +51,15 @@ type (
 	// discarded. The time of the step is read after that.
 	// A UID that is not held changes nothing.
 	Delete struct{ UID identity.UID }
+	// Relabel: a workload has another identity, or other named ports, from
+	// now on. As for Delete, its gate is closed before: its former bindings
+	// end, and an Activate tells when it has new ones. In mode prompt that is
+	// in the same step. Rejected when it is not known or about to leave.
+	Relabel struct {
+		UID      identity.UID
+		Identity identity.Identity
+		Ports    []identity.NamedPort
+	}
 
 	// Leave: planned restart: announce Going on every stream.
 	Leave struct{}
@@ -88,7 +97,8 @@ type (
 		UID identity.UID
 		Why string
 	}
-	// Rejected: an Add was not taken up; the endpoint stays quarantined.
+	// Rejected: an Add or Relabel was not taken up; the endpoint stays
+	// quarantined.
 	Rejected struct {
 		UID identity.UID
 		Why string
@@ -158,6 +168,7 @@ const (
 	LogExpiry      LogKind = "expiry"      // owner: a grant's deadline passed
 	LogQuarantine  LogKind = "quarantine"  // owner: an endpoint waits
 	LogActivation  LogKind = "activation"  // owner: an endpoint may send and receive
+	LogRelabel     LogKind = "relabel"     // owner: a live workload got another identity; Reason: the mode and the former one
 	LogRelease     LogKind = "release"     // a grant was given back
 	LogRenewalGap  LogKind = "renewal-gap" // verifier: a lease ran out with bindings on it
 	LogSessionUp   LogKind = "session-up"
@@ -170,6 +181,7 @@ func (VerifierGone) isOwnerInput()   {}
 func (Add) isOwnerInput()            {}
 func (Adopt) isOwnerInput()          {}
 func (Delete) isOwnerInput()         {}
+func (Relabel) isOwnerInput()        {}
 func (Leave) isOwnerInput()          {}
 func (OwnerTick) isOwnerInput()      {}
 func (JournalFailed) isOwnerInput()  {}

@@ -59,6 +59,8 @@ type OwnerConfig struct {
 	// boot, so a missing journal means that there was nothing to write. It
 	// is never a default: wrong, it breaks I1.
 	FreshRanges bool
+	// Relabel is when a relabelled workload has its IPs again.
+	Relabel RelabelMode
 }
 
 // JournalState tells what became of the journal of the process before.
@@ -78,8 +80,9 @@ const (
 //	none ────▶ quarantined ────────────────────────────────────▶ active
 //	 ▲  ▲          │  ▲                                            │ │
 //	 │  └──────────┘  └────────────────────────────────────────────┘ │
-//	 │   Delete, or           JournalFailed(bound): undone           │
-//	 │   another Add of its IP                   another Add of its IP
+//	 │   Delete, or           Relabel;                               │
+//	 │   another Add of its IP  JournalFailed(bound): undone         │
+//	 │                                           another Add of its IP
 //	 │                                                               ▼
 //	 └────────────────────────────────────────────────────────── leaving
 //	                        Delete (from active too)
@@ -165,6 +168,7 @@ type workload struct {
 	added   Time
 	adopted bool
 	retry   Time // not activated before: the journal failed
+	prompt  bool // relabelled while it was active, and waits for nobody
 }
 
 // address is what is remembered of one of this node's IPs.
@@ -263,6 +267,8 @@ func NewOwner(cfg OwnerConfig, now Time) (*Owner, error) {
 		return nil, fmt.Errorf("lease: reuse margin %v is less than 1.25 x the flight bound %v", cfg.ReuseMargin, cfg.Flight)
 	case cfg.Journal < JournalPresent || cfg.Journal > JournalMissing:
 		return nil, errors.New("lease: what became of the journal must be said")
+	case cfg.Relabel > RelabelStrict:
+		return nil, errors.New("lease: unknown relabel mode")
 	}
 	o := &Owner{
 		cfg: cfg, start: now, now: now, lastGen: cfg.LastGeneration,
@@ -306,6 +312,8 @@ func (o *Owner) Step(now Time, in OwnerInput) []OwnerOutput {
 		o.adopt(in)
 	case Delete:
 		o.delete(in.UID)
+	case Relabel:
+		o.relabel(in)
 	case Leave:
 		o.leave()
 	case JournalFailed:
@@ -317,9 +325,7 @@ func (o *Owner) Step(now Time, in OwnerInput) []OwnerOutput {
 		o.activate()
 		o.sweep()
 	}
-	for _, r := range o.soft {
-		o.emit(Journal{r})
-	}
+	o.sayEnds()
 	o.setTimer()
 	o.last = o.out
 	return o.out

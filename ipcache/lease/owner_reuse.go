@@ -139,6 +139,11 @@ func (o *Owner) end(a *address, gen identity.Generation, uid identity.UID, at Ti
 // ReuseMargin passes, so that packets under way are gone.
 func (o *Owner) openAt(w *workload) (Time, bool) {
 	t := w.retry
+	if w.prompt {
+		// It had its IPs, free of everybody's leases but those on itself:
+		// the exception to I1 that mode prompt is.
+		return t, true
+	}
 	if o.coldUntil != 0 {
 		t = later(t, o.coldUntil.Add(o.cfg.ReuseMargin))
 	}
