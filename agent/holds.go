@@ -19,7 +19,7 @@ func (l *loop) held(r hold.Record) {
 	e := l.byEndpointID[r.Endpoint]
 	if e == nil || e.state != abi.EPActive {
 		// Its endpoint ended, or waits, since the kernel copied it.
-		l.dp.ReleaseHold(r.HoldIndex)
+		l.dp.ReleaseHold(r.HoldIndex, r.Source)
 		l.countDrops(hold.Ended{Record: r, Why: abi.ReasonQuarantined})
 		return
 	}

@@ -6,6 +6,8 @@ import (
 	"math/bits"
 
 	"go.uber.org/zap"
+
+	"portcullis/bpf/abi"
 )
 
 // Config sizes the maps. Sizes are fixed when the pins are made; 0 takes the
@@ -23,7 +25,10 @@ type Config struct {
 	EventBytes int // of the ring of events; a power of two; default 1 MiB
 
 	HoldPerEndpoint int // packets outstanding; default 64
+	HoldPerSource   int // of one remote address, or of one endpoint's calls to one; default 16
 	HoldTotal       int // default 4096
+
+	ConntrackPerEndpoint int // flows that one endpoint may open; default a quarter of Conntrack
 
 	// MarkMask are the bits of skb->mark in which our marks stand, at least
 	// 16 of them. The default is all: a packet is ours only if the whole mark
@@ -50,12 +55,13 @@ func (c Config) withDefaults() (Config, error) {
 		{"bindings", &c.Bindings, 65536}, {"conntrack", &c.Conntrack, 131072}, {"endpoints", &c.Endpoints, 1024},
 		{"leases", &c.Leases, 4096}, {"policy", &c.Policy, 65536}, {"ranges", &c.Ranges, 4096},
 		{"held bytes", &c.HeldBytes, 8 << 20}, {"event bytes", &c.EventBytes, 1 << 20},
-		{"hold per endpoint", &c.HoldPerEndpoint, 64}, {"hold total", &c.HoldTotal, 4096},
+		{"hold per endpoint", &c.HoldPerEndpoint, 64}, {"hold per source", &c.HoldPerSource, 16}, {"hold total", &c.HoldTotal, 4096},
 	} {
 		if *f.v == 0 {
 			*f.v = f.def
 		}
-		if *f.v < 0 || *f.v > math.MaxInt32 {
+		// Not 0 either, which switches some of these limits off.
+		if *f.v <= 0 || *f.v > math.MaxInt32 {
 			return c, fmt.Errorf("%s: %d is out of range", f.name, *f.v)
 		}
 	}
@@ -63,6 +69,12 @@ func (c Config) withDefaults() (Config, error) {
 		if v < 4096 || bits.OnesCount(uint(v)) != 1 {
 			return c, fmt.Errorf("%s: %d is not a power of two of at least 4096", name, v)
 		}
+	}
+	if c.ConntrackPerEndpoint == 0 {
+		c.ConntrackPerEndpoint = max(1, c.Conntrack/4)
+	}
+	if c.ConntrackPerEndpoint < 0 || c.ConntrackPerEndpoint > c.Conntrack {
+		return c, fmt.Errorf("conntrack per endpoint: %d is not in 1..%d, the size of all", c.ConntrackPerEndpoint, c.Conntrack)
 	}
 	if c.MarkMask == 0 {
 		c.MarkMask = math.MaxUint32
@@ -79,8 +91,9 @@ func (c Config) withDefaults() (Config, error) {
 // maxEntries returns the sizes of the maps that Config sets.
 func (c Config) maxEntries() map[string]uint32 {
 	return map[string]uint32{
-		"endpoints": uint32(c.Endpoints), "hold_quota": uint32(c.Endpoints) + 1, // index 0 counts all
-		"bindings": uint32(c.Bindings), "slots": uint32(c.Bindings) + 1, "slots_cold": uint32(c.Bindings) + 1, // slot 0 stays empty
+		"endpoints": uint32(c.Endpoints), "hold_quota": uint32(c.Endpoints) + 1, "ct_budget": uint32(c.Endpoints) + 1, // index 0 counts all
+		"fragments": (uint32(c.Endpoints) + 1) * uint32(abi.FragmentsPerEndpoint),                              // of each index, its part
+		"bindings":  uint32(c.Bindings), "slots": uint32(c.Bindings) + 1, "slots_cold": uint32(c.Bindings) + 1, // slot 0 stays empty
 		"leases": uint32(c.Leases), "policy": uint32(c.Policy), "ranges": uint32(c.Ranges),
 		"conntrack": uint32(c.Conntrack), "held": uint32(c.HeldBytes), "events": uint32(c.EventBytes),
 	}

@@ -64,6 +64,8 @@ func (d *Datapath) SweepConntrack(now int64) (SweepStats, error) {
 	if err != nil {
 		return stats, err
 	}
+	d.countFragments(judges, now)
+	counts := d.beginBudgets()
 	m := d.coll.Maps["conntrack"]
 	used := map[netip.Addr]bool{}
 	keys, values := make([]ctKey, sweepBatch), make([]ctValue, sweepBatch)
@@ -79,9 +81,12 @@ func (d *Datapath) SweepConntrack(now int64) (SweepStats, error) {
 			return stats, mapError("sweep", "conntrack", err)
 		}
 		for i := range n {
-			d.sweepOne(m, &keys[i], &values[i], now, judges, used, &stats)
+			if d.sweepOne(m, &keys[i], &values[i], now, judges, used, &stats) {
+				counts.left(decodeCT(&values[i]).Budget)
+			}
 		}
 	}
+	d.endBudgets(counts)
 	for ip := range used {
 		stats.Used = append(stats.Used, ip)
 	}
@@ -90,12 +95,13 @@ func (d *Datapath) SweepConntrack(now int64) (SweepStats, error) {
 	return stats, nil
 }
 
-func (d *Datapath) sweepOne(m *ebpf.Map, key *ctKey, value *ctValue, now int64, judges map[uint32]bool, used map[netip.Addr]bool, stats *SweepStats) {
+// sweepOne looks at one entry, and reports whether it is left in the map.
+func (d *Datapath) sweepOne(m *ebpf.Map, key *ctKey, value *ctValue, now int64, judges map[uint32]uint32, used map[netip.Addr]bool, stats *SweepStats) bool {
 	stats.Entries++
 	k, ct := (*abi.CTKey)(unsafe.Pointer(key)), decodeCT(value)
 	judged, standing := false, false
 	for _, j := range ct.Judgement {
-		if !judges[j.Endpoint] {
+		if _, ok := judges[j.Endpoint]; !ok {
 			continue
 		}
 		judged = true
@@ -125,23 +131,25 @@ func (d *Datapath) sweepOne(m *ebpf.Map, key *ctKey, value *ctValue, now int64, 
 		dead = false
 	}
 	if now-int64(ct.LastSeen) < int64(life) {
-		return
+		return true
 	}
 	// A packet may have renewed it since it was read: look again, so that no
 	// live flow loses its entry (but for the microsecond until the delete; its
 	// next packet is then judged as a first one).
 	var again ctValue
 	if err := m.Lookup(key, &again); err != nil || decodeCT(&again).LastSeen != ct.LastSeen {
-		return
+		return err == nil
 	}
 	switch err := m.Delete(key); {
 	case err != nil && !errors.Is(err, ebpf.ErrKeyNotExist):
 		stats.Failed++
+		return true
 	case dead:
 		stats.Dead++
 	default:
 		stats.Expired++
 	}
+	return false
 }
 
 func decodeCT(v *ctValue) (ct abi.CT) {
@@ -149,10 +157,13 @@ func decodeCT(v *ctValue) (ct abi.CT) {
 	return ct
 }
 
+// Types of protocols that x/sys has no name for.
+const protoSCTP = 132
+
 func lifetime(proto uint8, flags abi.CTFlag) time.Duration {
 	replied := flags&abi.CTSeenReply != 0
 	switch proto {
-	case unix.IPPROTO_TCP:
+	case unix.IPPROTO_TCP, protoSCTP: // SCTP sets the same flags
 		const fin = abi.CTFinForward | abi.CTFinReply
 		switch {
 		case flags&abi.CTRst != 0 || flags&fin == fin:
@@ -174,15 +185,15 @@ func lifetime(proto uint8, flags abi.CTFlag) time.Duration {
 	return lifeOther
 }
 
-// judges returns the ids of the endpoints.
-func (d *Datapath) judges() (map[uint32]bool, error) {
-	out := map[uint32]bool{}
+// judges returns the ids of the endpoints, with their hold indices.
+func (d *Datapath) judges() (map[uint32]uint32, error) {
+	out := map[uint32]uint32{}
 	var ifindex uint32
 	var ep abi.Endpoint
 	it := d.coll.Maps["endpoints"].Iterate()
 	for it.Next(&ifindex, &ep) {
 		if ep.ID != 0 {
-			out[ep.ID] = true
+			out[ep.ID] = ep.HoldIndex
 		}
 	}
 	if err := it.Err(); err != nil {

@@ -43,6 +43,9 @@ type Datapath struct {
 	quota array[abi.HoldQuota]
 	state array[abi.State]
 
+	sources array[abi.HoldQuota]
+	budget  array[abi.CTBudget]
+
 	emptied map[uint32]int64                        // slot -> CLOCK_BOOTTIME when it was emptied; until it is filled again
 	sets    map[uint32]map[abi.PolicyKey]abi.Policy // what the map `policy` holds
 	doomed  []doomedSet                             // to be removed, oldest first
@@ -50,6 +53,11 @@ type Datapath struct {
 	drops     [abi.DirMax][abi.ReasonMax]atomic.Uint64 // decided in user space
 	sweepMu   sync.Mutex
 	lastSweep int64 // guarded by sweepMu
+
+	policies  atomic.Int64 // entries in `policy`
+	ranges    atomic.Int64 // entries in `ranges`
+	nobodys   atomic.Int64 // conntrack entries that no endpoint's budget counts, at the last sweep
+	fragments atomic.Int64 // datagrams under way of the endpoint that has most, at the last sweep
 }
 
 // Open loads the programs and pins them, or adopts what an earlier agent has
@@ -192,9 +200,14 @@ func (d *Datapath) spec() (*ebpf.CollectionSpec, error) {
 	if d.reinject, d.turn, err = newMarks(d.cfg.MarkMask); err != nil {
 		return nil, err
 	}
+	var key uint64
+	if key, err = randomKey(); err != nil {
+		return nil, err
+	}
 	constants := map[string]any{
 		"mark_mask": d.cfg.MarkMask, "reinject_mark": d.reinject, "turn_mark": d.turn,
 		"hold_per_endpoint": uint32(d.cfg.HoldPerEndpoint), "hold_total": uint32(d.cfg.HoldTotal),
+		"hold_per_source": uint32(d.cfg.HoldPerSource), "hold_key": key, "ct_per_endpoint": uint32(d.cfg.ConntrackPerEndpoint),
 		"default_evidence": uint32(abi.EvidenceLease), "classic": uint32(0),
 	}
 	if d.cfg.Classic {
@@ -227,6 +240,14 @@ func newMarks(mask uint32) (reinject, turn uint32, err error) {
 	return 0, 0, fmt.Errorf("no two marks fit into the mask %#x", mask)
 }
 
+func randomKey() (uint64, error) {
+	var b [8]byte
+	if _, err := rand.Read(b[:]); err != nil {
+		return 0, fmt.Errorf("random key: %w", err)
+	}
+	return binary.NativeEndian.Uint64(b[:]), nil
+}
+
 func (d *Datapath) mapArrays() (err error) {
 	m := d.coll.Maps
 	if d.slots, err = mapArray[abi.Slot](m["slots"], "slots"); err != nil {
@@ -239,6 +260,12 @@ func (d *Datapath) mapArrays() (err error) {
 		return err
 	}
 	if d.quota, err = mapArray[abi.HoldQuota](m["hold_quota"], "hold_quota"); err != nil {
+		return err
+	}
+	if d.sources, err = mapArray[abi.HoldQuota](m["hold_sources"], "hold_sources"); err != nil {
+		return err
+	}
+	if d.budget, err = mapArray[abi.CTBudget](m["ct_budget"], "ct_budget"); err != nil {
 		return err
 	}
 	d.state, err = mapArray[abi.State](m["state"], "state")
@@ -268,7 +295,7 @@ func (d *Datapath) fixedLeases() {
 // Close gives back file descriptors and memory. The pins stay: enforcement
 // goes on, and leases run out at their deadlines.
 func (d *Datapath) Close() error {
-	err := errors.Join(d.slots.close(), d.cold.close(), d.lease.close(), d.quota.close(), d.state.close())
+	err := errors.Join(d.slots.close(), d.cold.close(), d.lease.close(), d.quota.close(), d.state.close(), d.sources.close(), d.budget.close())
 	if d.coll != nil {
 		d.coll.Close()
 		d.coll = nil

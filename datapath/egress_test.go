@@ -94,7 +94,7 @@ func TestTurnedPacketIsNotHeldAgain(t *testing.T) {
 	server, caller := l.udp(l.remote, remote4, 5000), l.udp(l.workload, workload4, 6000)
 	l.send(caller, remote4, 5000, "too early")
 	r := g.next(l)
-	d.ReleaseHold(r.HoldIndex)
+	d.ReleaseHold(r.HoldIndex, r.Source)
 	if err := in.Inject(r); err != nil && err != hold.ErrDropped {
 		t.Fatal(err)
 	}
@@ -195,7 +195,7 @@ func TestHeldConnectionOut(t *testing.T) {
 				select {
 				case r := <-g.records:
 					l.must(in.Inject(r))
-					d.ReleaseHold(r.HoldIndex)
+					d.ReleaseHold(r.HoldIndex, r.Source)
 				case sum := <-got:
 					if sum != sha256.Sum256(append(data, data...)) {
 						t.Error("the data was changed on its way")

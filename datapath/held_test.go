@@ -233,7 +233,7 @@ func TestGSOSegmentsAreHeldThenArrive(t *testing.T) {
 				select {
 				case r := <-g.records:
 					l.must(in.Inject(r))
-					d.ReleaseHold(r.HoldIndex)
+					d.ReleaseHold(r.HoldIndex, r.Source)
 				case sum := <-got:
 					if sum != sha256.Sum256(append(data, data...)) {
 						t.Error("the data was changed on its way")
@@ -388,7 +388,7 @@ func TestHoldQuotaOfTheKernel(t *testing.T) {
 	}
 	l.eventually("two overflow", func() bool { return dropped(l, d, abi.DirIngress, abi.ReasonHoldOverflow) == 2 })
 	for range 4 {
-		d.ReleaseHold(g.next(l).HoldIndex)
+		g.release(l)
 	}
 	if d.Outstanding(0) != 0 || d.Outstanding(1) != 0 {
 		t.Errorf("%d and %d outstanding", d.Outstanding(0), d.Outstanding(1))

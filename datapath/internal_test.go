@@ -33,10 +33,11 @@ func TestEscape(t *testing.T) {
 
 func TestConfigDefaults(t *testing.T) {
 	c, err := Config{PinDir: "/x"}.withDefaults()
-	if err != nil || c.Bindings != 65536 || c.HoldTotal != 4096 || c.MarkMask != 1<<32-1 || c.Log == nil {
+	if err != nil || c.Bindings != 65536 || c.HoldTotal != 4096 || c.HoldPerSource != 16 || c.ConntrackPerEndpoint != 32768 || c.MarkMask != 1<<32-1 || c.Log == nil {
 		t.Errorf("%+v, %v", c, err)
 	}
-	for _, bad := range []Config{{}, {PinDir: "/x", Bindings: -1}, {PinDir: "/x", HeldBytes: 5000}, {PinDir: "/x", EventBytes: 2048}, {PinDir: "/x", MarkMask: 1}} {
+	for _, bad := range []Config{{}, {PinDir: "/x", Bindings: -1}, {PinDir: "/x", HeldBytes: 5000}, {PinDir: "/x", EventBytes: 2048}, {PinDir: "/x", MarkMask: 1},
+		{PinDir: "/x", HoldPerSource: -1}, {PinDir: "/x", Conntrack: 8, ConntrackPerEndpoint: 9}} {
 		if _, err := bad.withDefaults(); err == nil {
 			t.Errorf("%+v: accepted", bad)
 		}

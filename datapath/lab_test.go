@@ -263,6 +263,13 @@ func (g *gate) next(l *lab) hold.Record {
 	}
 }
 
+// release gives the next held packet back, which is lost.
+func (g *gate) release(l *lab) {
+	l.t.Helper()
+	r := g.next(l)
+	g.d.ReleaseHold(r.HoldIndex, r.Source)
+}
+
 // eventually polls, as no event tells when a packet has been judged.
 func (l *lab) eventually(what string, ok func() bool) {
 	l.t.Helper()

@@ -55,7 +55,16 @@ func (d *Datapath) PutPolicy(set uint32, entries map[abi.PolicyKey]abi.Policy) e
 		d.sets[set] = have
 	}
 	maps.Copy(have, entries)
+	d.countPolicies()
 	return nil
+}
+
+func (d *Datapath) countPolicies() {
+	n := 0
+	for _, entries := range d.sets {
+		n += len(entries)
+	}
+	d.policies.Store(int64(n))
 }
 
 func allows(p abi.Policy) int {
@@ -80,6 +89,7 @@ func (d *Datapath) restorePolicy(keys []abi.PolicyKey, have map[abi.PolicyKey]ab
 
 // DeletePolicy removes entries. Keys that do not exist are no error.
 func (d *Datapath) DeletePolicy(keys []abi.PolicyKey) (err error) {
+	defer d.countPolicies()
 	keys = slices.SortedFunc(slices.Values(keys), func(a, b abi.PolicyKey) int {
 		// Narrow before widen: entries that allow first, a denial last.
 		return cmp.Compare(allows(d.sets[b.Set][b]), allows(d.sets[a.Set][a]))
@@ -152,6 +162,7 @@ func (d *Datapath) adoptPolicy() error {
 	if err := it.Err(); err != nil {
 		return mapError("adopt policy", "policy", err)
 	}
+	d.countPolicies()
 	used := map[uint32]bool{}
 	var ifindex uint32
 	var ep abi.Endpoint
@@ -227,6 +238,7 @@ func (d *Datapath) SetRanges(want map[netip.Prefix]abi.Range) error {
 			return err
 		}
 	}
+	d.ranges.Store(int64(len(desired)))
 	return nil
 }
 

@@ -17,7 +17,8 @@ type HeldPacket struct {
 	Local     netip.Addr // the endpoint's address
 	Endpoint  uint32     // id of the endpoint that judges
 	Ifindex   uint32     // of the endpoint's veth, where the packet goes back
-	HoldIndex uint32     // the quota it was counted in
+	HoldIndex uint32     // the endpoint's quota that it was counted in
+	Source    uint32     // the source's; 0: none
 	GSOSize   uint16     // 0: not a GSO packet
 	GSOSegs   uint16
 	Direction abi.Direction
@@ -41,7 +42,7 @@ func parseHeld(b []byte) (HeldPacket, error) {
 	copy(unsafe.Slice((*byte)(unsafe.Pointer(&h)), heldHeader), b)
 	r := HeldPacket{
 		Arrival: int64(h.Arrival), Peer: AddrFrom(h.Peer), Local: AddrFrom(h.Local),
-		Endpoint: h.Endpoint, Ifindex: h.Ifindex, HoldIndex: h.HoldIndex,
+		Endpoint: h.Endpoint, Ifindex: h.Ifindex, HoldIndex: h.HoldIndex, Source: h.SourceIndex,
 		GSOSize: h.GsoSize, GSOSegs: h.GsoSegs,
 		Direction: abi.Direction(h.Direction), Proto: h.Proto, Reason: abi.Reason(h.Reason),
 		Sport: h.Sport, Dport: h.Dport,

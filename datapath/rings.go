@@ -84,7 +84,7 @@ func (d *Datapath) Held(ctx context.Context, f func(HeldPacket)) error {
 			// Dropped: nothing of it may be sent. The packet was taken off the
 			// stack, so it is lost, and counted.
 			d.log().Error("a held packet cannot be understood", zap.Error(err))
-			d.ReleaseHold(p.HoldIndex)
+			d.ReleaseHold(p.HoldIndex, p.Source)
 			d.CountDrop(p.Direction, abi.ReasonMalformed)
 			continue
 		}
@@ -105,9 +105,11 @@ func (d *Datapath) emptyHeld(rd *ringbuf.Reader) error {
 	if err := d.drainHeld(rd); err != nil {
 		return err
 	}
-	for i := uint32(0); i < d.quota.n; i++ {
-		q := d.quota.at(i)
-		atomic.StoreUint64(&q.Out, atomic.LoadUint64(&q.In))
+	for _, a := range []*array[abi.HoldQuota]{&d.quota, &d.sources} {
+		for i := range a.n {
+			q := a.at(i)
+			atomic.StoreUint64(&q.Out, atomic.LoadUint64(&q.In))
+		}
 	}
 	return nil
 }
@@ -148,9 +150,13 @@ func barrier() error {
 	return nil
 }
 
-// ReleaseHold gives one ended hold back to the quota of its index, and to that
-// of all. Safe for concurrent use.
-func (d *Datapath) ReleaseHold(index uint32) {
+// ReleaseHold gives one ended hold back to the quota of its endpoint, of its
+// source (HeldPacket.HoldIndex and Source), and to that of all. Safe for
+// concurrent use.
+func (d *Datapath) ReleaseHold(index, source uint32) {
+	if source != 0 && source < d.sources.n {
+		atomic.AddUint64(&d.sources.at(source).Out, 1)
+	}
 	if index != 0 && index < d.quota.n {
 		atomic.AddUint64(&d.quota.at(index).Out, 1)
 	}

@@ -21,7 +21,7 @@ type Ended struct {
 // Limits bound a Queue. 0 takes the default.
 type Limits struct {
 	PerEndpoint int           // packets per local endpoint; default 64
-	PerSource   int           // packets per peer IP; default 16
+	PerSource   int           // packets per peer IP, at from_workload also per endpoint; default 16
 	Total       int           // packets; default 4096
 	Bytes       int           // of packets; default 64 MiB
 	Timeout     time.Duration // from arrival at the hook; default 1 s
@@ -49,10 +49,11 @@ func (l Limits) withDefaults() Limits {
 // back to the kernel's quota.
 type Queue struct {
 	limits   Limits
-	giveBack func(holdIndex uint32)
+	giveBack func(holdIndex, source uint32)
 
 	byIP       map[netip.Addr]*waiting
 	byEndpoint map[uint32]int // packets; an entry of 0 is deleted
+	bySource   map[source]int // the same
 	first      *entry         // of all, oldest Add first
 	last       *entry
 	packets    int
@@ -72,10 +73,26 @@ type entry struct {
 }
 
 // NewQueue returns an empty queue. giveBack is called once for each hold that
-// ends, with its hold index (datapath.ReleaseHold in the product); it must not
+// ends, with its hold index and source (datapath.ReleaseHold in the product); it must not
 // fail and must not call the queue.
-func NewQueue(l Limits, giveBack func(holdIndex uint32)) *Queue {
-	return &Queue{limits: l.withDefaults(), giveBack: giveBack, byIP: map[netip.Addr]*waiting{}, byEndpoint: map[uint32]int{}}
+func NewQueue(l Limits, giveBack func(holdIndex, source uint32)) *Queue {
+	return &Queue{limits: l.withDefaults(), giveBack: giveBack, byIP: map[netip.Addr]*waiting{},
+		byEndpoint: map[uint32]int{}, bySource: map[source]int{}}
+}
+
+// source is whose packets share a limit: a remote address; and of what
+// workloads send, each workload's calls to one address, so that one cannot use
+// up another's.
+type source struct {
+	peer     netip.Addr
+	endpoint uint32 // 0 at to_workload
+}
+
+func sourceOf(r *Record) source {
+	if r.Direction == abi.DirEgress {
+		return source{r.Peer, r.Endpoint}
+	}
+	return source{peer: r.Peer}
 }
 
 // Len returns how many packets are held.
@@ -92,8 +109,8 @@ func (q *Queue) Add(rec Record) (ask bool, dropped *Ended) {
 	w := q.byIP[rec.Peer]
 	if q.packets >= q.limits.Total || q.bytes+len(rec.Packet) > q.limits.Bytes ||
 		q.byEndpoint[rec.Endpoint] >= q.limits.PerEndpoint ||
-		w != nil && len(w.entries) >= q.limits.PerSource {
-		q.giveBack(rec.HoldIndex)
+		q.bySource[sourceOf(&rec)] >= q.limits.PerSource {
+		q.giveBack(rec.HoldIndex, rec.Source)
 		return false, &Ended{Record: rec, Why: abi.ReasonHoldOverflow}
 	}
 	if w == nil {
@@ -111,6 +128,7 @@ func (q *Queue) Add(rec Record) (ask bool, dropped *Ended) {
 	q.packets++
 	q.bytes += len(rec.Packet)
 	q.byEndpoint[rec.Endpoint]++
+	q.bySource[sourceOf(&rec)]++
 	return len(w.entries) == 1, nil
 }
 
@@ -245,7 +263,11 @@ func (q *Queue) end(e *entry) {
 	if q.byEndpoint[e.rec.Endpoint]--; q.byEndpoint[e.rec.Endpoint] == 0 {
 		delete(q.byEndpoint, e.rec.Endpoint)
 	}
-	q.giveBack(e.rec.HoldIndex)
+	s := sourceOf(&e.rec)
+	if q.bySource[s]--; q.bySource[s] == 0 {
+		delete(q.bySource, s)
+	}
+	q.giveBack(e.rec.HoldIndex, e.rec.Source)
 }
 
 // aReason keeps a drop from having none (I6).

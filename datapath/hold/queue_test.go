@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -13,7 +14,7 @@ import (
 func ip(i int) netip.Addr { return netip.AddrFrom4([4]byte{10, 0, 0, byte(i)}) }
 
 func rec(peer, endpoint int, arrival int64) Record {
-	return Record{Peer: ip(peer), Endpoint: uint32(endpoint), HoldIndex: uint32(endpoint), Arrival: arrival, Packet: make([]byte, 60)}
+	return Record{Peer: ip(peer), Endpoint: uint32(endpoint), HoldIndex: uint32(endpoint), Direction: abi.DirIngress, Arrival: arrival, Packet: make([]byte, 60)}
 }
 
 // books checks what Queue promises: each record ends exactly once, and is then
@@ -29,7 +30,7 @@ type books struct {
 
 func newBooks(t *testing.T, l Limits) *books {
 	b := &books{t: t, out: map[uint32]int{}, added: map[uint32]int{}, open: map[uint16]Record{}}
-	b.q = NewQueue(l, func(i uint32) { b.out[i]++; b.released++ })
+	b.q = NewQueue(l, func(i, _ uint32) { b.out[i]++; b.released++ })
 	return b
 }
 
@@ -233,5 +234,31 @@ func TestQueueReasons(t *testing.T) {
 		if e.Why != want[i] {
 			t.Errorf("packet %d: %v, want %v", i, e.Why, want[i])
 		}
+	}
+}
+
+// What workloads send to one address shares no limit among them, and none with
+// what that address sends.
+func TestQueueSources(t *testing.T) {
+	var sources []uint32
+	q := NewQueue(Limits{PerSource: 2}, func(_, source uint32) { sources = append(sources, source) })
+	for i, tc := range []struct {
+		endpoint int
+		dir      abi.Direction
+		room     bool
+	}{
+		{1, abi.DirEgress, true}, {1, abi.DirEgress, true}, {1, abi.DirEgress, false}, {2, abi.DirEgress, true},
+		{1, abi.DirIngress, true}, {2, abi.DirIngress, true}, {3, abi.DirIngress, false}, {3, abi.DirEgress, true},
+	} {
+		r := rec(1, tc.endpoint, 1)
+		r.Direction, r.Source = tc.dir, uint32(100+i)
+		if _, drop := q.Add(r); (drop == nil) != tc.room {
+			t.Errorf("packet %d: dropped %v", i, drop)
+		}
+	}
+	q.Answer(ip(1), 0)
+	want := []uint32{102, 106, 100, 101, 103, 104, 105, 107}
+	if !slices.Equal(sources, want) || len(q.bySource) != 0 {
+		t.Errorf("given back %v, want %v; %d sources left", sources, want, len(q.bySource))
 	}
 }

@@ -1,0 +1,145 @@
+package datapath
+
+import (
+	"math"
+	"sync/atomic"
+
+	"portcullis/bpf/abi"
+)
+
+// Pressure says how full a table of the kernel is. What does not fit is
+// dropped or refused, counted, and never let through.
+type Pressure struct {
+	Name     string
+	Used     uint64
+	Capacity uint64
+}
+
+// Pressure returns how full everything is that has a limit, always in the same
+// order:
+//
+//	endpoints, bindings, policy, ranges
+//	conntrack           flows; without those that a sweep has not counted yet
+//	conntrack-endpoint  flows of the endpoint that has opened most
+//	fragments           datagrams under way of the endpoint that has most, at the last sweep
+//	held                packets
+//	held-endpoint       packets of the endpoint that has most
+//	held-source         packets of the source that has most
+//
+// It takes a millisecond at most, and is safe for concurrent use.
+func (d *Datapath) Pressure() ([]Pressure, error) {
+	judges, err := d.judges()
+	if err != nil {
+		return nil, err
+	}
+	slots := uint64(0)
+	for i := uint32(1); i < d.slots.n; i++ {
+		if atomic.LoadUint64(&d.slots.at(i).Stamp) != 0 {
+			slots++
+		}
+	}
+	flows, most := uint64(max(0, d.nobodys.Load())), uint64(0)
+	for i := range d.budget.n {
+		n := d.flows(i)
+		flows, most = flows+n, max(most, n)
+	}
+	return []Pressure{
+		{"endpoints", uint64(len(judges)), uint64(d.cfg.Endpoints)},
+		{"bindings", slots, uint64(d.cfg.Bindings)},
+		{"policy", uint64(d.policies.Load()), uint64(d.cfg.Policy)},
+		{"ranges", uint64(d.ranges.Load()), uint64(d.cfg.Ranges)},
+		{"conntrack", min(flows, uint64(d.cfg.Conntrack)), uint64(d.cfg.Conntrack)},
+		{"conntrack-endpoint", most, uint64(d.cfg.ConntrackPerEndpoint)},
+		{"fragments", uint64(d.fragments.Load()), uint64(abi.FragmentsPerEndpoint)},
+		{"held", d.Outstanding(0), uint64(d.cfg.HoldTotal)},
+		{"held-endpoint", fullest(&d.quota), uint64(d.cfg.HoldPerEndpoint)},
+		{"held-source", fullest(&d.sources), uint64(d.cfg.HoldPerSource)},
+	}, nil
+}
+
+// fullest returns the greatest number outstanding, but for index 0.
+func fullest(a *array[abi.HoldQuota]) (most uint64) {
+	for i := uint32(1); i < a.n; i++ {
+		most = max(most, outstanding(a.at(i)))
+	}
+	return most
+}
+
+func outstanding(q *abi.HoldQuota) uint64 {
+	out := atomic.LoadUint64(&q.Out) // first: the difference is rarely negative
+	return notNegative(atomic.LoadUint64(&q.In) - out)
+}
+
+// flows returns how many conntrack entries an endpoint has, by its hold index.
+func (d *Datapath) flows(i uint32) uint64 {
+	b := d.budget.at(i)
+	out := atomic.LoadUint64(&b.Out)
+	return notNegative(atomic.LoadUint64(&b.In) - out)
+}
+
+// notNegative reads a difference as signed: it may be off by what happens at
+// the moment.
+func notNegative(v uint64) uint64 {
+	if v > math.MaxInt64 {
+		return 0
+	}
+	return v
+}
+
+// budgetCounts is what a sweep counts; see pc_ct_budget.
+type budgetCounts struct {
+	in0     []uint64
+	n       []uint64
+	nobodys int64
+}
+
+// beginBudgets comes before the first entry is read.
+func (d *Datapath) beginBudgets() *budgetCounts {
+	c := &budgetCounts{in0: make([]uint64, d.budget.n), n: make([]uint64, d.budget.n)}
+	for i := range d.budget.n {
+		c.in0[i] = atomic.LoadUint64(&d.budget.at(i).In)
+	}
+	return c
+}
+
+// left counts an entry that stays.
+func (c *budgetCounts) left(budget uint32) {
+	if budget == 0 || budget >= uint32(len(c.n)) {
+		c.nobodys++
+		return
+	}
+	c.n[budget]++
+}
+
+// endBudgets comes after the last entry was read. A sweep that failed does not
+// come here: its counts would be too low.
+func (d *Datapath) endBudgets(c *budgetCounts) {
+	for i := uint32(1); i < d.budget.n; i++ {
+		atomic.StoreUint64(&d.budget.at(i).Out, c.in0[i]-c.n[i])
+	}
+	d.nobodys.Store(c.nobodys)
+}
+
+// countFragments looks how many datagrams are under way, for Pressure. The map
+// is the kernel's own; nothing depends on what is read here.
+func (d *Datapath) countFragments(judges map[uint32]uint32, now int64) {
+	m := d.coll.Maps["fragments"]
+	at, err := offsets(m, "fragments", "endpoint", "expires")
+	if err != nil {
+		return
+	}
+	most, v := int64(0), make([]byte, m.ValueSize())
+	for id, index := range judges {
+		n := int64(0)
+		for i := range uint32(abi.FragmentsPerEndpoint) {
+			if err := m.Lookup(index*uint32(abi.FragmentsPerEndpoint)+i, &v); err != nil {
+				break
+			}
+			if fromBytes[uint32](v[at[0]:at[0]+4]) == id && uint64At(v, at[1]) > uint64(now) {
+				n++
+			}
+		}
+		most = max(most, n)
+	}
+	d.fragments.Store(most)
+}
