@@ -15,7 +15,7 @@
 #ifndef PC_ABI_H
 #define PC_ABI_H
 
-enum pc_abi { PC_ABI_VERSION = 1 };
+enum pc_abi { PC_ABI_VERSION = 2 };
 
 /* ---- verdicts and reasons ------------------------------------------- */
 
@@ -23,6 +23,7 @@ enum pc_verdict {
 	PC_VERDICT_DROP = 0,
 	PC_VERDICT_PASS = 1,
 	PC_VERDICT_HOLD = 2, /* copied to user space while its binding is confirmed */
+	PC_VERDICT_AUDIT = 3, /* passes, and would have been dropped: its endpoint is under audit */
 	PC_VERDICT_MAX,
 };
 
@@ -101,6 +102,12 @@ enum pc_endpoint_flag {
 	PC_EP_ENFORCE_EGRESS = 2, /* its egress is under policy */
 	PC_EP_CHECK_MAC = 4, /* anti-spoofing looks at the MAC too */
 	PC_EP_STRICT_TCP = 8, /* a TCP flow must begin with a SYN */
+	/* What policy and evidence would drop or hold passes, with verdict AUDIT
+	 * and the reason. Nothing is held: user space may ask for the peer's
+	 * binding when it reads such an event. Spoofed, quarantined, malformed
+	 * and unsupported packets and those of a closed gate are dropped. A
+	 * change of this flag needs a new policy set. */
+	PC_EP_AUDIT = 16,
 	PC_EP_FORWARDS = 32, /* it also sends and receives under the addresses in `sources` */
 };
 
@@ -287,6 +294,7 @@ struct pc_ct_key {
 enum pc_judgement_flag {
 	PC_JUDGED_BY_RANGE = 1, /* the peer was known by its range: slot is state.range_epoch's low half */
 	PC_JUDGED_REPLY_SEEN = 2, /* this judge has let a reply pass */
+	PC_JUDGED_AUDIT = 4, /* it would not pass: `evidence` is the enum pc_reason */
 };
 
 enum pc_ifindex { PC_IFINDEX_NONE = 0xffffffff };
@@ -304,7 +312,7 @@ struct pc_judgement {
 	__u32 epoch;	/* its policy set at that time */
 	__u32 ifindex;	/* device by which the peer's packets were last seen to come in;
 			 * 0: from this node itself; PC_IFINDEX_NONE: not yet */
-	__u8 evidence;	/* least evidence that a packet of this flow needs */
+	__u8 evidence;	/* least evidence that a packet of this flow needs; with PC_JUDGED_AUDIT the reason */
 	__u8 flags;	/* enum pc_judgement_flag */
 	__u16 pad;
 	__u32 rule;
@@ -375,7 +383,8 @@ enum pc_event_flag {
 };
 
 /* Ring buffer `events`: the first packet of each flow and direction that
- * passes, every hold, and every drop. */
+ * passes, every hold, and every drop. Of a flow that passes under audit the
+ * first packet, where policy denies it; else every one. */
 struct pc_event {
 	__u64 time;
 	__u64 stamp;	  /* of the peer's binding */

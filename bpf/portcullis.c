@@ -83,6 +83,32 @@ inline_always int judge(struct __sk_buff *skb, struct pc_life *l, int dir)
 	return reason;
 }
 
+/* The mark has said what it had to; nobody else should see it. */
+inline_always void leave(struct __sk_buff *skb, const struct pc_life *l)
+{
+	if (l->reinjected)
+		skb->mark &= ~mark_mask;
+}
+
+/* Does a packet that was refused pass all the same, told as such? What says
+ * that the packet is not what it pretends to be, or that its endpoint's gate is
+ * shut, is no matter of policy. */
+inline_always int audit_passes(const struct pc_life *l)
+{
+	if (!(l->ep_flags & PC_EP_AUDIT))
+		return 0;
+	switch (l->reason) {
+	case PC_REASON_SPOOFED:
+	case PC_REASON_QUARANTINED:
+	case PC_REASON_MALFORMED:
+	case PC_REASON_NO_ENDPOINT:
+		return 0;
+	case PC_REASON_UNSUPPORTED: /* of a flow that is not known, under audit */
+		return l->p.kind == KIND_ICMP_ERROR || l->p.kind == KIND_FRAGMENT;
+	}
+	return 1;
+}
+
 /* dir is a constant: one text, two programs. */
 inline_always int gate(struct __sk_buff *skb, int dir)
 {
@@ -98,9 +124,16 @@ inline_always int gate(struct __sk_buff *skb, int dir)
 		count(skb, &l, dir, PC_VERDICT_PASS);
 		if (l.report || l.reinjected)
 			emit(skb, &l, PC_VERDICT_PASS);
-		/* The mark has said what it had to; nobody else should see it. */
-		if (l.reinjected)
-			skb->mark &= ~mark_mask;
+		leave(skb, &l);
+		return TCX_NEXT;
+	}
+	if (audit_passes(&l)) {
+		if (l.p.frag == FRAG_FIRST)
+			fragment_store(skb, &l, PC_VERDICT_PASS);
+		count(skb, &l, dir, PC_VERDICT_AUDIT);
+		if (!l.audited || l.reinjected)
+			emit(skb, &l, PC_VERDICT_AUDIT);
+		leave(skb, &l);
 		return TCX_NEXT;
 	}
 	if (may_hold(&l)) {

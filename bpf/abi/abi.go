@@ -15,7 +15,7 @@ type ABI uint32
 
 // The values of enum pc_abi.
 const (
-	ABIVersion ABI = 1
+	ABIVersion ABI = 2
 )
 
 // CTFlag is enum pc_ct_flag.
@@ -60,6 +60,7 @@ const (
 	EPEnforceEgress  EndpointFlag = 2
 	EPCheckMac       EndpointFlag = 4
 	EPStrictTcp      EndpointFlag = 8
+	EPAudit          EndpointFlag = 16
 	EPForwards       EndpointFlag = 32
 )
 
@@ -247,6 +248,7 @@ type JudgementFlag uint32
 const (
 	JudgedByRange   JudgementFlag = 1
 	JudgedReplySeen JudgementFlag = 2
+	JudgedAudit     JudgementFlag = 4
 )
 
 // LeaseIndex is enum pc_lease_index.
@@ -372,10 +374,11 @@ type Verdict uint32
 
 // The values of enum pc_verdict.
 const (
-	VerdictDrop Verdict = 0
-	VerdictPass Verdict = 1
-	VerdictHold Verdict = 2
-	VerdictMax  Verdict = 3
+	VerdictDrop  Verdict = 0
+	VerdictPass  Verdict = 1
+	VerdictHold  Verdict = 2
+	VerdictAudit Verdict = 3
+	VerdictMax   Verdict = 4
 )
 
 // String returns the word for the value, as everywhere in logs, metrics and records.
@@ -387,6 +390,8 @@ func (x Verdict) String() string {
 		return "pass"
 	case 2:
 		return "hold"
+	case 3:
+		return "audit"
 	}
 	return "Verdict(" + strconv.FormatUint(uint64(x), 10) + ")"
 }

@@ -72,7 +72,7 @@ inline_always __u64 judgement_seal(__u64 sum, const struct pc_judgement *j, int 
 {
 	return sum + j->stamp * 0xe7037ed1a0b428dbULL +
 	       ((__u64)j->slot << 32 | j->endpoint) * 0x8ebc6af09c88c6e3ULL +
-	       ((__u64)j->epoch << 32 | (__u32)(j->flags & PC_JUDGED_BY_RANGE) << 16 |
+	       ((__u64)j->epoch << 32 | (__u32)(j->flags & (PC_JUDGED_BY_RANGE | PC_JUDGED_AUDIT)) << 16 |
 		(__u32)j->evidence << 8 | (jdir << 1) | (opened_by_b ? 1 : 0)) *
 		       0x589965cc75374cc3ULL;
 }

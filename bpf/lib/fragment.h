@@ -56,8 +56,8 @@ inline_always struct pc_fragment *fragment_at(const struct pc_life *l, __u32 set
 	return bpf_map_lookup_elem(&fragments, &index);
 }
 
-/* Remembers the verdict on a first fragment, which was l->reason and l->j.
- * 0: no room. */
+/* Remembers the verdict on a first fragment, which was l->reason and l->j; to
+ * pass for a reason is to pass under audit. 0: no room. */
 separate int fragment_store(struct __sk_buff *skb, struct pc_life *l, __u32 verdict)
 {
 	struct pc_fragment *f, *to = 0;
@@ -69,7 +69,7 @@ separate int fragment_store(struct __sk_buff *skb, struct pc_life *l, __u32 verd
 		return 0;
 	barrier();
 	j = l->j;
-	if (verdict != PC_VERDICT_PASS) {
+	if (verdict != PC_VERDICT_PASS || l->reason) {
 		__builtin_memset(&j, 0, sizeof(j));
 		j.epoch = l->policy;
 		j.ifindex = in;
@@ -163,10 +163,12 @@ separate int fragment_follow(struct __sk_buff *skb, struct pc_life *l)
 		l->peer.holdable = 1;
 		return reason;
 	}
+	if (reason) /* under audit: as the first */
+		return reason;
 	if (!origin_same(skb, l, l->dir))
 		return PC_REASON_SPOOFED;
 	if (judgement_fresh(&j, life_peer(l, l->dir), l->now))
-		return reason;
+		return PC_REASON_NONE;
 	if (!j.stamp)
 		return PC_REASON_UNBOUND; /* the ranges have changed */
 	return slot_of(j.slot, j.stamp, life_peer(l, l->dir)) ? PC_REASON_STALE_LEASE :

@@ -19,6 +19,14 @@ inline_always int origin_same(struct __sk_buff *skb, const struct pc_life *l, in
 	return l->j.ifindex == skb->ingress_ifindex;
 }
 
+/* Under audit, what stands as long as the policy does is remembered: a flow that
+ * passes in spite of it tells so once. What lacks evidence is asked anew. */
+inline_always int audit_remembers(const struct pc_life *l, int reason)
+{
+	return (l->ep_flags & PC_EP_AUDIT) &&
+	       (reason == PC_REASON_POLICY_DENIED || reason == PC_REASON_EVIDENCE_TOO_WEAK);
+}
+
 /* Judges a new flow, or one whose judgement lost a ground: policy changed,
  * binding gone, lease past its deadline. The forward tuple is judged, also
  * when the packet is a reply; but a reply is bound to the binding that was
@@ -49,7 +57,7 @@ separate int judge_anew(struct __sk_buff *skb, struct pc_life *l)
 	l->expect = known && !forward ? j->stamp : 0;
 	l->flow = known ? (forward ? PC_FLOW_ESTABLISHED : PC_FLOW_REPLY) : PC_FLOW_NEW;
 	reason = policy_judge(skb, l, jdir, forward);
-	if (reason)
+	if (reason && !audit_remembers(l, reason))
 		return reason;
 	if (!endpoint_unchanged(skb, l, ep))
 		return PC_REASON_NO_ENDPOINT;
@@ -75,7 +83,10 @@ separate int judge_anew(struct __sk_buff *skb, struct pc_life *l)
 		j->ifindex = skb->ingress_ifindex;
 	j->stamp = 0;
 	j->slot = 0;
-	if (!l->no_evidence) {
+	if (reason) {
+		j->flags |= PC_JUDGED_AUDIT;
+		j->evidence = reason;
+	} else if (!l->no_evidence) {
 		j->slot = l->peer.slot;
 		if (l->peer.kind == PEER_BOUND)
 			j->stamp = l->peer.stamp;
@@ -86,10 +97,10 @@ separate int judge_anew(struct __sk_buff *skb, struct pc_life *l)
 	if (!known && is_echo_reply(&l->p)) {
 		l->flow = PC_FLOW_NONE;
 		l->report = 0;
-		return PC_REASON_NONE;
+		return reason;
 	}
 	l->how |= CT_REMEMBER | (restart ? CT_RESTART : 0);
-	return PC_REASON_NONE;
+	return reason;
 }
 
 inline_always struct pc_ct_budget *budget_of(__u32 index)
@@ -170,11 +181,13 @@ separate int remember(struct pc_life *l)
 
 inline_always int judge_slow(struct __sk_buff *skb, struct pc_life *l)
 {
-	int reason = judge_anew(skb, l);
+	int audit = judge_anew(skb, l), reason;
 
-	if (reason || !(l->how & CT_REMEMBER))
-		return reason;
+	if (!(l->how & CT_REMEMBER))
+		return audit;
 	reason = remember(l);
+	if (audit) /* its reason is the better one, also where there was no room */
+		return audit;
 	/* I6: a full map drops. Only a packet whose flow is remembered for the
 	 * record alone (nothing is enforced on this endpoint in either
 	 * direction) needs no entry. */
@@ -226,6 +239,11 @@ inline_always int judge_flow(struct __sk_buff *skb, struct pc_life *l, int dir)
 	    judgement_fresh(j, life_peer(l, dir), l->now)) {
 		l->flow = forward ? PC_FLOW_ESTABLISHED : PC_FLOW_REPLY;
 		ct_touch(ct, &l->p, forward, flags, l->now);
+		if (unlikely(j->flags & PC_JUDGED_AUDIT)) {
+			/* The endpoint's flag decides whether it passes. */
+			l->audited = 1;
+			return j->evidence;
+		}
 		if (!forward && !(j->flags & PC_JUDGED_REPLY_SEEN)) {
 			WRITE_ONCE(judgement_at(ct, other)->flags, j->flags | PC_JUDGED_REPLY_SEEN);
 			l->no_evidence = !j->stamp && !(j->flags & PC_JUDGED_BY_RANGE);

@@ -70,6 +70,7 @@ struct pc_life {
 	__u8 how;      /* enum pc_how */
 	__u8 need;     /* least evidence asked for */
 	__u8 src_is_b;	   /* the flow's key has the packet's source as b */
+	__u8 audited;	   /* a flow that is known to pass under audit only */
 	__u8 unremembered; /* conntrack is full, and the flow needs no entry */
 };
 
