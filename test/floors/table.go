@@ -83,6 +83,7 @@ var Table = []Row{
 	{Path: "test/e2e", Kind: Tests},
 	{Path: "test/floors", Kind: Tests},
 	{Path: "test/loadable", Kind: Tests},
+	{Path: "test/scenario", Kind: Tests, Holds: "whole agents in a lab: faults, restarts, rotations"},
 	{Path: "test/summary", Kind: Tests, Leaf: nothing, Holds: "runs go test, counts"},
 }
 

@@ -1,0 +1,250 @@
+package scenario
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"portcullis/chaos/lab"
+)
+
+const (
+	tcpPort = 80
+	udpPort = 90
+)
+
+// echo is the server's sockets; it remembers who got through to it.
+type echo struct {
+	mu    sync.Mutex
+	heard map[netip.Addr]int // guarded by mu; connections and datagrams by source
+}
+
+func serve(w *world) *echo {
+	w.t.Helper()
+	e := &echo{heard: map[netip.Addr]int{}}
+	var ln net.Listener
+	var pc *net.UDPConn
+	w.must(w.InWorkload("server", func() (err error) {
+		if ln, err = net.Listen("tcp4", ":"+port(tcpPort)); err != nil {
+			return err
+		}
+		pc, err = net.ListenUDP("udp4", &net.UDPAddr{Port: udpPort})
+		return err
+	}))
+	var wg sync.WaitGroup
+	var conns sync.Map
+	wg.Go(func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			conns.Store(c, true)
+			e.hear(c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr())
+			wg.Go(func() { defer c.Close(); io.Copy(c, c) })
+		}
+	})
+	wg.Go(func() {
+		b := make([]byte, 64)
+		for {
+			n, from, err := pc.ReadFromUDPAddrPort(b)
+			if err != nil {
+				return
+			}
+			e.hear(from.Addr())
+			pc.WriteToUDPAddrPort(b[:n], from)
+		}
+	})
+	w.t.Cleanup(func() {
+		ln.Close()
+		pc.Close()
+		conns.Range(func(c, _ any) bool { c.(net.Conn).Close(); return true })
+		wg.Wait()
+	})
+	return e
+}
+
+func (e *echo) hear(ip netip.Addr) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.heard[ip.Unmap()]++
+}
+
+// from returns how often somebody with this IP got through.
+func (e *echo) from(r lab.Running) int {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.heard[r.IP4()]
+}
+
+// dial connects to the server from a workload.
+func (w *world) dial(from lab.Running, timeout time.Duration) (c net.Conn, err error) {
+	addr := netip.AddrPortFrom(w.server.IP4(), tcpPort).String()
+	err = w.InWorkload(from.Spec.FullName(), func() (err error) { c, err = net.DialTimeout("tcp4", addr, timeout); return err })
+	return c, err
+}
+
+// reach makes one connection.
+func (w *world) reach(from lab.Running) error {
+	c, err := w.dial(from, time.Second)
+	if err == nil {
+		c.Close()
+	}
+	return err
+}
+
+// live is traffic of the client that goes on: an exchange every 10 ms on one
+// TCP connection, and one on one UDP flow.
+type live struct {
+	w    *world
+	tcp  net.Conn
+	udp  net.Conn
+	stop func() // no more is sent; and wait; may be repeated
+
+	exchanges, sent, received atomic.Uint64
+}
+
+func (w *world) live() *live {
+	w.t.Helper()
+	l := &live{w: w}
+	w.eventually("the client reaches the server", func() (err error) { l.tcp, err = w.dial(w.client, time.Second); return err })
+	w.must(w.InWorkload("client", func() (err error) {
+		l.udp, err = net.Dial("udp4", netip.AddrPortFrom(w.server.IP4(), udpPort).String())
+		return err
+	}))
+	stopped := make(chan struct{})
+	var sending, reading sync.WaitGroup
+	sending.Go(func() { l.every(stopped, l.exchange) })
+	sending.Go(func() {
+		l.every(stopped, func() error {
+			b := binary.BigEndian.AppendUint64(nil, l.sent.Add(1))
+			l.udp.Write(b) // an ICMP error, perhaps of an earlier one: counted by what is missing
+			return nil
+		})
+	})
+	reading.Go(func() {
+		b := make([]byte, 64)
+		for {
+			n, err := l.udp.Read(b)
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
+			if n == 8 {
+				l.received.Add(1)
+			}
+		}
+	})
+	l.stop = sync.OnceFunc(func() {
+		close(stopped)
+		l.tcp.SetReadDeadline(time.Now().Add(patience))
+		sending.Wait()
+	})
+	w.t.Cleanup(func() {
+		l.tcp.Close()
+		l.stop()
+		l.udp.Close()
+		reading.Wait()
+	})
+	l.goesOn("traffic")
+	return l
+}
+
+func (l *live) every(stopped <-chan struct{}, do func() error) {
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		if do() != nil {
+			return
+		}
+		select {
+		case <-stopped:
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+func (l *live) exchange() error {
+	b := make([]byte, 8)
+	if _, err := l.tcp.Write(b); err != nil {
+		return err
+	}
+	if _, err := io.ReadFull(l.tcp, b); err != nil {
+		return err
+	}
+	l.exchanges.Add(1)
+	return nil
+}
+
+// goesOn waits for more exchanges, both ways and by both protocols.
+func (l *live) goesOn(when string) {
+	l.w.t.Helper()
+	tcp, udp := l.exchanges.Load(), l.received.Load()
+	l.w.eventually(when+" goes on", func() error {
+		if t, u := l.exchanges.Load()-tcp, l.received.Load()-udp; t < 5 || u < 5 {
+			return fmt.Errorf("%d more exchanges over TCP, %d over UDP", t, u)
+		}
+		return nil
+	})
+}
+
+// retransmits is how many segments the connection sent again, at both ends
+// together those that were lost.
+func (l *live) retransmits() (n uint32) {
+	raw, err := l.tcp.(syscall.Conn).SyscallConn()
+	l.w.must(err)
+	l.w.must(raw.Control(func(fd uintptr) {
+		if info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO); err == nil {
+			n = info.Total_retrans
+		}
+	}))
+	return n
+}
+
+// lossless ends the traffic and checks that nothing of it was lost: no segment
+// was sent twice, and each datagram was answered.
+func (l *live) lossless() {
+	l.w.t.Helper()
+	l.stop()
+	l.w.eventually("every datagram is answered", func() error {
+		if sent, received := l.sent.Load(), l.received.Load(); received != sent {
+			return fmt.Errorf("%d of %d", received, sent)
+		}
+		return nil
+	})
+	if n := l.retransmits(); n != 0 {
+		l.w.t.Errorf("%d segments were sent again: there was a gap", n)
+	}
+}
+
+// knock has a workload try to connect all the time until the returned function
+// is called, which waits and returns how often it tried.
+func (w *world) knock(from lab.Running) (stop func() int) {
+	stopped, n := make(chan struct{}), 0
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			if c, err := w.dial(from, 50*time.Millisecond); err == nil {
+				c.Close()
+			}
+			n++
+			select {
+			case <-stopped:
+				return
+			default:
+			}
+		}
+	})
+	end := sync.OnceFunc(func() { close(stopped); wg.Wait() })
+	w.t.Cleanup(end)
+	return func() int { end(); return n }
+}
