@@ -71,7 +71,11 @@ func (l *loop) endpointDetail(e *endpoint) string {
 			if w.OpensAt == 0 {
 				return "its IP is not free yet"
 			}
-			return fmt.Sprintf("waits for %d leases on the IP's last holder, %v at the most", w.Leases, max(0, w.OpensAt.Sub(l.now())).Round(time.Millisecond))
+			left := max(0, w.OpensAt.Sub(l.now())).Round(time.Millisecond)
+			if w.Leases == 0 && l.grants != nil && l.grants.StartupWait(l.now()) > 0 {
+				return fmt.Sprintf("waits for %v: what was granted before the agent's start is not known, and may hold until then", left)
+			}
+			return fmt.Sprintf("waits for %d leases on the IP's last holder, %v at the most", w.Leases, left)
 		}
 	}
 	return ""
