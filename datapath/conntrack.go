@@ -133,16 +133,12 @@ func (d *Datapath) sweepOne(m *ebpf.Map, key *ctKey, value *ctValue, now int64, 
 	if now-int64(ct.LastSeen) < int64(life) {
 		return true
 	}
-	// A packet may have renewed it since it was read: look again, so that no
-	// live flow loses its entry (but for the microsecond until the delete; its
-	// next packet is then judged as a first one).
-	var again ctValue
-	if err := m.Lookup(key, &again); err != nil || decodeCT(&again).LastSeen != ct.LastSeen {
-		return err == nil
-	}
-	switch err := m.Delete(key); {
-	case err != nil && !errors.Is(err, ebpf.ErrKeyNotExist):
+	removed, err := removeUnused(m, key, ct.LastSeen)
+	switch {
+	case err != nil:
 		stats.Failed++
+		return true
+	case !removed:
 		return true
 	case dead:
 		stats.Dead++
@@ -150,6 +146,32 @@ func (d *Datapath) sweepOne(m *ebpf.Map, key *ctKey, value *ctValue, now int64, 
 		stats.Expired++
 	}
 	return false
+}
+
+// removeUnused removes an entry unless a packet has renewed it since it was
+// read: no live flow loses its entry. One that is renewed just when it is
+// removed is put back, as the kernel wrote it, seal and all; a packet within
+// these microseconds is judged as a first one.
+func removeUnused(m *ebpf.Map, key *ctKey, lastSeen uint64) (removed bool, err error) {
+	var ct ctValue
+	err = m.Lookup(key, &ct)
+	if err == nil && decodeCT(&ct).LastSeen != lastSeen {
+		return false, nil
+	}
+	if err == nil {
+		err = m.LookupAndDelete(key, &ct)
+	}
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return true, nil // nobody's any more
+	}
+	if err != nil || decodeCT(&ct).LastSeen == lastSeen {
+		return err == nil, err
+	}
+	// A flow that began anew meanwhile has its own entry: then it is right.
+	if err := m.Update(key, &ct, ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
+		return true, err
+	}
+	return false, nil
 }
 
 func decodeCT(v *ctValue) (ct abi.CT) {

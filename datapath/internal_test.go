@@ -3,8 +3,11 @@ package datapath
 import (
 	"errors"
 	"net/netip"
+	"os"
 	"testing"
 	"unsafe"
+
+	"github.com/cilium/ebpf"
 
 	"portcullis/bpf/abi"
 )
@@ -78,6 +81,68 @@ func TestStateCounters(t *testing.T) {
 	if a, b, c := s.NextPolicySet(), s.NextPolicySet(), s.NextPolicySet(); a != 1<<32-1 || b != 0 || c != 0 {
 		t.Errorf("policy sets %d, %d, %d: a number was used twice", a, b, c)
 	}
+}
+
+// An entry that was renewed since it was looked at is not removed.
+func TestRemoveUnused(t *testing.T) {
+	if os.Geteuid() != 0 {
+		if os.Getenv("CI") == "true" {
+			t.Fatal("this test needs root, and CI must run it")
+		}
+		t.Skip("needs root: kernel maps")
+	}
+	m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Hash, KeySize: uint32(len(ctKey{})), ValueSize: uint32(len(ctValue{})), MaxEntries: 4})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	key := &ctKey{1}
+	ct := abi.CT{LastSeen: 5, Flags: 9}
+	put := func() {
+		t.Helper()
+		if err := m.Put(key, (*ctValue)(unsafe.Pointer(&ct))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put()
+	if removed, err := removeUnused(m, key, 4); removed || err != nil {
+		t.Errorf("renewed: removed %v, %v", removed, err)
+	}
+	for range 2 { // there, and not there any more
+		if removed, err := removeUnused(m, key, 5); !removed || err != nil {
+			t.Errorf("unused: removed %v, %v", removed, err)
+		}
+	}
+	// Renewed all the time, by somebody else: whatever the moment, what is
+	// removed was as old as it was said to be.
+	stop, done := make(chan struct{}), make(chan struct{})
+	ct.LastSeen = 7
+	put()
+	go func() {
+		defer close(done)
+		renewed := abi.CT{LastSeen: 8, Flags: 9}
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				// As the kernel does: only what is there.
+				_ = m.Update(key, (*ctValue)(unsafe.Pointer(&renewed)), ebpf.UpdateExist)
+			}
+		}
+	}()
+	for range 20000 {
+		removed, err := removeUnused(m, key, 7)
+		var now ctValue
+		there := m.Lookup(key, &now) == nil
+		if err != nil || removed == there || there && decodeCT(&now).LastSeen != 8 {
+			t.Errorf("removed %v, %v; there %v: %+v", removed, err, there, decodeCT(&now))
+			break
+		}
+		put() // 7 again
+	}
+	close(stop)
+	<-done
 }
 
 func TestNewMarks(t *testing.T) {
