@@ -60,7 +60,7 @@ func (w *World) converge2() {
 
 func (n *node) believes(u *workload) bool {
 	for i := range n.k.slots {
-		if s := &n.k.slots[i]; n.live(s) && s.uid == u.uid {
+		if s := &n.k.slots[i]; n.live(s) && s.who() == u.who() {
 			return true
 		}
 	}

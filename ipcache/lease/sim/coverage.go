@@ -41,6 +41,8 @@ func (w *World) coverOwner(a *agent, in lease.OwnerInput) {
 		w.count1("workload", a.owner.WorkloadState(in.UID), in)
 	case lease.Delete:
 		w.count1("workload", a.owner.WorkloadState(in.UID), in)
+	case lease.Relabel:
+		w.count1("workload", a.owner.WorkloadState(in.UID), in)
 	default: // concerns every stream and every workload
 		for _, s := range a.owner.Sessions() {
 			w.count1("stream", s.State, in)

@@ -16,7 +16,7 @@ var (
 			"Leave", "OwnerTick", "JournalFailed",
 		}},
 		{"workload", []string{"none", "quarantined", "active", "leaving"}, []string{
-			"Add", "Adopt", "Delete", "Leave", "OwnerTick", "JournalFailed",
+			"Add", "Adopt", "Delete", "Relabel", "Leave", "OwnerTick", "JournalFailed",
 		}},
 		{"peer", []string{"idle", "backoff", "opening", "challenge", "greeting", "open"}, append([]string{
 			"Want", "Unwant", "StreamOpened", "OwnerGone", "Used", "StoreFailed", "AskMax", "ResetSession", "VerifierTick",

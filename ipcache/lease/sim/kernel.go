@@ -5,13 +5,22 @@ import (
 	"portcullis/ipcache/lease"
 )
 
-// workload is the truth about a workload.
+// who names a workload under one identity: a relabel makes it somebody else,
+// and no two incarnations of a UID have the same identity here.
+type who struct {
+	uid  identity.UID
+	hash identity.Hash
+}
+
+// workload is the truth about a workload, as long as it has one identity.
 type workload struct {
 	uid    identity.UID
 	id     identity.Identity
 	node   *node
 	ip     int // index into World.ips
 	name   string
+	number int   // of all, in the order in which they came to be
+	left   int64 // real time at which it got another identity
 	active bool  // it can send and receive
 	began  int64 // real time
 	ended  int64 // real time at which it could last send; 0: it never could, or still can
@@ -40,8 +49,12 @@ type flow struct {
 	slot  uint32
 	stamp uint64
 	ip    int
-	uid   identity.UID // of the peer it was made for
+	who   who // the peer it was made for
 }
+
+func (u *workload) who() who { return who{u.uid, u.id.Hash()} }
+
+func (s *kslot) who() who { return who{s.uid, s.hash} }
 
 // kernel is what outlives the agent: the maps.
 type kernel struct {
@@ -125,13 +138,16 @@ type packet struct {
 	arrival lease.Time
 }
 
+// reinjected is how a held packet comes to be judged again.
+const reinjected = "held, re-injected"
+
 // judge is the kernel's verdict on a packet from the IP of its sender: first
 // by flow, else by binding. It checks I1 and I4 on what passes.
 func (n *node) judge(p packet, how string) bool {
 	k := &n.k
 	for _, f := range k.flows {
 		if s := &k.slots[f.slot]; f.ip == p.from.ip && s.stamp == f.stamp && n.live(s) {
-			if f.uid != p.from.uid {
+			if f.who != p.from.who() && !n.w.excused(p.from, f.who) {
 				n.w.violate("I4", "%s: a packet of %s passes by the flow of another workload (%s)", n.name, p.from.name, how)
 			}
 			return true
@@ -142,12 +158,16 @@ func (n *node) judge(p packet, how string) bool {
 		return false
 	}
 	s := &k.slots[i]
-	if s.uid != p.from.uid {
+	if s.who() != p.from.who() && !n.w.excused(p.from, s.who()) {
 		n.w.violate("I1", "%s: a packet of %s is admitted as another workload (%s)", n.name, p.from.name, how)
+	}
+	if later := n.w.byWho[s.who()]; how == reinjected && later != nil && later.uid == p.from.uid && later.number > p.from.number {
+		// Not even mode prompt takes for the new identity's what was held.
+		n.w.violate("I1", "%s: a held packet of %s is admitted as %s", n.name, p.from.name, later.name)
 	}
 	if len(k.flows) >= 16 {
 		k.flows = k.flows[1:]
 	}
-	k.flows = append(k.flows, flow{slot: i, stamp: s.stamp, ip: s.ip, uid: s.uid})
+	k.flows = append(k.flows, flow{slot: i, stamp: s.stamp, ip: s.ip, who: s.who()})
 	return true
 }

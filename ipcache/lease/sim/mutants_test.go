@@ -35,6 +35,9 @@ var mutants = []mutant{
 	{"release while a confirm is outstanding", releaseRace, []string{"I1"}},
 	{"failed zero acknowledged", failedZeroAcked, []string{"I1"}},
 	{"stamps restart with the agent", stampsRestart, []string{"I4"}},
+	{"strict relabel without waiting", relabelWithoutWaiting, []string{"I1"}},
+	{"relabel without revoking", relabelWithoutRevoking, []string{"I1"}},
+	{"relabel forgets when it was", sinceIgnoredAfterRelabel, []string{"I1"}},
 }
 
 // TestMutants: each mistake is caught within 5,000 schedules.
@@ -349,5 +352,46 @@ func stampsRestart() hooks {
 			next = max(next, s.stamp+1)
 		}
 		return next
+	}}
+}
+
+// Whatever the flag says, a relabelled workload is bound at once.
+func relabelWithoutWaiting() hooks {
+	return hooks{ownerConfig: func(_ *node, c *lease.OwnerConfig) { c.Relabel = lease.RelabelPrompt }}
+}
+
+// Verifiers are not told of a relabel.
+func relabelWithoutRevoking() hooks {
+	return hooks{ownerOut: func(_ *agent, in lease.OwnerInput, out []lease.OwnerOutput) []lease.OwnerOutput {
+		if _, ok := in.(lease.Relabel); !ok {
+			return out
+		}
+		return slices.DeleteFunc(out, func(o lease.OwnerOutput) bool {
+			s, ok := o.(lease.SendToVerifier)
+			if !ok {
+				return false
+			}
+			_, ok = s.Message.(lease.Revoke)
+			return ok
+		})
+	}}
+}
+
+// The first Binding under a new identity says that there was none before: what
+// was held before the relabel passes as sent after it.
+func sinceIgnoredAfterRelabel() hooks {
+	return hooks{ownerOut: func(a *agent, _ lease.OwnerInput, out []lease.OwnerOutput) []lease.OwnerOutput {
+		for i, o := range out {
+			s, ok := o.(lease.SendToVerifier)
+			if !ok {
+				continue
+			}
+			if b, ok := s.Message.(lease.Binding); ok && b.Binding.Identity.Labels["relabelled"] != "" && a.n.w.relabels == lease.RelabelPrompt {
+				b.Since = -1
+				s.Message = b
+				out[i] = s
+			}
+		}
+		return out
 	}}
 }

@@ -39,7 +39,7 @@ type agent struct {
 	ver   *lease.Verifier
 	table *ipcache.Table
 
-	inbox   []any // lease.OwnerInput or lease.VerifierInput, made on this node
+	inbox   []any // lease.OwnerInput, lease.VerifierInput or relabel, made on this node
 	pending []any // outputs of the step in progress
 	oTimer  lease.Time
 	vTimer  lease.Time
@@ -94,7 +94,7 @@ func (n *node) start() {
 func (n *node) ownerConfig() lease.OwnerConfig {
 	w := n.w
 	cfg := lease.OwnerConfig{
-		Node: n.name, Boot: n.boot, ReuseMargin: w.margin, Flight: w.flight, Grants: w.grants,
+		Node: n.name, Boot: n.boot, ReuseMargin: w.margin, Flight: w.flight, Grants: w.grants, Relabel: w.relabels,
 		Nonce:          func() (x lease.Nonce) { binary.LittleEndian.PutUint64(x[:], w.rng.Uint64()); return },
 		Mine:           func(ip netip.Addr) bool { return w.ips[w.ipIndex[ip]].node == n },
 		LastGeneration: n.k.lastGen,
@@ -181,6 +181,8 @@ func (a *agent) local() {
 	in := a.inbox[0]
 	a.inbox = a.inbox[1:]
 	switch in := in.(type) {
+	case relabel:
+		a.relabel(in)
 	case lease.OwnerInput:
 		if _, ok := in.(lease.Adopt); !ok {
 			a.cold = false
@@ -336,7 +338,7 @@ func (a *agent) answered(ip int, out lease.Answer) {
 	for _, p := range a.held[ip] {
 		switch {
 		case out.Live && p.arrival > out.NotBefore:
-			a.n.judge(p, "held, re-injected")
+			a.n.judge(p, reinjected)
 		case !out.Live && p.arrival > out.Asked:
 			stay = append(stay, p)
 		}
@@ -398,7 +400,7 @@ func (n *node) touch(t int64) {
 		if !n.live(s) {
 			continue
 		}
-		if u := n.w.byUID[s.uid]; u != nil {
+		if u := n.w.byWho[s.who()]; u != nil {
 			n.lastLive[u] = max(n.lastLive[u], min(t, n.when(n.k.leases[s.lease])))
 		}
 	}

@@ -275,13 +275,18 @@ func (w *World) churn() bool {
 		w.deleteWorkload(have)
 	case have != nil && r < 46 && ip.node.agent != nil:
 		w.newWorkload(i) // ADD without a DEL before
-	case r < 50 && ip.node.agent != nil && len(ip.past) > 1:
+	case r < 49 && ip.node.agent != nil && have != nil:
+		ip.node.agent.inbox = append(ip.node.agent.inbox, relabel{have.w.uid})
+	case r < 50 && ip.node.agent != nil && len(ip.past) > 0:
+		u := ip.past[w.rng.IntN(len(ip.past))] // of whoever had it
+		ip.node.agent.inbox = append(ip.node.agent.inbox, relabel{u.uid})
+	case r < 53 && ip.node.agent != nil && len(ip.past) > 1:
 		old := ip.past[w.rng.IntN(len(ip.past)-1)]
 		if ip.node.k.endpoint(old.uid) != nil {
 			return false
 		}
 		ip.node.agent.inbox = append(ip.node.agent.inbox, lease.Delete{UID: old.uid}) // DEL again
-	case r < 52 && ip.node.agent != nil && have != nil:
+	case r < 55 && ip.node.agent != nil && have != nil:
 		ip.node.agent.inbox = append(ip.node.agent.inbox, lease.Add{UID: have.w.uid, IPs: addrs(ip), Identity: have.w.id})
 	default:
 		return false

@@ -21,6 +21,7 @@ type World struct {
 
 	ttl, heartbeat, margin, flight, idle time.Duration
 	grants                               int
+	relabels                             lease.RelabelMode
 
 	real    int64
 	nodes   []*node
@@ -28,7 +29,8 @@ type World struct {
 	ips     []ipInfo
 	order   []int // 0..len(ips)-1
 	ipIndex map[netip.Addr]int
-	byUID   map[identity.UID]*workload
+	byUID   map[identity.UID]*workload // the last incarnation
+	byWho   map[who]*workload
 	count   int
 	streams []*stream
 	cuts    map[[2]int]bool
@@ -84,7 +86,7 @@ func newWorld(seed uint64, o Options, h hooks) *World {
 	w := &World{
 		rng: rand.New(rand.NewPCG(seed, 0x706f7274)), hooks: h,
 		byName: map[identity.NodeName]*node{}, ipIndex: map[netip.Addr]int{},
-		byUID: map[identity.UID]*workload{}, cuts: map[[2]int]bool{},
+		byUID: map[identity.UID]*workload{}, byWho: map[who]*workload{}, cuts: map[[2]int]bool{},
 	}
 	// TTL and MaxLease well above the margin, or mistakes hide behind it.
 	w.ttl = pick(w.rng, 3*time.Second, 3*time.Second, 10*time.Second, 30*time.Second)
@@ -94,6 +96,7 @@ func newWorld(seed uint64, o Options, h hooks) *World {
 	w.idle = pick(w.rng, 5*time.Minute, 2*w.ttl, w.ttl/2)
 	w.lag = pick(w.rng, 300, 100, 30, 10)
 	w.grants = pick(w.rng, 0, 0, 0, 3)
+	w.relabels = pick(w.rng, lease.RelabelPrompt, lease.RelabelStrict)
 	rates := []int64{894, 1000, 1117} // rho of A2 between the slowest and the fastest
 	for i := range o.Nodes {
 		n := &node{
@@ -158,11 +161,10 @@ func (w *World) advance(d int64) {
 func (w *World) newWorkload(ip int) {
 	n := w.ips[ip].node
 	w.count++
-	u := &workload{node: n, ip: ip, name: fmt.Sprintf("w%d(%s)", w.count, w.ips[ip].addr)}
+	u := &workload{node: n, ip: ip, name: fmt.Sprintf("w%d(%s)", w.count, w.ips[ip].addr), number: w.count}
 	binary.BigEndian.PutUint64(u.uid[:], uint64(w.count))
 	u.id = identity.New("td", "ns", fmt.Sprintf("sa%d", w.count%3), nil)
-	w.byUID[u.uid] = u
-	w.ips[ip].past = append(w.ips[ip].past, u)
+	w.enter(u)
 	e := &endpoint{w: u}
 	n.k.endpoints = append(n.k.endpoints, e)
 	if w.hooks.created != nil {
@@ -170,6 +172,11 @@ func (w *World) newWorkload(ip int) {
 	}
 	w.log("truth: ADD %s", u.name)
 	n.agent.inbox = append(n.agent.inbox, lease.Add{UID: u.uid, IPs: []netip.Addr{w.ips[ip].addr}, Identity: u.id})
+}
+
+func (w *World) enter(u *workload) {
+	w.byUID[u.uid], w.byWho[u.who()] = u, u
+	w.ips[u.ip].past = append(w.ips[u.ip].past, u)
 }
 
 func (w *World) activated(u *workload) {
@@ -230,7 +237,7 @@ func (w *World) check() {
 			}
 		}
 		for _, f := range v.k.flows {
-			if s := &v.k.slots[f.slot]; s.stamp == f.stamp && s.uid != f.uid {
+			if s := &v.k.slots[f.slot]; s.stamp == f.stamp && s.who() != f.who {
 				w.violate("I4", "%s: a flow made for one workload has the stamp of another", v.name)
 			}
 		}
@@ -250,27 +257,27 @@ func (w *World) prune(ip *ipInfo) {
 func (w *World) checkSlot(v *node, s *kslot) {
 	// I1: no packet of another workload may arrive while the slot admits.
 	for _, u := range w.ips[s.ip].recent {
-		if u.uid != s.uid && (u.active || w.real <= u.ended+v.flight()) {
+		if u.who() != s.who() && (u.active || w.real <= u.ended+v.flight()) && !w.excused(u, s.who()) {
 			w.violate("I1", "%s admits %s as %s, and a packet of %s (active %v) can arrive now",
-				v.name, w.ips[s.ip].addr, w.name(s.uid), u.name, u.active)
+				v.name, w.ips[s.ip].addr, w.name(s.who()), u.name, u.active)
 		}
 	}
 	// I2: the deadline rests on an answer of the owner, counted from the
 	// time at which this node asked.
 	d := v.k.leases[s.lease]
 	if d > v.fresh[s.owner.index] {
-		w.violate("I2", "%s believes in %s until %d, its evidence ends at %d", v.name, w.name(s.uid), d, v.fresh[s.owner.index])
+		w.violate("I2", "%s believes in %s until %d, its evidence ends at %d", v.name, w.name(s.who()), d, v.fresh[s.owner.index])
 	}
 	// I1, the owner's promise: it waits at least that long. Its books must
 	// say so at every moment, not only when the IP is reused.
 	if a := s.owner.agent; a != nil && !a.cold && s.owner.boot == s.boot {
 		g, ok := a.owner.GrantDeadline(v.name, w.ips[s.ip].addr, s.gen)
 		if !ok || s.owner.when(g) < v.when(d)-2 {
-			w.violate("I1", "%s believes in %s for %v more, and %s's books say %v (known %v)", v.name, w.name(s.uid),
+			w.violate("I1", "%s believes in %s for %v more, and %s's books say %v (known %v)", v.name, w.name(s.who()),
 				time.Duration(v.when(d)-w.real), s.owner.name, time.Duration(s.owner.when(g)-w.real), ok)
 		}
 	}
-	if u := w.byUID[s.uid]; u != nil {
+	if u := w.byWho[s.who()]; u != nil {
 		v.lastLive[u] = w.real
 	}
 }
@@ -283,7 +290,7 @@ func (w *World) checkEgress(ip *ipInfo) {
 			continue
 		}
 		for _, old := range ip.past {
-			if old == u {
+			if old == u || w.excused(u, old.who()) {
 				continue
 			}
 			for _, v := range w.nodes {
@@ -305,9 +312,9 @@ func (w *World) checkEgress(ip *ipInfo) {
 	}
 }
 
-func (w *World) name(uid identity.UID) string {
-	if u := w.byUID[uid]; u != nil {
+func (w *World) name(x who) string {
+	if u := w.byWho[x]; u != nil {
 		return u.name
 	}
-	return uid.String()
+	return x.uid.String() + " as " + x.hash.String()
 }
