@@ -85,6 +85,10 @@ func Default() Config {
 		HoldTimeout: time.Second, IdleBinding: 5 * time.Minute,
 		HoldPerEndpoint: 64, HoldTotal: 4096, Bindings: 65536, Conntrack: 131072,
 	}
+// maxBindings bounds --bindings: 300 MiB of maps. Of one owner no more than
+// session.MaxHeld are ever installed, whatever is configured.
+const maxBindings = 16 * session.MaxHeld
+
 }
 
 // Validate reports every problem of the configuration, one error for each,
@@ -133,8 +137,8 @@ func (c *Config) Validate() error {
 	}
 	errs = append(errs, c.validateTimes()...)
 	errs = append(errs, c.validateRanges()...)
-	if c.Bindings > session.MaxHeld {
-		bad("--bindings %d: want at most %d, what one session can account for", c.Bindings, session.MaxHeld)
+	if c.Bindings > maxBindings {
+		bad("--bindings %d: want at most %d", c.Bindings, maxBindings)
 	}
 	for flag, n := range map[string]int{"--hold-per-endpoint": c.HoldPerEndpoint, "--hold-total": c.HoldTotal, "--bindings": c.Bindings, "--conntrack": c.Conntrack} {
 		if n < 1 {

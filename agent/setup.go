@@ -141,7 +141,7 @@ func (l *loop) compactJournal() {
 func (l *loop) restoreTable() (err error) {
 	st := l.dp.State()
 	next := st.ReserveStamps(0)
-	l.table, err = ipcache.New(ipcache.Config{Slots: uint32(l.cfg.Bindings) + 1, Leases: maxSessions, NextStamp: next,
+	l.table, err = ipcache.New(ipcache.Config{Slots: uint32(l.cfg.Bindings) + 1, Leases: maxSessions, PerOwner: session.MaxHeld, NextStamp: next,
 		Reserve: func(limit uint64) error {
 			if reserved := st.ReserveStamps(0); limit > reserved {
 				st.ReserveStamps(limit - reserved)

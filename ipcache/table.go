@@ -27,6 +27,7 @@ const FirstSlot = 1
 // not installed, and nothing was evicted to make room (I6).
 var (
 	ErrSlotsFull  = errors.New("ipcache: no free slot: raise --bindings")
+	ErrOwnerFull  = errors.New("ipcache: no more bindings of one owner: a session could not account for them")
 	ErrLeasesFull = errors.New("ipcache: no free lease index: too many sessions")
 	ErrBound      = errors.New("ipcache: the IP has a binding already")
 	ErrStamps     = errors.New("ipcache: the stamp counter cannot be made durable")
@@ -57,6 +58,9 @@ type Config struct {
 	// Slots and Leases are the sizes of the kernel's arrays of that name,
 	// in elements; their first FirstSlot and LeaseFirst are not given out.
 	Slots, Leases uint32
+	// PerOwner bounds the entries of one owner, condemned ones included, so
+	// that a session's Hello can list them all. 0: no bound but Slots.
+	PerOwner int
 	// NextStamp is the first stamp that may be given: at least 1, and above
 	// every stamp given in this boot (I4).
 	NextStamp uint64
@@ -142,6 +146,9 @@ func (t *Table) Restore(e Entry) error {
 func (t *Table) Install(b identity.Binding, lease uint32, ev identity.Evidence, ownerBoot identity.BootID) (Entry, error) {
 	if t.byIP[b.IP] != nil {
 		return Entry{}, ErrBound
+	}
+	if t.cfg.PerOwner > 0 && len(t.byOwner[b.Owner]) >= t.cfg.PerOwner {
+		return Entry{}, ErrOwnerFull
 	}
 	if lease >= LeaseFirst {
 		if _, ok := t.leases[lease]; !ok {

@@ -216,3 +216,22 @@ func TestConfig(t *testing.T) {
 		}
 	}
 }
+
+// One owner never has more entries than a session can list; others are not
+// concerned, and a freed slot makes room.
+func TestEntriesOfOneOwnerAreBounded(t *testing.T) {
+	tb := newTable(t, ipcache.Config{Slots: 8, Leases: 8, NextStamp: 1, PerOwner: 2})
+	a := install(t, tb, 1, ipcache.LeaseLocal)
+	install(t, tb, 2, ipcache.LeaseLocal)
+	tb.Condemn(a.Slot) // the kernel may still have it
+	if _, err := tb.Install(binding(3), ipcache.LeaseLocal, identity.EvidenceLocal, identity.BootID{}); !errors.Is(err, ipcache.ErrOwnerFull) {
+		t.Fatalf("a third of one owner: %v", err)
+	}
+	other := binding(4)
+	other.Owner = "p"
+	if _, err := tb.Install(other, ipcache.LeaseLocal, identity.EvidenceLocal, identity.BootID{}); err != nil {
+		t.Fatal(err)
+	}
+	tb.Free(a.Slot)
+	install(t, tb, 3, ipcache.LeaseLocal)
+}
