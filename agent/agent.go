@@ -33,6 +33,7 @@ const (
 	ringQueue     = 1024 // held packets between reader and loop
 	sweepInterval = 5 * time.Second
 	compactAbove  = 8192 // journal records
+	pressureAlarm = 90   // per cent of a map's capacity
 )
 
 // Run is the agent: it returns when ctx ends (nil), after it has handed over,
@@ -176,7 +177,6 @@ func newLoop(ctx context.Context, cfg Config, log *zap.Logger) (*loop, error) {
 		holdIndexes: newIndexes(maxEndpoints), retryActivation: map[identity.UID]identity.Generation{}, retryClose: map[identity.UID]bool{}, nodeUIDs: map[identity.UID]netip.Addr{},
 		numerics: map[uint64]identity.Numeric{}, installedAt: map[uint64]lease.Time{}, policyFiles: map[authz.Ref]importedFile{},
 		names: newDirectory(), monitors: newMonitors(), alarms: newAlarms()}
-	l.sweep.Store(&sweepResult{})
 
 	if err := l.open(ctx); err != nil {
 		return nil, errors.Join(err, l.close())

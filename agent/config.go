@@ -3,10 +3,8 @@ package agent
 import (
 	"errors"
 	"fmt"
-	"maps"
 	"net/netip"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -85,11 +83,11 @@ func Default() Config {
 		HoldTimeout: time.Second, IdleBinding: 5 * time.Minute,
 		HoldPerEndpoint: 64, HoldTotal: 4096, Bindings: 65536, Conntrack: 131072,
 	}
+}
+
 // maxBindings bounds --bindings: 300 MiB of maps. Of one owner no more than
 // session.MaxHeld are ever installed, whatever is configured.
 const maxBindings = 16 * session.MaxHeld
-
-}
 
 // Validate reports every problem of the configuration, one error for each,
 // joined.
@@ -131,9 +129,6 @@ func (c *Config) Validate() error {
 		}
 	default:
 		bad("--evidence %q: want lease, or classic", c.Evidence)
-	}
-	if c.Enforce == authz.EnforceAudit || slices.Contains(slices.Collect(maps.Values(c.EnforceIn)), authz.EnforceAudit) {
-		bad("--enforce=audit is not enforced yet: say default, always or never")
 	}
 	errs = append(errs, c.validateTimes()...)
 	errs = append(errs, c.validateRanges()...)

@@ -214,6 +214,9 @@ func (e *endpoint) abi() abi.Endpoint {
 	if len(e.mac) == 6 {
 		ep.Flags |= uint32(abi.EPCheckMac)
 	}
+	if e.policy.set.Audit {
+		ep.Flags |= uint32(abi.EPAudit)
+	}
 	if e.policy.set.EnforceIngress {
 		ep.Flags |= uint32(abi.EPEnforceIngress)
 	}

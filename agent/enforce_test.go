@@ -17,6 +17,7 @@ spec: {podSelector: {}, policyTypes: [Ingress]}
 // How far policy is enforced reaches the kernel as the endpoint's flags.
 func TestEnforce(t *testing.T) {
 	const both = uint32(abi.EPEnforceIngress | abi.EPEnforceEgress)
+	const looked = both | uint32(abi.EPAudit)
 	for _, tc := range []struct {
 		name           string
 		everywhere, in authz.Enforcement // the second: in the workload's namespace
@@ -25,6 +26,7 @@ func TestEnforce(t *testing.T) {
 	}{
 		{name: "default", before: 0, after: uint32(abi.EPEnforceIngress)},
 		{name: "always", everywhere: authz.EnforceAlways, before: both, after: both},
+		{name: "audit", everywhere: authz.EnforceAudit, before: uint32(abi.EPAudit), after: uint32(abi.EPEnforceIngress | abi.EPAudit)},
 		{name: "never", everywhere: authz.EnforceNever},
 		{name: "always but here", everywhere: authz.EnforceAlways, in: authz.EnforceNever, exception: true},
 		{name: "never but here", everywhere: authz.EnforceNever, in: authz.EnforceAlways, exception: true, before: both, after: both},
@@ -39,12 +41,12 @@ func TestEnforce(t *testing.T) {
 			l := n.mustStart()
 			defer n.crash(l)
 			e := n.run(l, app("a0", "10.1.1.2"))
-			if got := n.inKernel(l, "a0").Flags & both; got != tc.before {
+			if got := n.inKernel(l, "a0").Flags & looked; got != tc.before {
 				t.Errorf("without a policy: flags %d, want %d", got, tc.before)
 			}
 			epoch := e.policy.id
 			n.importPolicy(l, denyIngress)
-			if got := n.inKernel(l, "a0").Flags & both; got != tc.after {
+			if got := n.inKernel(l, "a0").Flags & looked; got != tc.after {
 				t.Errorf("with a policy: flags %d, want %d", got, tc.after)
 			}
 			if tc.before != tc.after && e.policy.id == epoch {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"net/netip"
-	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -87,7 +86,6 @@ type loop struct {
 	names    *directory // safe for concurrent use
 	monitors *monitors  // safe for concurrent use
 	alarms   *alarms    // safe for concurrent use
-	sweep    atomic.Pointer[sweepResult]
 	started  time.Time
 	boot     identity.BootID
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -248,11 +249,32 @@ func (l *loop) sweepConntrack(ctx context.Context) error {
 			continue
 		}
 		l.alarms.clear("conntrack-sweep")
-		l.sweep.Store(&sweepResult{entries: uint64(stats.Entries - stats.Expired - stats.Dead), at: time.Now()})
+		l.alarmPressure()
 		if len(stats.Used) > 0 {
 			l.post(func() { l.stepVerifier(lease.Used{IPs: stats.Used}) })
 		}
 	}
+}
+
+// alarmPressure tells of maps that are nearly full: soon what does not fit is
+// dropped (I6).
+func (l *loop) alarmPressure() {
+	maps, err := l.dp.Pressure()
+	if err != nil {
+		l.alarms.raise("map-pressure", fmt.Sprintf("the fill of the maps is not known: %v", err))
+		return
+	}
+	var full []string
+	for _, m := range maps {
+		if m.Capacity > 0 && m.Used*100 >= m.Capacity*pressureAlarm {
+			full = append(full, fmt.Sprintf("%s has %d of %d", m.Name, m.Used, m.Capacity))
+		}
+	}
+	if len(full) == 0 {
+		l.alarms.clear("map-pressure")
+		return
+	}
+	l.alarms.raise("map-pressure", "nearly full: "+strings.Join(full, ", ")+"; what does not fit is dropped: raise the size, or find who fills it")
 }
 
 // close gives up what newLoop opened. Pins and programs stay.

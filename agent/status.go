@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"runtime/debug"
 	"slices"
-	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -52,10 +51,12 @@ func (l *loop) status() (*api.StatusResponse, error) {
 		}
 	}
 	l.statusSources(s)
-	s.Maps = []*api.Map{
-		{Name: "endpoints", Entries: uint64(len(l.byIfindex)), Capacity: maxEndpoints},
-		{Name: "bindings", Entries: uint64(l.table.Len()), Capacity: uint64(l.table.Cap())},
-		{Name: "conntrack", Entries: l.sweep.Load().entries, Capacity: uint64(l.cfg.Conntrack)},
+	maps, err := l.dp.Pressure()
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range maps {
+		s.Maps = append(s.Maps, &api.Map{Name: m.Name, Entries: m.Used, Capacity: m.Capacity})
 	}
 	s.Held = &api.HeldPackets{Outstanding: uint64(l.holds.Len()), Limit: uint64(l.cfg.HoldTotal), Total: l.heldTotal, Reinjected: l.reinjected, Dropped: l.heldDropped}
 	counters, err := l.dp.Counters()
@@ -164,10 +165,4 @@ func (l *loop) resetSession(peer identity.NodeName) (existed bool, bindings uint
 	}
 	l.stepVerifier(lease.ResetSession{Owner: peer})
 	return existed, bindings, nil
-}
-
-// sweepResult is what the last conntrack sweep found.
-type sweepResult struct {
-	entries uint64
-	at      time.Time
 }

@@ -74,6 +74,9 @@ func (l *Lab) agentArgs(s *state, n *nodeState, fresh bool) []string {
 		for _, r := range o.Ranges {
 			peer = append(peer, r.String())
 		}
+		for _, ip := range o.IPs { // its own addresses need a binding like any other
+			peer = append(peer, netip.PrefixFrom(ip, ip.BitLen()).String())
+		}
 		args = append(args, "--peer", strings.Join(peer, ","))
 	}
 	if s.Config.Evidence == "classic" {
