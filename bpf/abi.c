@@ -45,6 +45,7 @@ EMIT_STRUCT(pc_ct_key);
 EMIT_STRUCT(pc_judgement);
 EMIT_STRUCT(pc_ct);
 EMIT_STRUCT(pc_ct_budget);
+EMIT_STRUCT(pc_mark);
 EMIT_STRUCT(pc_event);
 EMIT_STRUCT(pc_held);
 EMIT_STRUCT(pc_hold_quota);

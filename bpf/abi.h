@@ -295,6 +295,7 @@ enum pc_judgement_flag {
 	PC_JUDGED_BY_RANGE = 1, /* the peer was known by its range: slot is state.range_epoch's low half */
 	PC_JUDGED_REPLY_SEEN = 2, /* this judge has let a reply pass */
 	PC_JUDGED_AUDIT = 4, /* it would not pass: `evidence` is the enum pc_reason */
+	PC_JUDGED_BY_MARK = 8, /* the peer is not who its address says, but the endpoint whose `mark` the packets carry */
 };
 
 enum pc_ifindex { PC_IFINDEX_NONE = 0xffffffff };
@@ -314,7 +315,7 @@ struct pc_judgement {
 			 * 0: from this node itself; PC_IFINDEX_NONE: not yet */
 	__u8 evidence;	/* least evidence that a packet of this flow needs; with PC_JUDGED_AUDIT the reason */
 	__u8 flags;	/* enum pc_judgement_flag */
-	__u16 pad;
+	__u16 mark;	/* with PC_JUDGED_BY_MARK: hold_index of the peer's endpoint */
 	__u32 rule;
 };
 
@@ -358,6 +359,22 @@ struct pc_ct {
 struct pc_ct_budget {
 	__u64 in;
 	__u64 out;
+};
+
+/* ---- endpoint marks -------------------------------------------------- */
+
+/*
+ * Map `marks`: array, the kernel's own, as long as `hold_quota`, by hold_index.
+ * With endpoint_mark_mask set, from_workload writes the sender's hold_index
+ * into those bits of every packet that it lets pass (0 if it does not fit), and
+ * here who that is. to_workload believes it of a packet with an address of this
+ * node, which masquerade may have given it, and of one with the sender's own
+ * address that came in by another device (a bridge); it clears the bits. So a
+ * hold_index must not be given to another endpoint before the packets of the
+ * last one have drained: reuse-margin after its gate was closed.
+ */
+struct pc_mark {
+	__u64 who; /* id << 32 | ifindex */
 };
 
 /* ---- fragments ------------------------------------------------------- */

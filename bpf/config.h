@@ -23,6 +23,13 @@ const volatile __u32 reinject_mark = 0;
  * device. It never means "allow" either. */
 const volatile __u32 turn_mark = 0;
 
+/* Bits of skb->mark that name the workload which a packet comes from, and the
+ * number of the lowest; see abi.h, `marks`. One row of at most 16 bits, used by
+ * no other software, and not saved into connection marks. 0: none is set, and a
+ * masqueraded packet is nobody's. */
+const volatile __u32 endpoint_mark_mask = 0;
+const volatile __u32 endpoint_mark_shift = 0;
+
 /* Packets outstanding with the agent: of one endpoint, and of all. */
 const volatile __u32 hold_per_endpoint = 64;
 const volatile __u32 hold_total = 4096;

@@ -83,11 +83,41 @@ inline_always int judge(struct __sk_buff *skb, struct pc_life *l, int dir)
 	return reason;
 }
 
-/* The mark has said what it had to; nobody else should see it. */
-inline_always void leave(struct __sk_buff *skb, const struct pc_life *l)
+/* Writes the sender's mark, over whatever stood in those bits. */
+separate int mark_write(struct __sk_buff *skb, struct pc_life *l)
+{
+	__u32 index, want = 0;
+	struct pc_mark *m;
+	__u64 who;
+
+	if (!l)
+		return 0;
+	index = l->hold_index;
+	if (index <= endpoint_mark_mask >> endpoint_mark_shift) {
+		m = bpf_map_lookup_elem(&marks, &index);
+		who = (__u64)l->id << 32 | skb->ifindex;
+		if (m) {
+			if (READ_ONCE(m->who) != who)
+				WRITE_ONCE(m->who, who);
+			want = index << endpoint_mark_shift;
+		}
+	}
+	skb->mark = (skb->mark & ~endpoint_mark_mask) | want;
+	return 0;
+}
+
+/* The marks of what passes. Ours have said what they had to, and nobody else
+ * should see them. */
+inline_always void leave(struct __sk_buff *skb, struct pc_life *l, int dir)
 {
 	if (l->reinjected)
 		skb->mark &= ~mark_mask;
+	if (!endpoint_mark_mask)
+		return;
+	if (dir == PC_DIR_EGRESS)
+		mark_write(skb, l);
+	else
+		skb->mark &= ~endpoint_mark_mask;
 }
 
 /* Does a packet that was refused pass all the same, told as such? What says
@@ -124,7 +154,7 @@ inline_always int gate(struct __sk_buff *skb, int dir)
 		count(skb, &l, dir, PC_VERDICT_PASS);
 		if (l.report || l.reinjected)
 			emit(skb, &l, PC_VERDICT_PASS);
-		leave(skb, &l);
+		leave(skb, &l, dir);
 		return TCX_NEXT;
 	}
 	if (audit_passes(&l)) {
@@ -133,7 +163,7 @@ inline_always int gate(struct __sk_buff *skb, int dir)
 		count(skb, &l, dir, PC_VERDICT_AUDIT);
 		if (!l.audited || l.reinjected)
 			emit(skb, &l, PC_VERDICT_AUDIT);
-		leave(skb, &l);
+		leave(skb, &l, dir);
 		return TCX_NEXT;
 	}
 	if (may_hold(&l)) {

@@ -249,6 +249,7 @@ const (
 	JudgedByRange   JudgementFlag = 1
 	JudgedReplySeen JudgementFlag = 2
 	JudgedAudit     JudgementFlag = 4
+	JudgedByMark    JudgementFlag = 8
 )
 
 // LeaseIndex is enum pc_lease_index.
@@ -521,13 +522,18 @@ type Judgement struct {
 	Ifindex  uint32
 	Evidence uint8
 	Flags    uint8
-	_        uint16
+	Mark     uint16
 	Rule     uint32
 }
 
 // Lease is struct pc_lease, 8 bytes.
 type Lease struct {
 	Deadline uint64
+}
+
+// Mark is struct pc_mark, 8 bytes.
+type Mark struct {
+	Who uint64
 }
 
 // Policy is struct pc_policy, 8 bytes.

@@ -25,12 +25,20 @@ inline_always int lease_live(__u32 index, __u64 now)
 	return lease && now < READ_ONCE(lease->deadline);
 }
 
-/* The slot, if it is `stamp`'s and speaks of `addr`; else 0. */
-inline_always struct pc_slot *slot_of(__u32 index, __u64 stamp, const struct pc_addr *addr)
+/* The slot, if it is `stamp`'s; else 0. */
+inline_always struct pc_slot *slot_find(__u32 index, __u64 stamp)
 {
 	struct pc_slot *s = bpf_map_lookup_elem(&slots, &index);
 
-	if (!s || !stamp || READ_ONCE(s->stamp) != stamp)
+	return s && stamp && READ_ONCE(s->stamp) == stamp ? s : 0;
+}
+
+/* The slot, if it is `stamp`'s and speaks of `addr`; else 0. */
+inline_always struct pc_slot *slot_of(__u32 index, __u64 stamp, const struct pc_addr *addr)
+{
+	struct pc_slot *s = slot_find(index, stamp);
+
+	if (!s)
 		return 0;
 	if (READ_ONCE(s->ip.d[0]) != addr->d[0] || READ_ONCE(s->ip.d[1]) != addr->d[1])
 		return 0;
@@ -73,6 +81,80 @@ inline_always int slot_origin(struct __sk_buff *skb, const struct pc_life *l, __
 	return from_uplink(skb, l) ? PEER_BOUND : PEER_SPOOFED;
 }
 
+inline_always __u32 mark_of(const struct __sk_buff *skb)
+{
+	return (READ_ONCE(skb->mark) & endpoint_mark_mask) >> endpoint_mark_shift;
+}
+
+/* The endpoint that marked the packet, if it is one still; else 0. */
+inline_always const struct pc_endpoint *mark_sender(__u32 mark)
+{
+	const struct pc_endpoint *ep;
+	struct pc_mark *m;
+	__u32 ifindex;
+	__u64 who;
+
+	if (!mark)
+		return 0;
+	m = bpf_map_lookup_elem(&marks, &mark);
+	who = m ? READ_ONCE(m->who) : 0;
+	ifindex = who;
+	ep = bpf_map_lookup_elem(&endpoints, &ifindex);
+	if (!ep || READ_ONCE(ep->ifindex) != ifindex || READ_ONCE(ep->id) != who >> 32 ||
+	    READ_ONCE(ep->hold_index) != mark || READ_ONCE(ep->state) != PC_EP_ACTIVE)
+		return 0;
+	return ep;
+}
+
+/* Fills l->peer from the slot of a local endpoint's binding. */
+inline_always int peer_from_slot(struct pc_life *l, struct pc_slot *s, __u32 index, __u64 stamp)
+{
+	int live;
+
+	l->peer.slot = index;
+	l->peer.stamp = stamp;
+	l->peer.identity = READ_ONCE(s->identity);
+	l->peer.evidence = READ_ONCE(s->evidence);
+	live = lease_live(READ_ONCE(s->lease), l->now);
+	return slot_still(s, stamp) && live ? PEER_BOUND : PEER_CHANGED;
+}
+
+/* A packet with a node's address that it does not come from, or with a local
+ * endpoint's that came in by another device: who marked it? `how`: what it is
+ * without a mark. */
+inline_always int peer_by_mark(struct __sk_buff *skb, struct pc_life *l, __u32 identity, __u32 ifindex, int how)
+{
+	__u32 mark = mark_of(skb), index;
+	const struct pc_endpoint *ep;
+	struct pc_binding *b;
+	struct pc_addr own;
+	struct pc_slot *s;
+	__u64 stamp;
+
+	if (!l || l->reinjected)
+		return how;
+	ep = mark_sender(mark);
+	if (!ep)
+		return how;
+	if (identity != PC_ID_HOST)
+		return ifindex && READ_ONCE(ep->ifindex) == ifindex ? PEER_BOUND : how;
+	/* A reply keeps the binding that was called. */
+	if (!(l->how & CT_FORWARD))
+		return how;
+	own = l->p.is6 ? ep->ip6 : ep->ip4;
+	ifindex = READ_ONCE(ep->ifindex);
+	b = bpf_map_lookup_elem(&bindings, &own);
+	if (!b)
+		return how;
+	index = READ_ONCE(b->slot);
+	stamp = READ_ONCE(b->stamp);
+	s = slot_of(index, stamp, &own);
+	if (!s || READ_ONCE(s->ifindex) != ifindex)
+		return how;
+	l->peer.mark = mark;
+	return peer_from_slot(l, s, index, stamp);
+}
+
 /* What the range table says of an address without a live binding. */
 inline_always int range_of(struct __sk_buff *skb, struct pc_life *l, const struct pc_addr *addr, int kind)
 {
@@ -111,6 +193,16 @@ inline_always int peer_look_up(struct __sk_buff *skb, struct pc_life *l)
 	__u32 ifindex, live;
 	int origin;
 
+	/* The answer to a peer that is known by its mark: its address is not its
+	 * own, so the judgement says who it is. */
+	if (endpoint_mark_mask && l->dir == PC_DIR_EGRESS && (l->how & CT_KNOWN) &&
+	    (l->j.flags & PC_JUDGED_BY_MARK)) {
+		s = slot_find(l->j.slot, l->j.stamp);
+		if (!s)
+			return PEER_CHANGED;
+		peer->mark = l->j.mark;
+		return peer_from_slot(l, s, l->j.slot, l->j.stamp);
+	}
 	if (!b)
 		return range_of(skb, l, addr, PEER_MISSING);
 	/* The element may be recycled while it is read: slot and stamp may then
@@ -130,6 +222,11 @@ inline_always int peer_look_up(struct __sk_buff *skb, struct pc_life *l)
 		return PEER_CHANGED;
 	if (l->dir == PC_DIR_INGRESS) {
 		origin = slot_origin(skb, l, peer->identity, ifindex);
+		if (origin != PEER_BOUND && endpoint_mark_mask) {
+			origin = peer_by_mark(skb, l, peer->identity, ifindex, origin);
+			if (peer->mark)
+				return origin;
+		}
 		if (origin != PEER_BOUND)
 			return origin;
 	}

@@ -72,8 +72,8 @@ inline_always __u64 judgement_seal(__u64 sum, const struct pc_judgement *j, int 
 {
 	return sum + j->stamp * 0xe7037ed1a0b428dbULL +
 	       ((__u64)j->slot << 32 | j->endpoint) * 0x8ebc6af09c88c6e3ULL +
-	       ((__u64)j->epoch << 32 | (__u32)(j->flags & (PC_JUDGED_BY_RANGE | PC_JUDGED_AUDIT)) << 16 |
-		(__u32)j->evidence << 8 | (jdir << 1) | (opened_by_b ? 1 : 0)) *
+	       ((__u64)j->epoch << 32 | (__u32)j->mark << 16 | (__u32)j->evidence << 8 |
+		(__u32)(j->flags & ~PC_JUDGED_REPLY_SEEN) << 2 | (jdir << 1) | (opened_by_b ? 1 : 0)) *
 		       0x589965cc75374cc3ULL;
 }
 
@@ -97,6 +97,7 @@ inline_always int judgement_read(struct pc_ct *ct, int jdir, __u64 sum, __u32 op
 	j->ifindex = READ_ONCE(from->ifindex);
 	j->evidence = READ_ONCE(from->evidence);
 	j->flags = READ_ONCE(from->flags);
+	j->mark = READ_ONCE(from->mark);
 	return READ_ONCE(from->seal) == judgement_seal(sum, j, jdir, opened_by_b);
 }
 
@@ -109,6 +110,7 @@ inline_always void judgement_write(struct pc_judgement *to, const struct pc_judg
 	WRITE_ONCE(to->ifindex, j->ifindex);
 	WRITE_ONCE(to->evidence, j->evidence);
 	WRITE_ONCE(to->flags, j->flags);
+	WRITE_ONCE(to->mark, j->mark);
 	WRITE_ONCE(to->rule, j->rule);
 	WRITE_ONCE(to->seal, j->seal);
 }
@@ -121,7 +123,10 @@ inline_always int judgement_fresh(const struct pc_judgement *j, const struct pc_
 
 	if (!j->stamp) /* needed none; or known by its range, which may have changed */
 		return !(j->flags & PC_JUDGED_BY_RANGE) || j->slot == (__u32)range_epoch();
-	s = slot_of(j->slot, j->stamp, peer);
+	if (unlikely(j->flags & PC_JUDGED_BY_MARK))
+		s = slot_find(j->slot, j->stamp); /* its own address is another */
+	else
+		s = slot_of(j->slot, j->stamp, peer);
 	if (!s || READ_ONCE(s->evidence) < j->evidence)
 		return 0;
 	if (!lease_live(READ_ONCE(s->lease), now))

@@ -16,6 +16,8 @@ inline_always int origin_same(struct __sk_buff *skb, const struct pc_life *l, in
 		return 1;
 	if (!l->j.stamp && !(l->j.flags & PC_JUDGED_BY_RANGE))
 		return 1;
+	if (unlikely(l->j.flags & PC_JUDGED_BY_MARK) && mark_of(skb) != l->j.mark)
+		return 0;
 	return l->j.ifindex == skb->ingress_ifindex;
 }
 
@@ -83,11 +85,16 @@ separate int judge_anew(struct __sk_buff *skb, struct pc_life *l)
 		j->ifindex = skb->ingress_ifindex;
 	j->stamp = 0;
 	j->slot = 0;
+	j->mark = 0;
 	if (reason) {
 		j->flags |= PC_JUDGED_AUDIT;
 		j->evidence = reason;
 	} else if (!l->no_evidence) {
 		j->slot = l->peer.slot;
+		if (l->peer.mark) {
+			j->flags |= PC_JUDGED_BY_MARK;
+			j->mark = l->peer.mark;
+		}
 		if (l->peer.kind == PEER_BOUND)
 			j->stamp = l->peer.stamp;
 		else

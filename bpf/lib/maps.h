@@ -93,6 +93,13 @@ struct {
 	__type(value, struct pc_ct_budget);
 } ct_budget SEC(".maps");
 
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1025);
+	__type(key, __u32);
+	__type(value, struct pc_mark);
+} marks SEC(".maps");
+
 /* The verdict on a datagram's first fragment. Guarded by lock. */
 struct pc_fragment {
 	struct bpf_spin_lock lock;

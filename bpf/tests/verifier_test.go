@@ -22,6 +22,13 @@ func TestStack(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// Nothing that a constant switches off is left out.
+	for _, o := range []option{constant("endpoint_mark_mask", uint32(0xff00)), constant("endpoint_mark_shift", uint32(8)),
+		constant("hold_per_source", uint32(1)), constant("ct_per_endpoint", uint32(1)), constant("mark_mask", ^uint32(0))} {
+		if err := o(spec); err != nil {
+			t.Fatal(err)
+		}
+	}
 	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{Programs: ebpf.ProgramOptions{LogLevel: ebpf.LogLevelStats}})
 	if err != nil {
 		t.Fatal(err)
