@@ -21,6 +21,7 @@ type Config struct {
 	Leases     int // lease indices, the reserved ones included; default 4096
 	Policy     int // entries of all sets; default 65536
 	Ranges     int // prefixes; default 4096
+	Sources    int // prefixes that endpoints forward for, of all; default 4096
 	HeldBytes  int // of the ring of held packets; a power of two; default 8 MiB
 	EventBytes int // of the ring of events; a power of two; default 1 MiB
 
@@ -53,7 +54,7 @@ func (c Config) withDefaults() (Config, error) {
 		def  int
 	}{
 		{"bindings", &c.Bindings, 65536}, {"conntrack", &c.Conntrack, 131072}, {"endpoints", &c.Endpoints, 1024},
-		{"leases", &c.Leases, 4096}, {"policy", &c.Policy, 65536}, {"ranges", &c.Ranges, 4096},
+		{"leases", &c.Leases, 4096}, {"policy", &c.Policy, 65536}, {"ranges", &c.Ranges, 4096}, {"sources", &c.Sources, 4096},
 		{"held bytes", &c.HeldBytes, 8 << 20}, {"event bytes", &c.EventBytes, 1 << 20},
 		{"hold per endpoint", &c.HoldPerEndpoint, 64}, {"hold per source", &c.HoldPerSource, 16}, {"hold total", &c.HoldTotal, 4096},
 	} {
@@ -94,7 +95,7 @@ func (c Config) maxEntries() map[string]uint32 {
 		"endpoints": uint32(c.Endpoints), "hold_quota": uint32(c.Endpoints) + 1, "ct_budget": uint32(c.Endpoints) + 1, // index 0 counts all
 		"fragments": (uint32(c.Endpoints) + 1) * uint32(abi.FragmentsPerEndpoint),                              // of each index, its part
 		"bindings":  uint32(c.Bindings), "slots": uint32(c.Bindings) + 1, "slots_cold": uint32(c.Bindings) + 1, // slot 0 stays empty
-		"leases": uint32(c.Leases), "policy": uint32(c.Policy), "ranges": uint32(c.Ranges),
+		"leases": uint32(c.Leases), "policy": uint32(c.Policy), "ranges": uint32(c.Ranges), "sources": uint32(c.Sources),
 		"conntrack": uint32(c.Conntrack), "held": uint32(c.HeldBytes), "events": uint32(c.EventBytes),
 	}
 }

@@ -56,6 +56,7 @@ type Datapath struct {
 
 	policies  atomic.Int64 // entries in `policy`
 	ranges    atomic.Int64 // entries in `ranges`
+	prefixes  atomic.Int64 // entries in `sources`
 	nobodys   atomic.Int64 // conntrack entries that no endpoint's budget counts, at the last sweep
 	fragments atomic.Int64 // datagrams under way of the endpoint that has most, at the last sweep
 }

@@ -141,7 +141,11 @@ func (d *Datapath) RemoveEndpoint(ifname string, ifindex uint32) error {
 			return fmt.Errorf("remove the links of %s: %w", ifname, err)
 		}
 	}
-	return d.deleteEndpoint(ifindex)
+	if err := d.deleteEndpoint(ifindex); err != nil {
+		return err
+	}
+	d.reapSources()
+	return nil
 }
 
 // shut closes the gate of a device: by its state, or else by removing the
@@ -273,6 +277,7 @@ func (d *Datapath) putInOrder() error {
 			return err
 		}
 	}
+	d.reapSources()
 	if err := d.adoptSlots(); err != nil {
 		return err
 	}

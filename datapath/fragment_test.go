@@ -128,20 +128,20 @@ func TestPressure(t *testing.T) {
 	for _, p := range ps {
 		got += fmt.Sprintf("%s %d/%d\n", p.Name, p.Used, p.Capacity)
 	}
-	want := "endpoints 1/8\nbindings 2/64\npolicy 2/64\nranges 2/16\nconntrack 1/1024\nconntrack-endpoint 1/256\nfragments 0/64\n" +
+	want := "endpoints 1/8\nbindings 2/64\npolicy 2/64\nranges 2/16\nsources 0/4096\nconntrack 1/1024\nconntrack-endpoint 1/256\nfragments 0/64\n" +
 		"held 3/4096\nheld-endpoint 3/64\nheld-source 3/16\n"
 	if got != want {
 		t.Errorf("pressure:\n%swant:\n%s", got, want)
 	}
 	g.stop()
 	g = l.gate(d) // a next reader gives back what was outstanding
-	if ps, err := d.Pressure(); err != nil || ps[7].Used+ps[8].Used+ps[9].Used != 0 {
+	if ps, err := d.Pressure(); err != nil || ps[8].Used+ps[9].Used+ps[10].Used != 0 {
 		t.Errorf("%v, %v", ps, err)
 	}
 	g.stop()
 	l.must(d.Close())
 	d = l.open()
-	if ps, err := d.Pressure(); err != nil || ps[1].Used != 2 || ps[2].Used != 2 || ps[4].Used != 1 {
+	if ps, err := d.Pressure(); err != nil || ps[1].Used != 2 || ps[2].Used != 2 || ps[5].Used != 1 {
 		t.Errorf("after a restart: %v, %v", ps, err)
 	}
 	l.send(peer, workload4, 5000, "the same flow")

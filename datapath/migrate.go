@@ -59,7 +59,7 @@ var carried = map[string]struct {
 	"ranges":     {[]string{"flags"}, true}, // without ranges every address is the world's (I5)
 	"policy":     {[]string{"flags", "evidence"}, false},
 	"uplinks":    {nil, false},
-	"sources":    {nil, false},
+	"sources":    {[]string{"flags"}, false},
 	"conntrack":  {nil, false},
 	"state":      {[]string{"next_stamp", "next_endpoint", "next_policy"}, true}, // else stamps would be used twice
 }

@@ -18,7 +18,7 @@ type Pressure struct {
 // Pressure returns how full everything is that has a limit, always in the same
 // order:
 //
-//	endpoints, bindings, policy, ranges
+//	endpoints, bindings, policy, ranges, sources
 //	conntrack           flows; without those that a sweep has not counted yet
 //	conntrack-endpoint  flows of the endpoint that has opened most
 //	fragments           datagrams under way of the endpoint that has most, at the last sweep
@@ -48,6 +48,7 @@ func (d *Datapath) Pressure() ([]Pressure, error) {
 		{"bindings", slots, uint64(d.cfg.Bindings)},
 		{"policy", uint64(d.policies.Load()), uint64(d.cfg.Policy)},
 		{"ranges", uint64(d.ranges.Load()), uint64(d.cfg.Ranges)},
+		{"sources", uint64(d.prefixes.Load()), uint64(d.cfg.Sources)},
 		{"conntrack", min(flows, uint64(d.cfg.Conntrack)), uint64(d.cfg.Conntrack)},
 		{"conntrack-endpoint", most, uint64(d.cfg.ConntrackPerEndpoint)},
 		{"fragments", uint64(d.fragments.Load()), uint64(abi.FragmentsPerEndpoint)},
