@@ -32,9 +32,15 @@ type Config struct {
 	ConntrackPerEndpoint int // flows that one endpoint may open; default a quarter of Conntrack
 
 	// MarkMask are the bits of skb->mark in which our marks stand, at least
-	// 16 of them. The default is all: a packet is ours only if the whole mark
-	// is equal, so no other software's bits are in the way.
+	// 16 of them. The default is all but EndpointMarkMask: a packet is ours
+	// only if all of them are equal, so no other software's are in the way.
 	MarkMask uint32
+
+	// EndpointMarkMask is one row of at most 16 bits of skb->mark, that no other
+	// software uses, in which a packet carries its sender on the way through the
+	// node, so that masquerade does not hide it (see pc_mark). They must hold the
+	// greatest hold index. 0: none, and a masqueraded packet is nobody's.
+	EndpointMarkMask uint32
 
 	// Classic is mode classic: bindings that are believed until told
 	// otherwise. Unsafe; without it such slots never count.
@@ -77,8 +83,16 @@ func (c Config) withDefaults() (Config, error) {
 	if c.ConntrackPerEndpoint < 0 || c.ConntrackPerEndpoint > c.Conntrack {
 		return c, fmt.Errorf("conntrack per endpoint: %d is not in 1..%d, the size of all", c.ConntrackPerEndpoint, c.Conntrack)
 	}
+	if row := c.EndpointMarkMask >> c.markShift(); row&(row+1) != 0 || row > math.MaxUint16 {
+		return c, fmt.Errorf("endpoint mark mask %#x is not one row of at most 16 bits", c.EndpointMarkMask)
+	} else if row != 0 && uint64(c.Endpoints) > uint64(row) {
+		return c, fmt.Errorf("endpoint mark mask %#x has no room for %d endpoints", c.EndpointMarkMask, c.Endpoints)
+	}
 	if c.MarkMask == 0 {
-		c.MarkMask = math.MaxUint32
+		c.MarkMask = ^c.EndpointMarkMask
+	}
+	if c.MarkMask&c.EndpointMarkMask != 0 {
+		return c, fmt.Errorf("mark mask %#x and endpoint mark mask %#x share bits", c.MarkMask, c.EndpointMarkMask)
 	}
 	if n := bits.OnesCount32(c.MarkMask); n < 16 {
 		return c, fmt.Errorf("mark mask %#x has %d bits: a mark of less than 16 can be guessed", c.MarkMask, n)
@@ -89,10 +103,19 @@ func (c Config) withDefaults() (Config, error) {
 	return c, nil
 }
 
+// markShift is the number of the lowest bit of the endpoint marks.
+func (c Config) markShift() uint32 {
+	if c.EndpointMarkMask == 0 {
+		return 0
+	}
+	return uint32(bits.TrailingZeros32(c.EndpointMarkMask))
+}
+
 // maxEntries returns the sizes of the maps that Config sets.
 func (c Config) maxEntries() map[string]uint32 {
 	return map[string]uint32{
-		"endpoints": uint32(c.Endpoints), "hold_quota": uint32(c.Endpoints) + 1, "ct_budget": uint32(c.Endpoints) + 1, // index 0 counts all
+		"endpoints": uint32(c.Endpoints), "hold_quota": uint32(c.Endpoints) + 1, // index 0 counts all
+		"ct_budget": uint32(c.Endpoints) + 1, "marks": uint32(c.Endpoints) + 1,
 		"fragments": (uint32(c.Endpoints) + 1) * uint32(abi.FragmentsPerEndpoint),                              // of each index, its part
 		"bindings":  uint32(c.Bindings), "slots": uint32(c.Bindings) + 1, "slots_cold": uint32(c.Bindings) + 1, // slot 0 stays empty
 		"leases": uint32(c.Leases), "policy": uint32(c.Policy), "ranges": uint32(c.Ranges), "sources": uint32(c.Sources),

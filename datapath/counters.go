@@ -4,8 +4,9 @@ import (
 	"portcullis/bpf/abi"
 )
 
-// CounterKey names one counter. Reason is ReasonNone where a packet
-// passed, or map-full where its flow could not be remembered.
+// CounterKey names one counter. Reason is ReasonNone where a packet passed, or
+// map-full where its flow could not be remembered; with VerdictAudit it passed,
+// and Reason is what it would have been dropped for.
 type CounterKey struct {
 	Direction abi.Direction
 	Verdict   abi.Verdict

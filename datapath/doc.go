@@ -30,7 +30,7 @@
 //
 // One goroutine, the agent's loop, calls everything that writes. Events, Held
 // and SweepConntrack may each run in a goroutine of its own beside it; Now,
-// Counters, CountDrop, ReleaseHold and Marks are safe from anywhere. Nothing
+// Counters, Pressure, CountDrop, ReleaseHold and Marks are safe from anywhere. Nothing
 // may be called during or after Close.
 //
 // It may import bpf, bpf/abi, identity, cilium/ebpf, zap and x/sys.
