@@ -30,8 +30,9 @@
 //
 // One goroutine, the agent's loop, calls everything that writes. Events, Held
 // and SweepConntrack may each run in a goroutine of its own beside it; Now,
-// Counters, Pressure, CountDrop, ReleaseHold and Marks are safe from anywhere. Nothing
-// may be called during or after Close.
+// Counters, Pressure, CountDrop, ReleaseHold and Marks are safe from anywhere.
+// Nothing may be called during or after Close. Remove and Tombstone are for
+// other processes, while no Datapath has the pins.
 //
 // It may import bpf, bpf/abi, identity, cilium/ebpf, zap and x/sys.
 package datapath

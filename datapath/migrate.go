@@ -43,7 +43,9 @@ import (
 // changes its meaning changes its name too (abi.h). Judgements in conntrack
 // carry a seal over what decides; where its sum changes they count no more, and
 // flows are judged again. Counters begin anew when their array changes its
-// size, for what an index means is not written in it.
+// size, for what an index means is not written in it. With a ring go the events
+// that nobody has read, and packets that were held, which are counted. Pins of
+// a higher ABI version are refused: an older agent cannot know what they mean.
 
 // carried are the maps whose entries move, with the members without which an
 // entry means nothing.
@@ -379,8 +381,6 @@ func (m *migration) drain() error {
 	defer rd.Close()
 	return m.d.drainHeld(rd)
 }
-
-func (m *migration) close() { closeMaps(m.old) }
 
 // carryArray moves the elements up to the smaller size, by index. Both are
 // mapped into memory: no program uses the new one yet.
