@@ -21,6 +21,8 @@ import (
 //	pinned slot, identity known   -> stays, under its stamp, until its lease ends
 //	pinned slot, identity unknown -> zeroed
 //	pinned endpoint, registered   -> stays as it is, gets its policy anew
+//	registered, its process ended -> its gate is closed
+//	registered, half relabelled   -> quarantined, waits as a new one
 //	pinned endpoint, not          -> its gate is closed
 //	pinned endpoint, its policy   -> everything is denied there until somebody
 //	files are gone                   imports or deletes policies (I2)
@@ -102,13 +104,20 @@ func (l *loop) shutStrangers() error {
 		return err
 	}
 	for name, ep := range pinned {
+		why := "it is not registered"
 		if l.registered(name, ep) {
-			continue
+			if !l.processGone(l.stored[ep.UID]) {
+				if err := l.quarantineHalfRelabelled(ep); err != nil {
+					return err
+				}
+				continue
+			}
+			why = "its process ended"
 		}
 		if err := l.shutPinned(name, ep); err != nil {
 			return err
 		}
-		l.log.Warn("an endpoint of an earlier agent is shut: it is not registered", zap.String("device", name), zap.String("uid", identity.UID(ep.UID).String()))
+		l.log.Warn("an endpoint of an earlier agent is shut", zap.String("why", why), zap.String("device", name), zap.String("uid", identity.UID(ep.UID).String()))
 	}
 	return nil
 }
@@ -173,6 +182,7 @@ func (l *loop) adoptEndpoint(w workload, ep abi.Endpoint) error {
 		return err
 	}
 	l.add(e)
+	l.watchAdopted(e)
 	add := lease.Add{UID: e.uid, IPs: e.ips, Identity: e.identity, Ports: e.ports}
 	if e.state != abi.EPActive {
 		l.pendingAdds = append(l.pendingAdds, add)

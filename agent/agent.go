@@ -86,6 +86,9 @@ func Run(signalled context.Context, cfg Config, log *zap.Logger) error {
 	run("events", func(ctx context.Context) error { return l.dp.Events(ctx, l.publish) })
 	run("devices", l.watchDevices)
 	run("conntrack sweep", l.sweepConntrack)
+	run("workload processes", func(ctx context.Context) error {
+		return l.processes.run(ctx, func(uid identity.UID, what process) { l.post(func() { l.processEnded(uid, what) }) })
+	})
 	run("local API", func(ctx context.Context) error { return serve(ctx, l, listener) })
 	l.post(l.begin)
 	log.Info("agent started", zap.String("evidence", string(cfg.Evidence)), zap.Stringers("ranges", cfg.Ranges), zap.String("socket", cfg.APISocket))
@@ -191,6 +194,9 @@ func newLoop(ctx context.Context, cfg Config, log *zap.Logger) (*loop, error) {
 func (l *loop) open(ctx context.Context) error {
 	records, state, err := l.openJournal(ctx)
 	if err != nil {
+		return err
+	}
+	if l.processes, err = newProcesses(); err != nil {
 		return err
 	}
 	if l.store, err = openStore(l.cfg.JournalDir, l.cfg.StateDir, l.boot); err != nil {

@@ -60,6 +60,8 @@ type Config struct {
 	Enforce   authz.Enforcement            // how far policy is enforced
 	EnforceIn map[string]authz.Enforcement // in a namespace, otherwise than Enforce says
 
+	Relabel lease.RelabelMode // when a relabelled workload has its IPs again
+
 	TTL         time.Duration
 	Heartbeat   time.Duration
 	ReuseMargin time.Duration
@@ -129,6 +131,9 @@ func (c *Config) Validate() error {
 		}
 	default:
 		bad("--evidence %q: want lease, or classic", c.Evidence)
+	}
+	if c.Relabel == lease.RelabelStrict && c.Evidence == ModeClassic {
+		bad("--relabel=strict has no leases to wait for with --evidence=classic: leave it out")
 	}
 	errs = append(errs, c.validateTimes()...)
 	errs = append(errs, c.validateRanges()...)

@@ -5,6 +5,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"portcullis/ipcache/lease"
 )
 
 func valid() Config {
@@ -31,6 +33,7 @@ func TestConfigValidate(t *testing.T) {
 		{"classic must be asked for twice", func(c *Config) { c.Evidence = ModeClassic }, []string{"--unsafe-classic"}},
 		{"unsafe lease", func(c *Config) { c.UnsafeClassic = true }, []string{"--unsafe-classic"}},
 		{"ttl above MAX_LEASE", func(c *Config) { c.TTL = 61 * time.Second }, []string{"--ttl"}},
+		{"strict relabels without leases", func(c *Config) { c.Evidence, c.UnsafeClassic, c.Relabel = ModeClassic, true, lease.RelabelStrict }, []string{"--relabel"}},
 		{"heartbeat too slow", func(c *Config) { c.Heartbeat = 16 * time.Second }, []string{"--heartbeat"}},
 		{"bindings given back while in use", func(c *Config) { c.IdleBinding = sweepInterval }, []string{"--idle-binding"}},
 		{"a peer in our range", func(c *Config) { c.Peers[0].Ranges[0] = netip.MustParsePrefix("10.1.1.128/25") }, []string{"overlaps"}},

@@ -29,6 +29,7 @@ type workload struct {
 	ifname    string
 	mac       net.HardwareAddr
 	ports     []identity.NamedPort
+	process   process // whose end is the workload's
 }
 
 func (w *workload) fullName() string { return w.namespace + "/" + w.name }
@@ -71,7 +72,7 @@ var (
 func (l *loop) register(w workload) (*endpoint, error) {
 	if e, ok := l.endpoints[w.uid]; ok {
 		if !sameWorkload(&e.workload, &w) {
-			return nil, fmt.Errorf("uid %s is %w with other fields: deregister it first", w.uid, errConflict)
+			return nil, fmt.Errorf("uid %s is %w with other fields: relabel it, or deregister it first", w.uid, errConflict)
 		}
 		return e, nil
 	}
@@ -100,7 +101,12 @@ func (l *loop) register(w workload) (*endpoint, error) {
 	}
 	e := &endpoint{workload: w, id: l.dp.State().NextEndpointID(), ifindex: ifindex, holdIndex: holdIndex,
 		state: abi.EPQuarantined, created: time.Now(), activated: make(chan struct{})}
-	if err := l.enforce(e); err != nil {
+	err = l.watchProcess(&e.workload)
+	if err == nil {
+		err = l.enforce(e)
+	}
+	if err != nil {
+		l.processes.remove(e.uid)
 		l.holdIndexes.give(holdIndex)
 		return nil, err
 	}
@@ -285,6 +291,7 @@ func (l *loop) deregister(uid identity.UID) (existed bool, err error) {
 		e.state = old
 		return true, fmt.Errorf("%w to close the gate of %s, try again: %w", errKernelRefuse, e.fullName(), err)
 	}
+	l.processes.remove(uid)
 	l.endHolds(l.holds.DropEndpoint(e.id, abi.ReasonQuarantined))
 	l.zeroBinding(e.ips, uid) // only its own: its IPs may be another's
 	for _, ip := range e.ips {
@@ -362,7 +369,7 @@ func deviceExists(ifindex uint32) bool {
 
 func sameWorkload(a, b *workload) bool {
 	return a.namespace == b.namespace && a.name == b.name && a.identity.Equal(b.identity) &&
-		slices.Equal(a.ips, b.ips) && a.ifname == b.ifname && slices.Equal(a.ports, b.ports)
+		slices.Equal(a.ips, b.ips) && a.ifname == b.ifname && slices.Equal(a.ports, b.ports) && a.process.PID == b.process.PID
 }
 
 // indexes gives out small numbers, 1 to size, least recently used first.

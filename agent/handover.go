@@ -21,6 +21,7 @@ const handOverWait = time.Second
 func (l *loop) handOver(ctx context.Context) {
 	started := time.Now()
 	l.post(func() {
+		l.leaving = true
 		l.stepVerifier(lease.AskMax{})
 		l.stepOwner(lease.Leave{})
 	})

@@ -46,6 +46,7 @@ type loop struct {
 	journal   *journal.Journal
 	unwritten bool // the journal could not be written
 	store     *store
+	processes *processes // safe for concurrent use
 	audit     *audit.Log
 
 	owner    lease.OwnerMachine
@@ -63,6 +64,7 @@ type loop struct {
 	holdIndexes     *indexes
 	retryActivation map[identity.UID]identity.Generation
 	retryClose      map[identity.UID]bool // gates that could not be closed
+	leaving         bool                  // this agent is about to be replaced
 	retryRelease    []identity.Numeric    // numbers whose entries could not be removed
 	nodeUIDs        map[identity.UID]netip.Addr
 	numerics        map[uint64]identity.Numeric // stamp -> the number that its slot speaks of

@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"net/netip"
 	"strings"
@@ -55,7 +56,23 @@ func parseRegistration(r *api.RegisterWorkloadRequest, trustDomain string) (work
 			bad("mac %q: want an Ethernet address", r.Mac)
 		}
 	}
-	for _, p := range r.Ports {
+	if w.ports, err = parsePorts(r.Ports); err != nil {
+		errs = append(errs, err)
+	}
+	if r.Pid > math.MaxInt32 {
+		bad("pid %d: want the number of a process", r.Pid)
+	}
+	w.process.PID = int(r.Pid)
+	if len(errs) == 0 {
+		errs = append(errs, sendable(&w)...)
+	}
+	return w, errors.Join(errs...)
+}
+
+func parsePorts(messages []*api.NamedPort) (ports []identity.NamedPort, err error) {
+	var errs []error
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	for _, p := range messages {
 		if p.Port == 0 || p.Port > 65535 {
 			bad("port %q: %d is not a port number", p.Name, p.Port)
 		}
@@ -64,12 +81,9 @@ func parseRegistration(r *api.RegisterWorkloadRequest, trustDomain string) (work
 		default:
 			bad("port %q: protocol %q: want TCP, UDP or SCTP", p.Name, p.Protocol)
 		}
-		w.ports = append(w.ports, identity.NamedPort{Name: p.Name, Port: uint16(p.Port), Protocol: p.Protocol})
+		ports = append(ports, identity.NamedPort{Name: p.Name, Port: uint16(p.Port), Protocol: p.Protocol})
 	}
-	if len(errs) == 0 {
-		errs = append(errs, sendable(&w)...)
-	}
-	return w, errors.Join(errs...)
+	return ports, errors.Join(errs...)
 }
 
 // sendable tells what other agents would refuse about the workload's bindings.

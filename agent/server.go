@@ -38,7 +38,7 @@ func asStatus(err error) error {
 		return nil
 	case errors.Is(err, errConflict):
 		code = codes.AlreadyExists
-	case errors.Is(err, errNotMine), errors.Is(err, errNoDevice):
+	case errors.Is(err, errNotMine), errors.Is(err, errNoDevice), errors.Is(err, errNoProcess):
 		code = codes.FailedPrecondition
 	case errors.Is(err, errNoHoldIndex), errors.Is(err, errKernelRefuse):
 		code = codes.ResourceExhausted
@@ -59,23 +59,19 @@ func (s *server) RegisterWorkload(ctx context.Context, r *api.RegisterWorkloadRe
 	}
 	started := time.Now()
 	var e *endpoint
-	if err := s.ask(ctx, func() (err error) { e, err = s.l.register(w); return err }); err != nil {
+	var activated <-chan struct{}
+	err = s.ask(ctx, func() (err error) {
+		if e, err = s.l.register(w); err == nil {
+			activated = e.activated
+		}
+		return err
+	})
+	if err != nil {
 		return nil, err
 	}
 	// The endpoint stands, shut. From here on only the caller waits.
-	wait := s.l.cfg.AddWait
-	if r.Wait != nil {
-		wait = r.Wait.AsDuration()
-	}
-	if wait > 0 {
-		timer := time.NewTimer(wait)
-		defer timer.Stop()
-		select {
-		case <-e.activated:
-		case <-timer.C:
-		case <-ctx.Done():
-			return nil, asStatus(ctx.Err())
-		}
+	if err := s.awaitActivation(ctx, activated, r.Wait); err != nil {
+		return nil, err
 	}
 	resp := &api.RegisterWorkloadResponse{Waited: durationpb.New(time.Since(started))}
 	err = s.ask(ctx, func() error {

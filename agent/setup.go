@@ -183,7 +183,7 @@ func (l *loop) buildMachines(records []lease.Record, state lease.JournalState) (
 	now := l.now()
 	owner, err := lease.NewOwner(lease.OwnerConfig{Node: l.cfg.Node, Boot: l.boot, ReuseMargin: l.cfg.ReuseMargin, MaxWorkloads: maxEndpoints + len(l.cfg.NodeIPs),
 		Nonce: newNonce, Mine: l.mine, LastGeneration: identity.Generation(st.LastGeneration()),
-		Journal: state, Records: records, FreshRanges: fresh}, now)
+		Journal: state, Records: records, FreshRanges: fresh, Relabel: l.cfg.Relabel}, now)
 	if err != nil {
 		return err
 	}
@@ -291,6 +291,9 @@ func (l *loop) close() error {
 	}
 	if l.audit != nil {
 		errs = append(errs, l.audit.Close())
+	}
+	if l.processes != nil {
+		errs = append(errs, l.processes.close())
 	}
 	if l.journal != nil {
 		errs = append(errs, l.journal.Close())

@@ -46,6 +46,7 @@ type workloadRecord struct {
 	Ifname    string               `json:"ifname"`
 	MAC       string               `json:"mac,omitempty"`
 	Ports     []identity.NamedPort `json:"ports,omitempty"`
+	Process   process              `json:"process,omitzero"`
 	Created   time.Time            `json:"created"`
 }
 
@@ -70,7 +71,7 @@ func openStore(journalDir, stateDir string, boot identity.BootID) (*store, error
 
 func (s *store) putWorkload(e *endpoint) error {
 	r := workloadRecord{Boot: s.boot, UID: e.uid, Namespace: e.namespace, Name: e.name, Identity: e.identity, IPs: e.ips,
-		Ifname: e.ifname, MAC: e.mac.String(), Ports: e.ports, Created: e.created}
+		Ifname: e.ifname, MAC: e.mac.String(), Ports: e.ports, Process: e.process, Created: e.created}
 	return writeJSON(filepath.Join(s.workloads, e.uid.String()+".json"), r, false)
 }
 
@@ -95,7 +96,7 @@ func (s *store) loadWorkloads() (map[identity.UID]workload, map[identity.UID]tim
 			}
 			continue
 		}
-		w := workload{uid: r.UID, namespace: r.Namespace, name: r.Name, identity: r.Identity, ips: r.IPs, ifname: r.Ifname, ports: r.Ports}
+		w := workload{uid: r.UID, namespace: r.Namespace, name: r.Name, identity: r.Identity, ips: r.IPs, ifname: r.Ifname, ports: r.Ports, process: r.Process}
 		if r.MAC != "" {
 			if w.mac, err = net.ParseMAC(r.MAC); err != nil {
 				continue

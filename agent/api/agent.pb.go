@@ -666,8 +666,13 @@ type RegisterWorkloadRequest struct {
 	// wait bounds only how long the caller waits for activation; afterwards the
 	// endpoint stays quarantined and is activated later. 0: return at once; not
 	// set: the agent's --add-wait.
-	Wait          *durationpb.Duration `protobuf:"bytes,10,opt,name=wait,proto3" json:"wait,omitempty"`
-	TrustDomain   string               `protobuf:"bytes,11,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"` // default: the agent's
+	Wait        *durationpb.Duration `protobuf:"bytes,10,opt,name=wait,proto3" json:"wait,omitempty"`
+	TrustDomain string               `protobuf:"bytes,11,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"` // default: the agent's
+	// pid names a process whose end is the workload's end, e.g. its sandbox's:
+	// when it ends, also while no agent runs, the workload is deregistered. In
+	// the agent's pid namespace. 0: none; the device's end and
+	// DeregisterWorkload end the workload in any case.
+	Pid           uint32 `protobuf:"varint,12,opt,name=pid,proto3" json:"pid,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -779,6 +784,225 @@ func (x *RegisterWorkloadRequest) GetTrustDomain() string {
 	return ""
 }
 
+func (x *RegisterWorkloadRequest) GetPid() uint32 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+type RelabelWorkloadRequest struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Uid            string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
+	Labels         map[string]string      `protobuf:"bytes,2,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // all of them: what is not named goes
+	ServiceAccount *string                `protobuf:"bytes,3,opt,name=service_account,json=serviceAccount,proto3,oneof" json:"service_account,omitempty"`                               // not set: as before
+	Ports          *NamedPorts            `protobuf:"bytes,4,opt,name=ports,proto3" json:"ports,omitempty"`                                                                             // not set: as before
+	Wait           *durationpb.Duration   `protobuf:"bytes,5,opt,name=wait,proto3" json:"wait,omitempty"`                                                                               // as of RegisterWorkloadRequest
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *RelabelWorkloadRequest) Reset() {
+	*x = RelabelWorkloadRequest{}
+	mi := &file_agent_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RelabelWorkloadRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RelabelWorkloadRequest) ProtoMessage() {}
+
+func (x *RelabelWorkloadRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RelabelWorkloadRequest.ProtoReflect.Descriptor instead.
+func (*RelabelWorkloadRequest) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *RelabelWorkloadRequest) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *RelabelWorkloadRequest) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *RelabelWorkloadRequest) GetServiceAccount() string {
+	if x != nil && x.ServiceAccount != nil {
+		return *x.ServiceAccount
+	}
+	return ""
+}
+
+func (x *RelabelWorkloadRequest) GetPorts() *NamedPorts {
+	if x != nil {
+		return x.Ports
+	}
+	return nil
+}
+
+func (x *RelabelWorkloadRequest) GetWait() *durationpb.Duration {
+	if x != nil {
+		return x.Wait
+	}
+	return nil
+}
+
+type NamedPorts struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Ports         []*NamedPort           `protobuf:"bytes,1,rep,name=ports,proto3" json:"ports,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NamedPorts) Reset() {
+	*x = NamedPorts{}
+	mi := &file_agent_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NamedPorts) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NamedPorts) ProtoMessage() {}
+
+func (x *NamedPorts) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NamedPorts.ProtoReflect.Descriptor instead.
+func (*NamedPorts) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *NamedPorts) GetPorts() []*NamedPort {
+	if x != nil {
+		return x.Ports
+	}
+	return nil
+}
+
+type RelabelWorkloadResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Generation    uint64                 `protobuf:"varint,1,opt,name=generation,proto3" json:"generation,omitempty"` // of its bindings
+	State         string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"`            // "active", "quarantined"
+	Waited        *durationpb.Duration   `protobuf:"bytes,3,opt,name=waited,proto3" json:"waited,omitempty"`
+	Detail        string                 `protobuf:"bytes,4,opt,name=detail,proto3" json:"detail,omitempty"`      // why it is still quarantined
+	Endpoint      uint32                 `protobuf:"varint,5,opt,name=endpoint,proto3" json:"endpoint,omitempty"` // id
+	Identity      *Identity              `protobuf:"bytes,6,opt,name=identity,proto3" json:"identity,omitempty"`  // its new one
+	Leases        uint32                 `protobuf:"varint,7,opt,name=leases,proto3" json:"leases,omitempty"`     // verifiers that held a live lease on its former bindings
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RelabelWorkloadResponse) Reset() {
+	*x = RelabelWorkloadResponse{}
+	mi := &file_agent_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RelabelWorkloadResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RelabelWorkloadResponse) ProtoMessage() {}
+
+func (x *RelabelWorkloadResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RelabelWorkloadResponse.ProtoReflect.Descriptor instead.
+func (*RelabelWorkloadResponse) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *RelabelWorkloadResponse) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *RelabelWorkloadResponse) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *RelabelWorkloadResponse) GetWaited() *durationpb.Duration {
+	if x != nil {
+		return x.Waited
+	}
+	return nil
+}
+
+func (x *RelabelWorkloadResponse) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+func (x *RelabelWorkloadResponse) GetEndpoint() uint32 {
+	if x != nil {
+		return x.Endpoint
+	}
+	return 0
+}
+
+func (x *RelabelWorkloadResponse) GetIdentity() *Identity {
+	if x != nil {
+		return x.Identity
+	}
+	return nil
+}
+
+func (x *RelabelWorkloadResponse) GetLeases() uint32 {
+	if x != nil {
+		return x.Leases
+	}
+	return 0
+}
+
 type NamedPort struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -790,7 +1014,7 @@ type NamedPort struct {
 
 func (x *NamedPort) Reset() {
 	*x = NamedPort{}
-	mi := &file_agent_proto_msgTypes[8]
+	mi := &file_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -802,7 +1026,7 @@ func (x *NamedPort) String() string {
 func (*NamedPort) ProtoMessage() {}
 
 func (x *NamedPort) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[8]
+	mi := &file_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -815,7 +1039,7 @@ func (x *NamedPort) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NamedPort.ProtoReflect.Descriptor instead.
 func (*NamedPort) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{8}
+	return file_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *NamedPort) GetName() string {
@@ -852,7 +1076,7 @@ type RegisterWorkloadResponse struct {
 
 func (x *RegisterWorkloadResponse) Reset() {
 	*x = RegisterWorkloadResponse{}
-	mi := &file_agent_proto_msgTypes[9]
+	mi := &file_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -864,7 +1088,7 @@ func (x *RegisterWorkloadResponse) String() string {
 func (*RegisterWorkloadResponse) ProtoMessage() {}
 
 func (x *RegisterWorkloadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[9]
+	mi := &file_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -877,7 +1101,7 @@ func (x *RegisterWorkloadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterWorkloadResponse.ProtoReflect.Descriptor instead.
 func (*RegisterWorkloadResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{9}
+	return file_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *RegisterWorkloadResponse) GetGeneration() uint64 {
@@ -924,7 +1148,7 @@ type DeregisterWorkloadRequest struct {
 
 func (x *DeregisterWorkloadRequest) Reset() {
 	*x = DeregisterWorkloadRequest{}
-	mi := &file_agent_proto_msgTypes[10]
+	mi := &file_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -936,7 +1160,7 @@ func (x *DeregisterWorkloadRequest) String() string {
 func (*DeregisterWorkloadRequest) ProtoMessage() {}
 
 func (x *DeregisterWorkloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[10]
+	mi := &file_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -949,7 +1173,7 @@ func (x *DeregisterWorkloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeregisterWorkloadRequest.ProtoReflect.Descriptor instead.
 func (*DeregisterWorkloadRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{10}
+	return file_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *DeregisterWorkloadRequest) GetUid() string {
@@ -969,7 +1193,7 @@ type DeregisterWorkloadResponse struct {
 
 func (x *DeregisterWorkloadResponse) Reset() {
 	*x = DeregisterWorkloadResponse{}
-	mi := &file_agent_proto_msgTypes[11]
+	mi := &file_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -981,7 +1205,7 @@ func (x *DeregisterWorkloadResponse) String() string {
 func (*DeregisterWorkloadResponse) ProtoMessage() {}
 
 func (x *DeregisterWorkloadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[11]
+	mi := &file_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -994,7 +1218,7 @@ func (x *DeregisterWorkloadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeregisterWorkloadResponse.ProtoReflect.Descriptor instead.
 func (*DeregisterWorkloadResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{11}
+	return file_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *DeregisterWorkloadResponse) GetExisted() bool {
@@ -1023,7 +1247,7 @@ type Workload struct {
 
 func (x *Workload) Reset() {
 	*x = Workload{}
-	mi := &file_agent_proto_msgTypes[12]
+	mi := &file_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1035,7 +1259,7 @@ func (x *Workload) String() string {
 func (*Workload) ProtoMessage() {}
 
 func (x *Workload) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[12]
+	mi := &file_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1048,7 +1272,7 @@ func (x *Workload) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Workload.ProtoReflect.Descriptor instead.
 func (*Workload) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{12}
+	return file_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Workload) GetUid() string {
@@ -1086,7 +1310,7 @@ type Identity struct {
 
 func (x *Identity) Reset() {
 	*x = Identity{}
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1098,7 +1322,7 @@ func (x *Identity) String() string {
 func (*Identity) ProtoMessage() {}
 
 func (x *Identity) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1111,7 +1335,7 @@ func (x *Identity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Identity.ProtoReflect.Descriptor instead.
 func (*Identity) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{13}
+	return file_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Identity) GetNumeric() uint32 {
@@ -1165,7 +1389,7 @@ type ListIdentitiesRequest struct {
 
 func (x *ListIdentitiesRequest) Reset() {
 	*x = ListIdentitiesRequest{}
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1177,7 +1401,7 @@ func (x *ListIdentitiesRequest) String() string {
 func (*ListIdentitiesRequest) ProtoMessage() {}
 
 func (x *ListIdentitiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1190,7 +1414,7 @@ func (x *ListIdentitiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListIdentitiesRequest.ProtoReflect.Descriptor instead.
 func (*ListIdentitiesRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{14}
+	return file_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ListIdentitiesRequest) GetReserved() bool {
@@ -1209,7 +1433,7 @@ type ListIdentitiesResponse struct {
 
 func (x *ListIdentitiesResponse) Reset() {
 	*x = ListIdentitiesResponse{}
-	mi := &file_agent_proto_msgTypes[15]
+	mi := &file_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1221,7 +1445,7 @@ func (x *ListIdentitiesResponse) String() string {
 func (*ListIdentitiesResponse) ProtoMessage() {}
 
 func (x *ListIdentitiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[15]
+	mi := &file_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1234,7 +1458,7 @@ func (x *ListIdentitiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListIdentitiesResponse.ProtoReflect.Descriptor instead.
 func (*ListIdentitiesResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{15}
+	return file_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ListIdentitiesResponse) GetIdentities() []*Identity {
@@ -1253,7 +1477,7 @@ type ListEndpointsRequest struct {
 
 func (x *ListEndpointsRequest) Reset() {
 	*x = ListEndpointsRequest{}
-	mi := &file_agent_proto_msgTypes[16]
+	mi := &file_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1265,7 +1489,7 @@ func (x *ListEndpointsRequest) String() string {
 func (*ListEndpointsRequest) ProtoMessage() {}
 
 func (x *ListEndpointsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[16]
+	mi := &file_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1278,7 +1502,7 @@ func (x *ListEndpointsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEndpointsRequest.ProtoReflect.Descriptor instead.
 func (*ListEndpointsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{16}
+	return file_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ListEndpointsRequest) GetUid() string {
@@ -1297,7 +1521,7 @@ type ListEndpointsResponse struct {
 
 func (x *ListEndpointsResponse) Reset() {
 	*x = ListEndpointsResponse{}
-	mi := &file_agent_proto_msgTypes[17]
+	mi := &file_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1309,7 +1533,7 @@ func (x *ListEndpointsResponse) String() string {
 func (*ListEndpointsResponse) ProtoMessage() {}
 
 func (x *ListEndpointsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[17]
+	mi := &file_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1322,7 +1546,7 @@ func (x *ListEndpointsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEndpointsResponse.ProtoReflect.Descriptor instead.
 func (*ListEndpointsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{17}
+	return file_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ListEndpointsResponse) GetEndpoints() []*Endpoint {
@@ -1349,6 +1573,7 @@ type Endpoint struct {
 	PolicyEpoch     uint32                 `protobuf:"varint,13,opt,name=policy_epoch,json=policyEpoch,proto3" json:"policy_epoch,omitempty"`
 	Ports           []*NamedPort           `protobuf:"bytes,14,rep,name=ports,proto3" json:"ports,omitempty"`
 	Created         *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=created,proto3" json:"created,omitempty"`
+	Pid             uint32                 `protobuf:"varint,17,opt,name=pid,proto3" json:"pid,omitempty"`      // whose end is the workload's; 0: none
 	Grants          []*Grant               `protobuf:"bytes,16,rep,name=grants,proto3" json:"grants,omitempty"` // of a quarantined one: the leases on its IPs' last holders, which it waits for
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
@@ -1356,7 +1581,7 @@ type Endpoint struct {
 
 func (x *Endpoint) Reset() {
 	*x = Endpoint{}
-	mi := &file_agent_proto_msgTypes[18]
+	mi := &file_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1368,7 +1593,7 @@ func (x *Endpoint) String() string {
 func (*Endpoint) ProtoMessage() {}
 
 func (x *Endpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[18]
+	mi := &file_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1381,7 +1606,7 @@ func (x *Endpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Endpoint.ProtoReflect.Descriptor instead.
 func (*Endpoint) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{18}
+	return file_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Endpoint) GetId() uint32 {
@@ -1489,6 +1714,13 @@ func (x *Endpoint) GetCreated() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *Endpoint) GetPid() uint32 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
 func (x *Endpoint) GetGrants() []*Grant {
 	if x != nil {
 		return x.Grants
@@ -1505,7 +1737,7 @@ type ListBindingsRequest struct {
 
 func (x *ListBindingsRequest) Reset() {
 	*x = ListBindingsRequest{}
-	mi := &file_agent_proto_msgTypes[19]
+	mi := &file_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1517,7 +1749,7 @@ func (x *ListBindingsRequest) String() string {
 func (*ListBindingsRequest) ProtoMessage() {}
 
 func (x *ListBindingsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[19]
+	mi := &file_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1530,7 +1762,7 @@ func (x *ListBindingsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBindingsRequest.ProtoReflect.Descriptor instead.
 func (*ListBindingsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{19}
+	return file_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ListBindingsRequest) GetIps() []string {
@@ -1549,7 +1781,7 @@ type ListBindingsResponse struct {
 
 func (x *ListBindingsResponse) Reset() {
 	*x = ListBindingsResponse{}
-	mi := &file_agent_proto_msgTypes[20]
+	mi := &file_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1561,7 +1793,7 @@ func (x *ListBindingsResponse) String() string {
 func (*ListBindingsResponse) ProtoMessage() {}
 
 func (x *ListBindingsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[20]
+	mi := &file_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1574,7 +1806,7 @@ func (x *ListBindingsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBindingsResponse.ProtoReflect.Descriptor instead.
 func (*ListBindingsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{20}
+	return file_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ListBindingsResponse) GetBindings() []*Binding {
@@ -1607,7 +1839,7 @@ type Binding struct {
 
 func (x *Binding) Reset() {
 	*x = Binding{}
-	mi := &file_agent_proto_msgTypes[21]
+	mi := &file_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1619,7 +1851,7 @@ func (x *Binding) String() string {
 func (*Binding) ProtoMessage() {}
 
 func (x *Binding) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[21]
+	mi := &file_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1632,7 +1864,7 @@ func (x *Binding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Binding.ProtoReflect.Descriptor instead.
 func (*Binding) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{21}
+	return file_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Binding) GetIp() string {
@@ -1739,7 +1971,7 @@ type Grant struct {
 
 func (x *Grant) Reset() {
 	*x = Grant{}
-	mi := &file_agent_proto_msgTypes[22]
+	mi := &file_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1751,7 +1983,7 @@ func (x *Grant) String() string {
 func (*Grant) ProtoMessage() {}
 
 func (x *Grant) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[22]
+	mi := &file_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1764,7 +1996,7 @@ func (x *Grant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Grant.ProtoReflect.Descriptor instead.
 func (*Grant) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{22}
+	return file_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Grant) GetVerifier() string {
@@ -1810,7 +2042,7 @@ type ListSessionsRequest struct {
 
 func (x *ListSessionsRequest) Reset() {
 	*x = ListSessionsRequest{}
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1822,7 +2054,7 @@ func (x *ListSessionsRequest) String() string {
 func (*ListSessionsRequest) ProtoMessage() {}
 
 func (x *ListSessionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1835,7 +2067,7 @@ func (x *ListSessionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSessionsRequest.ProtoReflect.Descriptor instead.
 func (*ListSessionsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{23}
+	return file_agent_proto_rawDescGZIP(), []int{26}
 }
 
 type ListSessionsResponse struct {
@@ -1847,7 +2079,7 @@ type ListSessionsResponse struct {
 
 func (x *ListSessionsResponse) Reset() {
 	*x = ListSessionsResponse{}
-	mi := &file_agent_proto_msgTypes[24]
+	mi := &file_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1859,7 +2091,7 @@ func (x *ListSessionsResponse) String() string {
 func (*ListSessionsResponse) ProtoMessage() {}
 
 func (x *ListSessionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[24]
+	mi := &file_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1872,7 +2104,7 @@ func (x *ListSessionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSessionsResponse.ProtoReflect.Descriptor instead.
 func (*ListSessionsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{24}
+	return file_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ListSessionsResponse) GetSessions() []*Session {
@@ -1903,7 +2135,7 @@ type Session struct {
 
 func (x *Session) Reset() {
 	*x = Session{}
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1915,7 +2147,7 @@ func (x *Session) String() string {
 func (*Session) ProtoMessage() {}
 
 func (x *Session) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1928,7 +2160,7 @@ func (x *Session) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Session.ProtoReflect.Descriptor instead.
 func (*Session) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{25}
+	return file_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Session) GetPeer() string {
@@ -2017,7 +2249,7 @@ type ResetSessionRequest struct {
 
 func (x *ResetSessionRequest) Reset() {
 	*x = ResetSessionRequest{}
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2029,7 +2261,7 @@ func (x *ResetSessionRequest) String() string {
 func (*ResetSessionRequest) ProtoMessage() {}
 
 func (x *ResetSessionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2042,7 +2274,7 @@ func (x *ResetSessionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResetSessionRequest.ProtoReflect.Descriptor instead.
 func (*ResetSessionRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{26}
+	return file_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ResetSessionRequest) GetPeer() string {
@@ -2062,7 +2294,7 @@ type ResetSessionResponse struct {
 
 func (x *ResetSessionResponse) Reset() {
 	*x = ResetSessionResponse{}
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2074,7 +2306,7 @@ func (x *ResetSessionResponse) String() string {
 func (*ResetSessionResponse) ProtoMessage() {}
 
 func (x *ResetSessionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2087,7 +2319,7 @@ func (x *ResetSessionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResetSessionResponse.ProtoReflect.Descriptor instead.
 func (*ResetSessionResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{27}
+	return file_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ResetSessionResponse) GetExisted() bool {
@@ -2115,7 +2347,7 @@ type PolicyRef struct {
 
 func (x *PolicyRef) Reset() {
 	*x = PolicyRef{}
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2127,7 +2359,7 @@ func (x *PolicyRef) String() string {
 func (*PolicyRef) ProtoMessage() {}
 
 func (x *PolicyRef) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2140,7 +2372,7 @@ func (x *PolicyRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyRef.ProtoReflect.Descriptor instead.
 func (*PolicyRef) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{28}
+	return file_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *PolicyRef) GetKind() string {
@@ -2174,7 +2406,7 @@ type PolicyFile struct {
 
 func (x *PolicyFile) Reset() {
 	*x = PolicyFile{}
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2186,7 +2418,7 @@ func (x *PolicyFile) String() string {
 func (*PolicyFile) ProtoMessage() {}
 
 func (x *PolicyFile) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2199,7 +2431,7 @@ func (x *PolicyFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyFile.ProtoReflect.Descriptor instead.
 func (*PolicyFile) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{29}
+	return file_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *PolicyFile) GetName() string {
@@ -2230,7 +2462,7 @@ type PolicyProblem struct {
 
 func (x *PolicyProblem) Reset() {
 	*x = PolicyProblem{}
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2242,7 +2474,7 @@ func (x *PolicyProblem) String() string {
 func (*PolicyProblem) ProtoMessage() {}
 
 func (x *PolicyProblem) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2255,7 +2487,7 @@ func (x *PolicyProblem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyProblem.ProtoReflect.Descriptor instead.
 func (*PolicyProblem) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{30}
+	return file_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *PolicyProblem) GetFile() string {
@@ -2309,7 +2541,7 @@ type ImportPoliciesRequest struct {
 
 func (x *ImportPoliciesRequest) Reset() {
 	*x = ImportPoliciesRequest{}
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2321,7 +2553,7 @@ func (x *ImportPoliciesRequest) String() string {
 func (*ImportPoliciesRequest) ProtoMessage() {}
 
 func (x *ImportPoliciesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2334,7 +2566,7 @@ func (x *ImportPoliciesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportPoliciesRequest.ProtoReflect.Descriptor instead.
 func (*ImportPoliciesRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{31}
+	return file_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ImportPoliciesRequest) GetFiles() []*PolicyFile {
@@ -2354,7 +2586,7 @@ type ImportPoliciesResponse struct {
 
 func (x *ImportPoliciesResponse) Reset() {
 	*x = ImportPoliciesResponse{}
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2366,7 +2598,7 @@ func (x *ImportPoliciesResponse) String() string {
 func (*ImportPoliciesResponse) ProtoMessage() {}
 
 func (x *ImportPoliciesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2379,7 +2611,7 @@ func (x *ImportPoliciesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportPoliciesResponse.ProtoReflect.Descriptor instead.
 func (*ImportPoliciesResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{32}
+	return file_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ImportPoliciesResponse) GetImported() []*ImportedPolicy {
@@ -2406,7 +2638,7 @@ type ImportedPolicy struct {
 
 func (x *ImportedPolicy) Reset() {
 	*x = ImportedPolicy{}
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2418,7 +2650,7 @@ func (x *ImportedPolicy) String() string {
 func (*ImportedPolicy) ProtoMessage() {}
 
 func (x *ImportedPolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2431,7 +2663,7 @@ func (x *ImportedPolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportedPolicy.ProtoReflect.Descriptor instead.
 func (*ImportedPolicy) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{33}
+	return file_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ImportedPolicy) GetRef() *PolicyRef {
@@ -2457,7 +2689,7 @@ type ListPoliciesRequest struct {
 
 func (x *ListPoliciesRequest) Reset() {
 	*x = ListPoliciesRequest{}
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2469,7 +2701,7 @@ func (x *ListPoliciesRequest) String() string {
 func (*ListPoliciesRequest) ProtoMessage() {}
 
 func (x *ListPoliciesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2482,7 +2714,7 @@ func (x *ListPoliciesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListPoliciesRequest.ProtoReflect.Descriptor instead.
 func (*ListPoliciesRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{34}
+	return file_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ListPoliciesRequest) GetSource() bool {
@@ -2501,7 +2733,7 @@ type ListPoliciesResponse struct {
 
 func (x *ListPoliciesResponse) Reset() {
 	*x = ListPoliciesResponse{}
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2513,7 +2745,7 @@ func (x *ListPoliciesResponse) String() string {
 func (*ListPoliciesResponse) ProtoMessage() {}
 
 func (x *ListPoliciesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2526,7 +2758,7 @@ func (x *ListPoliciesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListPoliciesResponse.ProtoReflect.Descriptor instead.
 func (*ListPoliciesResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{35}
+	return file_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ListPoliciesResponse) GetPolicies() []*Policy {
@@ -2549,7 +2781,7 @@ type Policy struct {
 
 func (x *Policy) Reset() {
 	*x = Policy{}
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2561,7 +2793,7 @@ func (x *Policy) String() string {
 func (*Policy) ProtoMessage() {}
 
 func (x *Policy) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2574,7 +2806,7 @@ func (x *Policy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Policy.ProtoReflect.Descriptor instead.
 func (*Policy) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{36}
+	return file_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Policy) GetRef() *PolicyRef {
@@ -2621,7 +2853,7 @@ type GetPolicyRequest struct {
 
 func (x *GetPolicyRequest) Reset() {
 	*x = GetPolicyRequest{}
-	mi := &file_agent_proto_msgTypes[37]
+	mi := &file_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2633,7 +2865,7 @@ func (x *GetPolicyRequest) String() string {
 func (*GetPolicyRequest) ProtoMessage() {}
 
 func (x *GetPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[37]
+	mi := &file_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2646,7 +2878,7 @@ func (x *GetPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPolicyRequest.ProtoReflect.Descriptor instead.
 func (*GetPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{37}
+	return file_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *GetPolicyRequest) GetRef() *PolicyRef {
@@ -2665,7 +2897,7 @@ type GetPolicyResponse struct {
 
 func (x *GetPolicyResponse) Reset() {
 	*x = GetPolicyResponse{}
-	mi := &file_agent_proto_msgTypes[38]
+	mi := &file_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2677,7 +2909,7 @@ func (x *GetPolicyResponse) String() string {
 func (*GetPolicyResponse) ProtoMessage() {}
 
 func (x *GetPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[38]
+	mi := &file_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2690,7 +2922,7 @@ func (x *GetPolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPolicyResponse.ProtoReflect.Descriptor instead.
 func (*GetPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{38}
+	return file_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *GetPolicyResponse) GetPolicy() *Policy {
@@ -2710,7 +2942,7 @@ type DeletePoliciesRequest struct {
 
 func (x *DeletePoliciesRequest) Reset() {
 	*x = DeletePoliciesRequest{}
-	mi := &file_agent_proto_msgTypes[39]
+	mi := &file_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2722,7 +2954,7 @@ func (x *DeletePoliciesRequest) String() string {
 func (*DeletePoliciesRequest) ProtoMessage() {}
 
 func (x *DeletePoliciesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[39]
+	mi := &file_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2735,7 +2967,7 @@ func (x *DeletePoliciesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeletePoliciesRequest.ProtoReflect.Descriptor instead.
 func (*DeletePoliciesRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{39}
+	return file_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *DeletePoliciesRequest) GetRefs() []*PolicyRef {
@@ -2761,7 +2993,7 @@ type DeletePoliciesResponse struct {
 
 func (x *DeletePoliciesResponse) Reset() {
 	*x = DeletePoliciesResponse{}
-	mi := &file_agent_proto_msgTypes[40]
+	mi := &file_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2773,7 +3005,7 @@ func (x *DeletePoliciesResponse) String() string {
 func (*DeletePoliciesResponse) ProtoMessage() {}
 
 func (x *DeletePoliciesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[40]
+	mi := &file_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2786,7 +3018,7 @@ func (x *DeletePoliciesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeletePoliciesResponse.ProtoReflect.Descriptor instead.
 func (*DeletePoliciesResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{40}
+	return file_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *DeletePoliciesResponse) GetDeleted() []*PolicyRef {
@@ -2815,7 +3047,7 @@ type MonitorRequest struct {
 
 func (x *MonitorRequest) Reset() {
 	*x = MonitorRequest{}
-	mi := &file_agent_proto_msgTypes[41]
+	mi := &file_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2827,7 +3059,7 @@ func (x *MonitorRequest) String() string {
 func (*MonitorRequest) ProtoMessage() {}
 
 func (x *MonitorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[41]
+	mi := &file_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2840,7 +3072,7 @@ func (x *MonitorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MonitorRequest.ProtoReflect.Descriptor instead.
 func (*MonitorRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{41}
+	return file_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *MonitorRequest) GetVerdicts() []string {
@@ -2919,7 +3151,7 @@ type MonitorResponse struct {
 
 func (x *MonitorResponse) Reset() {
 	*x = MonitorResponse{}
-	mi := &file_agent_proto_msgTypes[42]
+	mi := &file_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2931,7 +3163,7 @@ func (x *MonitorResponse) String() string {
 func (*MonitorResponse) ProtoMessage() {}
 
 func (x *MonitorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[42]
+	mi := &file_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2944,7 +3176,7 @@ func (x *MonitorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MonitorResponse.ProtoReflect.Descriptor instead.
 func (*MonitorResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{42}
+	return file_agent_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *MonitorResponse) GetEvent() isMonitorResponse_Event {
@@ -2998,7 +3230,7 @@ type LostEvents struct {
 
 func (x *LostEvents) Reset() {
 	*x = LostEvents{}
-	mi := &file_agent_proto_msgTypes[43]
+	mi := &file_agent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3010,7 +3242,7 @@ func (x *LostEvents) String() string {
 func (*LostEvents) ProtoMessage() {}
 
 func (x *LostEvents) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[43]
+	mi := &file_agent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3023,7 +3255,7 @@ func (x *LostEvents) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LostEvents.ProtoReflect.Descriptor instead.
 func (*LostEvents) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{43}
+	return file_agent_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *LostEvents) GetCount() uint64 {
@@ -3070,7 +3302,7 @@ type FlowEvent struct {
 
 func (x *FlowEvent) Reset() {
 	*x = FlowEvent{}
-	mi := &file_agent_proto_msgTypes[44]
+	mi := &file_agent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3082,7 +3314,7 @@ func (x *FlowEvent) String() string {
 func (*FlowEvent) ProtoMessage() {}
 
 func (x *FlowEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[44]
+	mi := &file_agent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3095,7 +3327,7 @@ func (x *FlowEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FlowEvent.ProtoReflect.Descriptor instead.
 func (*FlowEvent) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{44}
+	return file_agent_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *FlowEvent) GetTime() *timestamppb.Timestamp {
@@ -3267,7 +3499,7 @@ type FlowEnd struct {
 
 func (x *FlowEnd) Reset() {
 	*x = FlowEnd{}
-	mi := &file_agent_proto_msgTypes[45]
+	mi := &file_agent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3279,7 +3511,7 @@ func (x *FlowEnd) String() string {
 func (*FlowEnd) ProtoMessage() {}
 
 func (x *FlowEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[45]
+	mi := &file_agent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3292,7 +3524,7 @@ func (x *FlowEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FlowEnd.ProtoReflect.Descriptor instead.
 func (*FlowEnd) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{45}
+	return file_agent_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *FlowEnd) GetIp() string {
@@ -3406,7 +3638,7 @@ const file_agent_proto_rawDesc = "" +
 	"\n" +
 	"reinjected\x18\x04 \x01(\x04R\n" +
 	"reinjected\x12\x18\n" +
-	"\adropped\x18\x05 \x01(\x04R\adropped\"\xe0\x03\n" +
+	"\adropped\x18\x05 \x01(\x04R\adropped\"\xf2\x03\n" +
 	"\x17RegisterWorkloadRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x12\n" +
@@ -3420,10 +3652,34 @@ const file_agent_proto_rawDesc = "" +
 	"\x05ports\x18\t \x03(\v2\x1e.portcullis.agent.v1.NamedPortR\x05ports\x12-\n" +
 	"\x04wait\x18\n" +
 	" \x01(\v2\x19.google.protobuf.DurationR\x04wait\x12!\n" +
-	"\ftrust_domain\x18\v \x01(\tR\vtrustDomain\x1a9\n" +
+	"\ftrust_domain\x18\v \x01(\tR\vtrustDomain\x12\x10\n" +
+	"\x03pid\x18\f \x01(\rR\x03pid\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"O\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xde\x02\n" +
+	"\x16RelabelWorkloadRequest\x12\x10\n" +
+	"\x03uid\x18\x01 \x01(\tR\x03uid\x12O\n" +
+	"\x06labels\x18\x02 \x03(\v27.portcullis.agent.v1.RelabelWorkloadRequest.LabelsEntryR\x06labels\x12,\n" +
+	"\x0fservice_account\x18\x03 \x01(\tH\x00R\x0eserviceAccount\x88\x01\x01\x125\n" +
+	"\x05ports\x18\x04 \x01(\v2\x1f.portcullis.agent.v1.NamedPortsR\x05ports\x12-\n" +
+	"\x04wait\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\x04wait\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\x12\n" +
+	"\x10_service_account\"B\n" +
+	"\n" +
+	"NamedPorts\x124\n" +
+	"\x05ports\x18\x01 \x03(\v2\x1e.portcullis.agent.v1.NamedPortR\x05ports\"\x89\x02\n" +
+	"\x17RelabelWorkloadResponse\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x01 \x01(\x04R\n" +
+	"generation\x12\x14\n" +
+	"\x05state\x18\x02 \x01(\tR\x05state\x121\n" +
+	"\x06waited\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x06waited\x12\x16\n" +
+	"\x06detail\x18\x04 \x01(\tR\x06detail\x12\x1a\n" +
+	"\bendpoint\x18\x05 \x01(\rR\bendpoint\x129\n" +
+	"\bidentity\x18\x06 \x01(\v2\x1d.portcullis.agent.v1.IdentityR\bidentity\x12\x16\n" +
+	"\x06leases\x18\a \x01(\rR\x06leases\"O\n" +
 	"\tNamedPort\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04port\x18\x02 \x01(\rR\x04port\x12\x1a\n" +
@@ -3461,7 +3717,7 @@ const file_agent_proto_rawDesc = "" +
 	"\x14ListEndpointsRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\"T\n" +
 	"\x15ListEndpointsResponse\x12;\n" +
-	"\tendpoints\x18\x01 \x03(\v2\x1d.portcullis.agent.v1.EndpointR\tendpoints\"\xcb\x04\n" +
+	"\tendpoints\x18\x01 \x03(\v2\x1d.portcullis.agent.v1.EndpointR\tendpoints\"\xdd\x04\n" +
 	"\bEndpoint\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\rR\x02id\x129\n" +
 	"\bworkload\x18\x02 \x01(\v2\x1d.portcullis.agent.v1.WorkloadR\bworkload\x129\n" +
@@ -3480,7 +3736,8 @@ const file_agent_proto_rawDesc = "" +
 	"\x0fegress_enforced\x18\f \x01(\bR\x0eegressEnforced\x12!\n" +
 	"\fpolicy_epoch\x18\r \x01(\rR\vpolicyEpoch\x124\n" +
 	"\x05ports\x18\x0e \x03(\v2\x1e.portcullis.agent.v1.NamedPortR\x05ports\x124\n" +
-	"\acreated\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x122\n" +
+	"\acreated\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12\x10\n" +
+	"\x03pid\x18\x11 \x01(\rR\x03pid\x122\n" +
 	"\x06grants\x18\x10 \x03(\v2\x1a.portcullis.agent.v1.GrantR\x06grants\"'\n" +
 	"\x13ListBindingsRequest\x12\x10\n" +
 	"\x03ips\x18\x01 \x03(\tR\x03ips\"P\n" +
@@ -3630,12 +3887,12 @@ const file_agent_proto_rawDesc = "" +
 	"\x06labels\x18\x04 \x03(\tR\x06labels\x12\x1a\n" +
 	"\bworkload\x18\x05 \x01(\tR\bworkload\x12\x12\n" +
 	"\x04text\x18\x06 \x01(\tR\x04text\x12\x1a\n" +
-	"\bendpoint\x18\a \x01(\rR\bendpoint2\xb3\n" +
-	"\n" +
+	"\bendpoint\x18\a \x01(\rR\bendpoint2\xa1\v\n" +
 	"\x05Agent\x12Q\n" +
 	"\x06Status\x12\".portcullis.agent.v1.StatusRequest\x1a#.portcullis.agent.v1.StatusResponse\x12o\n" +
 	"\x10RegisterWorkload\x12,.portcullis.agent.v1.RegisterWorkloadRequest\x1a-.portcullis.agent.v1.RegisterWorkloadResponse\x12u\n" +
-	"\x12DeregisterWorkload\x12..portcullis.agent.v1.DeregisterWorkloadRequest\x1a/.portcullis.agent.v1.DeregisterWorkloadResponse\x12f\n" +
+	"\x12DeregisterWorkload\x12..portcullis.agent.v1.DeregisterWorkloadRequest\x1a/.portcullis.agent.v1.DeregisterWorkloadResponse\x12l\n" +
+	"\x0fRelabelWorkload\x12+.portcullis.agent.v1.RelabelWorkloadRequest\x1a,.portcullis.agent.v1.RelabelWorkloadResponse\x12f\n" +
 	"\rListEndpoints\x12).portcullis.agent.v1.ListEndpointsRequest\x1a*.portcullis.agent.v1.ListEndpointsResponse\x12i\n" +
 	"\x0eListIdentities\x12*.portcullis.agent.v1.ListIdentitiesRequest\x1a+.portcullis.agent.v1.ListIdentitiesResponse\x12c\n" +
 	"\fListBindings\x12(.portcullis.agent.v1.ListBindingsRequest\x1a).portcullis.agent.v1.ListBindingsResponse\x12c\n" +
@@ -3659,7 +3916,7 @@ func file_agent_proto_rawDescGZIP() []byte {
 	return file_agent_proto_rawDescData
 }
 
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 51)
 var file_agent_proto_goTypes = []any{
 	(*StatusRequest)(nil),              // 0: portcullis.agent.v1.StatusRequest
 	(*StatusResponse)(nil),             // 1: portcullis.agent.v1.StatusResponse
@@ -3669,132 +3926,144 @@ var file_agent_proto_goTypes = []any{
 	(*Alarm)(nil),                      // 5: portcullis.agent.v1.Alarm
 	(*HeldPackets)(nil),                // 6: portcullis.agent.v1.HeldPackets
 	(*RegisterWorkloadRequest)(nil),    // 7: portcullis.agent.v1.RegisterWorkloadRequest
-	(*NamedPort)(nil),                  // 8: portcullis.agent.v1.NamedPort
-	(*RegisterWorkloadResponse)(nil),   // 9: portcullis.agent.v1.RegisterWorkloadResponse
-	(*DeregisterWorkloadRequest)(nil),  // 10: portcullis.agent.v1.DeregisterWorkloadRequest
-	(*DeregisterWorkloadResponse)(nil), // 11: portcullis.agent.v1.DeregisterWorkloadResponse
-	(*Workload)(nil),                   // 12: portcullis.agent.v1.Workload
-	(*Identity)(nil),                   // 13: portcullis.agent.v1.Identity
-	(*ListIdentitiesRequest)(nil),      // 14: portcullis.agent.v1.ListIdentitiesRequest
-	(*ListIdentitiesResponse)(nil),     // 15: portcullis.agent.v1.ListIdentitiesResponse
-	(*ListEndpointsRequest)(nil),       // 16: portcullis.agent.v1.ListEndpointsRequest
-	(*ListEndpointsResponse)(nil),      // 17: portcullis.agent.v1.ListEndpointsResponse
-	(*Endpoint)(nil),                   // 18: portcullis.agent.v1.Endpoint
-	(*ListBindingsRequest)(nil),        // 19: portcullis.agent.v1.ListBindingsRequest
-	(*ListBindingsResponse)(nil),       // 20: portcullis.agent.v1.ListBindingsResponse
-	(*Binding)(nil),                    // 21: portcullis.agent.v1.Binding
-	(*Grant)(nil),                      // 22: portcullis.agent.v1.Grant
-	(*ListSessionsRequest)(nil),        // 23: portcullis.agent.v1.ListSessionsRequest
-	(*ListSessionsResponse)(nil),       // 24: portcullis.agent.v1.ListSessionsResponse
-	(*Session)(nil),                    // 25: portcullis.agent.v1.Session
-	(*ResetSessionRequest)(nil),        // 26: portcullis.agent.v1.ResetSessionRequest
-	(*ResetSessionResponse)(nil),       // 27: portcullis.agent.v1.ResetSessionResponse
-	(*PolicyRef)(nil),                  // 28: portcullis.agent.v1.PolicyRef
-	(*PolicyFile)(nil),                 // 29: portcullis.agent.v1.PolicyFile
-	(*PolicyProblem)(nil),              // 30: portcullis.agent.v1.PolicyProblem
-	(*ImportPoliciesRequest)(nil),      // 31: portcullis.agent.v1.ImportPoliciesRequest
-	(*ImportPoliciesResponse)(nil),     // 32: portcullis.agent.v1.ImportPoliciesResponse
-	(*ImportedPolicy)(nil),             // 33: portcullis.agent.v1.ImportedPolicy
-	(*ListPoliciesRequest)(nil),        // 34: portcullis.agent.v1.ListPoliciesRequest
-	(*ListPoliciesResponse)(nil),       // 35: portcullis.agent.v1.ListPoliciesResponse
-	(*Policy)(nil),                     // 36: portcullis.agent.v1.Policy
-	(*GetPolicyRequest)(nil),           // 37: portcullis.agent.v1.GetPolicyRequest
-	(*GetPolicyResponse)(nil),          // 38: portcullis.agent.v1.GetPolicyResponse
-	(*DeletePoliciesRequest)(nil),      // 39: portcullis.agent.v1.DeletePoliciesRequest
-	(*DeletePoliciesResponse)(nil),     // 40: portcullis.agent.v1.DeletePoliciesResponse
-	(*MonitorRequest)(nil),             // 41: portcullis.agent.v1.MonitorRequest
-	(*MonitorResponse)(nil),            // 42: portcullis.agent.v1.MonitorResponse
-	(*LostEvents)(nil),                 // 43: portcullis.agent.v1.LostEvents
-	(*FlowEvent)(nil),                  // 44: portcullis.agent.v1.FlowEvent
-	(*FlowEnd)(nil),                    // 45: portcullis.agent.v1.FlowEnd
-	nil,                                // 46: portcullis.agent.v1.RegisterWorkloadRequest.LabelsEntry
-	(*timestamppb.Timestamp)(nil),      // 47: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),        // 48: google.protobuf.Duration
+	(*RelabelWorkloadRequest)(nil),     // 8: portcullis.agent.v1.RelabelWorkloadRequest
+	(*NamedPorts)(nil),                 // 9: portcullis.agent.v1.NamedPorts
+	(*RelabelWorkloadResponse)(nil),    // 10: portcullis.agent.v1.RelabelWorkloadResponse
+	(*NamedPort)(nil),                  // 11: portcullis.agent.v1.NamedPort
+	(*RegisterWorkloadResponse)(nil),   // 12: portcullis.agent.v1.RegisterWorkloadResponse
+	(*DeregisterWorkloadRequest)(nil),  // 13: portcullis.agent.v1.DeregisterWorkloadRequest
+	(*DeregisterWorkloadResponse)(nil), // 14: portcullis.agent.v1.DeregisterWorkloadResponse
+	(*Workload)(nil),                   // 15: portcullis.agent.v1.Workload
+	(*Identity)(nil),                   // 16: portcullis.agent.v1.Identity
+	(*ListIdentitiesRequest)(nil),      // 17: portcullis.agent.v1.ListIdentitiesRequest
+	(*ListIdentitiesResponse)(nil),     // 18: portcullis.agent.v1.ListIdentitiesResponse
+	(*ListEndpointsRequest)(nil),       // 19: portcullis.agent.v1.ListEndpointsRequest
+	(*ListEndpointsResponse)(nil),      // 20: portcullis.agent.v1.ListEndpointsResponse
+	(*Endpoint)(nil),                   // 21: portcullis.agent.v1.Endpoint
+	(*ListBindingsRequest)(nil),        // 22: portcullis.agent.v1.ListBindingsRequest
+	(*ListBindingsResponse)(nil),       // 23: portcullis.agent.v1.ListBindingsResponse
+	(*Binding)(nil),                    // 24: portcullis.agent.v1.Binding
+	(*Grant)(nil),                      // 25: portcullis.agent.v1.Grant
+	(*ListSessionsRequest)(nil),        // 26: portcullis.agent.v1.ListSessionsRequest
+	(*ListSessionsResponse)(nil),       // 27: portcullis.agent.v1.ListSessionsResponse
+	(*Session)(nil),                    // 28: portcullis.agent.v1.Session
+	(*ResetSessionRequest)(nil),        // 29: portcullis.agent.v1.ResetSessionRequest
+	(*ResetSessionResponse)(nil),       // 30: portcullis.agent.v1.ResetSessionResponse
+	(*PolicyRef)(nil),                  // 31: portcullis.agent.v1.PolicyRef
+	(*PolicyFile)(nil),                 // 32: portcullis.agent.v1.PolicyFile
+	(*PolicyProblem)(nil),              // 33: portcullis.agent.v1.PolicyProblem
+	(*ImportPoliciesRequest)(nil),      // 34: portcullis.agent.v1.ImportPoliciesRequest
+	(*ImportPoliciesResponse)(nil),     // 35: portcullis.agent.v1.ImportPoliciesResponse
+	(*ImportedPolicy)(nil),             // 36: portcullis.agent.v1.ImportedPolicy
+	(*ListPoliciesRequest)(nil),        // 37: portcullis.agent.v1.ListPoliciesRequest
+	(*ListPoliciesResponse)(nil),       // 38: portcullis.agent.v1.ListPoliciesResponse
+	(*Policy)(nil),                     // 39: portcullis.agent.v1.Policy
+	(*GetPolicyRequest)(nil),           // 40: portcullis.agent.v1.GetPolicyRequest
+	(*GetPolicyResponse)(nil),          // 41: portcullis.agent.v1.GetPolicyResponse
+	(*DeletePoliciesRequest)(nil),      // 42: portcullis.agent.v1.DeletePoliciesRequest
+	(*DeletePoliciesResponse)(nil),     // 43: portcullis.agent.v1.DeletePoliciesResponse
+	(*MonitorRequest)(nil),             // 44: portcullis.agent.v1.MonitorRequest
+	(*MonitorResponse)(nil),            // 45: portcullis.agent.v1.MonitorResponse
+	(*LostEvents)(nil),                 // 46: portcullis.agent.v1.LostEvents
+	(*FlowEvent)(nil),                  // 47: portcullis.agent.v1.FlowEvent
+	(*FlowEnd)(nil),                    // 48: portcullis.agent.v1.FlowEnd
+	nil,                                // 49: portcullis.agent.v1.RegisterWorkloadRequest.LabelsEntry
+	nil,                                // 50: portcullis.agent.v1.RelabelWorkloadRequest.LabelsEntry
+	(*timestamppb.Timestamp)(nil),      // 51: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),        // 52: google.protobuf.Duration
 }
 var file_agent_proto_depIdxs = []int32{
-	47, // 0: portcullis.agent.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
-	48, // 1: portcullis.agent.v1.StatusResponse.ttl:type_name -> google.protobuf.Duration
-	48, // 2: portcullis.agent.v1.StatusResponse.heartbeat:type_name -> google.protobuf.Duration
-	48, // 3: portcullis.agent.v1.StatusResponse.reuse_margin:type_name -> google.protobuf.Duration
-	47, // 4: portcullis.agent.v1.StatusResponse.certificate_expiry:type_name -> google.protobuf.Timestamp
-	48, // 5: portcullis.agent.v1.StatusResponse.startup_wait:type_name -> google.protobuf.Duration
+	51, // 0: portcullis.agent.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	52, // 1: portcullis.agent.v1.StatusResponse.ttl:type_name -> google.protobuf.Duration
+	52, // 2: portcullis.agent.v1.StatusResponse.heartbeat:type_name -> google.protobuf.Duration
+	52, // 3: portcullis.agent.v1.StatusResponse.reuse_margin:type_name -> google.protobuf.Duration
+	51, // 4: portcullis.agent.v1.StatusResponse.certificate_expiry:type_name -> google.protobuf.Timestamp
+	52, // 5: portcullis.agent.v1.StatusResponse.startup_wait:type_name -> google.protobuf.Duration
 	2,  // 6: portcullis.agent.v1.StatusResponse.sources:type_name -> portcullis.agent.v1.Source
 	3,  // 7: portcullis.agent.v1.StatusResponse.maps:type_name -> portcullis.agent.v1.Map
 	4,  // 8: portcullis.agent.v1.StatusResponse.counters:type_name -> portcullis.agent.v1.Counter
 	5,  // 9: portcullis.agent.v1.StatusResponse.alarms:type_name -> portcullis.agent.v1.Alarm
 	6,  // 10: portcullis.agent.v1.StatusResponse.held:type_name -> portcullis.agent.v1.HeldPackets
-	47, // 11: portcullis.agent.v1.Alarm.since:type_name -> google.protobuf.Timestamp
-	46, // 12: portcullis.agent.v1.RegisterWorkloadRequest.labels:type_name -> portcullis.agent.v1.RegisterWorkloadRequest.LabelsEntry
-	8,  // 13: portcullis.agent.v1.RegisterWorkloadRequest.ports:type_name -> portcullis.agent.v1.NamedPort
-	48, // 14: portcullis.agent.v1.RegisterWorkloadRequest.wait:type_name -> google.protobuf.Duration
-	48, // 15: portcullis.agent.v1.RegisterWorkloadResponse.waited:type_name -> google.protobuf.Duration
-	13, // 16: portcullis.agent.v1.ListIdentitiesResponse.identities:type_name -> portcullis.agent.v1.Identity
-	18, // 17: portcullis.agent.v1.ListEndpointsResponse.endpoints:type_name -> portcullis.agent.v1.Endpoint
-	12, // 18: portcullis.agent.v1.Endpoint.workload:type_name -> portcullis.agent.v1.Workload
-	13, // 19: portcullis.agent.v1.Endpoint.identity:type_name -> portcullis.agent.v1.Identity
-	8,  // 20: portcullis.agent.v1.Endpoint.ports:type_name -> portcullis.agent.v1.NamedPort
-	47, // 21: portcullis.agent.v1.Endpoint.created:type_name -> google.protobuf.Timestamp
-	22, // 22: portcullis.agent.v1.Endpoint.grants:type_name -> portcullis.agent.v1.Grant
-	21, // 23: portcullis.agent.v1.ListBindingsResponse.bindings:type_name -> portcullis.agent.v1.Binding
-	12, // 24: portcullis.agent.v1.Binding.workload:type_name -> portcullis.agent.v1.Workload
-	13, // 25: portcullis.agent.v1.Binding.identity:type_name -> portcullis.agent.v1.Identity
-	48, // 26: portcullis.agent.v1.Binding.remaining:type_name -> google.protobuf.Duration
-	48, // 27: portcullis.agent.v1.Binding.age:type_name -> google.protobuf.Duration
-	22, // 28: portcullis.agent.v1.Binding.grants:type_name -> portcullis.agent.v1.Grant
-	48, // 29: portcullis.agent.v1.Grant.remaining:type_name -> google.protobuf.Duration
-	25, // 30: portcullis.agent.v1.ListSessionsResponse.sessions:type_name -> portcullis.agent.v1.Session
-	47, // 31: portcullis.agent.v1.Session.certificate_expiry:type_name -> google.protobuf.Timestamp
-	47, // 32: portcullis.agent.v1.Session.last_renewal:type_name -> google.protobuf.Timestamp
-	48, // 33: portcullis.agent.v1.Session.remaining:type_name -> google.protobuf.Duration
-	47, // 34: portcullis.agent.v1.Session.since:type_name -> google.protobuf.Timestamp
-	29, // 35: portcullis.agent.v1.ImportPoliciesRequest.files:type_name -> portcullis.agent.v1.PolicyFile
-	33, // 36: portcullis.agent.v1.ImportPoliciesResponse.imported:type_name -> portcullis.agent.v1.ImportedPolicy
-	30, // 37: portcullis.agent.v1.ImportPoliciesResponse.problems:type_name -> portcullis.agent.v1.PolicyProblem
-	28, // 38: portcullis.agent.v1.ImportedPolicy.ref:type_name -> portcullis.agent.v1.PolicyRef
-	36, // 39: portcullis.agent.v1.ListPoliciesResponse.policies:type_name -> portcullis.agent.v1.Policy
-	28, // 40: portcullis.agent.v1.Policy.ref:type_name -> portcullis.agent.v1.PolicyRef
-	47, // 41: portcullis.agent.v1.Policy.imported:type_name -> google.protobuf.Timestamp
-	28, // 42: portcullis.agent.v1.GetPolicyRequest.ref:type_name -> portcullis.agent.v1.PolicyRef
-	36, // 43: portcullis.agent.v1.GetPolicyResponse.policy:type_name -> portcullis.agent.v1.Policy
-	28, // 44: portcullis.agent.v1.DeletePoliciesRequest.refs:type_name -> portcullis.agent.v1.PolicyRef
-	28, // 45: portcullis.agent.v1.DeletePoliciesResponse.deleted:type_name -> portcullis.agent.v1.PolicyRef
-	44, // 46: portcullis.agent.v1.MonitorResponse.flow:type_name -> portcullis.agent.v1.FlowEvent
-	43, // 47: portcullis.agent.v1.MonitorResponse.lost:type_name -> portcullis.agent.v1.LostEvents
-	47, // 48: portcullis.agent.v1.FlowEvent.time:type_name -> google.protobuf.Timestamp
-	45, // 49: portcullis.agent.v1.FlowEvent.source:type_name -> portcullis.agent.v1.FlowEnd
-	45, // 50: portcullis.agent.v1.FlowEvent.destination:type_name -> portcullis.agent.v1.FlowEnd
-	48, // 51: portcullis.agent.v1.FlowEvent.binding_age:type_name -> google.protobuf.Duration
-	0,  // 52: portcullis.agent.v1.Agent.Status:input_type -> portcullis.agent.v1.StatusRequest
-	7,  // 53: portcullis.agent.v1.Agent.RegisterWorkload:input_type -> portcullis.agent.v1.RegisterWorkloadRequest
-	10, // 54: portcullis.agent.v1.Agent.DeregisterWorkload:input_type -> portcullis.agent.v1.DeregisterWorkloadRequest
-	16, // 55: portcullis.agent.v1.Agent.ListEndpoints:input_type -> portcullis.agent.v1.ListEndpointsRequest
-	14, // 56: portcullis.agent.v1.Agent.ListIdentities:input_type -> portcullis.agent.v1.ListIdentitiesRequest
-	19, // 57: portcullis.agent.v1.Agent.ListBindings:input_type -> portcullis.agent.v1.ListBindingsRequest
-	23, // 58: portcullis.agent.v1.Agent.ListSessions:input_type -> portcullis.agent.v1.ListSessionsRequest
-	26, // 59: portcullis.agent.v1.Agent.ResetSession:input_type -> portcullis.agent.v1.ResetSessionRequest
-	31, // 60: portcullis.agent.v1.Agent.ImportPolicies:input_type -> portcullis.agent.v1.ImportPoliciesRequest
-	34, // 61: portcullis.agent.v1.Agent.ListPolicies:input_type -> portcullis.agent.v1.ListPoliciesRequest
-	37, // 62: portcullis.agent.v1.Agent.GetPolicy:input_type -> portcullis.agent.v1.GetPolicyRequest
-	39, // 63: portcullis.agent.v1.Agent.DeletePolicies:input_type -> portcullis.agent.v1.DeletePoliciesRequest
-	41, // 64: portcullis.agent.v1.Agent.Monitor:input_type -> portcullis.agent.v1.MonitorRequest
-	1,  // 65: portcullis.agent.v1.Agent.Status:output_type -> portcullis.agent.v1.StatusResponse
-	9,  // 66: portcullis.agent.v1.Agent.RegisterWorkload:output_type -> portcullis.agent.v1.RegisterWorkloadResponse
-	11, // 67: portcullis.agent.v1.Agent.DeregisterWorkload:output_type -> portcullis.agent.v1.DeregisterWorkloadResponse
-	17, // 68: portcullis.agent.v1.Agent.ListEndpoints:output_type -> portcullis.agent.v1.ListEndpointsResponse
-	15, // 69: portcullis.agent.v1.Agent.ListIdentities:output_type -> portcullis.agent.v1.ListIdentitiesResponse
-	20, // 70: portcullis.agent.v1.Agent.ListBindings:output_type -> portcullis.agent.v1.ListBindingsResponse
-	24, // 71: portcullis.agent.v1.Agent.ListSessions:output_type -> portcullis.agent.v1.ListSessionsResponse
-	27, // 72: portcullis.agent.v1.Agent.ResetSession:output_type -> portcullis.agent.v1.ResetSessionResponse
-	32, // 73: portcullis.agent.v1.Agent.ImportPolicies:output_type -> portcullis.agent.v1.ImportPoliciesResponse
-	35, // 74: portcullis.agent.v1.Agent.ListPolicies:output_type -> portcullis.agent.v1.ListPoliciesResponse
-	38, // 75: portcullis.agent.v1.Agent.GetPolicy:output_type -> portcullis.agent.v1.GetPolicyResponse
-	40, // 76: portcullis.agent.v1.Agent.DeletePolicies:output_type -> portcullis.agent.v1.DeletePoliciesResponse
-	42, // 77: portcullis.agent.v1.Agent.Monitor:output_type -> portcullis.agent.v1.MonitorResponse
-	65, // [65:78] is the sub-list for method output_type
-	52, // [52:65] is the sub-list for method input_type
-	52, // [52:52] is the sub-list for extension type_name
-	52, // [52:52] is the sub-list for extension extendee
-	0,  // [0:52] is the sub-list for field type_name
+	51, // 11: portcullis.agent.v1.Alarm.since:type_name -> google.protobuf.Timestamp
+	49, // 12: portcullis.agent.v1.RegisterWorkloadRequest.labels:type_name -> portcullis.agent.v1.RegisterWorkloadRequest.LabelsEntry
+	11, // 13: portcullis.agent.v1.RegisterWorkloadRequest.ports:type_name -> portcullis.agent.v1.NamedPort
+	52, // 14: portcullis.agent.v1.RegisterWorkloadRequest.wait:type_name -> google.protobuf.Duration
+	50, // 15: portcullis.agent.v1.RelabelWorkloadRequest.labels:type_name -> portcullis.agent.v1.RelabelWorkloadRequest.LabelsEntry
+	9,  // 16: portcullis.agent.v1.RelabelWorkloadRequest.ports:type_name -> portcullis.agent.v1.NamedPorts
+	52, // 17: portcullis.agent.v1.RelabelWorkloadRequest.wait:type_name -> google.protobuf.Duration
+	11, // 18: portcullis.agent.v1.NamedPorts.ports:type_name -> portcullis.agent.v1.NamedPort
+	52, // 19: portcullis.agent.v1.RelabelWorkloadResponse.waited:type_name -> google.protobuf.Duration
+	16, // 20: portcullis.agent.v1.RelabelWorkloadResponse.identity:type_name -> portcullis.agent.v1.Identity
+	52, // 21: portcullis.agent.v1.RegisterWorkloadResponse.waited:type_name -> google.protobuf.Duration
+	16, // 22: portcullis.agent.v1.ListIdentitiesResponse.identities:type_name -> portcullis.agent.v1.Identity
+	21, // 23: portcullis.agent.v1.ListEndpointsResponse.endpoints:type_name -> portcullis.agent.v1.Endpoint
+	15, // 24: portcullis.agent.v1.Endpoint.workload:type_name -> portcullis.agent.v1.Workload
+	16, // 25: portcullis.agent.v1.Endpoint.identity:type_name -> portcullis.agent.v1.Identity
+	11, // 26: portcullis.agent.v1.Endpoint.ports:type_name -> portcullis.agent.v1.NamedPort
+	51, // 27: portcullis.agent.v1.Endpoint.created:type_name -> google.protobuf.Timestamp
+	25, // 28: portcullis.agent.v1.Endpoint.grants:type_name -> portcullis.agent.v1.Grant
+	24, // 29: portcullis.agent.v1.ListBindingsResponse.bindings:type_name -> portcullis.agent.v1.Binding
+	15, // 30: portcullis.agent.v1.Binding.workload:type_name -> portcullis.agent.v1.Workload
+	16, // 31: portcullis.agent.v1.Binding.identity:type_name -> portcullis.agent.v1.Identity
+	52, // 32: portcullis.agent.v1.Binding.remaining:type_name -> google.protobuf.Duration
+	52, // 33: portcullis.agent.v1.Binding.age:type_name -> google.protobuf.Duration
+	25, // 34: portcullis.agent.v1.Binding.grants:type_name -> portcullis.agent.v1.Grant
+	52, // 35: portcullis.agent.v1.Grant.remaining:type_name -> google.protobuf.Duration
+	28, // 36: portcullis.agent.v1.ListSessionsResponse.sessions:type_name -> portcullis.agent.v1.Session
+	51, // 37: portcullis.agent.v1.Session.certificate_expiry:type_name -> google.protobuf.Timestamp
+	51, // 38: portcullis.agent.v1.Session.last_renewal:type_name -> google.protobuf.Timestamp
+	52, // 39: portcullis.agent.v1.Session.remaining:type_name -> google.protobuf.Duration
+	51, // 40: portcullis.agent.v1.Session.since:type_name -> google.protobuf.Timestamp
+	32, // 41: portcullis.agent.v1.ImportPoliciesRequest.files:type_name -> portcullis.agent.v1.PolicyFile
+	36, // 42: portcullis.agent.v1.ImportPoliciesResponse.imported:type_name -> portcullis.agent.v1.ImportedPolicy
+	33, // 43: portcullis.agent.v1.ImportPoliciesResponse.problems:type_name -> portcullis.agent.v1.PolicyProblem
+	31, // 44: portcullis.agent.v1.ImportedPolicy.ref:type_name -> portcullis.agent.v1.PolicyRef
+	39, // 45: portcullis.agent.v1.ListPoliciesResponse.policies:type_name -> portcullis.agent.v1.Policy
+	31, // 46: portcullis.agent.v1.Policy.ref:type_name -> portcullis.agent.v1.PolicyRef
+	51, // 47: portcullis.agent.v1.Policy.imported:type_name -> google.protobuf.Timestamp
+	31, // 48: portcullis.agent.v1.GetPolicyRequest.ref:type_name -> portcullis.agent.v1.PolicyRef
+	39, // 49: portcullis.agent.v1.GetPolicyResponse.policy:type_name -> portcullis.agent.v1.Policy
+	31, // 50: portcullis.agent.v1.DeletePoliciesRequest.refs:type_name -> portcullis.agent.v1.PolicyRef
+	31, // 51: portcullis.agent.v1.DeletePoliciesResponse.deleted:type_name -> portcullis.agent.v1.PolicyRef
+	47, // 52: portcullis.agent.v1.MonitorResponse.flow:type_name -> portcullis.agent.v1.FlowEvent
+	46, // 53: portcullis.agent.v1.MonitorResponse.lost:type_name -> portcullis.agent.v1.LostEvents
+	51, // 54: portcullis.agent.v1.FlowEvent.time:type_name -> google.protobuf.Timestamp
+	48, // 55: portcullis.agent.v1.FlowEvent.source:type_name -> portcullis.agent.v1.FlowEnd
+	48, // 56: portcullis.agent.v1.FlowEvent.destination:type_name -> portcullis.agent.v1.FlowEnd
+	52, // 57: portcullis.agent.v1.FlowEvent.binding_age:type_name -> google.protobuf.Duration
+	0,  // 58: portcullis.agent.v1.Agent.Status:input_type -> portcullis.agent.v1.StatusRequest
+	7,  // 59: portcullis.agent.v1.Agent.RegisterWorkload:input_type -> portcullis.agent.v1.RegisterWorkloadRequest
+	13, // 60: portcullis.agent.v1.Agent.DeregisterWorkload:input_type -> portcullis.agent.v1.DeregisterWorkloadRequest
+	8,  // 61: portcullis.agent.v1.Agent.RelabelWorkload:input_type -> portcullis.agent.v1.RelabelWorkloadRequest
+	19, // 62: portcullis.agent.v1.Agent.ListEndpoints:input_type -> portcullis.agent.v1.ListEndpointsRequest
+	17, // 63: portcullis.agent.v1.Agent.ListIdentities:input_type -> portcullis.agent.v1.ListIdentitiesRequest
+	22, // 64: portcullis.agent.v1.Agent.ListBindings:input_type -> portcullis.agent.v1.ListBindingsRequest
+	26, // 65: portcullis.agent.v1.Agent.ListSessions:input_type -> portcullis.agent.v1.ListSessionsRequest
+	29, // 66: portcullis.agent.v1.Agent.ResetSession:input_type -> portcullis.agent.v1.ResetSessionRequest
+	34, // 67: portcullis.agent.v1.Agent.ImportPolicies:input_type -> portcullis.agent.v1.ImportPoliciesRequest
+	37, // 68: portcullis.agent.v1.Agent.ListPolicies:input_type -> portcullis.agent.v1.ListPoliciesRequest
+	40, // 69: portcullis.agent.v1.Agent.GetPolicy:input_type -> portcullis.agent.v1.GetPolicyRequest
+	42, // 70: portcullis.agent.v1.Agent.DeletePolicies:input_type -> portcullis.agent.v1.DeletePoliciesRequest
+	44, // 71: portcullis.agent.v1.Agent.Monitor:input_type -> portcullis.agent.v1.MonitorRequest
+	1,  // 72: portcullis.agent.v1.Agent.Status:output_type -> portcullis.agent.v1.StatusResponse
+	12, // 73: portcullis.agent.v1.Agent.RegisterWorkload:output_type -> portcullis.agent.v1.RegisterWorkloadResponse
+	14, // 74: portcullis.agent.v1.Agent.DeregisterWorkload:output_type -> portcullis.agent.v1.DeregisterWorkloadResponse
+	10, // 75: portcullis.agent.v1.Agent.RelabelWorkload:output_type -> portcullis.agent.v1.RelabelWorkloadResponse
+	20, // 76: portcullis.agent.v1.Agent.ListEndpoints:output_type -> portcullis.agent.v1.ListEndpointsResponse
+	18, // 77: portcullis.agent.v1.Agent.ListIdentities:output_type -> portcullis.agent.v1.ListIdentitiesResponse
+	23, // 78: portcullis.agent.v1.Agent.ListBindings:output_type -> portcullis.agent.v1.ListBindingsResponse
+	27, // 79: portcullis.agent.v1.Agent.ListSessions:output_type -> portcullis.agent.v1.ListSessionsResponse
+	30, // 80: portcullis.agent.v1.Agent.ResetSession:output_type -> portcullis.agent.v1.ResetSessionResponse
+	35, // 81: portcullis.agent.v1.Agent.ImportPolicies:output_type -> portcullis.agent.v1.ImportPoliciesResponse
+	38, // 82: portcullis.agent.v1.Agent.ListPolicies:output_type -> portcullis.agent.v1.ListPoliciesResponse
+	41, // 83: portcullis.agent.v1.Agent.GetPolicy:output_type -> portcullis.agent.v1.GetPolicyResponse
+	43, // 84: portcullis.agent.v1.Agent.DeletePolicies:output_type -> portcullis.agent.v1.DeletePoliciesResponse
+	45, // 85: portcullis.agent.v1.Agent.Monitor:output_type -> portcullis.agent.v1.MonitorResponse
+	72, // [72:86] is the sub-list for method output_type
+	58, // [58:72] is the sub-list for method input_type
+	58, // [58:58] is the sub-list for extension type_name
+	58, // [58:58] is the sub-list for extension extendee
+	0,  // [0:58] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }
@@ -3802,7 +4071,8 @@ func file_agent_proto_init() {
 	if File_agent_proto != nil {
 		return
 	}
-	file_agent_proto_msgTypes[42].OneofWrappers = []any{
+	file_agent_proto_msgTypes[8].OneofWrappers = []any{}
+	file_agent_proto_msgTypes[45].OneofWrappers = []any{
 		(*MonitorResponse_Flow)(nil),
 		(*MonitorResponse_Lost)(nil),
 	}
@@ -3812,7 +4082,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   47,
+			NumMessages:   51,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -29,6 +29,7 @@ const (
 	Agent_Status_FullMethodName             = "/portcullis.agent.v1.Agent/Status"
 	Agent_RegisterWorkload_FullMethodName   = "/portcullis.agent.v1.Agent/RegisterWorkload"
 	Agent_DeregisterWorkload_FullMethodName = "/portcullis.agent.v1.Agent/DeregisterWorkload"
+	Agent_RelabelWorkload_FullMethodName    = "/portcullis.agent.v1.Agent/RelabelWorkload"
 	Agent_ListEndpoints_FullMethodName      = "/portcullis.agent.v1.Agent/ListEndpoints"
 	Agent_ListIdentities_FullMethodName     = "/portcullis.agent.v1.Agent/ListIdentities"
 	Agent_ListBindings_FullMethodName       = "/portcullis.agent.v1.Agent/ListBindings"
@@ -56,13 +57,23 @@ type AgentClient interface {
 	//
 	//	ALREADY_EXISTS       the uid is registered with other fields, or the device is another workload's
 	//	INVALID_ARGUMENT     a field is missing or malformed
-	//	FAILED_PRECONDITION  the IP is not in this node's ranges, or no such device
+	//	FAILED_PRECONDITION  the IP is not in this node's ranges, or no such device or process
 	//	RESOURCE_EXHAUSTED   a map is full
 	RegisterWorkload(ctx context.Context, in *RegisterWorkloadRequest, opts ...grpc.CallOption) (*RegisterWorkloadResponse, error)
 	// DeregisterWorkload closes the endpoint's gate, ends its bindings and
 	// revokes them everywhere. It does not wait for the acknowledgements. A uid
 	// that is not registered is not an error.
 	DeregisterWorkload(ctx context.Context, in *DeregisterWorkloadRequest, opts ...grpc.CallOption) (*DeregisterWorkloadResponse, error)
+	// RelabelWorkload gives a registered workload other labels. Its bindings end
+	// and are revoked everywhere; it gets new ones under its new identity at
+	// once (--relabel=prompt), or when no lease on the former ones can be alive
+	// (--relabel=strict). The same labels again change nothing.
+	//
+	//	NOT_FOUND            the uid is not registered
+	//	INVALID_ARGUMENT     a label or port is malformed
+	//	RESOURCE_EXHAUSTED   a map is full: nothing was changed
+	//	UNAVAILABLE          the agent is about to restart: nothing was changed
+	RelabelWorkload(ctx context.Context, in *RelabelWorkloadRequest, opts ...grpc.CallOption) (*RelabelWorkloadResponse, error)
 	ListEndpoints(ctx context.Context, in *ListEndpointsRequest, opts ...grpc.CallOption) (*ListEndpointsResponse, error)
 	ListIdentities(ctx context.Context, in *ListIdentitiesRequest, opts ...grpc.CallOption) (*ListIdentitiesResponse, error)
 	ListBindings(ctx context.Context, in *ListBindingsRequest, opts ...grpc.CallOption) (*ListBindingsResponse, error)
@@ -120,6 +131,16 @@ func (c *agentClient) DeregisterWorkload(ctx context.Context, in *DeregisterWork
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(DeregisterWorkloadResponse)
 	err := c.cc.Invoke(ctx, Agent_DeregisterWorkload_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *agentClient) RelabelWorkload(ctx context.Context, in *RelabelWorkloadRequest, opts ...grpc.CallOption) (*RelabelWorkloadResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RelabelWorkloadResponse)
+	err := c.cc.Invoke(ctx, Agent_RelabelWorkload_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -250,13 +271,23 @@ type AgentServer interface {
 	//
 	//	ALREADY_EXISTS       the uid is registered with other fields, or the device is another workload's
 	//	INVALID_ARGUMENT     a field is missing or malformed
-	//	FAILED_PRECONDITION  the IP is not in this node's ranges, or no such device
+	//	FAILED_PRECONDITION  the IP is not in this node's ranges, or no such device or process
 	//	RESOURCE_EXHAUSTED   a map is full
 	RegisterWorkload(context.Context, *RegisterWorkloadRequest) (*RegisterWorkloadResponse, error)
 	// DeregisterWorkload closes the endpoint's gate, ends its bindings and
 	// revokes them everywhere. It does not wait for the acknowledgements. A uid
 	// that is not registered is not an error.
 	DeregisterWorkload(context.Context, *DeregisterWorkloadRequest) (*DeregisterWorkloadResponse, error)
+	// RelabelWorkload gives a registered workload other labels. Its bindings end
+	// and are revoked everywhere; it gets new ones under its new identity at
+	// once (--relabel=prompt), or when no lease on the former ones can be alive
+	// (--relabel=strict). The same labels again change nothing.
+	//
+	//	NOT_FOUND            the uid is not registered
+	//	INVALID_ARGUMENT     a label or port is malformed
+	//	RESOURCE_EXHAUSTED   a map is full: nothing was changed
+	//	UNAVAILABLE          the agent is about to restart: nothing was changed
+	RelabelWorkload(context.Context, *RelabelWorkloadRequest) (*RelabelWorkloadResponse, error)
 	ListEndpoints(context.Context, *ListEndpointsRequest) (*ListEndpointsResponse, error)
 	ListIdentities(context.Context, *ListIdentitiesRequest) (*ListIdentitiesResponse, error)
 	ListBindings(context.Context, *ListBindingsRequest) (*ListBindingsResponse, error)
@@ -298,6 +329,9 @@ func (UnimplementedAgentServer) RegisterWorkload(context.Context, *RegisterWorkl
 }
 func (UnimplementedAgentServer) DeregisterWorkload(context.Context, *DeregisterWorkloadRequest) (*DeregisterWorkloadResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method DeregisterWorkload not implemented")
+}
+func (UnimplementedAgentServer) RelabelWorkload(context.Context, *RelabelWorkloadRequest) (*RelabelWorkloadResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RelabelWorkload not implemented")
 }
 func (UnimplementedAgentServer) ListEndpoints(context.Context, *ListEndpointsRequest) (*ListEndpointsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListEndpoints not implemented")
@@ -400,6 +434,24 @@ func _Agent_DeregisterWorkload_Handler(srv interface{}, ctx context.Context, dec
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(AgentServer).DeregisterWorkload(ctx, req.(*DeregisterWorkloadRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Agent_RelabelWorkload_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RelabelWorkloadRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).RelabelWorkload(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_RelabelWorkload_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).RelabelWorkload(ctx, req.(*RelabelWorkloadRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -595,6 +647,10 @@ var Agent_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "DeregisterWorkload",
 			Handler:    _Agent_DeregisterWorkload_Handler,
+		},
+		{
+			MethodName: "RelabelWorkload",
+			Handler:    _Agent_RelabelWorkload_Handler,
 		},
 		{
 			MethodName: "ListEndpoints",

@@ -100,6 +100,7 @@ func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (printC
 	f.DurationVar(&cfg.TTL, "ttl", cfg.TTL, "how long a lease holds without renewal")
 	f.DurationVar(&cfg.Heartbeat, "heartbeat", cfg.Heartbeat, "how often leases are renewed")
 	f.DurationVar(&cfg.ReuseMargin, "reuse-margin", cfg.ReuseMargin, "least time between two workloads on one IP")
+	f.TextVar(&cfg.Relabel, "relabel", cfg.Relabel, "when a relabelled workload goes on under its new identity: prompt (at once; others may believe the former one until their leases end), or strict (when no lease on the former one is left)")
 	f.DurationVar(&cfg.AddWait, "add-wait", cfg.AddWait, "how long a registration that states no wait of its own waits for activation")
 	f.DurationVar(&cfg.HoldTimeout, "hold-timeout", cfg.HoldTimeout, "how long a packet is held while its binding is confirmed")
 	f.IntVar(&cfg.HoldPerEndpoint, "hold-per-endpoint", cfg.HoldPerEndpoint, "packets held for one endpoint")

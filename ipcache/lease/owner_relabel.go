@@ -2,6 +2,7 @@ package lease
 
 import (
 	"fmt"
+	"slices"
 
 	"portcullis/identity"
 )
@@ -25,6 +26,19 @@ var relabelModes = [...]string{"prompt", "strict"}
 
 // String returns the word of the flag --relabel.
 func (m RelabelMode) String() string { return relabelModes[m] }
+
+// MarshalText implements encoding.TextMarshaler.
+func (m RelabelMode) MarshalText() ([]byte, error) { return []byte(m.String()), nil }
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (m *RelabelMode) UnmarshalText(text []byte) error {
+	i := slices.Index(relabelModes[:], string(text))
+	if i < 0 {
+		return fmt.Errorf("%q: want prompt or strict", text)
+	}
+	*m = RelabelMode(i)
+	return nil
+}
 
 // relabel ends a workload's bindings and has it wait for new ones.
 func (o *Owner) relabel(in Relabel) {
