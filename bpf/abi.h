@@ -492,10 +492,10 @@ struct pc_counter {
 	__u64 bytes;
 };
 
-/* Map `clock`: per-CPU array of one: BOOTTIME, read again only when the
- * coarse clock has moved. Hence deadlines are written one tick early. */
+/* Map `clock`: per-CPU array of one: BOOTTIME, read again only when the tick
+ * has moved on. Hence deadlines are written one tick early. */
 struct pc_clock {
-	__u64 coarse;
+	__u64 tick; /* in jiffies */
 	__u64 boot;
 };
 

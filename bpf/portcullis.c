@@ -142,8 +142,10 @@ inline_always int audit_passes(const struct pc_life *l)
 /* dir is a constant: one text, two programs. */
 inline_always int gate(struct __sk_buff *skb, int dir)
 {
-	struct pc_life l = { .dir = dir };
+	struct pc_life l;
 
+	__builtin_memset(&l, 0, __builtin_offsetof(struct pc_life, f));
+	l.dir = dir;
 	l.reinjected = has_mark(skb, reinject_mark);
 	l.now = clock_now();
 	l.reason = judge(skb, &l, dir);

@@ -406,8 +406,8 @@ type Binding struct {
 
 // Clock is struct pc_clock, 16 bytes.
 type Clock struct {
-	Coarse uint64
-	Boot   uint64
+	Tick uint64
+	Boot uint64
 }
 
 // Counter is struct pc_counter, 16 bytes.

@@ -6,28 +6,28 @@
 
 /*
  * CLOCK_BOOTTIME, at most one tick late: the exact clock is read again only
- * when the coarse one has moved. Late is the unsafe side (a lease would last
+ * when the tick has moved on. Late is the unsafe side (a lease would last
  * longer), so user space writes deadlines one tick early.
  *
- * The coarse clock is read first and stored last. Were it the other way, a
+ * The tick is read first and stored last. Were it the other way, a
  * program interrupted in between would leave an old time under a new tick.
  *
- * Residual (A1): after a resume from sleep the coarse clock stands still until
- * the next tick, and so does this one.
+ * Residual (A1): after a resume from sleep the count of ticks stands still until
+ * the next one, and so does this clock.
  */
 inline_always __u64 clock_now(void)
 {
 	__u32 zero = 0;
 	struct pc_clock *cell = bpf_map_lookup_elem(&clock, &zero);
-	__u64 coarse = bpf_ktime_get_coarse_ns();
+	__u64 tick = bpf_jiffies64();
 	__u64 boot;
 
-	if (cell && READ_ONCE(cell->coarse) == coarse)
+	if (cell && READ_ONCE(cell->tick) == tick)
 		return READ_ONCE(cell->boot);
 	boot = bpf_ktime_get_boot_ns();
 	if (cell) {
 		WRITE_ONCE(cell->boot, boot);
-		WRITE_ONCE(cell->coarse, coarse);
+		WRITE_ONCE(cell->tick, tick);
 	}
 	return boot;
 }

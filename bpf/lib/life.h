@@ -50,8 +50,6 @@ struct pc_life {
 	__u64 expect; /* stamp of the binding that a reply must come from; 0: any */
 	struct pc_packet p;
 	struct pc_peer peer;
-	struct pc_flow f;
-	struct pc_judgement j;
 	/* The endpoint's words, read together, so that all decisions about one
 	 * packet use the same ones. */
 	__u32 id;
@@ -73,6 +71,11 @@ struct pc_life {
 	__u8 src_is_b;	   /* the flow's key has the packet's source as b */
 	__u8 audited;	   /* a flow that is known to pass under audit only */
 	__u8 unremembered; /* conntrack is full, and the flow needs no entry */
+
+	/* Not zeroed at the start: what is in them counts from when they are
+	 * written, f by flow_of, j by judgement_read or judge_anew. */
+	struct pc_flow f;
+	struct pc_judgement j;
 };
 
 /* The address of the other side, as the packet claims it. (dir is l->dir, passed

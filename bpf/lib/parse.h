@@ -477,7 +477,7 @@ inline_always int parse_ip6(struct __sk_buff *skb, __u32 off, int inner, struct 
 
 /* Returns PC_REASON_NONE, or why the packet cannot be judged. Even then what
  * was understood so far stands in p, for the flow record. */
-separate int parse(struct __sk_buff *skb, struct pc_packet *p)
+inline_always int parse(struct __sk_buff *skb, struct pc_packet *p)
 {
 	struct wire_eth *eth = bytes_at(skb, 0, sizeof(*eth));
 

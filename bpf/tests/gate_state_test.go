@@ -154,7 +154,7 @@ func TestClockCell(t *testing.T) {
 	cpus := len(g.clocks())
 	future := make([]abi.Clock, cpus)
 	for i := range future {
-		future[i] = abi.Clock{Coarse: 1, Boot: 1 << 62} // of the first tick of this boot
+		future[i] = abi.Clock{Tick: 1, Boot: 1 << 62} // of the first tick of this boot
 	}
 	g.put("clock", uint32(0), future)
 	before := boottime()
