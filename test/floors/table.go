@@ -81,8 +81,6 @@ var Table = []Row{
 	{Path: "test/bench/contacts", Kind: Tests, Holds: "first contacts and IP reuse, measured in a lab"},
 	{Path: "test/bench/scale", Kind: Tests, Holds: "memory, CPU and map writes with many bindings"},
 	{Path: "test/bench/throughput", Kind: Tests, Holds: "connections, packets and streams with and without programs"},
-	{Path: "test/bench/scale", Kind: Tests},
-	{Path: "test/bench/throughput", Kind: Tests},
 	{Path: "test/conformance", Kind: Tests},
 	{Path: "test/e2e", Kind: Tests},
 	{Path: "test/floors", Kind: Tests},
@@ -104,7 +102,7 @@ type Only struct {
 var OnlyImporters = []Only{
 	{
 		Import: "github.com/cilium/ebpf", By: []string{"datapath", "bpf/internal/gen", "test/bench/scale", "test/bench/throughput"},
-		ByTests: []string{"datapath", "bpf/tests", "test/bench", "test/bench/throughput", "test/conformance", "test/e2e", "test/loadable"},
+		ByTests: []string{"datapath", "bpf/tests", "test/bench", "test/bench/scale", "test/bench/throughput", "test/conformance", "test/e2e", "test/loadable"},
 		Why:     "one package speaks to the kernel's maps and programs",
 	},
 	{
