@@ -69,6 +69,17 @@ func TestMain(m *testing.M) {
 	}())
 }
 
+func needRoot(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() == 0 {
+		return
+	}
+	if os.Getenv("CI") == "true" {
+		t.Fatal("needs root: it makes network namespaces, and CI must run it")
+	}
+	t.Skip("needs root: it makes network namespaces")
+}
+
 // world is a lab with its workloads and their sockets.
 type world struct {
 	*lab.Lab
@@ -81,12 +92,7 @@ type world struct {
 // that call it run in parallel.
 func newWorld(t *testing.T, changes ...func(*lab.Config)) *world {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		if os.Getenv("CI") == "true" {
-			t.Fatal("needs root: it makes network namespaces, and CI must run it")
-		}
-		t.Skip("needs root: it makes network namespaces")
-	}
+	needRoot(t)
 	t.Parallel()
 	c := lab.DefaultConfig()
 	c.Nodes = c.Nodes[:2]
