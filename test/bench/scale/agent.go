@@ -49,12 +49,14 @@ type agent struct {
 func startAgent(ctx context.Context, o options, n *network, dir string) (a *agent, err error) {
 	a = &agent{pins: fmt.Sprintf("/sys/fs/bpf/portcullis-scale-%d", os.Getpid()), log: filepath.Join(dir, "agent.log"), ended: make(chan error, 1)}
 	socket := filepath.Join(dir, "agent.sock")
+	// One workload has at most a quarter of conntrack, and needs a flow for each
+	// address.
 	args := []string{"agent", "--config=", "--node", string(agentNode), "--node-ip", agentIP.String(), "--range", podRange.String(),
 		"--listen", netip.AddrPortFrom(agentIP, agentPort).String(), "--uplink", "eth0",
 		"--trust-domain", trustDomain, "--workload-api", labca.Address(dir, agentNode), "--api-socket", socket, "--pin-dir", a.pins,
 		"--journal-dir", dir + "/journal", "--state-dir", dir + "/state", "--audit-log", dir + "/confirmations.jsonl",
 		"--evidence", "lease", "--ttl", o.ttl.String(), "--heartbeat", o.heartbeat.String(), "--reuse-margin", "10ms", "--fresh-ranges",
-		"--bindings", fmt.Sprint(o.capacity), "--conntrack", fmt.Sprint(2 * o.capacity), "--idle-binding", "1h",
+		"--bindings", fmt.Sprint(o.capacity), "--conntrack", fmt.Sprint(4 * o.capacity), "--idle-binding", "1h",
 		"--hold-per-endpoint", "4000", "--hold-timeout", "10s", "--log-level", "warn"}
 	for i := range o.owners {
 		args = append(args, "--peer", fmt.Sprintf("%s=%v,%v", ownerNode(i), netip.AddrPortFrom(ownerIP(i), agentPort), ownerRange(i)))
