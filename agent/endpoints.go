@@ -48,6 +48,7 @@ type endpoint struct {
 	// generation of its bindings; 0 until it was activated.
 	generation identity.Generation
 	created    time.Time
+	relabelled lease.Time // packets that were held up to then are its former self's
 	// activated is closed when the quarantine ends, or when the endpoint does.
 	activated chan struct{}
 }

@@ -17,8 +17,9 @@ import (
 func (l *loop) held(r hold.Record) {
 	l.heldTotal++
 	e := l.byEndpointID[r.Endpoint]
-	if e == nil || e.state != abi.EPActive {
-		// Its endpoint ended, or waits, since the kernel copied it.
+	if e == nil || e.state != abi.EPActive || lease.Time(r.Arrival) <= e.relabelled {
+		// Its endpoint ended, waits, or became another's, since the kernel
+		// copied it.
 		l.dp.ReleaseHold(r.HoldIndex, r.Source)
 		l.countDrops(hold.Ended{Record: r, Why: abi.ReasonQuarantined})
 		return

@@ -25,8 +25,9 @@ import (
 // runs: the test calls what the loop would. The test's own goroutine lives in
 // the namespace.
 type node struct {
-	t   *testing.T
-	cfg Config
+	t    *testing.T
+	cfg  Config
+	boot identity.BootID // of a loop that was; for some tests
 }
 
 var nodes atomic.Uint32

@@ -66,6 +66,7 @@ func (l *loop) relabel(uid identity.UID, change func(*workload)) (*endpoint, err
 	delete(l.retryActivation, uid)
 	former := *e
 	*e = next
+	e.relabelled = l.now() // read after the gate was closed
 	select {
 	case <-e.activated:
 		e.activated = make(chan struct{})
