@@ -100,7 +100,9 @@ inline_always int nd_from_workload(struct __sk_buff *skb, const struct pc_life *
 		return PC_REASON_SPOOFED;
 	}
 	nd = bytes_at(skb, WIRE_ETH + WIRE_IP6, sizeof(*nd));
-	if (!nd)
+	/* Policy does not see these: they must not carry more than they are for,
+	 * which is one address option and a nonce (RFC 7527). */
+	if (!nd || skb->len > WIRE_ETH + WIRE_IP6 + sizeof(*nd) + 16)
 		return PC_REASON_MALFORMED;
 	__builtin_memcpy(&target, nd->target, sizeof(target));
 	if (!nd_option_honest(skb, l, ep, WIRE_ETH + WIRE_IP6 + sizeof(*nd)))

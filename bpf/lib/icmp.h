@@ -35,6 +35,10 @@ separate int judge_icmp_error(struct __sk_buff *skb, struct pc_life *l)
 	 * router on the way, towards the workload. */
 	if (!addr_equal(quoted == PC_DIR_EGRESS ? &q.src : &q.dst, life_local(l, l->dir)))
 		return PC_REASON_UNSUPPORTED;
+	/* What the workload tells goes to that sender, and nowhere else: or any
+	 * flow that came in would let it write to whom its policy denies. */
+	if (quoted == PC_DIR_INGRESS && !addr_equal(life_peer(l, l->dir), &q.src))
+		return PC_REASON_UNSUPPORTED;
 
 	src_is_b = flow_of(&q, f);
 	key = f->key;

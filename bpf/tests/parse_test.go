@@ -152,6 +152,8 @@ func TestICMPErrors(t *testing.T) {
 			t.Helper()
 			g.pass(g.to(g.pod, g.uplink, toPod(back)))
 			g.pass(g.from(g.pod, icmpError(f, f.pod, f.peer, kind, call[14:])))
+			// To its sender only: not to whom egress policy denies.
+			g.drop(g.from(g.pod, icmpError(f, f.pod, f.world, kind, call[14:])), abi.ReasonUnsupported)
 		}
 		bad := func() {
 			t.Helper()
