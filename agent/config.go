@@ -70,9 +70,18 @@ type Config struct {
 	IdleBinding time.Duration
 
 	HoldPerEndpoint int
+	HoldPerSource   int
 	HoldTotal       int
 	Bindings        int
 	Conntrack       int
+	// ConntrackPerEndpoint is how many flows one endpoint may open; 0: a
+	// quarter of Conntrack.
+	ConntrackPerEndpoint int
+
+	// Bits of skb->mark: those of the agent's own marks (0: all that are not
+	// endpoint marks), and those in which a packet carries its sender through
+	// the node, so that masquerade does not hide it (0: none).
+	MarkMask, EndpointMarkMask uint32
 }
 
 // Default returns the configuration that flags start from.
@@ -83,7 +92,7 @@ func Default() Config {
 		AuditLog: "/var/log/portcullis/confirmations.jsonl", Evidence: ModeLease,
 		TTL: 30 * time.Second, Heartbeat: 5 * time.Second, ReuseMargin: time.Second, AddWait: 3 * time.Second,
 		HoldTimeout: time.Second, IdleBinding: 5 * time.Minute,
-		HoldPerEndpoint: 64, HoldTotal: 4096, Bindings: 65536, Conntrack: 131072,
+		HoldPerEndpoint: 64, HoldPerSource: 16, HoldTotal: 4096, Bindings: 65536, Conntrack: 131072,
 	}
 }
 
@@ -135,12 +144,18 @@ func (c *Config) Validate() error {
 	if c.Relabel == lease.RelabelStrict && c.Evidence == ModeClassic {
 		bad("--relabel=strict has no leases to wait for with --evidence=classic: leave it out")
 	}
+	if c.ConntrackPerEndpoint < 0 || c.ConntrackPerEndpoint > c.Conntrack {
+		bad("--conntrack-per-endpoint %d: want at most --conntrack (%d)", c.ConntrackPerEndpoint, c.Conntrack)
+	}
+	if c.MarkMask&c.EndpointMarkMask != 0 {
+		bad("--mark-mask %#x and --endpoint-mark-mask %#x share bits", c.MarkMask, c.EndpointMarkMask)
+	}
 	errs = append(errs, c.validateTimes()...)
 	errs = append(errs, c.validateRanges()...)
 	if c.Bindings > maxBindings {
 		bad("--bindings %d: want at most %d", c.Bindings, maxBindings)
 	}
-	for flag, n := range map[string]int{"--hold-per-endpoint": c.HoldPerEndpoint, "--hold-total": c.HoldTotal, "--bindings": c.Bindings, "--conntrack": c.Conntrack} {
+	for flag, n := range map[string]int{"--hold-per-endpoint": c.HoldPerEndpoint, "--hold-per-source": c.HoldPerSource, "--hold-total": c.HoldTotal, "--bindings": c.Bindings, "--conntrack": c.Conntrack} {
 		if n < 1 {
 			bad("%s %d: want at least 1", flag, n)
 		}

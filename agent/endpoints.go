@@ -29,7 +29,8 @@ type workload struct {
 	ifname    string
 	mac       net.HardwareAddr
 	ports     []identity.NamedPort
-	process   process // whose end is the workload's
+	process   process        // whose end is the workload's
+	sources   []netip.Prefix // further ones under which it forwards; in no node's range
 }
 
 func (w *workload) fullName() string { return w.namespace + "/" + w.name }
@@ -154,7 +155,11 @@ func (l *loop) enforce(e *endpoint) error {
 		l.release(numeric)
 		return err
 	}
-	if err := l.dp.AddEndpoint(e.ifname, e.abi()); err != nil {
+	err = l.dp.SetSources(e.id, e.sources)
+	if err == nil {
+		err = l.dp.AddEndpoint(e.ifname, e.abi())
+	}
+	if err != nil {
 		l.forgetPolicy(e)
 		l.release(numeric)
 		l.forgetWorkload(e.uid)
@@ -196,7 +201,29 @@ func (l *loop) claimIPs(w *workload) error {
 				zap.String("holder", holder.fullName()), zap.String("newcomer", w.fullName()))
 		}
 	}
+	for _, p := range w.sources {
+		if owner, taken := l.rangeOf(p); taken {
+			return fmt.Errorf("extra source %s is %w: it lies in the range of node %s, which says who holds it", p, errNotMine, owner)
+		}
+	}
 	return nil
+}
+
+// rangeOf returns the node with whose ranges or addresses a prefix overlaps.
+func (l *loop) rangeOf(p netip.Prefix) (identity.NodeName, bool) {
+	own := slices.Clone(l.cfg.Ranges)
+	for _, ip := range l.cfg.NodeIPs {
+		own = append(own, netip.PrefixFrom(ip, ip.BitLen()))
+	}
+	if slices.ContainsFunc(own, p.Overlaps) {
+		return l.cfg.Node, true
+	}
+	for _, peer := range l.cfg.Peers {
+		if slices.ContainsFunc(peer.allRanges(), p.Overlaps) {
+			return peer.Name, true
+		}
+	}
+	return "", false
 }
 
 // givable reports whether the IP is one that this node gives to workloads.
@@ -220,6 +247,9 @@ func (e *endpoint) abi() abi.Endpoint {
 	copy(ep.Mac[:], e.mac)
 	if len(e.mac) == 6 {
 		ep.Flags |= uint32(abi.EPCheckMac)
+	}
+	if len(e.sources) > 0 {
+		ep.Flags |= uint32(abi.EPForwards)
 	}
 	if e.policy.set.Audit {
 		ep.Flags |= uint32(abi.EPAudit)
@@ -370,7 +400,7 @@ func deviceExists(ifindex uint32) bool {
 
 func sameWorkload(a, b *workload) bool {
 	return a.namespace == b.namespace && a.name == b.name && a.identity.Equal(b.identity) &&
-		slices.Equal(a.ips, b.ips) && a.ifname == b.ifname && slices.Equal(a.ports, b.ports) && a.process.PID == b.process.PID
+		slices.Equal(a.ips, b.ips) && a.ifname == b.ifname && slices.Equal(a.ports, b.ports) && slices.Equal(a.sources, b.sources) && a.process.PID == b.process.PID
 }
 
 // indexes gives out small numbers, 1 to size, least recently used first.

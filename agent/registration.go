@@ -59,6 +59,9 @@ func parseRegistration(r *api.RegisterWorkloadRequest, trustDomain string) (work
 	if w.ports, err = parsePorts(r.Ports); err != nil {
 		errs = append(errs, err)
 	}
+	if w.sources, err = parseSources(r.ExtraSources); err != nil {
+		errs = append(errs, err)
+	}
 	if r.Pid > math.MaxInt32 {
 		bad("pid %d: want the number of a process", r.Pid)
 	}
@@ -67,6 +70,24 @@ func parseRegistration(r *api.RegisterWorkloadRequest, trustDomain string) (work
 		errs = append(errs, sendable(&w)...)
 	}
 	return w, errors.Join(errs...)
+}
+
+// parseSources accepts addresses and prefixes; whether they are some node's is
+// known to the loop.
+func parseSources(texts []string) (sources []netip.Prefix, err error) {
+	var errs []error
+	for _, t := range texts {
+		p, err := netip.ParsePrefix(t)
+		if ip, ipErr := netip.ParseAddr(t); ipErr == nil && ip.Zone() == "" {
+			p, err = netip.PrefixFrom(ip, ip.BitLen()), nil
+		}
+		if err != nil || p != p.Masked() || p.Addr().Is4In6() || p.Bits() == 0 {
+			errs = append(errs, fmt.Errorf("extra_sources: %q: want an address, or a prefix without host bits, longer than /0", t))
+			continue
+		}
+		sources = append(sources, p)
+	}
+	return sources, errors.Join(errs...)
 }
 
 func parsePorts(messages []*api.NamedPort) (ports []identity.NamedPort, err error) {

@@ -28,7 +28,8 @@ import (
 // openKernel loads or adopts the datapath.
 func (l *loop) openKernel() (err error) {
 	l.dp, err = datapath.Open(datapath.Config{PinDir: l.cfg.PinDir, Bindings: l.cfg.Bindings, Conntrack: l.cfg.Conntrack, Endpoints: maxEndpoints,
-		Leases: maxSessions, HoldPerEndpoint: l.cfg.HoldPerEndpoint, HoldTotal: l.cfg.HoldTotal, Classic: l.cfg.Evidence == ModeClassic, Log: l.log})
+		Leases: maxSessions, ConntrackPerEndpoint: l.cfg.ConntrackPerEndpoint, MarkMask: l.cfg.MarkMask, EndpointMarkMask: l.cfg.EndpointMarkMask,
+		HoldPerEndpoint: l.cfg.HoldPerEndpoint, HoldPerSource: l.cfg.HoldPerSource, HoldTotal: l.cfg.HoldTotal, Classic: l.cfg.Evidence == ModeClassic, Log: l.log})
 	if err != nil {
 		return err
 	}
@@ -39,7 +40,7 @@ func (l *loop) openKernel() (err error) {
 	if l.injector, err = hold.NewInjector(reinject, turn); err != nil {
 		return err
 	}
-	l.holds = hold.NewQueue(hold.Limits{PerEndpoint: l.cfg.HoldPerEndpoint, Total: l.cfg.HoldTotal, Timeout: l.cfg.HoldTimeout}, l.dp.ReleaseHold)
+	l.holds = hold.NewQueue(hold.Limits{PerEndpoint: l.cfg.HoldPerEndpoint, PerSource: l.cfg.HoldPerSource, Total: l.cfg.HoldTotal, Timeout: l.cfg.HoldTimeout}, l.dp.ReleaseHold)
 	return nil
 }
 

@@ -47,6 +47,7 @@ type workloadRecord struct {
 	MAC       string               `json:"mac,omitempty"`
 	Ports     []identity.NamedPort `json:"ports,omitempty"`
 	Process   process              `json:"process,omitzero"`
+	Sources   []netip.Prefix       `json:"sources,omitempty"`
 	Created   time.Time            `json:"created"`
 }
 
@@ -71,7 +72,7 @@ func openStore(journalDir, stateDir string, boot identity.BootID) (*store, error
 
 func (s *store) putWorkload(e *endpoint) error {
 	r := workloadRecord{Boot: s.boot, UID: e.uid, Namespace: e.namespace, Name: e.name, Identity: e.identity, IPs: e.ips,
-		Ifname: e.ifname, MAC: e.mac.String(), Ports: e.ports, Process: e.process, Created: e.created}
+		Ifname: e.ifname, MAC: e.mac.String(), Ports: e.ports, Process: e.process, Sources: e.sources, Created: e.created}
 	return writeJSON(filepath.Join(s.workloads, e.uid.String()+".json"), r, false)
 }
 
@@ -96,7 +97,7 @@ func (s *store) loadWorkloads() (map[identity.UID]workload, map[identity.UID]tim
 			}
 			continue
 		}
-		w := workload{uid: r.UID, namespace: r.Namespace, name: r.Name, identity: r.Identity, ips: r.IPs, ifname: r.Ifname, ports: r.Ports, process: r.Process}
+		w := workload{uid: r.UID, namespace: r.Namespace, name: r.Name, identity: r.Identity, ips: r.IPs, ifname: r.Ifname, ports: r.Ports, process: r.Process, sources: r.Sources}
 		if r.MAC != "" {
 			if w.mac, err = net.ParseMAC(r.MAC); err != nil {
 				continue

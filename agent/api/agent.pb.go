@@ -672,7 +672,11 @@ type RegisterWorkloadRequest struct {
 	// when it ends, also while no agent runs, the workload is deregistered. In
 	// the agent's pid namespace. 0: none; the device's end and
 	// DeregisterWorkload end the workload in any case.
-	Pid           uint32 `protobuf:"varint,12,opt,name=pid,proto3" json:"pid,omitempty"`
+	Pid uint32 `protobuf:"varint,12,opt,name=pid,proto3" json:"pid,omitempty"`
+	// extra_sources are further addresses or prefixes under which the workload
+	// sends and receives: one that forwards for others. They must lie in no
+	// node's range; policy speaks of them as of the workload's own traffic.
+	ExtraSources  []string `protobuf:"bytes,13,rep,name=extra_sources,json=extraSources,proto3" json:"extra_sources,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -789,6 +793,13 @@ func (x *RegisterWorkloadRequest) GetPid() uint32 {
 		return x.Pid
 	}
 	return 0
+}
+
+func (x *RegisterWorkloadRequest) GetExtraSources() []string {
+	if x != nil {
+		return x.ExtraSources
+	}
+	return nil
 }
 
 type RelabelWorkloadRequest struct {
@@ -3638,7 +3649,7 @@ const file_agent_proto_rawDesc = "" +
 	"\n" +
 	"reinjected\x18\x04 \x01(\x04R\n" +
 	"reinjected\x12\x18\n" +
-	"\adropped\x18\x05 \x01(\x04R\adropped\"\xf2\x03\n" +
+	"\adropped\x18\x05 \x01(\x04R\adropped\"\x97\x04\n" +
 	"\x17RegisterWorkloadRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x12\n" +
@@ -3653,7 +3664,8 @@ const file_agent_proto_rawDesc = "" +
 	"\x04wait\x18\n" +
 	" \x01(\v2\x19.google.protobuf.DurationR\x04wait\x12!\n" +
 	"\ftrust_domain\x18\v \x01(\tR\vtrustDomain\x12\x10\n" +
-	"\x03pid\x18\f \x01(\rR\x03pid\x1a9\n" +
+	"\x03pid\x18\f \x01(\rR\x03pid\x12#\n" +
+	"\rextra_sources\x18\r \x03(\tR\fextraSources\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xde\x02\n" +

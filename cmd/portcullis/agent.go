@@ -104,9 +104,13 @@ func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (printC
 	f.DurationVar(&cfg.AddWait, "add-wait", cfg.AddWait, "how long a registration that states no wait of its own waits for activation")
 	f.DurationVar(&cfg.HoldTimeout, "hold-timeout", cfg.HoldTimeout, "how long a packet is held while its binding is confirmed")
 	f.IntVar(&cfg.HoldPerEndpoint, "hold-per-endpoint", cfg.HoldPerEndpoint, "packets held for one endpoint")
+	f.IntVar(&cfg.HoldPerSource, "hold-per-source", cfg.HoldPerSource, "packets held of one source address")
 	f.IntVar(&cfg.HoldTotal, "hold-total", cfg.HoldTotal, "packets held in all")
 	f.IntVar(&cfg.Bindings, "bindings", cfg.Bindings, "size of the map of bindings")
 	f.IntVar(&cfg.Conntrack, "conntrack", cfg.Conntrack, "size of the map of connections")
+	f.IntVar(&cfg.ConntrackPerEndpoint, "conntrack-per-endpoint", 0, "connections that one workload may open (0: a quarter of --conntrack)")
+	f.Uint32Var(&cfg.MarkMask, "mark-mask", 0, "bits of the packet mark for the agent's own use, e.g. 0xffff0000 (0: all that --endpoint-mark-mask leaves)")
+	f.Uint32Var(&cfg.EndpointMarkMask, "endpoint-mark-mask", 0, "one row of bits of the packet mark that carries a packet's sender through the node, so that masquerade does not hide it, e.g. 0x0000fff0 (0: none)")
 	f.DurationVar(&cfg.IdleBinding, "idle-binding", cfg.IdleBinding, "give a binding back when it was not used for this long")
 	f.StringVar(&raw.level, "log-level", raw.level, "debug, info, warn or error")
 	return printConfig, cleanup

@@ -43,6 +43,8 @@ type peer struct {
 	answers   []lease.Answer
 	active    map[identity.UID]identity.Generation
 	logs      []lease.LogEntry
+
+	stopRun func() // nil until started
 }
 
 type peerConfig struct {
@@ -69,8 +71,11 @@ func (l *lab) peer(t testing.TB, c peerConfig) *peer {
 	return p
 }
 
-// start makes fresh machines, as a new process has.
+// start makes fresh machines, as a new process has, in place of earlier ones.
 func (p *peer) start(c peerConfig) {
+	if p.stopRun != nil {
+		p.stopRun()
+	}
 	boot := identity.BootID{c.boot}
 	owner := lease.OwnerConfig{Node: c.name, Boot: boot, ReuseMargin: testMargin, Journal: lease.JournalMissing, FreshRanges: true,
 		Nonce: func() (n lease.Nonce) { rand.Read(n[:]); return n },
@@ -92,7 +97,7 @@ func (p *peer) start(c peerConfig) {
 	if p.verifier, err = lease.NewVerifier(lease.VerifierConfig{Node: c.name, Boot: boot, TTL: testTTL, Heartbeat: testBeat, Speaks: speaks}, p.table, bootNow()); err != nil {
 		p.t.Fatal(err)
 	}
-	background(p.t, p.run)
+	p.stopRun = background(p.t, p.run)
 	p.do(func() {
 		p.stepOwner(lease.OwnerTick{})
 		p.stepVerifier(lease.VerifierTick{})
