@@ -204,6 +204,11 @@ func TestUsage(t *testing.T) {
 		"ipcache get":                       "accepts 1 arg(s)",
 		"ipcache get default/xwing":         "is not an IP address",
 		"session reset":                     "accepts 1 arg(s)",
+		"endpoint relabel":                  "accepts 1 arg(s)",
+		"endpoint relabel 24":               "name every label",
+		"endpoint relabel deathstar -l a=b": "names no endpoint",
+		"endpoint relabel 24 -l =b":         "each key once",
+		"endpoint relabel 24 -l a=b,a":      "each key once",
 		"completion":                        "Available Commands",
 		"completion csh":                    `there is no command "portcullis completion csh"`,
 		"completion bash now":               "takes no arguments",
@@ -232,6 +237,7 @@ func TestFailures(t *testing.T) {
 		"ipcache get 10.9.9.9":                        "no binding of 10.9.9.9 is known here",
 		"ipcache get 10.2.0.3":                        "is quarantined: see `portcullis endpoint get 25`",
 		"endpoint get 99":                             "this node has no endpoint 99",
+		"endpoint relabel 99 -l a=b":                  "this node has no endpoint 99",
 		"endpoint get default/xwing":                  "this node has no endpoint default/xwing",
 		"identity get 5163 77 default/nobody":         "no identity 77, default/nobody is in use",
 		"session reset n9":                            `no peer "n9"`,
@@ -410,5 +416,27 @@ func TestManualShowsTheRealOutput(t *testing.T) {
 				t.Errorf("%q has no short help", name)
 			}
 		}
+	}
+}
+
+// A relabel names every label, and the workload by its UID.
+func TestEndpointRelabel(t *testing.T) {
+	w := &wire{}
+	socket := serveWire(t, w)
+	got := command(t.Context(), socket, "", "endpoint", "relabel", "default/deathstar", "-l", "org=alliance,class=museum", "--service-account", "guide", "--wait", "2s")
+	want := "default/deathstar is default/deathstar[class=museum org=alliance] now: active, generation 91234567890.\n" +
+		"Revoked at 2 nodes that had a lease on its former identity.\n"
+	if got.code != exitOK || got.stdout != want || got.stderr != "" {
+		t.Errorf("status %d, stdout %q, stderr %q", got.code, got.stdout, got.stderr)
+	}
+	r := w.requests[len(w.requests)-1].(*api.RelabelWorkloadRequest)
+	if r.Uid != "3f0f5d8e-93a4-4bb5-8d35-5a0b1c2d3e4f" || len(r.Labels) != 2 || r.Labels["org"] != "alliance" || r.Labels["class"] != "museum" ||
+		r.ServiceAccount == nil || *r.ServiceAccount != "guide" || r.Wait.AsDuration() != 2*time.Second || r.Ports != nil {
+		t.Errorf("asked for %+v", r)
+	}
+	got = command(t.Context(), socket, "", "endpoint", "relabel", "25", "-l", "")
+	r = w.requests[len(w.requests)-1].(*api.RelabelWorkloadRequest)
+	if got.code != exitOK || got.stdout != "a7c6d1b0-0000-4000-8000-000000000025 is - now: quarantined: waits.\n" || len(r.Labels) != 0 || r.ServiceAccount != nil || r.Wait != nil {
+		t.Errorf("status %d, stdout %q, stderr %q, asked for %+v", got.code, got.stdout, got.stderr, r)
 	}
 }

@@ -31,7 +31,7 @@ func newEndpointCmd(env *Env) *cobra.Command {
 			return list(env.Stdout, *o, res.GetEndpoints(), func(tw *tabwriter.Writer) { endpointTable(tw, res.GetEndpoints()) })
 		})
 	}
-	return group("endpoint", "This node's workloads, as the datapath knows them", ls, newEndpointGetCmd(env))
+	return group("endpoint", "This node's workloads, as the datapath knows them", ls, newEndpointGetCmd(env), newEndpointRelabelCmd(env))
 }
 
 func newEndpointGetCmd(env *Env) *cobra.Command {
@@ -47,27 +47,37 @@ func newEndpointGetCmd(env *Env) *cobra.Command {
 			return err
 		}
 		return ask(cmd.Context(), env, func(ctx context.Context, c *api.Client) error {
-			res, err := c.ListEndpoints(ctx, &api.ListEndpointsRequest{})
+			e, err := findEndpoint(ctx, c, args[0], match)
 			if err != nil {
 				return err
 			}
-			found := slices.DeleteFunc(res.GetEndpoints(), func(e *api.Endpoint) bool { return !match(e) })
-			switch {
-			case len(found) == 0:
-				return fmt.Errorf("this node has no endpoint %s: `portcullis endpoint list` shows those that it has", args[0])
-			case len(found) > 1:
-				var ids []string
-				for _, e := range found {
-					ids = append(ids, fmt.Sprint(e.GetId()))
-				}
-				return fmt.Errorf("several endpoints are %s: name one by its id: %s", args[0], strings.Join(ids, ", "))
-			case *o != outTable:
-				return object(env.Stdout, *o, found[0])
+			if *o != outTable {
+				return object(env.Stdout, *o, e)
 			}
-			return endpointDetail(env, found[0])
+			return endpointDetail(env, e)
 		})
 	}
 	return cmd
+}
+
+// findEndpoint returns the one endpoint that ref names.
+func findEndpoint(ctx context.Context, c *api.Client, ref string, match func(*api.Endpoint) bool) (*api.Endpoint, error) {
+	res, err := c.ListEndpoints(ctx, &api.ListEndpointsRequest{})
+	if err != nil {
+		return nil, err
+	}
+	found := slices.DeleteFunc(res.GetEndpoints(), func(e *api.Endpoint) bool { return !match(e) })
+	switch {
+	case len(found) == 0:
+		return nil, fmt.Errorf("this node has no endpoint %s: `portcullis endpoint list` shows those that it has", ref)
+	case len(found) > 1:
+		var ids []string
+		for _, e := range found {
+			ids = append(ids, fmt.Sprint(e.GetId()))
+		}
+		return nil, fmt.Errorf("several endpoints are %s: name one by its id: %s", ref, strings.Join(ids, ", "))
+	}
+	return found[0], nil
 }
 
 // endpointRef parses the three ways to name an endpoint.
@@ -115,6 +125,9 @@ func endpointDetail(env *Env, e *api.Endpoint) error {
 		row(tw, "Device:", device)
 		row(tw, "MAC:", e.GetMac())
 		row(tw, "Named ports:", strings.Join(ports, ", "))
+		if e.GetPid() != 0 {
+			row(tw, "Ends with:", fmt.Sprintf("process %d", e.GetPid()))
+		}
 		row(tw, "Policy:", fmt.Sprintf("ingress %s, egress %s, set %d",
 			strings.ToLower(enforcement(e.GetIngressEnforced())), strings.ToLower(enforcement(e.GetEgressEnforced())), e.GetPolicyEpoch()))
 		row(tw, "Registered:", since(env, e.GetCreated(), e.GetCreated() != nil))

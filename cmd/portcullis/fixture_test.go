@@ -170,11 +170,22 @@ func (w *wire) ListEndpoints(context.Context, *api.ListEndpointsRequest) (*api.L
 	return &api.ListEndpointsResponse{Endpoints: []*api.Endpoint{
 		{Id: 24, Workload: &api.Workload{Uid: "3f0f5d8e-93a4-4bb5-8d35-5a0b1c2d3e4f", Namespace: "default", Name: "deathstar"}, Identity: deathstar(),
 			Ips: []string{"10.2.0.2", "fd00:2::2"}, Mac: "0a:00:00:00:00:02", Ifname: "pcl7", Ifindex: 7, Generation: 81234567890, State: "active",
-			IngressEnforced: true, PolicyEpoch: 5, Created: ago(60), Ports: []*api.NamedPort{{Name: "http", Port: 80, Protocol: "TCP"}}},
+			IngressEnforced: true, PolicyEpoch: 5, Pid: 4711, Created: ago(60), Ports: []*api.NamedPort{{Name: "http", Port: 80, Protocol: "TCP"}}},
 		{Id: 25, Workload: &api.Workload{Uid: "a7c6d1b0-0000-4000-8000-000000000025"}, Ips: []string{"10.2.0.3"}, State: "quarantined",
 			Detail: "waits for 1 leases on the IP's last holder, 2.1s at the most",
 			Grants: []*api.Grant{{Verifier: "n3", Remaining: seconds(2.1), Revoked: true, Ip: "10.2.0.3", Generation: 7000000000}}},
 	}}, nil
+}
+
+// RelabelWorkload answers as an agent in mode prompt.
+func (w *wire) RelabelWorkload(_ context.Context, r *api.RelabelWorkloadRequest) (*api.RelabelWorkloadResponse, error) {
+	w.saw(r)
+	if r.GetUid() != "3f0f5d8e-93a4-4bb5-8d35-5a0b1c2d3e4f" {
+		return &api.RelabelWorkloadResponse{State: "quarantined", Detail: "waits", Identity: &api.Identity{Text: "-"}}, nil
+	}
+	id := deathstar()
+	id.Text = "default/deathstar[class=museum org=alliance]"
+	return &api.RelabelWorkloadResponse{Generation: 91234567890, State: "active", Endpoint: 24, Identity: id, Leases: 2}, nil
 }
 
 func (w *wire) ListIdentities(_ context.Context, r *api.ListIdentitiesRequest) (*api.ListIdentitiesResponse, error) {

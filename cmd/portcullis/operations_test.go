@@ -58,7 +58,7 @@ func TestOperationsExplainsLogAndAlarms(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, k := range []lease.LogKind{lease.LogGrant, lease.LogConfirmed, lease.LogRefusal, lease.LogRevocation, lease.LogAcked, lease.LogExpiry,
-		lease.LogQuarantine, lease.LogActivation, lease.LogRelease, lease.LogRenewalGap, lease.LogSessionUp, lease.LogSessionDown} {
+		lease.LogQuarantine, lease.LogActivation, lease.LogRelabel, lease.LogRelease, lease.LogRenewalGap, lease.LogSessionUp, lease.LogSessionDown} {
 		if !strings.Contains(string(text), "`"+string(k)+"`") {
 			t.Errorf("docs/operations.md does not explain the line %q of the confirmation log", k)
 		}
