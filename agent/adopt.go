@@ -178,7 +178,7 @@ func (l *loop) adoptEndpoint(w workload, ep abi.Endpoint) error {
 		err = l.compile(e)
 	}
 	if err != nil {
-		l.holdIndexes.give(e.holdIndex)
+		l.holdIndexes.give(e.holdIndex, l.now())
 		return err
 	}
 	l.add(e)

@@ -177,7 +177,7 @@ func newLoop(ctx context.Context, cfg Config, log *zap.Logger) (*loop, error) {
 		inbox: make(chan func(), inboxSize), ring: make(chan hold.Record, ringQueue), stopped: make(chan struct{}),
 		ids: identity.NewAllocator(), repo: authz.NewRepository(authz.Options{TrustDomain: cfg.TrustDomain, Enforce: cfg.Enforce, EnforceIn: cfg.EnforceIn}),
 		endpoints: map[identity.UID]*endpoint{}, byIP: map[netip.Addr]*endpoint{}, byEndpointID: map[uint32]*endpoint{}, byIfindex: map[uint32]*endpoint{},
-		holdIndexes: newIndexes(maxEndpoints), retryActivation: map[identity.UID]identity.Generation{}, retryClose: map[identity.UID]bool{}, nodeUIDs: map[identity.UID]netip.Addr{},
+		holdIndexes: newIndexes(maxEndpoints, cfg.ReuseMargin), retryActivation: map[identity.UID]identity.Generation{}, retryClose: map[identity.UID]bool{}, nodeUIDs: map[identity.UID]netip.Addr{},
 		numerics: map[uint64]identity.Numeric{}, installedAt: map[uint64]lease.Time{}, policyFiles: map[authz.Ref]importedFile{},
 		names: newDirectory(), monitors: newMonitors(), alarms: newAlarms()}
 

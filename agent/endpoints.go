@@ -97,7 +97,7 @@ func (l *loop) register(w workload) (*endpoint, error) {
 	if stale := l.byIfindex[ifindex]; stale != nil {
 		return nil, fmt.Errorf("device %s is %w: it belongs to %s", w.ifname, errConflict, stale.fullName())
 	}
-	holdIndex, ok := l.holdIndexes.take()
+	holdIndex, ok := l.holdIndexes.take(l.now())
 	if !ok {
 		return nil, fmt.Errorf("%w: this agent serves at most %d", errNoHoldIndex, l.holdIndexes.size)
 	}
@@ -109,7 +109,7 @@ func (l *loop) register(w workload) (*endpoint, error) {
 	}
 	if err != nil {
 		l.processes.remove(e.uid)
-		l.holdIndexes.give(holdIndex)
+		l.holdIndexes.give(holdIndex, l.now())
 		return nil, err
 	}
 	l.add(e)
@@ -338,7 +338,7 @@ func (l *loop) deregister(uid identity.UID) (existed bool, err error) {
 	l.stepOwner(lease.Delete{UID: uid})
 	l.forgetPolicy(e)
 	l.release(e.numeric)
-	l.holdIndexes.give(e.holdIndex)
+	l.holdIndexes.give(e.holdIndex, l.now())
 	select {
 	case <-e.activated:
 	default:
@@ -403,32 +403,40 @@ func sameWorkload(a, b *workload) bool {
 		slices.Equal(a.ips, b.ips) && a.ifname == b.ifname && slices.Equal(a.ports, b.ports) && slices.Equal(a.sources, b.sources) && a.process.PID == b.process.PID
 }
 
-// indexes gives out small numbers, 1 to size, least recently used first.
+// indexes gives out small numbers, 1 to size, least recently used first. One
+// that was given back rests before it is given out again: packets under way
+// may carry it (see pc_mark in bpf/abi.h).
 type indexes struct {
 	size int
-	free []uint32
+	rest time.Duration
+	free []freeIndex // oldest first
 }
 
-func newIndexes(size int) *indexes {
-	x := &indexes{size: size}
+type freeIndex struct {
+	index uint32
+	since lease.Time // 0: was never in use
+}
+
+func newIndexes(size int, rest time.Duration) *indexes {
+	x := &indexes{size: size, rest: rest}
 	for i := 1; i <= size; i++ {
-		x.free = append(x.free, uint32(i))
+		x.free = append(x.free, freeIndex{index: uint32(i)})
 	}
 	return x
 }
 
-func (x *indexes) take() (uint32, bool) {
-	if len(x.free) == 0 {
+func (x *indexes) take(now lease.Time) (uint32, bool) {
+	if len(x.free) == 0 || x.free[0].since != 0 && now < x.free[0].since.Add(x.rest) {
 		return 0, false
 	}
-	i := x.free[0]
+	i := x.free[0].index
 	x.free = x.free[1:]
 	return i, true
 }
 
 // reserve takes a certain number, if it is free.
 func (x *indexes) reserve(i uint32) bool {
-	at := slices.Index(x.free, i)
+	at := slices.IndexFunc(x.free, func(f freeIndex) bool { return f.index == i })
 	if at < 0 {
 		return false
 	}
@@ -436,4 +444,4 @@ func (x *indexes) reserve(i uint32) bool {
 	return true
 }
 
-func (x *indexes) give(i uint32) { x.free = append(x.free, i) }
+func (x *indexes) give(i uint32, now lease.Time) { x.free = append(x.free, freeIndex{i, now}) }
