@@ -15,7 +15,8 @@
 //	local API ──┐                       ┌──> kernel maps (datapath)
 //	sessions  ──┤   ┌───────────────┐   ├──> streams   (ipcache/session)
 //	held ring ──┼──>│     loop      │───┼──> journal   (ipcache/journal)
-//	link watch ─┤   │ owner verifier│   ├──> confirmation log (observe/audit)
+//	devices,   ─┤   │ owner verifier│   ├──> confirmation log (observe/audit)
+//	processes  ─┤   │               │   │
 //	timers    ──┘   │ table policy  │   └──> re-injection (datapath/hold)
 //	                └───────────────┘
 package agent

@@ -1,13 +1,17 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"net/netip"
 	"slices"
 	"testing"
 
 	"go.uber.org/zap"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
+	"portcullis/agent/api"
 	"portcullis/bpf/abi"
 	"portcullis/datapath/hold"
 	"portcullis/identity"
@@ -269,6 +273,62 @@ func TestRelabelRefused(t *testing.T) {
 	}
 	if after := n.inKernel(l, "a0"); after != before || e.identity.Labels["app"] != "a0" {
 		t.Error("something was changed")
+	}
+}
+
+// The local API: labels are replaced, what is not named stays, and the caller
+// is told what came of it.
+func TestRelabelWorkload(t *testing.T) {
+	n := newNode(t)
+	n.veth("a0")
+	l := n.mustStart()
+	defer n.crash(l)
+	n.connect(l)
+	w := app("a0", "10.1.1.2")
+	w.ports = []identity.NamedPort{{Name: "http", Port: 80, Protocol: "TCP"}}
+	e := n.run(l, w)
+	v := &verifier{n: n}
+	v.greet(l)
+	v.confirm(e.ips[0])
+	generation := e.generation
+
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- l.run(ctx) }()
+	defer func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}()
+	s, guide := &server{l: l}, "guide"
+	r, err := s.RelabelWorkload(ctx, &api.RelabelWorkloadRequest{Uid: w.uid.String(), Labels: map[string]string{"class": "museum"}, ServiceAccount: &guide})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.State != "active" || r.Generation <= uint64(generation) || r.Endpoint != e.id || r.Leases != 1 || r.Identity.Text != "default/guide[class=museum]" {
+		t.Errorf("%+v", r)
+	}
+	list, err := s.ListEndpoints(ctx, &api.ListEndpointsRequest{})
+	if err != nil || len(list.Endpoints) != 1 || len(list.Endpoints[0].Ports) != 1 || list.Endpoints[0].Identity.Text != r.Identity.Text {
+		t.Errorf("%+v, %v", list, err)
+	}
+	r, err = s.RelabelWorkload(ctx, &api.RelabelWorkloadRequest{Uid: w.uid.String(), Labels: map[string]string{"class": "museum"}, Ports: &api.NamedPorts{}})
+	if err != nil || r.State != "active" || r.Identity.Text != "default/guide[class=museum]" {
+		t.Errorf("%+v, %v", r, err)
+	}
+	for want, bad := range map[codes.Code]*api.RelabelWorkloadRequest{
+		codes.NotFound:        {Uid: identity.NewUID().String()},
+		codes.InvalidArgument: {Uid: w.uid.String(), Labels: map[string]string{"": "v"}},
+	} {
+		if _, err := s.RelabelWorkload(ctx, bad); status.Code(err) != want {
+			t.Errorf("%v, want %v", err, want)
+		}
+	}
+	for _, bad := range []*api.RelabelWorkloadRequest{{Uid: "7"}, {Uid: w.uid.String(), Ports: &api.NamedPorts{Ports: []*api.NamedPort{{Name: "p", Port: 0, Protocol: "TCP"}}}}} {
+		if _, err := s.RelabelWorkload(ctx, bad); status.Code(err) != codes.InvalidArgument {
+			t.Errorf("%v, want InvalidArgument", err)
+		}
 	}
 }
 
