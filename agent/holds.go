@@ -110,7 +110,7 @@ func (l *loop) countDrops(drops ...hold.Ended) {
 		l.heldDropped++
 		l.dp.CountDrop(d.Direction, d.Why)
 		if l.monitors.empty() {
-			continue
+			continue // nobody needs the record
 		}
 		ev := abi.Event{Time: uint64(l.now()), Src: datapath.Addr(d.Peer), Dst: datapath.Addr(d.Local),
 			Sport: d.Sport, Dport: d.Dport, Ifindex: d.Ifindex, Endpoint: d.Endpoint, Len: uint32(len(d.Packet)),

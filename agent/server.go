@@ -286,5 +286,8 @@ func (l *loop) resolver() flow.Resolver {
 
 // publish makes a flow record of an event for whoever monitors.
 func (l *loop) publish(ev abi.Event) {
+	if l.monitors.empty() {
+		return // a node under load has thousands of events a second
+	}
 	l.monitors.publish(flow.FromEvent(ev, l.resolver()))
 }
