@@ -54,7 +54,7 @@ func (a *alarms) expire() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for name, r := range a.raised {
-		if name != "policies-lost" && name != "policy-lost" && name != "uplink" && time.Since(r.last) > alarmLife {
+		if name != "policies-lost" && name != "policy-not-applied" && name != "uplink" && time.Since(r.last) > alarmLife {
 			delete(a.raised, name)
 		}
 	}

@@ -65,6 +65,7 @@ type loop struct {
 	retryActivation map[identity.UID]identity.Generation
 	retryClose      map[identity.UID]bool // gates that could not be closed
 	leaving         bool                  // this agent is about to be replaced
+	retryPolicies   bool                  // an end of named ports that could not be applied
 	retryRelease    []identity.Numeric    // numbers whose entries could not be removed
 	nodeUIDs        map[identity.UID]netip.Addr
 	numerics        map[uint64]identity.Numeric // stamp -> the number that its slot speaks of
@@ -144,6 +145,10 @@ func (l *loop) retry() {
 	l.retryRelease = nil
 	for _, n := range again {
 		l.release(n)
+	}
+	if l.retryPolicies && l.applyPolicies() == nil {
+		l.retryPolicies = false
+		l.alarms.clear("policy-not-applied")
 	}
 	l.alarms.expire()
 	l.compactJournal()

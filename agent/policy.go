@@ -80,6 +80,7 @@ func (l *loop) removePorts(stamp uint64) {
 		return
 	}
 	if err := l.applyPolicies(); err != nil {
+		l.retryPolicies = true // until then the port stays allowed: the alarm stands
 		l.alarms.raise("policy-not-applied", fmt.Sprintf("a named port that is no more is still allowed at other workloads of its identity: %v", err))
 	}
 }
