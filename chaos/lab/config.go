@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"go.yaml.in/yaml/v3"
+
+	"portcullis/identity"
 )
 
 // Config says what a lab consists of.
@@ -27,6 +29,8 @@ type Config struct {
 	// SVIDTTL is how long an agent's SVID lives; it is renewed at half-life.
 	// 0: the trust domain's default.
 	SVIDTTL time.Duration `json:"svidTTL,omitempty"`
+	// AgentFlags are given to every agent, after the lab's own.
+	AgentFlags []string `json:"agentFlags,omitempty"`
 }
 
 // Node is one node of a lab.
@@ -46,6 +50,8 @@ type Workload struct {
 	// gets the next free address of the node's first range of that family.
 	IPs     []netip.Addr `json:"ips,omitempty"`
 	Restart string       `json:"restart,omitempty"` // "always": brought back when its process ends; "", "never": not
+	// Ports are its named container ports, of which policies may speak.
+	Ports []identity.NamedPort `json:"ports,omitempty"`
 	// Command is the process of the workload; "portcullis" as first word is
 	// the lab's own binary. None: a workload that only exists.
 	Command []string `json:"command,omitempty"`
@@ -159,6 +165,7 @@ func ParseConfig(b []byte) (Config, error) {
 		"heartbeat":   d.duration(&c.Heartbeat),
 		"reuseMargin": d.duration(&c.ReuseMargin),
 		"svidTTL":     d.duration(&c.SVIDTTL),
+		"agentFlags":  d.texts(&c.AgentFlags),
 	})
 	c.setDefaults()
 	if len(d.errs) > 0 {
@@ -221,6 +228,15 @@ func (d *decoder) text(to *string) func(*yaml.Node, string) {
 	return func(n *yaml.Node, path string) { *to, _ = d.scalar(n, path) }
 }
 
+func (d *decoder) texts(to *[]string) func(*yaml.Node, string) {
+	return func(n *yaml.Node, path string) {
+		d.list(n, path, func(n *yaml.Node, path string) {
+			s, _ := d.scalar(n, path)
+			*to = append(*to, s)
+		})
+	}
+}
+
 func (d *decoder) duration(to *time.Duration) func(*yaml.Node, string) {
 	return func(n *yaml.Node, path string) {
 		s, ok := d.scalar(n, path)
@@ -274,12 +290,20 @@ func (d *decoder) workload(n *yaml.Node, path string) (w Workload) {
 			}
 			w.IPs = ips
 		},
-		"command": func(n *yaml.Node, path string) {
+		"ports": func(n *yaml.Node, path string) {
 			d.list(n, path, func(n *yaml.Node, path string) {
-				s, _ := d.scalar(n, path)
-				w.Command = append(w.Command, s)
+				s, ok := d.scalar(n, path)
+				if !ok {
+					return
+				}
+				p, err := ParsePort(s)
+				if err != nil {
+					d.fail(n, path, "%v", err)
+				}
+				w.Ports = append(w.Ports, p)
 			})
 		},
+		"command": d.texts(&w.Command),
 	})
 	return w
 }
@@ -428,6 +452,9 @@ func (c *Config) checkWorkload(w *Workload) (errs []error) {
 	}
 	if !dnsLabel.MatchString(w.ServiceAccount) {
 		fail("serviceAccount: %q: want lower-case letters, digits and '-', at most 63", w.ServiceAccount)
+	}
+	if err := checkPorts(w.Ports); err != nil {
+		errs = append(errs, err)
 	}
 	switch {
 	case w.Restart != "always" && w.Restart != "never":

@@ -85,7 +85,7 @@ func (l *Lab) agentArgs(s *state, n *nodeState, fresh bool) []string {
 	if fresh {
 		args = append(args, "--fresh-ranges")
 	}
-	return args
+	return append(args, s.Config.AgentFlags...)
 }
 
 // KillAgent kills the node's agent with SIGKILL: a crash. What is in the

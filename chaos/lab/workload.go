@@ -170,6 +170,9 @@ func (l *Lab) Register(ctx context.Context, name string, o RunOptions) (Running,
 	for _, ip := range w.IPs {
 		req.Ips = append(req.Ips, ip.String())
 	}
+	for _, p := range w.Spec.Ports {
+		req.Ports = append(req.Ports, &api.NamedPort{Name: p.Name, Port: uint32(p.Port), Protocol: p.Protocol})
+	}
 	wait := time.Duration(0) // said, for the agent has a default of its own
 	if !o.NoWait {
 		wait = o.Wait

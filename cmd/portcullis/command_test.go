@@ -209,6 +209,7 @@ func TestUsage(t *testing.T) {
 		"endpoint relabel deathstar -l a=b": "names no endpoint",
 		"endpoint relabel 24 -l =b":         "each key once",
 		"endpoint relabel 24 -l a=b,a":      "each key once",
+		"lab run a --node n --port http":    "--port",
 		"completion":                        "Available Commands",
 		"completion csh":                    `there is no command "portcullis completion csh"`,
 		"completion bash now":               "takes no arguments",

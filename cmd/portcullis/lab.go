@@ -56,13 +56,15 @@ Without a file it has three nodes and no workloads. A cluster file looks like th
       node: one
       labels: {org: empire, class: deathstar}
       restart: always
+      ports: [http=80, metrics=9090/TCP]
       command: [portcullis, probe, deathstar]
     - {name: xwing, namespace: default, node: two, serviceAccount: xwing, ip: 10.2.0.7}
   evidence: lease     # or classic
   ttl: 3s
   heartbeat: 500ms
   reuseMargin: 10ms
-  svidTTL: 1h`,
+  svidTTL: 1h
+  agentFlags: [--enforce=audit]  # more flags for every agent`,
 		Args: usageArgs(cobra.NoArgs),
 	}
 	file := cmd.Flags().StringP("file", "f", "", "cluster file")
@@ -172,6 +174,7 @@ func newLabRunCmd(env *Env, f *labFlags) *cobra.Command {
 	labels := fl.String("labels", "", "k=v,k=v...")
 	fl.StringVar(&w.ServiceAccount, "sa", "default", "service account")
 	ip := fl.String("ip", "", "its address, or two of different families with a comma; default: the next free ones")
+	ports := fl.StringArray("port", nil, "a named container port, NAME=NUMBER[/TCP|UDP|SCTP] (repeat)")
 	fl.StringVar(&w.Restart, "restart", "never", "always: bring the process back when it ends")
 	fl.BoolVar(&o.NoWait, "no-wait", false, "do not wait for activation")
 	cmd.RunE = func(cmd *cobra.Command, args []string) (err error) {
@@ -191,6 +194,13 @@ func newLabRunCmd(env *Env, f *labFlags) *cobra.Command {
 			if w.IPs, err = lab.ParseIPs(*ip); err != nil {
 				return usagef("--ip: %v", err)
 			}
+		}
+		for _, s := range *ports {
+			p, err := lab.ParsePort(s)
+			if err != nil {
+				return usagef("--port: %v", err)
+			}
+			w.Ports = append(w.Ports, p)
 		}
 		w.Command = args[1:]
 		return f.with(env, func(l *lab.Lab) error {

@@ -24,20 +24,42 @@ const (
 
 // echo is the server's sockets; it remembers who got through to it.
 type echo struct {
+	w     *world
 	mu    sync.Mutex
 	heard map[netip.Addr]int // guarded by mu; connections and datagrams by source
 }
 
 func serve(w *world) *echo {
 	w.t.Helper()
-	e := &echo{heard: map[netip.Addr]int{}}
-	var ln net.Listener
+	e := &echo{w: w, heard: map[netip.Addr]int{}}
+	e.listen(tcpPort)
 	var pc *net.UDPConn
 	w.must(w.InWorkload("server", func() (err error) {
-		if ln, err = net.Listen("tcp4", ":"+port(tcpPort)); err != nil {
-			return err
-		}
 		pc, err = net.ListenUDP("udp4", &net.UDPAddr{Port: udpPort})
+		return err
+	}))
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		b := make([]byte, 64)
+		for {
+			n, from, err := pc.ReadFromUDPAddrPort(b)
+			if err != nil {
+				return
+			}
+			e.hear(from.Addr())
+			pc.WriteToUDPAddrPort(b[:n], from)
+		}
+	})
+	w.t.Cleanup(func() { pc.Close(); wg.Wait() })
+	return e
+}
+
+// listen has the server echo on a TCP port.
+func (e *echo) listen(port uint16) {
+	e.w.t.Helper()
+	var ln net.Listener
+	e.w.must(e.w.InWorkload("server", func() (err error) {
+		ln, err = net.Listen("tcp4", fmt.Sprintf(":%d", port))
 		return err
 	}))
 	var wg sync.WaitGroup
@@ -53,24 +75,11 @@ func serve(w *world) *echo {
 			wg.Go(func() { defer c.Close(); io.Copy(c, c) })
 		}
 	})
-	wg.Go(func() {
-		b := make([]byte, 64)
-		for {
-			n, from, err := pc.ReadFromUDPAddrPort(b)
-			if err != nil {
-				return
-			}
-			e.hear(from.Addr())
-			pc.WriteToUDPAddrPort(b[:n], from)
-		}
-	})
-	w.t.Cleanup(func() {
+	e.w.t.Cleanup(func() {
 		ln.Close()
-		pc.Close()
 		conns.Range(func(c, _ any) bool { c.(net.Conn).Close(); return true })
 		wg.Wait()
 	})
-	return e
 }
 
 func (e *echo) hear(ip netip.Addr) {
@@ -88,7 +97,12 @@ func (e *echo) from(r lab.Running) int {
 
 // dial connects to the server from a workload.
 func (w *world) dial(from lab.Running, timeout time.Duration) (c net.Conn, err error) {
-	addr := netip.AddrPortFrom(w.server.IP4(), tcpPort).String()
+	return w.dialTo(from, netip.AddrPortFrom(w.server.IP4(), tcpPort), timeout)
+}
+
+// dialTo is dial to somebody else.
+func (w *world) dialTo(from lab.Running, to netip.AddrPort, timeout time.Duration) (c net.Conn, err error) {
+	addr := to.String()
 	err = w.InWorkload(from.Spec.FullName(), func() (err error) { c, err = net.DialTimeout("tcp4", addr, timeout); return err })
 	return c, err
 }
@@ -96,6 +110,15 @@ func (w *world) dial(from lab.Running, timeout time.Duration) (c net.Conn, err e
 // reach makes one connection.
 func (w *world) reach(from lab.Running) error {
 	c, err := w.dial(from, time.Second)
+	if err == nil {
+		c.Close()
+	}
+	return err
+}
+
+// reachAt makes one connection to another of the server's ports.
+func (w *world) reachAt(from lab.Running, port uint16) error {
+	c, err := w.dialTo(from, netip.AddrPortFrom(w.server.IP4(), port), time.Second)
 	if err == nil {
 		c.Close()
 	}

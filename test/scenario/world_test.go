@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -259,11 +258,18 @@ func (w *world) active(r lab.Running) *api.Endpoint {
 	return e
 }
 
-// dropped waits until the verifier's monitor tells of a drop of a packet of r.
+// watchDrops tells of drops of packets of r at the verifier.
 func (w *world) watchDrops(r lab.Running) func(reason string) *api.FlowEvent {
 	w.t.Helper()
+	return w.watch(verifier, "drop", r)
+}
+
+// watch subscribes to what a node's monitor tells of packets that r sent, with
+// this verdict; the returned function waits for one with a reason.
+func (w *world) watch(node, verdict string, r lab.Running) func(reason string) *api.FlowEvent {
+	w.t.Helper()
 	ctx, cancel := context.WithCancel(w.t.Context())
-	stream, err := w.api(verifier).Monitor(ctx, &api.MonitorRequest{Prefixes: []string{r.IP4().String()}, Verdicts: []string{"drop"}})
+	stream, err := w.api(node).Monitor(ctx, &api.MonitorRequest{Verdicts: []string{verdict}})
 	w.must(err)
 	_, err = stream.Header() // we are subscribed
 	w.must(err)
@@ -275,7 +281,7 @@ func (w *world) watchDrops(r lab.Running) func(reason string) *api.FlowEvent {
 			if err != nil {
 				return
 			}
-			if e := m.GetFlow(); e != nil && e.GetSource().GetIp() == r.IP4().String() {
+			if e := m.GetFlow(); e != nil && (e.GetSource().GetIp() == r.IP4().String() || e.GetSource().GetIp() == r.IP6().String()) {
 				select {
 				case events <- e:
 				default: // what is asked for came long before
@@ -295,10 +301,10 @@ func (w *world) watchDrops(r lab.Running) func(reason string) *api.FlowEvent {
 				}
 				seen = append(seen, e.GetReason())
 			case <-timeout:
-				w.t.Fatalf("no drop of a packet of %s for %s; seen: %s", r.Spec.FullName(), reason, strings.Join(seen, " "))
+				w.t.Fatalf("no %s of a packet of %s for %s; seen: %s", verdict, r.Spec.FullName(), reason, strings.Join(seen, " "))
 			}
 		}
 	}
 }
 
-func port(n int) string { return strconv.Itoa(n) }
+var errReached = errors.New("reached")
