@@ -57,6 +57,11 @@ const volatile __u32 classic = 0;
  * any number (by a loader that does not sweep as it says there). */
 const volatile __u32 ct_per_endpoint = 0;
 
+/* Bytes that may wait in `events` before its reader is woken, which costs an
+ * interrupt and a turn of the reader each time: for a reader that also looks by
+ * itself. 0: it is woken whenever it had read all (by a loader that does not). */
+const volatile __u32 events_wakeup = 0;
+
 /* ns; how long the other fragments of a datagram may come after its first. No
  * shorter than the longest hold. */
 const volatile __u64 fragment_lifetime = 2000000000;

@@ -211,6 +211,7 @@ func (d *Datapath) spec() (*ebpf.CollectionSpec, error) {
 		"hold_per_source": uint32(d.cfg.HoldPerSource), "hold_key": key, "ct_per_endpoint": uint32(d.cfg.ConntrackPerEndpoint),
 		"endpoint_mark_mask": d.cfg.EndpointMarkMask, "endpoint_mark_shift": d.cfg.markShift(),
 		"default_evidence": uint32(abi.EvidenceLease), "classic": uint32(0),
+		"events_wakeup": uint32(min(eventsWakeup, d.cfg.EventBytes/4)),
 	}
 	if d.cfg.Classic {
 		constants["default_evidence"], constants["classic"] = uint32(abi.EvidenceWatch), uint32(1)

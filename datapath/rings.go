@@ -20,9 +20,18 @@ import (
 // stops holding when it has not for a second.
 const tickInterval = 50 * time.Millisecond
 
+// The reader of events is woken only when eventsWakeup bytes of them wait (or a
+// quarter of the ring): being woken for each would cost more than the packet.
+// It looks every eventsInterval by itself, so that none waits longer.
+const (
+	eventsWakeup   = 64 << 10
+	eventsInterval = 20 * time.Millisecond
+)
+
 // Events calls f for every event until ctx ends, whose error it returns. What
-// happened while no agent ran comes first, as far as the ring had room. f is
-// called from this goroutine; while it blocks events gather in the ring, and
+// happened while no agent ran comes first, as far as the ring had room. An event
+// is seen within eventsInterval, or at once when many wait. f is called from this
+// goroutine; while it blocks events gather in the ring, and
 // are lost, counted in State.LostEvents, when that is full.
 func (d *Datapath) Events(ctx context.Context, f func(abi.Event)) error {
 	rd, err := ringbuf.NewReader(d.coll.Maps["events"])
@@ -32,10 +41,15 @@ func (d *Datapath) Events(ctx context.Context, f func(abi.Event)) error {
 	defer rd.Close()
 	defer context.AfterFunc(ctx, func() { rd.Close() })()
 	var rec ringbuf.Record
+	rd.SetDeadline(time.Now().Add(eventsInterval))
 	for {
 		if err := rd.ReadInto(&rec); err != nil {
 			if ctx.Err() != nil {
 				return ctx.Err()
+			}
+			if errors.Is(err, os.ErrDeadlineExceeded) { // and the ring has been read to its end
+				rd.SetDeadline(time.Now().Add(eventsInterval))
+				continue
 			}
 			return fmt.Errorf("read events: %w", err)
 		}

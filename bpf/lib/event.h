@@ -16,6 +16,18 @@ inline_always void count(struct __sk_buff *skb, const struct pc_life *l, int dir
 	c->bytes += skb->len;
 }
 
+/* Whether the reader of `events` is to be woken. While more waits than it may,
+ * every event says so: one that comes too early for a reader which is just
+ * falling asleep is followed by others, and by its own look at the ring. */
+inline_always __u64 events_wake(void)
+{
+	if (!events_wakeup)
+		return 0;
+	if (bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA) < events_wakeup)
+		return BPF_RB_NO_WAKEUP;
+	return BPF_RB_FORCE_WAKEUP;
+}
+
 separate int emit(struct __sk_buff *skb, struct pc_life *l, __u32 verdict)
 {
 	__u64 generation = 0, installed = 0;
@@ -69,7 +81,7 @@ separate int emit(struct __sk_buff *skb, struct pc_life *l, __u32 verdict)
 	e->flags = (l->reinjected ? PC_EVENT_REINJECTED : 0) |
 		   (l->no_evidence ? PC_EVENT_NO_EVIDENCE : 0);
 	e->pad[0] = e->pad[1] = e->pad[2] = e->pad[3] = 0;
-	bpf_ringbuf_submit(e, 0);
+	bpf_ringbuf_submit(e, events_wake());
 	return 1;
 }
 
