@@ -170,7 +170,7 @@ func (l *loop) enforce(e *endpoint) error {
 
 // meaning compiles the endpoint's policy.
 func (l *loop) meaning(e *endpoint) authz.Set {
-	set := l.repo.Compile(e.identity, l.ids.All, e.ports...)
+	set := l.repo.Compile(e.identity, authz.Peers(l.ids.All), e.ports...)
 	// Enforced without an entry is denied.
 	set.EnforceIngress = set.EnforceIngress || e.lost&uint32(abi.EPEnforceIngress) != 0
 	set.EnforceEgress = set.EnforceEgress || e.lost&uint32(abi.EPEnforceEgress) != 0

@@ -22,7 +22,7 @@ func (l *loop) acquire(id identity.Identity) (identity.Numeric, error) {
 		return n, nil
 	}
 	for _, e := range l.endpoints {
-		entries := withSet(e.policy.set.AddPeer(n, id), e.policy.id)
+		entries := withSet(e.policy.set.AddPeer(n, authz.Peer{Identity: id}), e.policy.id)
 		if err := l.dp.PutPolicy(e.policy.id, entries); err != nil {
 			l.release(n)
 			return 0, fmt.Errorf("%w policy for identity %s: %w", errKernelRefuse, id, err)
@@ -51,7 +51,7 @@ func (l *loop) release(n identity.Numeric) {
 			keys[i].Set = e.policy.id
 		}
 		if err := l.dp.DeletePolicy(keys); err != nil {
-			e.policy.set.AddPeer(n, id) // as it may stand in the kernel
+			e.policy.set.AddPeer(n, authz.Peer{Identity: id}) // as it may stand in the kernel
 			l.retryRelease = append(l.retryRelease, n)
 			l.log.Warn("remove policy of an unused identity, to be tried again", zap.Stringer("identity", id), zap.Error(err))
 			return

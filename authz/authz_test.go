@@ -8,8 +8,8 @@ import (
 	"portcullis/identity"
 )
 
-func only(n identity.Numeric, id identity.Identity) func(func(identity.Numeric, identity.Identity) bool) {
-	return func(yield func(identity.Numeric, identity.Identity) bool) { yield(n, id) }
+func only(n identity.Numeric, id identity.Identity) func(func(identity.Numeric, Peer) bool) {
+	return func(yield func(identity.Numeric, Peer) bool) { yield(n, Peer{Identity: id}) }
 }
 
 func key(n int, id uint32, proto uint8, port uint16) abi.PolicyKey {
@@ -23,13 +23,13 @@ func TestCompileGolden(t *testing.T) {
 	star := identity.New("td", "default", "default", map[string]string{"class": "deathstar"})
 	r := NewRepository(Options{TrustDomain: "td"})
 	p := &Policy{
-		Ref: Ref{"CiliumNetworkPolicy", "default", "rule1"}, Subject: Selector{Label("class", "deathstar")}, DenyIngress: true,
-		Rules: []Rule{
-			{Direction: abi.DirIngress, Action: Allow, Peers: []Selector{{Label("org", "empire")}}, Ports: []PortRange{AllPorts(ProtoTCP)}, Path: "spec.ingress[0]"},
-			{Direction: abi.DirIngress, Action: Deny, AnyPeer: true, Ports: []PortRange{{Proto: ProtoTCP, First: 22, Last: 23}}, Path: "spec.ingressDeny[0]"},
-			{Direction: abi.DirIngress, Action: Allow, AnyPeer: true, AnyPort: true, Path: "spec.ingress[1]"},
-		},
-	}
+		Ref: Ref{"CiliumNetworkPolicy", "default", "rule1"}, Specs: []Spec{{Subject: Selector{Label("class", "deathstar")}, DenyIngress: true,
+			Rules: []Rule{
+				{Direction: abi.DirIngress, Action: Allow, Peers: []PeerSelector{Selector{Label("org", "empire")}}, Ports: []PortRange{AllPorts(ProtoTCP)}, Path: "spec.ingress[0]"},
+				{Direction: abi.DirIngress, Action: Deny, AnyPeer: true, Ports: []PortRange{{Proto: ProtoTCP, First: 22, Last: 23}}, Path: "spec.ingressDeny[0]"},
+				{Direction: abi.DirIngress, Action: Allow, AnyPeer: true, AnyPort: true, Path: "spec.ingress[1]"},
+			},
+		}}}
 	if err := r.Put(p); err != nil {
 		t.Fatal(err)
 	}
@@ -66,8 +66,8 @@ func TestSetIsASnapshot(t *testing.T) {
 	star := identity.New("", "b", "", nil)
 	peer := identity.New("", "a", "", nil)
 	policy := func(team string) *Policy {
-		return &Policy{Ref: Ref{"Test", "b", "p"}, DenyIngress: true, Rules: []Rule{{
-			Direction: abi.DirIngress, Action: Allow, AnyPort: true, Peers: []Selector{{NamespaceHasLabel("team", team)}}}}}
+		return &Policy{Ref: Ref{"Test", "b", "p"}, Specs: []Spec{{DenyIngress: true, Rules: []Rule{{
+			Direction: abi.DirIngress, Action: Allow, AnyPort: true, Peers: []PeerSelector{Selector{NamespaceHasLabel("team", team)}}}}}}}
 	}
 	r := NewRepository(Options{})
 	r.Put(policy("red"))
@@ -75,11 +75,11 @@ func TestSetIsASnapshot(t *testing.T) {
 	old := r.Compile(star, only(300, star))
 	r.Put(policy("blue"))
 	r.SetNamespaceLabels("a", map[string]string{"team": "green"})
-	if got := old.AddPeer(301, peer); len(got) != 1 {
+	if got := old.AddPeer(301, Peer{Identity: peer}); len(got) != 1 {
 		t.Errorf("the old set no longer knows the peer: %v", got)
 	}
 	again := r.Compile(star, only(300, star))
-	if got := again.AddPeer(301, peer); len(got) != 0 {
+	if got := again.AddPeer(301, Peer{Identity: peer}); len(got) != 0 {
 		t.Errorf("the new one does: %v", got)
 	}
 	if again.Equal(old) {
@@ -90,11 +90,11 @@ func TestSetIsASnapshot(t *testing.T) {
 func TestRepository(t *testing.T) {
 	r := NewRepository(Options{})
 	a := &Policy{Ref: Ref{"K", "ns", "a"}}
-	b := &Policy{Ref: Ref{"K", "ns", "b"}, Rules: []Rule{{Direction: abi.DirIngress, Ports: []PortRange{{Proto: ProtoTCP, First: 2, Last: 1}}}}}
+	b := &Policy{Ref: Ref{"K", "ns", "b"}, Specs: []Spec{{Rules: []Rule{{Direction: abi.DirIngress, Ports: []PortRange{{Proto: ProtoTCP, First: 2, Last: 1}}}}}}}
 	if err := r.Put(a, b); err == nil || len(r.List()) != 0 {
 		t.Errorf("an invalid policy: %v, %d put", err, len(r.List()))
 	}
-	b.Rules = nil
+	b.Specs = nil
 	if err := r.Put(b, a); err != nil {
 		t.Error(err)
 	}
@@ -128,19 +128,19 @@ func TestValidate(t *testing.T) {
 	ref := Ref{"K", "ns", "n"}
 	for name, p := range map[string]*Policy{
 		"no name":          {Ref: Ref{Kind: "K"}},
-		"operator":         {Ref: ref, Subject: Selector{{Attribute: PodLabel, Key: "a"}}},
-		"operator 5":       {Ref: ref, Subject: Selector{{Attribute: PodLabel, Key: "a", Operator: 5}}},
-		"In nothing":       {Ref: ref, Subject: Selector{{Attribute: PodLabel, Key: "a", Operator: In}}},
-		"NotIn nothing":    {Ref: ref, Subject: Selector{{Attribute: PodLabel, Key: "a", Operator: NotIn}}},
-		"Exists a value":   {Ref: ref, Subject: Selector{{Attribute: PodLabel, Key: "a", Operator: Exists, Values: []string{"b"}}}},
-		"name and number":  {Ref: ref, Rules: []Rule{{Ports: []PortRange{{Proto: ProtoTCP, Last: 80, Name: "http"}}}}},
-		"named ICMP":       {Ref: ref, Rules: []Rule{{Ports: []PortRange{PortNamed(ProtoICMP, "echo")}}}},
-		"attribute":        {Ref: ref, Subject: Selector{{Operator: Exists}}},
-		"direction":        {Ref: ref, Rules: []Rule{{Direction: abi.DirMax}}},
-		"action":           {Ref: ref, Rules: []Rule{{Action: 2}}},
-		"every and some":   {Ref: ref, Rules: []Rule{{AnyPeer: true, Peers: []Selector{{}}}}},
-		"every port, some": {Ref: ref, Rules: []Rule{{AnyPort: true, Ports: []PortRange{}}}},
-		"peer":             {Ref: ref, Rules: []Rule{{Peers: []Selector{{{Operator: Exists}}}}}},
+		"operator":         {Ref: ref, Specs: []Spec{{Subject: Selector{{Attribute: PodLabel, Key: "a"}}}}},
+		"operator 5":       {Ref: ref, Specs: []Spec{{Subject: Selector{{Attribute: PodLabel, Key: "a", Operator: 5}}}}},
+		"In nothing":       {Ref: ref, Specs: []Spec{{Subject: Selector{{Attribute: PodLabel, Key: "a", Operator: In}}}}},
+		"NotIn nothing":    {Ref: ref, Specs: []Spec{{Subject: Selector{{Attribute: PodLabel, Key: "a", Operator: NotIn}}}}},
+		"Exists a value":   {Ref: ref, Specs: []Spec{{Subject: Selector{{Attribute: PodLabel, Key: "a", Operator: Exists, Values: []string{"b"}}}}}},
+		"name and number":  {Ref: ref, Specs: []Spec{{Rules: []Rule{{Ports: []PortRange{{Proto: ProtoTCP, Last: 80, Name: "http"}}}}}}},
+		"named ICMP":       {Ref: ref, Specs: []Spec{{Rules: []Rule{{Ports: []PortRange{PortNamed(ProtoICMP, "echo")}}}}}},
+		"attribute":        {Ref: ref, Specs: []Spec{{Subject: Selector{{Operator: Exists}}}}},
+		"direction":        {Ref: ref, Specs: []Spec{{Rules: []Rule{{Direction: abi.DirMax}}}}},
+		"action":           {Ref: ref, Specs: []Spec{{Rules: []Rule{{Action: 2}}}}},
+		"every and some":   {Ref: ref, Specs: []Spec{{Rules: []Rule{{AnyPeer: true, Peers: []PeerSelector{Selector{}}}}}}},
+		"every port, some": {Ref: ref, Specs: []Spec{{Rules: []Rule{{AnyPort: true, Ports: []PortRange{}}}}}},
+		"peer":             {Ref: ref, Specs: []Spec{{Rules: []Rule{{Peers: []PeerSelector{Selector{{Operator: Exists}}}}}}}},
 	} {
 		if p.Validate() == nil {
 			t.Errorf("%s: accepted", name)
@@ -182,13 +182,13 @@ func TestJudgeEdges(t *testing.T) {
 		}
 		return abi.Policy{Flags: uint8(abi.PolicyAllow), Evidence: uint8(abi.EvidenceSvid), Rule: 4}, k.Identity == 300
 	}
-	if d := Judge(some, true, abi.DirIngress, 300, ProtoTCP, 80); d != (Decision{abi.VerdictPass, true, identity.EvidenceSVID, 4}) {
+	if d := Judge(some, true, abi.DirIngress, 300, ProtoTCP, 80); d != (Decision{Verdict: abi.VerdictPass, NeedsEvidence: true, LeastEvidence: identity.EvidenceSVID, Rule: 4}) {
 		t.Errorf("a peer with its own evidence: %+v", d)
 	}
 	svid := func(abi.PolicyKey) (abi.Policy, bool) {
 		return abi.Policy{Flags: uint8(abi.PolicyAllow), Evidence: uint8(abi.EvidenceSvid), Rule: 5}, true
 	}
-	if d := Judge(svid, true, abi.DirIngress, NoPeer, ProtoTCP, 80); d != (Decision{abi.VerdictHold, true, 0, 5}) {
+	if d := Judge(svid, true, abi.DirIngress, NoPeer, ProtoTCP, 80); d != (Decision{Verdict: abi.VerdictHold, NeedsEvidence: true, Rule: 5}) {
 		t.Errorf("everybody, but proved: %+v", d)
 	}
 }

@@ -11,10 +11,10 @@ import (
 // What each kind of enforcement makes of a subject under a policy, under a
 // policy of denials only, and under none.
 func TestEnforcement(t *testing.T) {
-	allowed := &Policy{Ref: Ref{"Test", "a", "allowed"}, Subject: Selector{Label("app", "allowed")}, DenyIngress: true, Rules: []Rule{
-		{Direction: abi.DirIngress, Action: Allow, AnyPeer: true, Ports: []PortRange{Port(ProtoTCP, 80)}}}}
-	denied := &Policy{Ref: Ref{"Test", "a", "denied"}, Subject: Selector{Label("app", "denied")}, Rules: []Rule{
-		{Direction: abi.DirIngress, Action: Deny, AnyPeer: true, Ports: []PortRange{Port(ProtoTCP, 80)}}}}
+	allowed := &Policy{Ref: Ref{"Test", "a", "allowed"}, Specs: []Spec{{Subject: Selector{Label("app", "allowed")}, DenyIngress: true, Rules: []Rule{
+		{Direction: abi.DirIngress, Action: Allow, AnyPeer: true, Ports: []PortRange{Port(ProtoTCP, 80)}}}}}}
+	denied := &Policy{Ref: Ref{"Test", "a", "denied"}, Specs: []Spec{{Subject: Selector{Label("app", "denied")}, Rules: []Rule{
+		{Direction: abi.DirIngress, Action: Deny, AnyPeer: true, Ports: []PortRange{Port(ProtoTCP, 80)}}}}}}
 	for _, c := range []struct {
 		mode                string
 		app                 string
@@ -51,7 +51,7 @@ func TestEnforcement(t *testing.T) {
 			if pass(abi.DirIngress, 80) != c.port80 || pass(abi.DirIngress, 81) != c.port81 || pass(abi.DirEgress, 80) != c.out || s.Audit != c.audit {
 				t.Errorf("%+v, %s: ingress 80 %v, 81 %v, egress %v, audit %v", c, opts.Enforce, pass(abi.DirIngress, 80), pass(abi.DirIngress, 81), pass(abi.DirEgress, 80), s.Audit)
 			}
-			if mode == EnforceNever && (len(s.Entries) > 0 || len(s.AddPeer(301, identity.New("", "b", "", nil))) > 0) {
+			if mode == EnforceNever && (len(s.Entries) > 0 || len(s.AddPeer(301, Peer{Identity: identity.New("", "b", "", nil)})) > 0) {
 				t.Errorf("never: %v", s.Entries)
 			}
 			if audit := s; mode == EnforceAudit {

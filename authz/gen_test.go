@@ -102,12 +102,16 @@ func genRule(r *rand.Rand, i int) Rule {
 
 func genPolicy(r *rand.Rand, i int) *Policy {
 	p := &Policy{Ref: Ref{"Test", pick(r, genNamespaces), fmt.Sprint(i)}}
-	if r.IntN(3) > 0 {
-		p.Subject = genSelector(r)
-	}
-	p.DenyIngress, p.DenyEgress = r.IntN(3) > 0, r.IntN(3) == 0
-	for j := range r.IntN(4) {
-		p.Rules = append(p.Rules, genRule(r, j))
+	for range 1 + r.IntN(2)*r.IntN(2) {
+		var s Spec
+		if r.IntN(3) > 0 {
+			s.Subject = genSelector(r)
+		}
+		s.DenyIngress, s.DenyEgress = r.IntN(3) > 0, r.IntN(3) == 0
+		for j := range r.IntN(4) {
+			s.Rules = append(s.Rules, genRule(r, j))
+		}
+		p.Specs = append(p.Specs, s)
 	}
 	return p
 }
@@ -153,4 +157,4 @@ func genWorld(r *rand.Rand) world {
 	return w
 }
 
-func (w world) peers() iter.Seq2[identity.Numeric, identity.Identity] { return w.alloc.All }
+func (w world) peers() iter.Seq2[identity.Numeric, Peer] { return Peers(w.alloc.All) }

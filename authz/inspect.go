@@ -4,6 +4,10 @@ import "portcullis/identity"
 
 // Selects reports whether the policy speaks of the subject.
 func (r *Repository) Selects(p *Policy, subject identity.Identity) bool {
-	selected, _ := r.selects(p, subject)
-	return selected
+	for i := range p.Specs {
+		if selected, _ := r.selects(&p.Specs[i], subject); selected {
+			return true
+		}
+	}
+	return false
 }

@@ -24,6 +24,8 @@ type Decision struct {
 	// evidence; none stands for the configured default. A weaker binding's
 	// packet is dropped all the same (evidence-too-weak).
 	LeastEvidence identity.Evidence
+	// L7: it passes as far as rules inside the protocol allow.
+	L7 bool
 	// Rule decided; 0: none, the default.
 	Rule uint32
 }
@@ -46,7 +48,7 @@ func Judge(lookup Lookup, enforce bool, dir abi.Direction, peer identity.Numeric
 	case has(all, abi.PolicyDeny):
 		return d
 	case has(all, abi.PolicyAllow) && !has(all, abi.PolicyPeerDeny) && all.Evidence == 0:
-		d.Verdict = abi.VerdictPass
+		d.Verdict, d.L7 = abi.VerdictPass, has(all, abi.PolicyL7)
 		return d
 	case !has(all, abi.PolicyAllow) && !has(all, abi.PolicyPeerAllow):
 		return d
@@ -62,9 +64,9 @@ func Judge(lookup Lookup, enforce bool, dir abi.Direction, peer identity.Numeric
 	case has(one, abi.PolicyDeny):
 		d.Rule = one.Rule
 	case has(one, abi.PolicyAllow):
-		d.Verdict, d.Rule, d.LeastEvidence = abi.VerdictPass, one.Rule, identity.Evidence(one.Evidence)
+		d.Verdict, d.Rule, d.LeastEvidence, d.L7 = abi.VerdictPass, one.Rule, identity.Evidence(one.Evidence), has(one, abi.PolicyL7)
 	case has(all, abi.PolicyAllow):
-		d.Verdict, d.LeastEvidence = abi.VerdictPass, identity.Evidence(all.Evidence)
+		d.Verdict, d.LeastEvidence, d.L7 = abi.VerdictPass, identity.Evidence(all.Evidence), has(all, abi.PolicyL7)
 	}
 	return d
 }

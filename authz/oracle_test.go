@@ -97,6 +97,13 @@ func (o oracle) covers(r Rule, dir abi.Direction, proto uint8, port uint16, call
 	return now, possibly
 }
 
+func (o oracle) specs() (out []Spec) {
+	for _, p := range o.policies {
+		out = append(out, p.Specs...)
+	}
+	return out
+}
+
 // judge returns the verdict for a peer, and whether some other peer, real or
 // not, could get the opposite one.
 func (o oracle) judge(subject identity.Identity, dir abi.Direction, peer identity.Identity, named []identity.NamedPort, proto uint8, port uint16) (pass, depends bool) {
@@ -110,7 +117,7 @@ func (o oracle) judge(subject identity.Identity, dir abi.Direction, peer identit
 	enforced, denies := o.mode == EnforceAlways, false
 	// What holds for this peer, for the luckiest and for the unluckiest.
 	var this, best, worst struct{ allow, deny bool }
-	for _, p := range o.policies {
+	for _, p := range o.specs() {
 		surely, maybe := o.chosen(p.Subject, subject)
 		if !maybe {
 			continue
@@ -129,7 +136,7 @@ func (o oracle) judge(subject identity.Identity, dir abi.Direction, peer identit
 			}
 			named := false
 			for _, s := range r.Peers {
-				surely, maybe := o.chosen(s, peer)
+				surely, maybe := o.chosen(s.(Selector), peer)
 				named = named || peer.TrustDomain == o.trustDomain && (surely || r.Action == Deny && maybe)
 			}
 			hit := now && (r.AnyPeer || named)
@@ -172,7 +179,7 @@ func TestEntriesSayWhatTheRulesSay(t *testing.T) {
 	for range worlds {
 		w := genWorld(r)
 		subject, own := genIdentity(r), genNamed(r)
-		o := oracle{trustDomain: genTrustDomain, policies: w.List(), labels: w.namespaces, own: own, mode: w.opts.Enforce}
+		o := oracle{trustDomain: genTrustDomain, policies: w.List(), labels: w.facts.namespaces, own: own, mode: w.opts.Enforce}
 		if e, ok := w.opts.EnforceIn[subject.Namespace]; ok {
 			o.mode = e
 		}
@@ -180,7 +187,8 @@ func TestEntriesSayWhatTheRulesSay(t *testing.T) {
 		if set.Audit != (o.mode == EnforceAudit) {
 			t.Fatalf("%s: audit %v", o.mode, set.Audit)
 		}
-		for n, id := range w.peers() {
+		for n, peer := range w.peers() {
+			id := peer.Identity
 			named := slices.Concat(w.named[n]...)
 			for range 12 {
 				dir, proto, port := abi.Direction(r.IntN(2)), pick(r, genProtos), pick(r, genPorts)
@@ -250,13 +258,13 @@ func TestAddPeerIsCompile(t *testing.T) {
 		w := genWorld(r)
 		subject := genIdentity(r)
 		full := w.Compile(subject, w.peers())
-		s := w.Compile(subject, func(func(identity.Numeric, identity.Identity) bool) {})
+		s := w.Compile(subject, func(func(identity.Numeric, Peer) bool) {})
 		before := maps.Clone(s.Entries)
 		for n, id := range w.peers() {
 			got := s.AddPeer(n, id)
 			for k, v := range full.Entries {
 				if k.Identity == uint32(n) && got[k] != v {
-					t.Fatalf("AddPeer(%d, %s) = %v, want %+v: %+v", n, id, got, k, v)
+					t.Fatalf("AddPeer(%d, %s) = %v, want %+v: %+v", n, id.Identity, got, k, v)
 				}
 			}
 		}

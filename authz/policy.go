@@ -29,12 +29,33 @@ type Policy struct {
 	UID    string // of the object in its API server; may be empty
 	Source string // the document, verbatim
 
-	// Subject selects the workloads that the policy speaks of.
+	// Specs are judged side by side, as if each were a policy of its own.
+	Specs []Spec
+	// NotEnforced are the places of what can be judged but has no datapath
+	// yet. Who enforces must refuse a policy that has any; see Enforceable.
+	NotEnforced []Problem
+}
+
+// Spec is one specification of a policy: subjects, and what holds for them.
+type Spec struct {
+	// Subject selects the workloads that the rules speak of.
 	Subject Selector
+	// Nodes: the subjects are nodes, and Subject looks at their labels. No
+	// workload is meant.
+	Nodes bool
 	// DenyIngress and DenyEgress: what no rule of any policy allows is denied
 	// to the subject in this direction.
 	DenyIngress, DenyEgress bool
 	Rules                   []Rule
+}
+
+// Enforceable returns nil, or the error of type Problems that says which
+// parts of the policy have no datapath yet.
+func (p *Policy) Enforceable() error {
+	if len(p.NotEnforced) == 0 {
+		return nil
+	}
+	return Problems(p.NotEnforced)
 }
 
 // Action is what a rule does with the packets that it matches.
@@ -60,11 +81,20 @@ type Rule struct {
 	Direction abi.Direction // seen from the subject
 	Action    Action
 
-	AnyPeer bool       // whoever the peer is, workload or not
-	Peers   []Selector // else: a peer that one of these selects
+	AnyPeer bool           // whoever the peer is, workload or not
+	Peers   []PeerSelector // else: a peer that one of these selects
 
 	AnyPort bool        // every protocol and port
 	Ports   []PortRange // else: one of these
+
+	// Evidence is the least that an allow rule asks of the peer's binding;
+	// none stands for the configured default. Where several rules allow a
+	// packet, the strongest demand among them counts.
+	Evidence identity.Evidence
+	// L7: what the rule allows is allowed as far as the rules inside the
+	// protocol go, which somebody else judges. It is so for a packet if any of
+	// the rules that allow it says so.
+	L7 bool
 
 	Path string // where in the document, for flow records and traces
 }
@@ -117,12 +147,14 @@ func (p *Policy) Validate() error {
 	if p.Kind == "" || p.Name == "" {
 		return fmt.Errorf("policy %s: it has no kind or no name", p.Ref)
 	}
-	if err := p.Subject.validate(); err != nil {
-		return fmt.Errorf("policy %s: subject: %w", p.Ref, err)
-	}
-	for i, r := range p.Rules {
-		if err := r.validate(); err != nil {
-			return fmt.Errorf("policy %s: rule %d (%s): %w", p.Ref, i, r.Path, err)
+	for i, spec := range p.Specs {
+		if err := spec.Subject.validate(); err != nil {
+			return fmt.Errorf("policy %s: spec %d: subject: %w", p.Ref, i, err)
+		}
+		for j, r := range spec.Rules {
+			if err := r.validate(); err != nil {
+				return fmt.Errorf("policy %s: spec %d: rule %d (%s): %w", p.Ref, i, j, r.Path, err)
+			}
 		}
 	}
 	return nil
@@ -143,7 +175,13 @@ func (r Rule) validate() error {
 			return fmt.Errorf("port %q has a number too, or is of a protocol (%d) without ports", p.Name, p.Proto)
 		}
 	}
+	if r.Action == Deny && (r.L7 || r.Evidence != identity.EvidenceNone) {
+		return fmt.Errorf("it denies, and asks for evidence or L7")
+	}
 	for _, s := range r.Peers {
+		if s == nil {
+			return fmt.Errorf("one of its peers is nothing")
+		}
 		if err := s.validate(); err != nil {
 			return err
 		}

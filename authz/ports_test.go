@@ -16,8 +16,8 @@ func tcpNamed(name string, port uint16) identity.NamedPort {
 // A name of the subject's own ports is a number from the start.
 func TestIngressNamedPort(t *testing.T) {
 	r := NewRepository(Options{})
-	r.Put(&Policy{Ref: Ref{"Test", "a", "p"}, DenyIngress: true, Rules: []Rule{{Direction: abi.DirIngress, Action: Allow,
-		AnyPeer: true, Ports: []PortRange{PortNamed(ProtoTCP, "http"), Port(ProtoUDP, 53)}}}})
+	r.Put(&Policy{Ref: Ref{"Test", "a", "p"}, Specs: []Spec{{DenyIngress: true, Rules: []Rule{{Direction: abi.DirIngress, Action: Allow,
+		AnyPeer: true, Ports: []PortRange{PortNamed(ProtoTCP, "http"), Port(ProtoUDP, 53)}}}}}})
 	star := identity.New("", "a", "", nil)
 	dns := map[abi.PolicyKey]abi.Policy{key(96, uint32(abi.IDAny), ProtoUDP, 53): {Flags: uint8(abi.PolicyAllow), Rule: 1}}
 	http := maps.Clone(dns)
@@ -43,19 +43,19 @@ func TestIngressNamedPort(t *testing.T) {
 // the protocol needs evidence. Workloads of one identity contribute the union.
 func TestEgressNamedPort(t *testing.T) {
 	app, other := identity.New("", "a", "", map[string]string{"app": "x"}), identity.New("", "a", "", map[string]string{"app": "y"})
-	everybody := func(yield func(identity.Numeric, identity.Identity) bool) {
-		_ = yield(300, app) && yield(301, other) && yield(identity.NumWorld, identity.Identity{Reserved: "world"})
+	everybody := func(yield func(identity.Numeric, Peer) bool) {
+		_ = yield(300, Peer{Identity: app}) && yield(301, Peer{Identity: other}) && yield(identity.NumWorld, Peer{Identity: identity.Identity{Reserved: "world"}})
 	}
 	for name, c := range map[string]struct {
 		rule Rule
 		pass map[identity.Numeric]bool // of those who have the port
 	}{
 		"any peer":  {Rule{AnyPeer: true}, map[identity.Numeric]bool{300: true, 301: true}},
-		"some peer": {Rule{Peers: []Selector{{Label("app", "x")}}}, map[identity.Numeric]bool{300: true}},
+		"some peer": {Rule{Peers: []PeerSelector{Selector{Label("app", "x")}}}, map[identity.Numeric]bool{300: true}},
 	} {
 		r := NewRepository(Options{})
 		c.rule.Direction, c.rule.Action, c.rule.Ports = abi.DirEgress, Allow, []PortRange{PortNamed(ProtoTCP, "http")}
-		r.Put(&Policy{Ref: Ref{"Test", "a", "p"}, DenyEgress: true, Rules: []Rule{c.rule}})
+		r.Put(&Policy{Ref: Ref{"Test", "a", "p"}, Specs: []Spec{{DenyEgress: true, Rules: []Rule{c.rule}}}})
 		check := func(step string, ports map[identity.Numeric][]uint16) {
 			t.Helper()
 			set := r.Compile(other, everybody)
@@ -110,8 +110,8 @@ func TestEgressNamedPort(t *testing.T) {
 func TestNamedPortsAreBounded(t *testing.T) {
 	r := NewRepository(Options{})
 	app := identity.New("", "a", "", nil)
-	r.Put(&Policy{Ref: Ref{"Test", "a", "p"}, DenyEgress: true, Rules: []Rule{
-		{Direction: abi.DirEgress, Action: Allow, AnyPeer: true, Ports: []PortRange{PortNamed(ProtoTCP, "http")}}}})
+	r.Put(&Policy{Ref: Ref{"Test", "a", "p"}, Specs: []Spec{{DenyEgress: true, Rules: []Rule{
+		{Direction: abi.DirEgress, Action: Allow, AnyPeer: true, Ports: []PortRange{PortNamed(ProtoTCP, "http")}}}}}})
 	for i := range 2000 {
 		r.AddPorts(uint64(i), app, []identity.NamedPort{tcpNamed("http", uint16(2*i+1)), tcpNamed(fmt.Sprint("p", i), 1)})
 	}
@@ -136,8 +136,8 @@ func TestPortRangeEntries(t *testing.T) {
 		entries     int
 	}{{80, 80, 1}, {8080, 8089, 2}, {4096, 8191, 1}, {30000, 32767, 5}, {1, 65535, 16}, {1, 65534, 30}, {0, 65535, 1}} {
 		r := NewRepository(Options{})
-		r.Put(&Policy{Ref: Ref{"Test", "a", "p"}, DenyEgress: true, Rules: []Rule{{Direction: abi.DirEgress, Action: Allow,
-			Peers: []Selector{{}}, Ports: []PortRange{{Proto: ProtoTCP, First: c.first, Last: c.last}}}}})
+		r.Put(&Policy{Ref: Ref{"Test", "a", "p"}, Specs: []Spec{{DenyEgress: true, Rules: []Rule{{Direction: abi.DirEgress, Action: Allow,
+			Peers: []PeerSelector{Selector{}}, Ports: []PortRange{{Proto: ProtoTCP, First: c.first, Last: c.last}}}}}}})
 		set := r.Compile(app, only(300, app))
 		if len(set.Entries) != 2*c.entries { // one for any peer, one for the peer
 			t.Errorf("%d-%d: %d entries, want 2 x %d", c.first, c.last, len(set.Entries), c.entries)

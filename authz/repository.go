@@ -24,15 +24,15 @@ type Options struct {
 // named ports of workloads that are bound. It is not safe for concurrent use:
 // one loop owns it.
 type Repository struct {
-	opts       Options
-	policies   map[Ref]*Policy
-	namespaces map[string]map[string]string // a namespace that is missing is one nobody has spoken of
-	ports      portBook
+	opts     Options
+	policies map[Ref]*Policy
+	facts    *facts
+	ports    portBook
 }
 
 // NewRepository returns an empty repository.
 func NewRepository(opts Options) *Repository {
-	return &Repository{opts: opts, policies: map[Ref]*Policy{}, namespaces: map[string]map[string]string{}, ports: newPortBook()}
+	return &Repository{opts: opts, policies: map[Ref]*Policy{}, facts: &facts{trustDomain: opts.TrustDomain}, ports: newPortBook()}
 }
 
 // Put adds policies, each in the place of an earlier one with its Ref. If one
@@ -64,37 +64,6 @@ func (r *Repository) List() []*Policy {
 	return slices.SortedFunc(maps.Values(r.policies), func(a, b *Policy) int { return a.compare(b.Ref) })
 }
 
-// nameLabel is the label that every namespace has, with its name, whether its
-// labels are known or not.
-const nameLabel = "kubernetes.io/metadata.name"
-
-// SetNamespaceLabels says what the labels of a namespace are; nil forgets
-// them, an empty map says that there are none. It reports whether that changed
-// anything: then sets must be compiled anew. Of a namespace that nobody has
-// spoken of only the name is known: what a selector asks of its other labels
-// is not met in an allow rule, and is met in a deny rule.
-func (r *Repository) SetNamespaceLabels(namespace string, labels map[string]string) (changed bool) {
-	old, known := r.namespaces[namespace]
-	if labels == nil {
-		delete(r.namespaces, namespace)
-		return known
-	}
-	labels = maps.Clone(labels)
-	delete(labels, nameLabel)
-	r.namespaces[namespace] = labels
-	return !known || !maps.Equal(old, labels)
-}
-
-// namespaceLabel is of type namespaces.
-func (r *Repository) namespaceLabel(namespace, key string) (value string, there, known bool) {
-	if key == nameLabel {
-		return namespace, true, true
-	}
-	labels, known := r.namespaces[namespace]
-	value, there = labels[key]
-	return value, there, known
-}
-
 // AddPorts says that a binding, known by the stamp under which it is about to
 // be installed, is of a workload with these named ports. Workloads of one
 // identity contribute the union, as in Cilium. It reports whether sets must be
@@ -113,30 +82,33 @@ func (r *Repository) RemovePorts(stamp uint64) (changed bool) {
 // namesPeerPorts reports whether a policy names ports of peers.
 func (r *Repository) namesPeerPorts() bool {
 	for _, p := range r.policies {
-		for _, rule := range p.Rules {
-			if rule.Direction == abi.DirEgress && slices.ContainsFunc(rule.Ports, func(p PortRange) bool { return p.Name != "" }) {
-				return true
+		for _, spec := range p.Specs {
+			for _, rule := range spec.Rules {
+				if rule.Direction == abi.DirEgress && slices.ContainsFunc(rule.Ports, func(p PortRange) bool { return p.Name != "" }) {
+					return true
+				}
 			}
 		}
 	}
 	return false
 }
 
-// selects reports whether the policy speaks of the subject; sure is false
+// selects reports whether the spec speaks of the subject; sure is false
 // where that hangs on namespace labels that are not known. Trust domains are
 // not compared: a local endpoint with a strange one is under policy all the
 // same.
-func (r *Repository) selects(p *Policy, subject identity.Identity) (selected, sure bool) {
-	return p.Subject.selects(subject, r.namespaceLabel, true), p.Subject.selects(subject, r.namespaceLabel, false)
+func (r *Repository) selects(s *Spec, subject identity.Identity) (selected, sure bool) {
+	if s.Nodes {
+		return false, false
+	}
+	return s.Subject.selectsWorkload(subject, r.facts, true), s.Subject.selectsWorkload(subject, r.facts, false)
 }
 
 // Compile returns what the policies in force mean for one subject, given its
 // own named ports and every peer that has a numeric identity on this node.
 // Later peers: Set.AddPeer.
-func (r *Repository) Compile(subject identity.Identity, peers iter.Seq2[identity.Numeric, identity.Identity], own ...identity.NamedPort) Set {
-	// The set keeps today's namespaces; the inner maps are never changed.
-	then := &Repository{opts: r.opts, namespaces: maps.Clone(r.namespaces)}
-	s := Set{Rules: []RuleRef{{}}, Entries: map[abi.PolicyKey]abi.Policy{}, match: then.matches, ports: r.ports.of}
+func (r *Repository) Compile(subject identity.Identity, peers iter.Seq2[identity.Numeric, Peer], own ...identity.NamedPort) Set {
+	s := Set{Rules: []RuleRef{{}}, Entries: map[abi.PolicyKey]abi.Policy{}, facts: r.facts, ports: r.ports.of}
 	mode := r.enforcement(subject)
 	if mode == EnforceNever {
 		return s
@@ -144,44 +116,42 @@ func (r *Repository) Compile(subject identity.Identity, peers iter.Seq2[identity
 	s.Audit = mode == EnforceAudit
 	// Always: under default deny, whatever the policies say.
 	deny := [abi.DirMax]bool{mode == EnforceAlways, mode == EnforceAlways}
-	var denies [abi.DirMax]bool
+	var lone [abi.DirMax]bool // a rule speaks of the direction
 	for _, p := range r.List() {
-		selected, sure := r.selects(p, subject)
-		if !selected {
-			continue
-		}
-		deny[abi.DirIngress] = deny[abi.DirIngress] || p.DenyIngress
-		deny[abi.DirEgress] = deny[abi.DirEgress] || p.DenyEgress
-		for i := range p.Rules {
-			rule := &p.Rules[i]
-			if rule.Action == Allow && !sure {
-				continue // it denies what it would deny, and allows nothing
+		for i := range p.Specs {
+			spec := &p.Specs[i]
+			selected, sure := r.selects(spec, subject)
+			if !selected {
+				continue
 			}
-			denies[rule.Direction] = denies[rule.Direction] || rule.Action == Deny
-			s.addRule(RuleRef{Policy: p.Ref, Path: rule.Path, Direction: rule.Direction, Action: rule.Action}, rule, own)
+			deny[abi.DirIngress] = deny[abi.DirIngress] || spec.DenyIngress
+			deny[abi.DirEgress] = deny[abi.DirEgress] || spec.DenyEgress
+			for j := range spec.Rules {
+				rule := &spec.Rules[j]
+				if rule.Action == Allow && !sure {
+					continue // it denies what it would deny, and allows nothing
+				}
+				lone[rule.Direction] = lone[rule.Direction] || rule.restricts()
+				s.addRule(RuleRef{Policy: p.Ref, Path: rule.Path, Direction: rule.Direction, Action: rule.Action}, rule, own)
+			}
 		}
 	}
 	for dir := range abi.DirMax {
-		// Deny rules without a default deny: all but what they name passes.
-		if denies[dir] && !deny[dir] {
+		// Rules that restrict, without a default deny: all but what they name
+		// passes.
+		if lone[dir] && !deny[dir] {
 			all := &Rule{Direction: dir, Action: Allow, AnyPeer: true, AnyPort: true}
 			s.addRule(RuleRef{Path: "default allow", Direction: dir, Action: Allow}, all, nil)
 		}
 	}
-	s.EnforceIngress = deny[abi.DirIngress] || denies[abi.DirIngress]
-	s.EnforceEgress = deny[abi.DirEgress] || denies[abi.DirEgress]
+	s.EnforceIngress = deny[abi.DirIngress] || lone[abi.DirIngress]
+	s.EnforceEgress = deny[abi.DirEgress] || lone[abi.DirEgress]
 	maps.Copy(s.Entries, s.compileAny())
-	for n, id := range peers {
-		s.AddPeer(n, id)
+	for n, p := range peers {
+		s.AddPeer(n, p)
 	}
 	return s
 }
 
-// matches reports whether the rule's selectors name the peer.
-func (r *Repository) matches(rule *Rule, peer identity.Identity) bool {
-	if peer.TrustDomain != r.opts.TrustDomain {
-		return false
-	}
-	doubt := rule.Action == Deny
-	return slices.ContainsFunc(rule.Peers, func(s Selector) bool { return s.selects(peer, r.namespaceLabel, doubt) })
-}
+// restricts reports whether less passes with the rule than without any.
+func (r *Rule) restricts() bool { return r.Action == Deny || r.demands() }

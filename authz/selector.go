@@ -30,6 +30,11 @@ const (
 	NamespaceLabel           // joined from Repository.SetNamespaceLabels
 	Namespace                // the name; every workload has one
 	ServiceAccount           // the name; every workload has one
+
+	// Labels of what is no workload.
+	NodeLabel    // in Nodes
+	GroupLabel   // in BlockGroup
+	ServiceLabel // in Service
 )
 
 // Operator is the relation that a requirement asks for.
@@ -74,33 +79,42 @@ func HasServiceAccount(name string) Requirement {
 	return Requirement{Attribute: ServiceAccount, Operator: In, Values: []string{name}}
 }
 
-// namespaces gives the value of a namespace's label, and whether the label is
-// there. known is false where nobody has said what labels the namespace has.
-type namespaces func(name, key string) (value string, there, known bool)
+// attributes gives the value of an attribute, and whether it is there. known
+// is false where nobody has said what labels there are.
+type attributes func(Requirement) (value string, there, known bool)
 
-// selects reports whether the selector selects the identity. doubt is the
-// answer where that hangs on labels which are not known: unknown is not
+// labelsOf are the attributes of what has nothing but labels.
+func labelsOf(labels map[string]string) attributes {
+	return func(r Requirement) (string, bool, bool) {
+		value, there := labels[r.Key]
+		return value, there, true
+	}
+}
+
+// selectsWorkload reports whether the selector selects the identity. doubt is
+// the answer where that hangs on labels which are not known: unknown is not
 // absent, so the caller names the side that lets less pass.
-func (s Selector) selects(id identity.Identity, ns namespaces, doubt bool) bool {
+func (s Selector) selectsWorkload(id identity.Identity, f *facts, doubt bool) bool {
 	if id.Reserved != "" {
 		return false
 	}
-	return !slices.ContainsFunc(s, func(r Requirement) bool { return !r.met(id, ns, doubt) })
+	attributes := f.of(id)
+	return !slices.ContainsFunc(s, func(r Requirement) bool { return !r.met(attributes, doubt) })
 }
 
-func (r Requirement) met(id identity.Identity, ns namespaces, doubt bool) bool {
-	var value string
-	there, known := true, true
-	switch r.Attribute {
-	case PodLabel:
-		value, there = id.Labels[r.Key]
-	case NamespaceLabel:
-		value, there, known = ns(id.Namespace, r.Key)
-	case Namespace:
-		value = id.Namespace
-	case ServiceAccount:
-		value = id.ServiceAccount
-	}
+// selects implements PeerSelector. A workload of another trust domain is
+// nobody to policies, whatever its labels.
+func (s Selector) selects(p Peer, f *facts, doubt bool) bool {
+	return p.Identity.TrustDomain == f.trustDomain && s.selectsWorkload(p.Identity, f, doubt)
+}
+
+// meets reports whether attributes that are all known meet the selector.
+func (s Selector) meets(a attributes) bool {
+	return !slices.ContainsFunc(s, func(r Requirement) bool { return !r.met(a, false) })
+}
+
+func (r Requirement) met(a attributes, doubt bool) bool {
+	value, there, known := a(r)
 	if !known {
 		return doubt
 	}
@@ -118,9 +132,14 @@ func (r Requirement) met(id identity.Identity, ns namespaces, doubt bool) bool {
 }
 
 func (s Selector) validate() error {
+	return s.validateFor(PodLabel, NamespaceLabel, Namespace, ServiceAccount)
+}
+
+// validateFor reports a selector that looks at other attributes than these.
+func (s Selector) validateFor(allowed ...Attribute) error {
 	for _, r := range s {
-		if r.Attribute < PodLabel || r.Attribute > ServiceAccount || r.Operator < In || r.Operator > DoesNotExist {
-			return fmt.Errorf("unknown attribute %d or operator %d", r.Attribute, r.Operator)
+		if !slices.Contains(allowed, r.Attribute) || r.Operator < In || r.Operator > DoesNotExist {
+			return fmt.Errorf("attribute %d or operator %d has no place here", r.Attribute, r.Operator)
 		}
 		if r.Operator.TakesValues() != (len(r.Values) > 0) {
 			return fmt.Errorf("operator %d with %d values", r.Operator, len(r.Values))

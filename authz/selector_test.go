@@ -10,11 +10,7 @@ import (
 // What each operator says of a label that has the value, another, or is not
 // there; of the labels of a namespace also when nobody has spoken of it.
 func TestOperators(t *testing.T) {
-	ns := func(name, key string) (string, bool, bool) {
-		labels := map[string]map[string]string{"yes": {"team": "red"}, "other": {"team": "blue"}, "none": {}}[name]
-		v, ok := labels[key]
-		return v, ok, labels != nil
-	}
+	ns := &facts{namespaces: map[string]map[string]string{"yes": {"team": "red"}, "other": {"team": "blue"}, "none": {}}}
 	for _, c := range []struct {
 		operator Operator
 		values   []string
@@ -29,21 +25,21 @@ func TestOperators(t *testing.T) {
 		space := Selector{{NamespaceLabel, "team", c.operator, c.values}}
 		for i, labels := range []map[string]string{{"team": "red"}, {"team": "blue"}, {"x": "red"}} {
 			id := identity.New("", []string{"yes", "other", "none"}[i], "", labels)
-			if got := pod.selects(id, ns, false); got != c.want[i] {
+			if got := pod.selectsWorkload(id, ns, false); got != c.want[i] {
 				t.Errorf("%+v, pod %v: %v", pod, labels, got)
 			}
 			for _, doubt := range []bool{false, true} {
-				if got := space.selects(id, ns, doubt); got != c.want[i] {
+				if got := space.selectsWorkload(id, ns, doubt); got != c.want[i] {
 					t.Errorf("%+v, namespace %s: %v", space, id.Namespace, got)
 				}
 			}
 		}
 		for _, doubt := range []bool{false, true} {
-			if got := space.selects(identity.New("", "unheard-of", "", nil), ns, doubt); got != doubt {
+			if got := space.selectsWorkload(identity.New("", "unheard-of", "", nil), ns, doubt); got != doubt {
 				t.Errorf("%+v of an unknown namespace, in doubt %v: %v", space, doubt, got)
 			}
 		}
-		if world := (identity.Identity{Reserved: "world"}); pod.selects(world, ns, true) || space.selects(world, ns, true) {
+		if world := (identity.Identity{Reserved: "world"}); pod.selectsWorkload(world, ns, true) || space.selectsWorkload(world, ns, true) {
 			t.Errorf("%+v selects world", pod)
 		}
 	}
@@ -63,18 +59,17 @@ func TestUnknownNamespaceIsNotEmpty(t *testing.T) {
 	not := Selector{{NamespaceLabel, "team", NotIn, []string{"red"}}}
 	peer, star := identity.New("", "b", "", nil), identity.New("", "a", "", nil)
 	for name, c := range map[string]struct {
-		policy        *Policy
+		spec          Spec
 		unknown, none bool // whether the peer passes, by what is known of a and b
 	}{
-		"allowed": {&Policy{DenyIngress: true, Rules: []Rule{{Direction: abi.DirIngress, Action: Allow, AnyPort: true, Peers: []Selector{not}}}}, false, true},
-		"denied": {&Policy{Rules: []Rule{{Direction: abi.DirIngress, Action: Deny, AnyPort: true,
-			Peers: []Selector{{{NamespaceLabel, "team", In, []string{"red"}}}}}}}, false, true},
-		"subject, denied":  {&Policy{Subject: not, DenyIngress: true}, false, false},
-		"subject, allowed": {&Policy{Subject: not, DenyIngress: true, Rules: []Rule{{Direction: abi.DirIngress, Action: Allow, AnyPort: true, AnyPeer: true}}}, false, true},
+		"allowed": {Spec{DenyIngress: true, Rules: []Rule{{Direction: abi.DirIngress, Action: Allow, AnyPort: true, Peers: []PeerSelector{not}}}}, false, true},
+		"denied": {Spec{Rules: []Rule{{Direction: abi.DirIngress, Action: Deny, AnyPort: true,
+			Peers: []PeerSelector{Selector{{NamespaceLabel, "team", In, []string{"red"}}}}}}}, false, true},
+		"subject, denied":  {Spec{Subject: not, DenyIngress: true}, false, false},
+		"subject, allowed": {Spec{Subject: not, DenyIngress: true, Rules: []Rule{{Direction: abi.DirIngress, Action: Allow, AnyPort: true, AnyPeer: true}}}, false, true},
 	} {
 		r := NewRepository(Options{})
-		c.policy.Ref = Ref{"Test", "a", "p"}
-		if err := r.Put(c.policy); err != nil {
+		if err := r.Put(&Policy{Ref: Ref{"Test", "a", "p"}, Specs: []Spec{c.spec}}); err != nil {
 			t.Fatal(err)
 		}
 		for _, known := range []bool{false, true} {

@@ -19,8 +19,8 @@ type RuleRef struct {
 
 // Set is the policy of one subject, ready for the kernel. It belongs to the
 // loop that owns its Repository. It goes on meaning what the repository meant
-// when it was compiled, whatever policies and namespaces are put there later;
-// of peers' named ports it looks at what the repository knows now.
+// when it was compiled, whatever policies and facts are put there later; of
+// peers' named ports it looks at what the repository knows now.
 type Set struct {
 	EnforceIngress, EnforceEgress bool
 	// Audit: what the set says is recorded, and the packet passes all the same.
@@ -32,7 +32,7 @@ type Set struct {
 	Rules []RuleRef
 
 	rules []numbered // those behind Rules[1:]
-	match func(*Rule, identity.Identity) bool
+	facts *facts
 	ports func(identity.Identity) []identity.NamedPort
 }
 
@@ -95,7 +95,7 @@ func withSet(entries map[abi.PolicyKey]abi.Policy, id uint32) map[abi.PolicyKey]
 // (often none), with 0 in the place of the set's number. They never change
 // what the set says of anybody else, so the epoch stays; they must be in the
 // kernel before anything is published there under the number.
-func (s *Set) AddPeer(n identity.Numeric, id identity.Identity) map[abi.PolicyKey]abi.Policy {
+func (s *Set) AddPeer(n identity.Numeric, p Peer) map[abi.PolicyKey]abi.Policy {
 	if n == NoPeer {
 		return nil // the wildcard is nobody's number
 	}
@@ -103,22 +103,36 @@ func (s *Set) AddPeer(n identity.Numeric, id identity.Identity) map[abi.PolicyKe
 	var named []identity.NamedPort
 	for _, r := range s.rules {
 		if len(r.names) > 0 && named == nil {
-			named = s.ports(id)
+			named = s.ports(p.Identity)
 		}
-		picked := !r.AnyPeer && s.match(r.Rule, id)
-		f := flag(r.Action, abi.PolicyAllow, abi.PolicyDeny)
+		picked := !r.AnyPeer && s.picks(r.Rule, p)
 		if picked {
-			t.add(r, uint32(n), f, r.AnyPort, r.ports)
+			t.add(r, uint32(n), r.flags(), r.AnyPort, r.ports)
 		}
 		if picked || r.AnyPeer {
-			for _, p := range r.names {
-				t.add(r, uint32(n), f, false, p.resolve(named))
+			for _, name := range r.names {
+				t.add(r, uint32(n), r.flags(), false, name.resolve(named))
+			}
+		}
+	}
+	if len(t) > 0 {
+		// What everybody has to meet is met by this peer too, whatever else
+		// allows it.
+		for _, r := range s.rules {
+			if r.AnyPeer && r.demands() {
+				t.add(r, uint32(n), r.flags(), r.AnyPort, r.ports)
 			}
 		}
 	}
 	out := t.fold()
 	maps.Copy(s.Entries, out)
 	return out
+}
+
+// picks reports whether the rule names the peer. What is not known is on the
+// side that lets less pass.
+func (s *Set) picks(r *Rule, p Peer) bool {
+	return slices.ContainsFunc(r.Peers, func(x PeerSelector) bool { return x.selects(p, s.facts, r.Action == Deny) })
 }
 
 // RemovePeer removes the entries of a numeric identity that nobody bears any
@@ -144,27 +158,48 @@ func (s *Set) RemovePeer(n identity.Numeric) []abi.PolicyKey {
 func (s *Set) compileAny() map[abi.PolicyKey]abi.Policy {
 	t := trie{}
 	for _, r := range s.rules {
-		some := flag(r.Action, abi.PolicyPeerAllow, abi.PolicyPeerDeny)
 		switch {
 		case r.AnyPeer:
-			t.add(r, uint32(abi.IDAny), flag(r.Action, abi.PolicyAllow, abi.PolicyDeny), r.AnyPort, r.ports)
+			t.add(r, uint32(abi.IDAny), r.flags(), r.AnyPort, r.ports)
 		case len(r.Peers) > 0:
-			t.add(r, uint32(abi.IDAny), some, r.AnyPort, r.ports)
+			t.add(r, uint32(abi.IDAny), r.peerFlags(), r.AnyPort, r.ports)
 		default:
 			continue
 		}
 		for _, p := range r.names {
-			t.add(r, uint32(abi.IDAny), some, false, []PortRange{AllPorts(p.Proto)})
+			t.add(r, uint32(abi.IDAny), r.peerFlags(), false, []PortRange{AllPorts(p.Proto)})
 		}
 	}
 	return t.fold()
 }
 
-func flag(a Action, allow, deny abi.PolicyFlag) uint8 {
-	if a == Allow {
-		return uint8(allow)
+// flags are those of an entry for whom the rule names.
+func (r *Rule) flags() uint8 {
+	switch {
+	case r.Action == Deny:
+		return uint8(abi.PolicyDeny)
+	case r.L7:
+		return uint8(abi.PolicyAllow | abi.PolicyL7)
 	}
-	return uint8(deny)
+	return uint8(abi.PolicyAllow)
+}
+
+// peerFlags are those of an entry for everybody, where the rule names some.
+func (r *Rule) peerFlags() uint8 {
+	switch {
+	case r.Action == Deny:
+		return uint8(abi.PolicyPeerDeny)
+	case r.demands():
+		// Whoever it names fares otherwise than everybody, also where
+		// everybody is allowed.
+		return uint8(abi.PolicyPeerAllow | abi.PolicyPeerDeny)
+	}
+	return uint8(abi.PolicyPeerAllow)
+}
+
+// demands reports whether the rule allows under conditions.
+func (r *Rule) demands() bool {
+	return r.Action == Allow && (r.L7 || r.Evidence != identity.EvidenceNone)
 }
 
 // trie collects entries before they are folded.
@@ -174,11 +209,13 @@ type trie map[abi.PolicyKey]cell
 // ALLOW and its DENY (0: none).
 type cell struct {
 	flags       uint8
+	evidence    identity.Evidence // the strongest demand of those that allow
 	allow, deny uint32
 }
 
 func (c cell) merge(o cell) cell {
 	c.flags |= o.flags
+	c.evidence = max(c.evidence, o.evidence)
 	c.allow = first(c.allow, o.allow)
 	c.deny = first(c.deny, o.deny)
 	return c
@@ -198,7 +235,7 @@ func (t trie) add(r numbered, id uint32, flags uint8, anyPort bool, ports []Port
 	c := cell{flags: flags}
 	switch {
 	case flags&uint8(abi.PolicyAllow) != 0:
-		c.allow = r.number
+		c.allow, c.evidence = r.number, r.Evidence
 	case flags&uint8(abi.PolicyDeny) != 0:
 		c.deny = r.number
 	}
@@ -226,7 +263,7 @@ func (t trie) fold() map[abi.PolicyKey]abi.Policy {
 		for n := range shorter(k.Prefixlen) {
 			c = c.merge(t[truncate(k, n)])
 		}
-		e := abi.Policy{Flags: c.flags, Rule: c.allow}
+		e := abi.Policy{Flags: c.flags, Rule: c.allow, Evidence: uint8(c.evidence)}
 		if c.flags&uint8(abi.PolicyDeny) != 0 {
 			e.Rule = c.deny
 		}

@@ -267,7 +267,8 @@ enum pc_policy_flag {
 	PC_POLICY_ALLOW = 1,
 	PC_POLICY_DENY = 2,
 	PC_POLICY_PEER_ALLOW = 4, /* in PC_ID_ANY entries: some peers are allowed here */
-	PC_POLICY_PEER_DENY = 8, /* in PC_ID_ANY entries: some peers are denied here */
+	PC_POLICY_PEER_DENY = 8, /* in PC_ID_ANY entries: some peers are denied here, or must meet more than others */
+	PC_POLICY_L7 = 16, /* beside ALLOW: as far as a proxy allows. No program obeys it: never put into the map */
 };
 
 struct pc_policy {

@@ -88,7 +88,7 @@ func TestExamples(t *testing.T) {
 			alloc.Acquire(id)
 		}
 		for _, f := range flows {
-			set := r.Compile(who[f.to], alloc.All)
+			set := r.Compile(who[f.to], authz.Peers(alloc.All))
 			n, _ := alloc.Acquire(who[f.from])
 			if d := set.Judge(abi.DirIngress, n, f.proto, f.port); (d.Verdict == abi.VerdictPass) != f.pass {
 				t.Errorf("%s: %+v: %+v", file, f, d)
@@ -128,7 +128,7 @@ func TestEgressExample(t *testing.T) {
 		{"tiefighter", "deathstar", 80, true}, {"tiefighter", "deathstar", 89, true}, {"tiefighter", "deathstar", 90, false},
 		{"tiefighter", "deathstar", 8080, false}, {"tiefighter", "xwing", 80, false}, {"deathstar", "xwing", 1, true},
 	} {
-		set := r.Compile(ship(c.from), alloc.All)
+		set := r.Compile(ship(c.from), authz.Peers(alloc.All))
 		n, _ := alloc.Acquire(ship(c.to))
 		if d := set.Judge(abi.DirEgress, n, authz.ProtoTCP, c.port); (d.Verdict == abi.VerdictPass) != c.pass {
 			t.Errorf("%+v: %+v", c, d)
@@ -149,12 +149,14 @@ func TestModelGolden(t *testing.T) {
 	}
 	want := []*authz.Policy{{
 		Ref: authz.Ref{Kind: "CiliumNetworkPolicy", Namespace: "default", Name: "rule1"}, Source: src,
-		Subject:     authz.Selector{authz.InNamespace("default"), authz.Label("org", "empire"), authz.Label("class", "deathstar")},
-		DenyIngress: true,
-		Rules: []authz.Rule{{
-			Direction: abi.DirIngress, Action: authz.Allow, Path: "spec.ingress[0]",
-			Peers: []authz.Selector{{authz.Label("org", "empire"), authz.InNamespace("default")}},
-			Ports: []authz.PortRange{authz.Port(authz.ProtoTCP, 80)},
+		Specs: []authz.Spec{{
+			Subject:     authz.Selector{authz.InNamespace("default"), authz.Label("org", "empire"), authz.Label("class", "deathstar")},
+			DenyIngress: true,
+			Rules: []authz.Rule{{
+				Direction: abi.DirIngress, Action: authz.Allow, Path: "spec.ingress[0]",
+				Peers: []authz.PeerSelector{authz.Selector{authz.Label("org", "empire"), authz.InNamespace("default")}},
+				Ports: []authz.PortRange{authz.Port(authz.ProtoTCP, 80)},
+			}},
 		}},
 	}}
 	if d := cmp.Diff(want, got); d != "" {

@@ -49,17 +49,19 @@ func checkParsed(t *testing.T, data string, dialects ...dialect.Dialect) {
 		if !strings.Contains(data, p.Source) {
 			t.Fatalf("source %q is not in the file", p.Source)
 		}
-		if len(p.Subject) == 0 || p.Subject[0].Attribute != authz.Namespace {
-			t.Fatalf("%s: the subject is not bound to a namespace: %v", p.Ref, p.Subject)
-		}
-		for _, r := range p.Rules {
-			// What cannot be written yet must not come out of a file.
-			if r.Action != authz.Allow || r.Direction == abi.DirIngress && !p.DenyIngress || r.Direction == abi.DirEgress && !p.DenyEgress {
-				t.Fatalf("%s: %+v", p.Ref, r)
+		for _, s := range p.Specs {
+			if len(s.Subject) == 0 || s.Subject[0].Attribute != authz.Namespace {
+				t.Fatalf("%s: the subject is not bound to a namespace: %v", p.Ref, s.Subject)
+			}
+			for _, r := range s.Rules {
+				// What cannot be written yet must not come out of a file.
+				if r.Action != authz.Allow || r.Direction == abi.DirIngress && !s.DenyIngress || r.Direction == abi.DirEgress && !s.DenyEgress {
+					t.Fatalf("%s: %+v", p.Ref, r)
+				}
 			}
 		}
 		again, err := dialect.ParseFile("f", []byte(p.Source), dialects...)
-		if err != nil || len(again) != 1 || again[0].Ref != p.Ref || len(again[0].Rules) != len(p.Rules) {
+		if err != nil || len(again) != 1 || again[0].Ref != p.Ref || len(again[0].Specs) != len(p.Specs) {
 			t.Fatalf("source %q: %v, %v", p.Source, again, err)
 		}
 	}

@@ -51,7 +51,7 @@ func newSmallWorld(t *testing.T, policies []*authz.Policy) smallWorld {
 // verdicts has a word for each peer and in it a character for each port: +
 // passes, - is dropped.
 func (w smallWorld) verdicts(dir abi.Direction) (string, authz.Set) {
-	set := w.Compile(w.subject, w.alloc.All, w.own...)
+	set := w.Compile(w.subject, authz.Peers(w.alloc.All), w.own...)
 	var words []string
 	for _, p := range smallPeers {
 		n, _ := w.alloc.Acquire(p)

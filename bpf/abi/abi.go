@@ -272,6 +272,7 @@ const (
 	PolicyDeny      PolicyFlag = 2
 	PolicyPeerAllow PolicyFlag = 4
 	PolicyPeerDeny  PolicyFlag = 8
+	PolicyL7        PolicyFlag = 16
 )
 
 // PolicyPrefix is enum pc_policy_prefix.

@@ -155,7 +155,9 @@ func (n *tally) obtain(t *testing.T, id string, objects []object, namespaces map
 // speak reports whether a policy says something of the direction.
 func speak(policies []*authz.Policy, dir abi.Direction) bool {
 	return slices.ContainsFunc(policies, func(p *authz.Policy) bool {
-		return dir == abi.DirIngress && p.DenyIngress || dir == abi.DirEgress && p.DenyEgress
+		return slices.ContainsFunc(p.Specs, func(s authz.Spec) bool {
+			return dir == abi.DirIngress && s.DenyIngress || dir == abi.DirEgress && s.DenyEgress
+		})
 	})
 }
 
@@ -219,7 +221,7 @@ func TestNetworkPolicyCorpus(t *testing.T) {
 				continue
 			}
 			for s, subject := range pods {
-				set := r.Compile(subject, alloc.All)
+				set := r.Compile(subject, authz.Peers(alloc.All))
 				for name, want := range c.Expect {
 					proto, dport := port(t, name)
 					for p, peer := range pods {
@@ -258,7 +260,7 @@ func (n *tally) combined(t *testing.T, c netpolCase, repos judged, pods []identi
 	var sets [abi.DirMax][]authz.Set
 	for dir, r := range repos {
 		for _, subject := range pods {
-			sets[dir] = append(sets[dir], r.Compile(subject, alloc.All))
+			sets[dir] = append(sets[dir], r.Compile(subject, authz.Peers(alloc.All)))
 		}
 	}
 	for name, want := range c.Expect {
@@ -307,7 +309,7 @@ func TestCiliumCorpus(t *testing.T) {
 				if !c.Entities[s].Managed {
 					continue
 				}
-				set := r.Compile(subject, alloc.All)
+				set := r.Compile(subject, authz.Peers(alloc.All))
 				for name, want := range c.Expect {
 					proto, dport := port(t, name)
 					for p, peer := range all {

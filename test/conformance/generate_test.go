@@ -67,10 +67,7 @@ func somePort(r *rand.Rand) authz.PortRange {
 
 // somePolicy goes beyond what files can say today: denials.
 func somePolicy(r *rand.Rand, n int) *authz.Policy {
-	p := &authz.Policy{
-		Ref:         authz.Ref{Kind: "Test", Namespace: "a", Name: fmt.Sprint(n)},
-		DenyIngress: r.IntN(4) > 0, DenyEgress: r.IntN(2) == 0,
-	}
+	spec := authz.Spec{DenyIngress: r.IntN(4) > 0, DenyEgress: r.IntN(2) == 0}
 	for i := range 1 + r.IntN(4) {
 		rule := authz.Rule{Direction: abi.Direction(r.IntN(2)), Action: authz.Allow, Path: fmt.Sprint(i)}
 		if r.IntN(5) == 0 {
@@ -86,7 +83,7 @@ func somePolicy(r *rand.Rand, n int) *authz.Policy {
 				rule.Ports = append(rule.Ports, somePort(r))
 			}
 		}
-		p.Rules = append(p.Rules, rule)
+		spec.Rules = append(spec.Rules, rule)
 	}
-	return p
+	return &authz.Policy{Ref: authz.Ref{Kind: "Test", Namespace: "a", Name: fmt.Sprint(n)}, Specs: []authz.Spec{spec}}
 }

@@ -326,7 +326,7 @@ func TestKernelIsEvaluator(t *testing.T) {
 				repo.AddPorts(uint64(i+1), id, someNamed(r))
 			}
 		}
-		set := repo.Compile(someIdentity(r), alloc.All, someNamed(r)...)
+		set := repo.Compile(someIdentity(r), authz.Peers(alloc.All), someNamed(r)...)
 		k.install(round, set, who)
 		for range packets {
 			p, dir := peers[r.IntN(len(peers))], abi.Direction(r.IntN(2))
@@ -394,11 +394,11 @@ func TestKernelIsEvaluator(t *testing.T) {
 func (k *kernel) probe() {
 	k.Helper()
 	repo := authz.NewRepository(authz.Options{TrustDomain: trustDomain})
-	if err := repo.Put(&authz.Policy{Ref: authz.Ref{Kind: "Test", Namespace: "a", Name: "probe"}, DenyIngress: true, Rules: []authz.Rule{
-		{Direction: abi.DirIngress, Action: authz.Allow, AnyPeer: true, Ports: []authz.PortRange{authz.Port(authz.ProtoSCTP, 80)}}}}); err != nil {
+	if err := repo.Put(&authz.Policy{Ref: authz.Ref{Kind: "Test", Namespace: "a", Name: "probe"}, Specs: []authz.Spec{{DenyIngress: true, Rules: []authz.Rule{
+		{Direction: abi.DirIngress, Action: authz.Allow, AnyPeer: true, Ports: []authz.PortRange{authz.Port(authz.ProtoSCTP, 80)}}}}}}); err != nil {
 		k.Fatal(err)
 	}
-	k.install(1, repo.Compile(identity.New(trustDomain, "a", "x", nil), identity.NewAllocator().All), map[*peer]identity.Numeric{})
+	k.install(1, repo.Compile(identity.New(trustDomain, "a", "x", nil), authz.Peers(identity.NewAllocator().All)), map[*peer]identity.Numeric{})
 	p := packet{src: netip.MustParseAddr(peerNamed("world").v4), dst: ownV4, proto: authz.ProtoSCTP, sport: 1, dport: 80}
 	k.sctp = k.run(abi.DirIngress, p, uplink) == tcxNext
 	k.event(p)

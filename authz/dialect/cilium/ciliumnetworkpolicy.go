@@ -26,7 +26,11 @@ func Parse(doc *dialect.Document) ([]*authz.Policy, []authz.Problem) {
 			doc.Root().Require("spec")
 		}
 		return dialect.Fields{
-			"spec":  func(v *dialect.Value) { (&parser{p}).spec(v) },
+			"spec": func(v *dialect.Value) {
+				parser := parser{namespace: p.Namespace}
+				parser.spec(v)
+				p.Specs = []authz.Spec{parser.Spec}
+			},
 			"specs": dialect.NotYet("write a policy with one spec for each"),
 		}
 	})
@@ -36,7 +40,10 @@ func Parse(doc *dialect.Document) ([]*authz.Policy, []authz.Problem) {
 	return []*authz.Policy{p}, nil
 }
 
-type parser struct{ *authz.Policy }
+type parser struct {
+	authz.Spec
+	namespace string
+}
 
 // notYet lists the fields that Cilium has and we do not obey yet, with what to
 // do instead, by the object that they are in.
@@ -89,7 +96,7 @@ func with(fields dialect.Fields, notYet map[string]string) dialect.Fields {
 }
 
 func (p *parser) spec(spec *dialect.Value) {
-	p.Subject = authz.Selector{authz.InNamespace(p.Namespace)}
+	p.Subject = authz.Selector{authz.InNamespace(p.namespace)}
 	if !spec.Has("nodeSelector") {
 		spec.Require("endpointSelector")
 	}
@@ -138,7 +145,7 @@ func (p *parser) rule(dir abi.Direction, i int, v *dialect.Value) {
 func (p *parser) peer(v *dialect.Value) authz.Selector {
 	s, named := p.selector(v, false)
 	if !named {
-		s = append(s, authz.InNamespace(p.Namespace))
+		s = append(s, authz.InNamespace(p.namespace))
 	}
 	return s
 }
@@ -193,12 +200,12 @@ func (p *parser) namespaces(at *dialect.Value, r authz.Requirement, subject bool
 			return false
 		}
 	}
-	own := slices.Contains(r.Values, p.Namespace)
+	own := slices.Contains(r.Values, p.namespace)
 	switch {
 	case !subject, r.Operator == authz.In && own, r.Operator == authz.NotIn && !own, r.Operator == authz.Exists:
 		return true
 	}
-	at.Refuse("a policy selects workloads of its own namespace, %s: remove the label, or give the policy another namespace", p.Namespace)
+	at.Refuse("a policy selects workloads of its own namespace, %s: remove the label, or give the policy another namespace", p.namespace)
 	return false
 }
 

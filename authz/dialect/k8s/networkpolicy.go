@@ -19,7 +19,11 @@ var Dialect = dialect.Dialect{APIVersion: "networking.k8s.io/v1", Kind: Kind, Pa
 func Parse(doc *dialect.Document) ([]*authz.Policy, []authz.Problem) {
 	p := doc.Policy(Kind, func(p *authz.Policy) dialect.Fields {
 		doc.Root().Require("spec")
-		return dialect.Fields{"spec": func(v *dialect.Value) { (&parser{p}).spec(v) }}
+		return dialect.Fields{"spec": func(v *dialect.Value) {
+			parser := parser{namespace: p.Namespace}
+			parser.spec(v)
+			p.Specs = []authz.Spec{parser.Spec}
+		}}
 	})
 	if bad := doc.Problems(); len(bad) > 0 {
 		return nil, bad
@@ -27,10 +31,13 @@ func Parse(doc *dialect.Document) ([]*authz.Policy, []authz.Problem) {
 	return []*authz.Policy{p}, nil
 }
 
-type parser struct{ *authz.Policy }
+type parser struct {
+	authz.Spec
+	namespace string
+}
 
 func (p *parser) spec(spec *dialect.Value) {
-	p.Subject = authz.Selector{authz.InNamespace(p.Namespace)}
+	p.Subject = authz.Selector{authz.InNamespace(p.namespace)}
 	var types []abi.Direction
 	rules := func(dir abi.Direction, field, peers string) func(*dialect.Value) {
 		return func(v *dialect.Value) {
@@ -97,7 +104,7 @@ func (p *parser) rule(dir abi.Direction, path, peers string, v *dialect.Value) a
 // peer parses one element of from or to: pods of the policy's own namespace,
 // or of the namespaces that are selected.
 func (p *parser) peer(v *dialect.Value, field string) authz.Selector {
-	s := authz.Selector{authz.InNamespace(p.Namespace)}
+	s := authz.Selector{authz.InNamespace(p.namespace)}
 	if v.Has("namespaceSelector") {
 		s = authz.Selector{}
 	}

@@ -1,0 +1,293 @@
+package authz
+
+import (
+	"fmt"
+	"iter"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+
+	"portcullis/identity"
+)
+
+// Peer is who stands on the other side of a packet, as far as policies tell
+// peers apart. A numeric identity is the name of one Peer.
+type Peer struct {
+	Identity identity.Identity
+	// Block is the block of addresses in which the peer is seen: one of
+	// Repository.Blocks, or a single address. Rules on addresses mean the
+	// block as a whole: what only part of it may do is denied to all of it.
+	// Zero: no rule on addresses means the peer.
+	Block netip.Prefix
+	// Node is the labels of the node, if the peer is one.
+	Node map[string]string
+	// Names are the DNS names that the peer's address was learnt from, in
+	// lower case and without the final dot.
+	Names []string
+}
+
+// Peers makes peers of identities: without blocks, so that no rule on addresses
+// means them.
+func Peers(ids iter.Seq2[identity.Numeric, identity.Identity]) iter.Seq2[identity.Numeric, Peer] {
+	return func(yield func(identity.Numeric, Peer) bool) {
+		for n, id := range ids {
+			if !yield(n, Peer{Identity: id}) {
+				return
+			}
+		}
+	}
+}
+
+// PeerSelector selects peers. The kinds are Selector (workloads by their
+// labels), Entities, Block, BlockGroup, Nodes, Service and DNSName. All are
+// immutable once they are part of a policy.
+type PeerSelector interface {
+	// Key is equal for two selectors that select the same peers by the same
+	// words, and differs for others.
+	Key() string
+	validate() error
+	// selects reports whether the peer is selected. doubt is the answer where
+	// that hangs on what is not known.
+	selects(p Peer, f *facts, doubt bool) bool
+}
+
+// Entities are names of reserved identities; a peer with one of them is
+// selected.
+type Entities []string
+
+// Key implements PeerSelector.
+func (e Entities) Key() string { return fmt.Sprintf("entities %q", []string(e)) }
+
+func (e Entities) validate() error {
+	for _, name := range e {
+		if _, ok := identity.Reserved(name); !ok {
+			return fmt.Errorf("there is no reserved identity %q", name)
+		}
+	}
+	return nil
+}
+
+func (e Entities) selects(p Peer, _ *facts, _ bool) bool {
+	return p.Identity.Reserved != "" && slices.Contains(e, p.Identity.Reserved)
+}
+
+// Block is the addresses of a prefix but for some. It selects world, and what
+// has a live binding (workloads and nodes) only if Bound says so.
+type Block struct {
+	Prefix netip.Prefix   // masked
+	Except []netip.Prefix // masked, within Prefix
+	Bound  bool
+}
+
+// Key implements PeerSelector.
+func (b Block) Key() string { return fmt.Sprint("block ", b.Prefix, b.Except, b.Bound) }
+
+func (b Block) validate() error {
+	for _, p := range append([]netip.Prefix{b.Prefix}, b.Except...) {
+		if !p.IsValid() || p != p.Masked() || p.Addr().Is4In6() {
+			return fmt.Errorf("%s is not the prefix of a block of addresses", p)
+		}
+		if !b.Prefix.Overlaps(p) || p.Bits() < b.Prefix.Bits() {
+			return fmt.Errorf("the exception %s is not within %s", p, b.Prefix)
+		}
+	}
+	return nil
+}
+
+func (b Block) selects(p Peer, _ *facts, doubt bool) bool {
+	return (b.Bound || p.isWorld()) && covers(b.Prefix, b.Except, p.Block, doubt)
+}
+
+// isWorld reports whether nothing but its address says who the peer is.
+func (p Peer) isWorld() bool { return p.Identity.Reserved == worldName }
+
+const worldName = "world"
+
+// covers reports whether a block lies in prefix and outside the exceptions.
+// doubt is the answer for one of which only a part does.
+func covers(prefix netip.Prefix, except []netip.Prefix, block netip.Prefix, doubt bool) bool {
+	if !block.IsValid() || !prefix.Overlaps(block) || !doubt && block.Bits() < prefix.Bits() {
+		return false
+	}
+	return !slices.ContainsFunc(except, func(e netip.Prefix) bool {
+		return e.Overlaps(block) && (!doubt || e.Bits() <= block.Bits())
+	})
+}
+
+// BlockGroup is the blocks of a group of addresses that is an object of its
+// own (Repository.SetBlockGroup): the one of a name, or those that have
+// labels. It selects world only. Of a group by name that nobody has spoken of
+// the blocks are not known: an allow rule allows nobody by it, a deny rule
+// denies to all of world.
+type BlockGroup struct {
+	Name   string   // empty: by labels
+	Labels Selector // of the group, as GroupLabel
+	Except []netip.Prefix
+}
+
+// Key implements PeerSelector.
+func (g BlockGroup) Key() string {
+	return fmt.Sprintf("group %q %s %v", g.Name, g.Labels.Key(), g.Except)
+}
+
+func (g BlockGroup) validate() error {
+	for _, p := range g.Except {
+		if !p.IsValid() || p != p.Masked() {
+			return fmt.Errorf("the exception %s is not a prefix", p)
+		}
+	}
+	return g.Labels.validateFor(GroupLabel)
+}
+
+func (g BlockGroup) selects(p Peer, f *facts, doubt bool) bool {
+	if !p.isWorld() {
+		return false
+	}
+	if g.Name != "" {
+		group, known := f.groups[g.Name]
+		return !known && doubt || group.covers(g.Except, p.Block, doubt)
+	}
+	for _, group := range f.groups {
+		if g.Labels.meets(labelsOf(group.labels)) && group.covers(g.Except, p.Block, doubt) {
+			return true
+		}
+	}
+	return false
+}
+
+// blockGroup is what is known of a group.
+type blockGroup struct {
+	labels map[string]string
+	blocks []netip.Prefix
+}
+
+func (g blockGroup) covers(except []netip.Prefix, block netip.Prefix, doubt bool) bool {
+	return slices.ContainsFunc(g.blocks, func(p netip.Prefix) bool { return covers(p, except, block, doubt) })
+}
+
+// Nodes selects nodes (this one and others) by their labels, as NodeLabel. An
+// empty one selects every node.
+type Nodes Selector
+
+// Key implements PeerSelector.
+func (n Nodes) Key() string { return "nodes " + Selector(n).Key() }
+
+func (n Nodes) validate() error { return Selector(n).validateFor(NodeLabel) }
+
+func (n Nodes) selects(p Peer, _ *facts, _ bool) bool {
+	return slices.Contains(nodeIdentities, p.Identity.Reserved) && Selector(n).meets(labelsOf(p.Node))
+}
+
+var nodeIdentities = []string{"host", "remote-node", "kube-apiserver"}
+
+// Service selects what stands behind services: those of a name, or those that
+// have labels. What is behind is said by Repository.SetService; behind one
+// that nobody has spoken of there is nobody.
+type Service struct {
+	Namespace string   // empty: every namespace (by labels only)
+	Name      string   // empty: by labels
+	Labels    Selector // of the service, as ServiceLabel
+}
+
+// Key implements PeerSelector.
+func (s Service) Key() string {
+	return fmt.Sprintf("service %q %q %s", s.Namespace, s.Name, s.Labels.Key())
+}
+
+func (s Service) validate() error { return s.Labels.validateFor(ServiceLabel) }
+
+func (s Service) selects(p Peer, f *facts, doubt bool) bool {
+	for at, b := range f.services {
+		named := s.Name == "" || s.Name == at.Name
+		if named && (s.Namespace == "" || s.Namespace == at.Namespace) && s.Labels.meets(labelsOf(b.Labels)) && b.selects(at, p, f, doubt) {
+			return true
+		}
+	}
+	return false
+}
+
+// ServiceName names a service.
+type ServiceName struct{ Namespace, Name string }
+
+// Backends are what stands behind a service.
+type Backends struct {
+	Labels map[string]string // of the service
+	// Selector selects workloads of the service's namespace by pod labels;
+	// empty: the service has no selector.
+	Selector map[string]string
+	// Blocks are the addresses of a service without a selector.
+	Blocks []netip.Prefix
+}
+
+func (b Backends) selects(at ServiceName, p Peer, f *facts, doubt bool) bool {
+	if len(b.Selector) == 0 {
+		return p.isWorld() && slices.ContainsFunc(b.Blocks, func(x netip.Prefix) bool { return covers(x, nil, p.Block, doubt) })
+	}
+	s := Selector{InNamespace(at.Namespace)}
+	for k, v := range b.Selector {
+		s = append(s, Label(k, v))
+	}
+	return s.selects(p, f, doubt)
+}
+
+// DNSName selects peers by the names that their addresses were learnt from:
+// one name, or those that match a pattern in which * stands for any run of
+// characters of one label, and "*" alone for every name.
+type DNSName struct{ Name, Pattern string } // one of them; lower case, no final dot
+
+// Key implements PeerSelector.
+func (n DNSName) Key() string { return fmt.Sprintf("name %q %q", n.Name, n.Pattern) }
+
+func (n DNSName) validate() error {
+	if (n.Name == "") == (n.Pattern == "") {
+		return fmt.Errorf("want a DNS name or a pattern of names")
+	}
+	return nil
+}
+
+func (n DNSName) selects(p Peer, _ *facts, _ bool) bool {
+	return slices.ContainsFunc(p.Names, n.Matches)
+}
+
+// Matches reports whether the name is meant.
+func (n DNSName) Matches(name string) bool {
+	if n.Name != "" {
+		return n.Name == name
+	}
+	return n.Pattern == "*" || matchPattern(n.Pattern, name)
+}
+
+// matchPattern matches * with any run of characters but dots, by
+// backtracking to the last *: linear times the number of stars at worst.
+func matchPattern(pattern, name string) bool {
+	p, n, star, from := 0, 0, -1, 0
+	for n < len(name) {
+		switch {
+		case p < len(pattern) && pattern[p] == '*':
+			star, from = p, n
+			p++
+		case p < len(pattern) && pattern[p] == name[n]:
+			p++
+			n++
+		case star >= 0 && name[from] != '.':
+			from++
+			p, n = star+1, from
+		default:
+			return false
+		}
+	}
+	return strings.Trim(pattern[p:], "*") == ""
+}
+
+// Key implements PeerSelector.
+func (s Selector) Key() string {
+	keys := make([]string, len(s))
+	for i, r := range s {
+		values := slices.Clone(r.Values)
+		slices.Sort(values)
+		keys[i] = strconv.Itoa(int(r.Attribute)) + strconv.Quote(r.Key) + strconv.Itoa(int(r.Operator)) + fmt.Sprintf("%q", slices.Compact(values))
+	}
+	slices.Sort(keys)
+	return "labels " + strings.Join(keys, " ")
+}
