@@ -333,6 +333,7 @@ func (l *loop) deregister(uid identity.UID) (existed bool, err error) {
 	delete(l.endpoints, uid)
 	delete(l.byEndpointID, e.id)
 	delete(l.retryActivation, uid)
+	delete(l.retryClose, uid)
 	l.names.removeEndpoint(e)
 	l.forgetWorkload(uid)
 	l.stepOwner(lease.Delete{UID: uid})
@@ -376,8 +377,11 @@ func (l *loop) linkGone(ifindex uint32) {
 	if e == nil {
 		return
 	}
-	if _, err := l.deregister(e.uid); err != nil {
-		l.log.Error("end of a workload whose device is gone", zap.Error(err))
+	// Not one that was registered under its UID since, behind another device.
+	if l.endpoints[e.uid] == e {
+		if _, err := l.deregister(e.uid); err != nil {
+			l.log.Error("end of a workload whose device is gone", zap.Error(err))
+		}
 	}
 	l.sweepDevice(ifindex)
 }

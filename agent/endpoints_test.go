@@ -171,3 +171,31 @@ func TestDeregister(t *testing.T) {
 		t.Error("its number still names it")
 	}
 }
+
+// A workload that is registered again, behind another device, is not ended by
+// the end of the first device, nor by anything else that was left to do for its
+// first registration.
+func TestRegisteredAgain(t *testing.T) {
+	n := newNode(t)
+	n.veth("a0")
+	n.veth("b0")
+	l := n.mustStart()
+	defer n.crash(l)
+	first := n.run(l, app("a0", "10.1.1.2"))
+	l.retryClose[first.uid] = true // its gate could not be closed at once
+	if existed, err := l.deregister(first.uid); !existed || err != nil {
+		t.Fatal(existed, err)
+	}
+	w := app("b0", "10.1.1.3")
+	w.uid = first.uid
+	second := n.run(l, w)
+	l.retry()
+	n.unplug("a0")
+	l.linkGone(first.ifindex)
+	if ep := n.inKernel(l, "b0"); l.endpoints[second.uid] != second || ep.State != uint32(abi.EPActive) {
+		t.Errorf("it ended with what its first registration left: state %d", ep.State)
+	}
+	if l.byIfindex[first.ifindex] != nil {
+		t.Error("the first device's programs are kept")
+	}
+}

@@ -55,7 +55,12 @@ func (l *loop) relabel(uid identity.UID, change func(*workload)) (*endpoint, err
 		l.release(next.numeric)
 		return nil, errors.Join(fmt.Errorf("%w to close the gate of %s: %w", errKernelRefuse, e.fullName(), err), l.store.putWorkload(e))
 	}
-	// From here on nothing passes as the former one.
+	// From here on nothing passes as the former one. The books say so at once:
+	// the end of its bindings can change policy, and what that switches must be
+	// the endpoint as it is now.
+	former := *e
+	*e = next
+	e.relabelled = l.now() // read after the gate was closed
 	l.endHolds(l.holds.DropEndpoint(e.id, abi.ReasonQuarantined))
 	l.zeroBinding(e.ips, uid)
 	for _, ip := range e.ips {
@@ -64,9 +69,6 @@ func (l *loop) relabel(uid identity.UID, change func(*workload)) (*endpoint, err
 		}
 	}
 	delete(l.retryActivation, uid)
-	former := *e
-	*e = next
-	e.relabelled = l.now() // read after the gate was closed
 	select {
 	case <-e.activated:
 		e.activated = make(chan struct{})

@@ -358,3 +358,41 @@ kind: NetworkPolicy
 metadata: {name: deny-evil}
 spec: {podSelector: {matchLabels: {app: evil}}}
 `
+
+// A workload whose own policy names a port of its own identity: what changes in
+// policy while it is relabelled must not open its gate as its former self.
+func TestRelabelOfOnesOwnNamedPorts(t *testing.T) {
+	const namesItself = `
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: to-myself}
+spec:
+  podSelector: {}
+  policyTypes: [Egress]
+  egress: [{to: [{podSelector: {}}], ports: [{port: http}]}]
+`
+	n := newNode(t)
+	n.cfg.Relabel = lease.RelabelStrict
+	n.veth("a0")
+	l := n.mustStart()
+	defer n.crash(l)
+	n.connect(l)
+	n.importPolicy(l, namesItself)
+	w := app("a0", "10.1.1.2")
+	w.ports = []identity.NamedPort{{Name: "http", Port: 80, Protocol: "TCP"}}
+	e := n.run(l, w)
+	v := &verifier{n: n}
+	v.greet(l)
+	b := v.confirm(e.ips[0])
+	if _, err := l.relabel(e.uid, func(w *workload) { as("other")(w); w.ports = nil }); err != nil {
+		t.Fatal(err)
+	}
+	if ep := n.inKernel(l, "a0"); ep.State != uint32(abi.EPQuarantined) || ep.Policy != e.policy.id || ep.Identity != uint32(e.numeric) {
+		t.Errorf("state %d, identity %d, policy %d; want quarantined, %d, %d", ep.State, ep.Identity, ep.Policy, e.numeric, e.policy.id)
+	}
+	v.message(lease.Ack{IP: b.IP, Generation: b.Generation, Seq: 1})
+	tickUntil(l, func() bool { return e.state == abi.EPActive })
+	if ep := n.inKernel(l, "a0"); ep.State != uint32(abi.EPActive) || !l.meaning(e).Equal(e.policy.set) {
+		t.Errorf("state %d, its policy is the one in force: %v", ep.State, l.meaning(e).Equal(e.policy.set))
+	}
+}
