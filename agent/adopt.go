@@ -32,12 +32,12 @@ import (
 
 // adoptSlots restores the table of slots and the numbers in them.
 func (l *loop) adoptSlots() error {
-	wanted, holders := map[identity.Hash]bool{}, map[identity.UID]bool{}
+	wanted, holders := map[identity.Hash]bool{}, map[holder]bool{}
 	for _, s := range l.dp.Slots() {
 		wanted[s.Cold.IdentityHash] = true
-		holders[s.Cold.UID] = true
+		holders[holderOf(s)] = true
 	}
-	ports, err := l.store.loadPorts(func(uid identity.UID) bool { return holders[uid] })
+	ports, err := l.store.loadPorts(func(of holder) bool { return holders[of] })
 	if err != nil {
 		return err
 	}
@@ -51,11 +51,14 @@ func (l *loop) adoptSlots() error {
 	}
 	for _, w := range l.stored {
 		known[w.identity.Hash()] = w.identity
-		ports[w.uid] = w.ports
 	}
 	for i, s := range l.dp.Slots() {
 		id, ok := known[s.Cold.IdentityHash]
-		if !ok || l.adoptSlot(i, s, id, ports[s.Cold.UID]) != nil {
+		named := ports[holderOf(s)]
+		if s.Lease == ipcache.LeaseLocal {
+			named = l.stored[s.Cold.UID].ports
+		}
+		if !ok || l.adoptSlot(i, s, id, named) != nil {
 			if err := l.dp.ZeroSlot(i, s.Stamp, datapath.AddrFrom(s.IP)); err != nil {
 				return err
 			}
@@ -63,6 +66,26 @@ func (l *loop) adoptSlots() error {
 		}
 	}
 	return nil
+}
+
+func holderOf(s datapath.Slot) holder { return holder{cString(s.Cold.Owner[:]), s.Cold.UID} }
+
+// forgetStrangers keeps what is stored of remote workloads in proportion to
+// those that are known now.
+func (l *loop) forgetStrangers() {
+	if n := l.store.appended; n < storeCompactAbove || n < 2*l.storeKept && n < storeLimit {
+		return
+	}
+	wanted, holders := map[identity.Hash]bool{}, map[holder]bool{}
+	for e := range l.table.All() {
+		wanted[e.Hash] = true
+		holders[holder{e.Binding.Owner, e.Binding.UID}] = true
+	}
+	if err := l.store.forget(func(h identity.Hash) bool { return wanted[h] }, func(of holder) bool { return holders[of] }); err != nil {
+		l.log.Warn("rewrite what is remembered of remote workloads", zap.Error(err))
+		return
+	}
+	l.storeKept = l.store.appended
 }
 
 // adoptSlot takes over one slot; on an error the caller zeroes it.

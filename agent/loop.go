@@ -46,6 +46,7 @@ type loop struct {
 	journal   *journal.Journal
 	unwritten bool // the journal could not be written
 	store     *store
+	storeKept int        // bytes that the store had when it was rewritten last
 	processes *processes // safe for concurrent use
 	audit     *audit.Log
 
@@ -152,6 +153,7 @@ func (l *loop) retry() {
 	}
 	l.alarms.expire()
 	l.compactJournal()
+	l.forgetStrangers()
 }
 
 // now is the node's CLOCK_BOOTTIME. A message's time is read after the

@@ -154,7 +154,7 @@ func (l *loop) install(w lease.Install) error {
 		l.release(n)
 		return fmt.Errorf("remember the identity of %s: %w", w.Binding.IP, err)
 	}
-	if err := l.store.putPorts(w.Binding.UID, w.Binding.Ports); err != nil {
+	if err := l.store.putPorts(holder{w.Binding.Owner, w.Binding.UID}, w.Binding.Ports); err != nil {
 		l.release(n)
 		return fmt.Errorf("remember the ports of %s: %w", w.Binding.IP, err)
 	}

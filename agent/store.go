@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -31,9 +33,28 @@ type store struct {
 	policies   string // directory; a file per policy
 	ports      string // file; a line per remote workload with named ports, appended
 	known      map[identity.Hash]bool
-	knownPorts map[identity.UID]bool
+	knownPorts map[holder][]identity.NamedPort
+	appended   int // bytes of the two appended files since they were rewritten
 	boot       identity.BootID
 }
+
+// holder names a remote workload. By its UID alone another node could speak
+// for it.
+type holder struct {
+	owner identity.NodeName
+	uid   identity.UID
+}
+
+// Bounds of what is appended about remote workloads, in bytes: from the first
+// on, what nobody holds any more is forgotten; beyond the second nothing is
+// taken up (I6), for the journal lies on the same tmpfs.
+const (
+	storeCompactAbove = 1 << 20
+	storeLimit        = 64 << 20
+)
+
+// errStoreFull: no binding is installed whose identity a restart would not know.
+var errStoreFull = errors.New("store: too much is remembered of remote workloads")
 
 // workloadRecord is a registration as it is stored.
 type workloadRecord struct {
@@ -61,7 +82,7 @@ type policyRecord struct {
 func openStore(journalDir, stateDir string, boot identity.BootID) (*store, error) {
 	s := &store{workloads: filepath.Join(journalDir, "workloads"), identities: filepath.Join(journalDir, "identities"),
 		policies: filepath.Join(stateDir, "policies"), known: map[identity.Hash]bool{}, boot: boot,
-		ports: filepath.Join(journalDir, "ports"), knownPorts: map[identity.UID]bool{}}
+		ports: filepath.Join(journalDir, "ports"), knownPorts: map[holder][]identity.NamedPort{}}
 	for _, dir := range []string{s.workloads, s.policies} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("store: %w", err)
@@ -115,7 +136,7 @@ func (s *store) putIdentity(id identity.Identity) error {
 	if s.known[h] {
 		return nil
 	}
-	if err := appendLine(s.identities, id); err != nil {
+	if err := s.appendLine(s.identities, id); err != nil {
 		return err
 	}
 	s.known[h] = true
@@ -124,48 +145,78 @@ func (s *store) putIdentity(id identity.Identity) error {
 
 // portsRecord is what is stored of a remote workload's named ports.
 type portsRecord struct {
+	Owner identity.NodeName    `json:"owner"`
 	UID   identity.UID         `json:"uid"`
 	Ports []identity.NamedPort `json:"ports"`
 }
 
 // putPorts remembers a remote workload's named ports, of which the kernel's
-// maps keep nothing.
-func (s *store) putPorts(uid identity.UID, ports []identity.NamedPort) error {
-	if len(ports) == 0 || s.knownPorts[uid] {
+// maps keep nothing. The last that were put count: a relabel may change them.
+func (s *store) putPorts(of holder, ports []identity.NamedPort) error {
+	if slices.Equal(s.knownPorts[of], ports) {
 		return nil
 	}
-	if err := appendLine(s.ports, portsRecord{uid, ports}); err != nil {
+	if err := s.appendLine(s.ports, portsRecord{of.owner, of.uid, ports}); err != nil {
 		return err
 	}
-	s.knownPorts[uid] = true
+	s.knownPorts[of] = ports
 	return nil
 }
 
 // loadPorts returns the named ports by workload, and keeps only those that
 // keep wants.
-func (s *store) loadPorts(keep func(identity.UID) bool) (map[identity.UID][]identity.NamedPort, error) {
-	out := map[identity.UID][]identity.NamedPort{}
+func (s *store) loadPorts(keep func(holder) bool) (map[holder][]identity.NamedPort, error) {
+	out := map[holder][]identity.NamedPort{}
 	data, err := os.ReadFile(s.ports)
 	if err := ignoreMissing(err); err != nil {
 		return nil, fmt.Errorf("store: %w", err)
 	}
-	var kept strings.Builder
 	for _, line := range strings.Split(string(data), "\n") {
 		var r portsRecord
-		if json.Unmarshal([]byte(line), &r) != nil || !keep(r.UID) || s.knownPorts[r.UID] {
-			continue
+		if json.Unmarshal([]byte(line), &r) == nil && keep(holder{r.Owner, r.UID}) {
+			out[holder{r.Owner, r.UID}] = r.Ports
 		}
-		out[r.UID], s.knownPorts[r.UID] = r.Ports, true
-		kept.WriteString(line + "\n")
 	}
-	return out, writeFile(s.ports, []byte(kept.String()), false)
+	var kept []byte
+	for of, ports := range out {
+		line, err := json.Marshal(portsRecord{of.owner, of.uid, ports})
+		if err != nil {
+			return nil, err
+		}
+		kept = append(append(kept, line...), '\n')
+	}
+	if err := writeFile(s.ports, kept, false); err != nil {
+		return nil, err
+	}
+	s.knownPorts = maps.Clone(out)
+	return out, nil
+}
+
+// forget drops what nobody holds any more, once much was appended: a peer may
+// have ever new workloads.
+func (s *store) forget(identities func(identity.Hash) bool, holders func(holder) bool) error {
+	_, err1 := s.loadIdentities(identities)
+	_, err2 := s.loadPorts(holders)
+	if err := errors.Join(err1, err2); err != nil {
+		return err // the files stand as they were
+	}
+	s.appended = 0
+	for _, path := range []string{s.identities, s.ports} {
+		if info, err := os.Stat(path); err == nil {
+			s.appended += int(info.Size())
+		}
+	}
+	return nil
 }
 
 // appendLine appends one value to a file of JSON lines.
-func appendLine(path string, v any) error {
+func (s *store) appendLine(path string, v any) error {
 	line, err := json.Marshal(v)
 	if err != nil {
 		return err
+	}
+	if s.appended += len(line) + 2; s.appended > storeLimit {
+		return errStoreFull
 	}
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
@@ -185,15 +236,20 @@ func (s *store) loadIdentities(keep func(identity.Hash) bool) (map[identity.Hash
 		return nil, fmt.Errorf("store: %w", err)
 	}
 	var kept strings.Builder
+	known := map[identity.Hash]bool{}
 	for _, line := range strings.Split(string(data), "\n") {
 		var id identity.Identity
-		if json.Unmarshal([]byte(line), &id) != nil || !keep(id.Hash()) || s.known[id.Hash()] {
+		if json.Unmarshal([]byte(line), &id) != nil || !keep(id.Hash()) || known[id.Hash()] {
 			continue
 		}
-		out[id.Hash()], s.known[id.Hash()] = id, true
+		out[id.Hash()], known[id.Hash()] = id, true
 		kept.WriteString(line + "\n")
 	}
-	return out, writeFile(s.identities, []byte(kept.String()), false)
+	if err := writeFile(s.identities, []byte(kept.String()), false); err != nil {
+		return nil, err
+	}
+	s.known = known
+	return out, nil
 }
 
 func (s *store) policyPath(ref string) string {
