@@ -20,6 +20,8 @@ import (
 //
 //	pinned slot, identity known   -> stays, under its stamp, until its lease ends
 //	pinned slot, identity unknown -> zeroed
+//	pinned slot, of a node that may
+//	not speak for the IP any more -> zeroed
 //	pinned endpoint, registered   -> stays as it is, gets its policy anew
 //	registered, its process ended -> its gate is closed
 //	registered, half relabelled   -> quarantined, waits as a new one
@@ -92,6 +94,13 @@ func (l *loop) forgetStrangers() {
 func (l *loop) adoptSlot(slot uint32, s datapath.Slot, id identity.Identity, ports []identity.NamedPort) error {
 	if s.Lease == ipcache.LeaseClassic && l.cfg.Evidence != ModeClassic {
 		return fmt.Errorf("slot %d is of mode classic", slot)
+	}
+	if s.Lease >= ipcache.LeaseFirst && l.cfg.Evidence == ModeClassic {
+		return fmt.Errorf("slot %d has a lease, which nobody renews in mode classic", slot)
+	}
+	if owner := cString(s.Cold.Owner[:]); s.Lease != ipcache.LeaseLocal && !l.speaks(owner, datapath.AddrFrom(s.IP)) {
+		// Nor could the one who may have it now, perhaps this node itself.
+		return fmt.Errorf("slot %d: %s does not speak for its IP any more", slot, owner)
 	}
 	n := identity.Numeric(s.Identity)
 	if err := l.ids.Restore(n, id); err != nil {

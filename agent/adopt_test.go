@@ -5,9 +5,11 @@ import (
 	"os"
 	"slices"
 	"testing"
+	"time"
 
 	"portcullis/authz"
 	"portcullis/bpf/abi"
+	"portcullis/identity"
 	"portcullis/ipcache/lease"
 )
 
@@ -170,5 +172,54 @@ func TestRangeMovesWhileNoAgentRuns(t *testing.T) {
 	}
 	if _, ok := l.table.Get(netip.MustParseAddr("10.1.3.2")); ok {
 		t.Error("the binding of an IP that is not this node's stands")
+	}
+}
+
+// A restart with other flags: a binding of an owner that does not speak for the
+// IP any more, or that nobody would renew, is not believed until its lease ends.
+func TestBindingOfAFormerOwner(t *testing.T) {
+	const index = 3
+	for name, change := range map[string]struct {
+		to    func(*Config)
+		stays bool
+	}{
+		"nothing": {func(*Config) {}, true},
+		"range": {func(c *Config) {
+			c.Peers = []Peer{{Name: "n2", Address: c.Peers[0].Address, Ranges: []netip.Prefix{netip.MustParsePrefix("10.1.7.0/24")}}}
+		}, false},
+		"owner": {func(c *Config) {
+			p := c.Peers[0]
+			p.Name = "n9"
+			c.Peers = []Peer{p}
+		}, false},
+		"classic": {func(c *Config) { c.Evidence, c.UnsafeClassic = ModeClassic, true }, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			l := n.mustStart()
+			b := identity.Binding{IP: netip.MustParseAddr("10.1.2.2"), Generation: 1, UID: identity.NewUID(), Owner: "n2", Identity: identity.New("example.org", "default", "default", nil)}
+			if l.nodeOf(b.IP) != b.Owner {
+				t.Fatal("not in a range of n2")
+			}
+			l.dp.State().ReserveStamps(1)
+			for _, w := range []lease.Write{lease.SetDeadline{Lease: index, Deadline: l.now().Add(time.Minute)},
+				lease.Install{Stamp: l.table.NextStamp(), Slot: 9, Lease: index, Binding: b, OwnerBoot: identity.BootID{7}, Evidence: identity.EvidenceLease}} {
+				if err := l.write(w); err != nil {
+					t.Fatal(err)
+				}
+			}
+			n.crash(l)
+			change.to(&n.cfg)
+			l = n.mustStart()
+			defer n.crash(l)
+			if e, stays := l.table.Get(b.IP); stays != change.stays {
+				t.Errorf("stays: %v, want %v: %+v", stays, change.stays, e)
+			}
+			for i, s := range l.dp.Slots() {
+				if i == 9 && !change.stays {
+					t.Errorf("in the kernel: %+v", s)
+				}
+			}
+		})
 	}
 }

@@ -269,10 +269,13 @@ func (d *decoder) identity(w *WireIdentity) identity.Identity {
 	d.name("namespace", w.GetNamespace())
 	d.name("service account", w.GetServiceAccount())
 	d.check(len(w.GetLabels()) <= maxLabels, "%d labels, the limit is %d", len(w.GetLabels()), maxLabels)
+	bytes := 0
 	for k, v := range w.GetLabels() {
+		bytes += len(k) + len(v)
 		d.check(k != "" && len(k) <= maxLabelKey && len(v) <= maxLabel, "a label with a key of %d bytes and a value of %d", len(k), len(v))
 		d.check(printable(k) && printable(v), "the label %q=%q does not consist of printable characters", k, v)
 	}
+	d.check(bytes <= maxLabelBytes, "labels of %d bytes in all, the limit is %d", bytes, maxLabelBytes)
 	return identity.New(w.GetTrustDomain(), w.GetNamespace(), w.GetServiceAccount(), w.GetLabels())
 }
 

@@ -17,9 +17,12 @@ const (
 	maxLabels   = 256
 	maxLabelKey = 253 + 1 + 63 // prefix/name
 	maxLabel    = 253          // Kubernetes allows 63
-	maxName     = 253          // namespace, service account, trust domain
-	maxPorts    = 256
-	maxPortName = 63
+	// maxLabelBytes bounds keys and values of one identity in all: every
+	// identity in use is kept in memory and on a tmpfs.
+	maxLabelBytes = 16 << 10
+	maxName       = 253 // namespace, service account, trust domain
+	maxPorts      = 256
+	maxPortName   = 63
 
 	maxTTL = lease.MaxLease
 	// maxFlight bounds Binding.Flight: a packet older than a lease is nobody's.
