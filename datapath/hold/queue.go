@@ -25,6 +25,9 @@ type Limits struct {
 	Total       int           // packets; default 4096
 	Bytes       int           // of packets; default 64 MiB
 	Timeout     time.Duration // from arrival at the hook; default 1 s
+	// Refused is how long, from its arrival, a workload's call that its
+	// peer's owner refused keeps its place; default 250 ms. See Queue.
+	Refused time.Duration
 }
 
 func (l Limits) withDefaults() Limits {
@@ -40,16 +43,29 @@ func (l Limits) withDefaults() Limits {
 	if l.Timeout <= 0 {
 		l.Timeout = time.Second
 	}
+	if l.Refused <= 0 {
+		l.Refused = 250 * time.Millisecond
+	}
 	return l
 }
 
 // Queue holds packets by the IP whose binding they wait for. Every record
 // given to Add ends exactly once: by Add itself (no room), Answer, Refuse,
-// Expire, DropEndpoint or DropAll; at that moment, and only then, it is given
+// Expire, DropEndpoint or DropAll; at that moment, and not before, it is given
 // back to the kernel's quota.
+//
+// What a workload sends and its peer's owner refuses is given back later, one
+// after the other: its packet is gone, its place is not yet free. A refusal
+// comes within a millisecond, so a workload that calls addresses which nobody
+// has would else have as many of them held in a second as agents can answer,
+// and all other workloads' first contacts would wait behind. So it has
+// PerEndpoint in Limits.Refused, evenly, and the kernel drops what is over.
 type Queue struct {
 	limits   Limits
 	giveBack func(holdIndex, source uint32)
+
+	refused  places           // whose places are given back later, the next first
+	lastFree map[uint32]int64 // hold index -> when the last of them is; only of those in refused
 
 	byIP       map[netip.Addr]*waiting
 	byEndpoint map[uint32]int // packets; an entry of 0 is deleted
@@ -77,7 +93,7 @@ type entry struct {
 // fail and must not call the queue.
 func NewQueue(l Limits, giveBack func(holdIndex, source uint32)) *Queue {
 	return &Queue{limits: l.withDefaults(), giveBack: giveBack, byIP: map[netip.Addr]*waiting{},
-		byEndpoint: map[uint32]int{}, bySource: map[source]int{}}
+		byEndpoint: map[uint32]int{}, bySource: map[source]int{}, lastFree: map[uint32]int64{}}
 }
 
 // source is whose packets share a limit: a remote address; and of what
@@ -143,6 +159,7 @@ func (q *Queue) Answer(ip netip.Addr, notBefore int64) (inject []Record, drop []
 	}
 	for _, e := range w.entries {
 		q.end(e)
+		q.freePlace(&e.rec)
 		if e.rec.Arrival > notBefore {
 			inject = append(inject, e.rec)
 		} else {
@@ -155,7 +172,7 @@ func (q *Queue) Answer(ip netip.Addr, notBefore int64) (inject []Record, drop []
 }
 
 // Refuse ends the holds of an IP that arrived before arrivedBefore, for the
-// reason given. remaining reports that later ones stay held: they are to be
+// reason given. What workloads sent keeps its place a while (see Queue). remaining reports that later ones stay held: they are to be
 // asked for again. If they time out, it is for this reason.
 func (q *Queue) Refuse(ip netip.Addr, arrivedBefore int64, why abi.Reason) (drop []Ended, remaining bool) {
 	why = aReason(why)
@@ -164,7 +181,7 @@ func (q *Queue) Refuse(ip netip.Addr, arrivedBefore int64, why abi.Reason) (drop
 		return nil, false
 	}
 	w.why = why
-	drop = q.filter(ip, w, why, func(r *Record) bool { return r.Arrival < arrivedBefore })
+	drop = q.filter(ip, w, why, q.keepPlace, func(r *Record) bool { return r.Arrival < arrivedBefore })
 	return drop, q.byIP[ip] != nil
 }
 
@@ -176,9 +193,13 @@ func (q *Queue) Note(ip netip.Addr, why abi.Reason) {
 	}
 }
 
-// Expire ends the holds whose time is over at now (CLOCK_BOOTTIME ns). gone
-// are the IPs for which nobody waits any more.
+// Expire ends the holds whose time is over at now (CLOCK_BOOTTIME ns), and
+// gives back the places whose time is. gone are the IPs for which nobody waits
+// any more.
 func (q *Queue) Expire(now int64) (drop []Ended, gone []netip.Addr) {
+	for len(q.refused) > 0 && q.refused[0].free <= now {
+		q.freeNext()
+	}
 	for q.first != nil && q.first.deadline <= now {
 		e := q.first
 		w := q.byIP[e.rec.Peer]
@@ -186,6 +207,7 @@ func (q *Queue) Expire(now int64) (drop []Ended, gone []netip.Addr) {
 		w.entries[0] = nil
 		w.entries = w.entries[1:]
 		q.end(e)
+		q.freePlace(&e.rec)
 		drop = append(drop, Ended{Record: e.rec, Why: w.why})
 		if len(w.entries) == 0 {
 			delete(q.byIP, e.rec.Peer)
@@ -196,12 +218,15 @@ func (q *Queue) Expire(now int64) (drop []Ended, gone []netip.Addr) {
 }
 
 // Next returns when Expire is to be called (CLOCK_BOOTTIME ns); ok is false
-// when nothing is held.
+// when nothing is held and no place kept.
 func (q *Queue) Next() (at int64, ok bool) {
-	if q.first == nil {
-		return 0, false
+	if q.first != nil {
+		at, ok = q.first.deadline, true
 	}
-	return q.first.deadline, true
+	if len(q.refused) > 0 && (!ok || q.refused[0].free < at) {
+		at, ok = q.refused[0].free, true
+	}
+	return at, ok
 }
 
 // DropEndpoint ends all holds of an endpoint that is going away. gone are the
@@ -209,7 +234,7 @@ func (q *Queue) Next() (at int64, ok bool) {
 func (q *Queue) DropEndpoint(id uint32, why abi.Reason) (drop []Ended, gone []netip.Addr) {
 	why = aReason(why)
 	for ip, w := range q.byIP {
-		d := q.filter(ip, w, why, func(r *Record) bool { return r.Endpoint == id })
+		d := q.filter(ip, w, why, q.freePlace, func(r *Record) bool { return r.Endpoint == id })
 		if len(d) > 0 && q.byIP[ip] == nil {
 			gone = append(gone, ip)
 		}
@@ -218,7 +243,7 @@ func (q *Queue) DropEndpoint(id uint32, why abi.Reason) (drop []Ended, gone []ne
 	return drop, gone
 }
 
-// DropAll ends every hold, at the end of the agent.
+// DropAll ends every hold and frees every place, at the end of the agent.
 func (q *Queue) DropAll(why abi.Reason) []Ended {
 	why = aReason(why)
 	drop, _ := q.Expire(math.MaxInt64)
@@ -228,12 +253,14 @@ func (q *Queue) DropAll(why abi.Reason) []Ended {
 	return drop
 }
 
-// filter ends those holds of one IP for which end is true.
-func (q *Queue) filter(ip netip.Addr, w *waiting, why abi.Reason, end func(*Record) bool) (drop []Ended) {
+// filter ends those holds of one IP for which end is true; place does with
+// their places what is to be done.
+func (q *Queue) filter(ip netip.Addr, w *waiting, why abi.Reason, place func(*Record), end func(*Record) bool) (drop []Ended) {
 	kept := make([]*entry, 0, len(w.entries))
 	for _, e := range w.entries {
 		if end(&e.rec) {
 			q.end(e)
+			place(&e.rec)
 			drop = append(drop, Ended{Record: e.rec, Why: why})
 		} else {
 			kept = append(kept, e)
@@ -245,7 +272,7 @@ func (q *Queue) filter(ip netip.Addr, w *waiting, why abi.Reason, end func(*Reco
 	return drop
 }
 
-// end takes an entry off the books, but for its IP's list.
+// end takes an entry off the books, but for its IP's list and its place.
 func (q *Queue) end(e *entry) {
 	if e.prev != nil {
 		e.prev.next = e.next
@@ -267,7 +294,6 @@ func (q *Queue) end(e *entry) {
 	if q.bySource[s]--; q.bySource[s] == 0 {
 		delete(q.bySource, s)
 	}
-	q.giveBack(e.rec.HoldIndex, e.rec.Source)
 }
 
 // aReason keeps a drop from having none (I6).
