@@ -80,11 +80,12 @@ bench: need-go ## ns per packet by program test-run, beside the empty program in
 	@test/prepare strict
 	$(GO) test -count=1 -run '^$$' -bench . ./test/bench
 
-measure: build ## first contacts, IP reuse, throughput and scale, measured with real agents (root, half an hour)
+measure: build ## first contacts, IP reuse, storms, throughput and scale, measured with real agents (root, half an hour)
 	@test/prepare strict
 	$(GO) run ./test/bench/contacts -portcullis bin/portcullis first
 	$(GO) run ./test/bench/contacts -portcullis bin/portcullis reuse
 	$(GO) run ./test/bench/contacts -portcullis bin/portcullis -add-first reuse
+	$(GO) run ./test/bench/contacts -portcullis bin/portcullis flood
 	$(GO) run ./test/bench/throughput -portcullis bin/portcullis
 	$(GO) run ./test/bench/scale -portcullis bin/portcullis
 

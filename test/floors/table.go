@@ -78,7 +78,8 @@ var Table = []Row{
 	{Path: "cmd/portcullis", Floor: 5, Holds: "commands, no logic"},
 
 	{Path: "test/bench", Kind: Tests},
-	{Path: "test/bench/contacts", Kind: Tests, Holds: "first contacts and IP reuse, measured in a lab"},
+	{Path: "test/bench/contacts", Kind: Tests, Holds: "first contacts, IP reuse and storms, measured in a lab"},
+	{Path: "test/bench/rig", Kind: Tests, Holds: "what the measuring commands share"},
 	{Path: "test/bench/scale", Kind: Tests, Holds: "memory, CPU and map writes with many bindings"},
 	{Path: "test/bench/throughput", Kind: Tests, Holds: "connections, packets and streams with and without programs"},
 	{Path: "test/conformance", Kind: Tests},

@@ -13,6 +13,7 @@ import (
 	"portcullis/agent/api"
 	"portcullis/chaos/lab"
 	"portcullis/chaos/lab/probe"
+	"portcullis/test/bench/rig"
 )
 
 const policyFirst = `
@@ -32,13 +33,13 @@ const batch = 50
 
 // contacts are connects to one server, in milliseconds.
 type contacts struct {
-	With        quantiles `json:"with_ms"`    // programs and policy
-	Without     quantiles `json:"without_ms"` // no program on either veth
-	AddedP50    float64   `json:"added_p50_ms"`
-	AddedP99    float64   `json:"added_p99_ms"` // difference of the two p99
-	Retransmits uint32    `json:"syn_retransmits"`
-	Failed      int       `json:"failed"`
-	Errors      []string  `json:"errors,omitempty"`
+	With        rig.Quantiles `json:"with_ms"`    // programs and policy
+	Without     rig.Quantiles `json:"without_ms"` // no program on either veth
+	AddedP50    float64       `json:"added_p50_ms"`
+	AddedP99    float64       `json:"added_p99_ms"` // difference of the two p99
+	Retransmits uint32        `json:"syn_retransmits"`
+	Failed      int           `json:"failed"`
+	Errors      []string      `json:"errors,omitempty"`
 }
 
 type firstResult struct {
@@ -182,7 +183,7 @@ func (f *first) measure(ctx context.Context, n int, before func() error) (out co
 		}
 		fmt.Fprintf(os.Stderr, "%d of %d contacts\n", len(with), n)
 	}
-	out.With, out.Without = summarize(with), summarize(without)
+	out.With, out.Without = rig.Summarize(with), rig.Summarize(without)
 	out.AddedP50, out.AddedP99 = out.With.P50-out.Without.P50, out.With.P99-out.Without.P99
 	return out, err
 }

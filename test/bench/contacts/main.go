@@ -1,10 +1,11 @@
 // Command contacts measures, in a lab with real agents, what Portcullis adds to
-// the first packet between two workloads, and how long an IP rests between two
-// workloads. As root, from the top of the module:
+// the first packet between two workloads, how long an IP rests between two
+// workloads, and what one workload's storm does to another's first packets. As root, from the top of the module:
 //
 //	make build
 //	go run ./test/bench/contacts -portcullis bin/portcullis first
 //	go run ./test/bench/contacts -portcullis bin/portcullis reuse
+//	go run ./test/bench/contacts -portcullis bin/portcullis flood
 //
 // `first` connects from fresh IPs: to a server under policy, and to one on the
 // same nodes without any program, in turns. It does so on a warm session, and
@@ -20,83 +21,59 @@
 // packet that the old gate stopped to its event for the first that the new one
 // let through, both on the owner's node.
 //
+// `flood` has one workload send as many packets as -rate says to addresses that
+// nobody has, or from an address that nobody has, or open 200,000 flows, and
+// another one on the same node call and be called by fresh IPs meanwhile; in
+// turns with the same storm from workloads without programs, and with nobody
+// having any.
+//
 // It prints a table, or JSON with -json. The exit status is 1 if something
 // failed that has nothing to do with time: a wrong admission, a retransmit, a
-// connect that did not succeed.
+// connect that did not succeed, an echo that was lost.
 package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
-	"os"
-	"os/signal"
-	"syscall"
 
 	"portcullis/chaos/lab"
+	"portcullis/test/bench/rig"
 )
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop)
-	if err := run(ctx); err != nil {
-		fmt.Fprintln(os.Stderr, "contacts:", err)
-		os.Exit(1)
-	}
-}
+func main() { rig.Main("contacts", run) }
 
-func run(ctx context.Context) (err error) {
-	binary := flag.String("portcullis", "bin/portcullis", "the binary to measure")
-	asJSON := flag.Bool("json", false, "print JSON")
+func run(ctx context.Context) error {
+	flags := rig.AddFlags()
 	warm := flag.Int("warm", 1000, "first: contacts on a warm session")
 	cold := flag.Int("cold", 100, "first: contacts on a cold session")
 	count := flag.Int("count", 500, "reuse: how many")
 	addFirst := flag.Bool("add-first", false, "reuse: register the new workload while the old one still is, as where a deregistration is missing")
+	var o floodOptions
+	flag.IntVar(&o.rate, "rate", 50_000, "flood: packets per second")
+	flag.IntVar(&o.contacts, "contacts", 300, "flood: first contacts of each kind of storm, a multiple of 50")
+	flag.StringVar(&o.kinds, "storm", "unbound,ingress,flows", "flood: which kinds")
+	flag.BoolVar(&o.why, "why", false, "flood: also read the events of what is dropped of the other workload; costs time")
 	flag.Parse()
-	if _, err := os.Stat(*binary); err != nil {
-		return fmt.Errorf("%w (make build)", err)
-	}
-	c := lab.DefaultConfig()
-	l, err := lab.Up(ctx, c, lab.Options{Name: "bench", Binary: absolute(*binary)})
-	if err != nil {
-		return err
-	}
-	defer func() {
-		err = errors.Join(err, l.Down(context.WithoutCancel(ctx)), l.Close())
-	}()
-	var result interface{ problem() error }
-	switch flag.Arg(0) {
-	case "first":
-		result, err = firstContacts(ctx, l, *warm, *cold)
-	case "reuse":
-		result, err = reuses(ctx, l, *count, *addFirst)
-	default:
-		return errors.New("say `first` or `reuse`")
-	}
-	if err != nil {
-		return err
-	}
-	if *asJSON {
-		enc := json.NewEncoder(os.Stdout)
-		enc.SetIndent("", "  ")
-		if err := enc.Encode(result); err != nil {
+	return flags.InLab(ctx, "bench-"+flag.Arg(0), lab.DefaultConfig(), func(l *lab.Lab) (err error) {
+		var result interface {
+			fmt.Stringer
+			problem() error
+		}
+		switch flag.Arg(0) {
+		case "first":
+			result, err = firstContacts(ctx, l, *warm, *cold)
+		case "reuse":
+			result, err = reuses(ctx, l, *count, *addFirst)
+		case "flood":
+			result, err = floods(ctx, l, o)
+		default:
+			return errors.New("say `first`, `reuse` or `flood`")
+		}
+		if err != nil {
 			return err
 		}
-	} else {
-		fmt.Print(result)
-	}
-	return result.problem()
-}
-
-func absolute(path string) string {
-	if path[0] == '/' {
-		return path
-	}
-	dir, err := os.Getwd()
-	if err != nil {
-		return path
-	}
-	return dir + "/" + path
+		return errors.Join(flags.Print(result), result.problem())
+	})
 }

@@ -16,6 +16,7 @@ import (
 
 	"portcullis/agent/api"
 	"portcullis/chaos/lab"
+	"portcullis/test/bench/rig"
 )
 
 // Port 5000 of the servers is for old workloads only, port 5001 for new ones.
@@ -41,15 +42,15 @@ const (
 var verifiers = []string{"two", "three"}
 
 type reuseResult struct {
-	Reuses          int         `json:"reuses"`
-	DelayMS         quantiles   `json:"delay_ms"`
-	CreatedMS       quantiles   `json:"created_ms"` // of it: until the new endpoint exists, quarantined
-	WaitedMS        quantiles   `json:"waited_ms"`  // of it: from there on
-	WrongAdmissions int64       `json:"wrong_admissions"`
-	Leases          map[int]int `json:"verifiers_with_live_lease"` // how many held one when the old workload was deleted -> reuses
-	Inherited       int64       `json:"inherited"`                 // datagrams to the old workload that the new one got
-	Admitted        int64       `json:"rightly_admitted"`
-	Unmeasured      int         `json:"unmeasured"` // an event was missing
+	Reuses          int           `json:"reuses"`
+	DelayMS         rig.Quantiles `json:"delay_ms"`
+	CreatedMS       rig.Quantiles `json:"created_ms"` // of it: until the new endpoint exists, quarantined
+	WaitedMS        rig.Quantiles `json:"waited_ms"`  // of it: from there on
+	WrongAdmissions int64         `json:"wrong_admissions"`
+	Leases          map[int]int   `json:"verifiers_with_live_lease"` // how many held one when the old workload was deleted -> reuses
+	Inherited       int64         `json:"inherited"`                 // datagrams to the old workload that the new one got
+	Admitted        int64         `json:"rightly_admitted"`
+	Unmeasured      int           `json:"unmeasured"` // an event was missing
 }
 
 func (r *reuseResult) problem() error {
@@ -123,7 +124,7 @@ func reuses(ctx context.Context, l *lab.Lab, count int, addFirst bool) (*reuseRe
 			fmt.Fprintf(os.Stderr, "%d of %d reuses\n", i+1, count)
 		}
 	}
-	out.DelayMS, out.CreatedMS, out.WaitedMS = summarize(total), summarize(created), summarize(waited)
+	out.DelayMS, out.CreatedMS, out.WaitedMS = rig.Summarize(total), rig.Summarize(created), rig.Summarize(waited)
 	out.WrongAdmissions, out.Inherited, out.Admitted = r.wrong.Load(), r.inherited.Load(), r.right.Load()
 	return out, nil
 }

@@ -7,6 +7,7 @@ import (
 
 	"portcullis/agent/api"
 	"portcullis/chaos/lab"
+	"portcullis/test/bench/rig"
 )
 
 // Both directions are under policy that depends on the peer, so that every
@@ -99,18 +100,12 @@ func (f *fixture) drops(ctx context.Context) (n uint64, err error) {
 		return 0, err
 	}
 	for _, node := range st.Nodes {
-		c, err := f.l.Client(node.Name)
+		s, err := rig.AgentStatus(ctx, f.l, node.Name)
 		if err != nil {
 			return 0, err
 		}
-		s, err := c.Status(ctx, &api.StatusRequest{})
-		if err != nil {
-			return 0, err
-		}
-		for _, c := range s.GetCounters() {
-			if c.GetVerdict() == "drop" {
-				n += c.GetPackets()
-			}
+		for _, packets := range rig.Drops(s) {
+			n += packets
 		}
 	}
 	return n, nil

@@ -2,19 +2,15 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"os"
-	"os/signal"
-	"path/filepath"
-	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"portcullis/chaos/lab"
+	"portcullis/test/bench/rig"
 )
 
 // options are what the command line says.
@@ -26,19 +22,11 @@ type options struct {
 	recver int           // core
 }
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop)
-	if err := run(ctx); err != nil {
-		fmt.Fprintln(os.Stderr, "throughput:", err)
-		os.Exit(1)
-	}
-}
+func main() { rig.Main("throughput", run) }
 
-func run(ctx context.Context) (err error) {
+func run(ctx context.Context) error {
 	var o options
-	binary := flag.String("portcullis", "bin/portcullis", "the binary to measure")
-	asJSON := flag.Bool("json", false, "print JSON")
+	flags := rig.AddFlags()
 	what := flag.String("traffic", "connections,udp,stream", "which kinds")
 	where := flag.String("path", "nodes,node", "between nodes, within one node")
 	cores := flag.String("cores", "0,1", "core of the sender, core of the receiver")
@@ -57,78 +45,38 @@ func run(ctx context.Context) (err error) {
 			return fmt.Errorf("-traffic %q: want connections, udp, stream", w)
 		}
 	}
-	path, err := filepath.Abs(*binary)
-	if err != nil {
-		return err
-	}
-	if _, err := os.Stat(path); err != nil {
-		return fmt.Errorf("%w (make build)", err)
-	}
 	c := lab.DefaultConfig()
 	c.Nodes = c.Nodes[:2]
-	l, err := lab.Up(ctx, c, lab.Options{Name: "throughput", Binary: path})
-	if err != nil {
-		return err
-	}
-	defer func() {
-		err = errors.Join(err, l.Down(context.WithoutCancel(ctx)), l.Close())
-	}()
-	f, err := newFixture(ctx, l, c.Nodes)
-	if err != nil {
-		return err
-	}
-	report := &report{Machine: machine(), LoadBefore: load()}
-	for _, p := range strings.Split(*where, ",") {
+	return flags.InLab(ctx, "throughput", c, func(l *lab.Lab) error {
+		f, err := newFixture(ctx, l, c.Nodes)
+		if err != nil {
+			return err
+		}
+		report, err := f.measureAll(ctx, o, strings.Split(*where, ","), strings.Split(*what, ","))
+		if err != nil {
+			return err
+		}
+		return flags.Print(report)
+	})
+}
+
+// measureAll measures each kind of traffic on each path.
+func (f *fixture) measureAll(ctx context.Context, o options, paths, traffic []string) (*report, error) {
+	report := &report{Machine: rig.Machine(), LoadBefore: rig.Load()}
+	for _, p := range paths {
 		pair, ok := f.paths[p]
 		if !ok {
-			return fmt.Errorf("-path %q: want nodes, node", p)
+			return nil, fmt.Errorf("-path %q: want nodes, node", p)
 		}
-		for _, k := range strings.Split(*what, ",") {
+		for _, k := range traffic {
 			fmt.Fprintf(os.Stderr, "%s, path %s\n", k, p)
 			r, err := f.measure(ctx, o, k, p, pair)
 			if err != nil {
-				return fmt.Errorf("%s, path %s: %w", k, p, err)
+				return nil, fmt.Errorf("%s, path %s: %w", k, p, err)
 			}
 			report.Results = append(report.Results, r)
 		}
 	}
-	report.LoadAfter = load()
-	if *asJSON {
-		enc := json.NewEncoder(os.Stdout)
-		enc.SetIndent("", "  ")
-		return enc.Encode(report)
-	}
-	fmt.Print(report)
-	return nil
-}
-
-// machine says where the numbers are from.
-func machine() string {
-	var u syscall.Utsname
-	var release []byte
-	if syscall.Uname(&u) == nil {
-		for _, c := range u.Release {
-			if c == 0 {
-				break
-			}
-			release = append(release, byte(c))
-		}
-	}
-	model := "unknown processor"
-	if b, err := os.ReadFile("/proc/cpuinfo"); err == nil {
-		lines := strings.Split(string(b), "\n")
-		if i := slices.IndexFunc(lines, func(s string) bool { return strings.HasPrefix(s, "model name") }); i >= 0 {
-			_, model, _ = strings.Cut(lines[i], ": ")
-		}
-	}
-	return fmt.Sprintf("Linux %s, %s", release, model)
-}
-
-// load returns the machine's load averages.
-func load() string {
-	b, err := os.ReadFile("/proc/loadavg")
-	if err != nil {
-		return "unknown"
-	}
-	return strings.Join(strings.Fields(string(b))[:3], " ")
+	report.LoadAfter = rig.Load()
+	return report, nil
 }

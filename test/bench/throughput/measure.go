@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"portcullis/test/bench/rig"
 )
 
 // profileSlices are run with the kernel's statistics on.
@@ -46,7 +48,7 @@ func (s sample) agentsCPU() float64 { return float64(s.agents) / float64(s.recei
 
 // measure runs the pairs of one kind of traffic on one path.
 func (f *fixture) measure(ctx context.Context, o options, k, path string, s sides) (r *result, err error) {
-	r = &result{Traffic: k, Path: path, Unit: kinds[k].unit, Target: kinds[k].target, LoadBefore: load()}
+	r = &result{Traffic: k, Path: path, Unit: kinds[k].unit, Target: kinds[k].target, LoadBefore: rig.Load()}
 	before, err := f.drops(ctx)
 	if err != nil {
 		return nil, err
@@ -104,21 +106,21 @@ func (f *fixture) measure(ctx context.Context, o options, k, path string, s side
 	if err != nil {
 		return nil, err
 	}
-	r.Drops, r.LoadAfter = after-before, load()
+	r.Drops, r.LoadAfter = after-before, rig.Load()
 	r.summarize()
 	return r, nil
 }
 
 // slice lets one side send for a while, and waits until all has arrived.
 func (f *fixture) slice(o options, x *flow, c clocks) (s sample, err error) {
-	recver := threadClock(x.tid)
-	before, beforeRecver, beforeSoftirq, beforeAgents := x.received.Load(), cpuOf(recver), cpuOf(c.softirq...), cpuOf(c.agents...)
+	recver := rig.ThreadClock(x.tid)
+	before, beforeRecver, beforeSoftirq, beforeAgents := x.received.Load(), rig.CPU(recver), rig.CPU(c.softirq...), rig.CPU(c.agents...)
 	err = f.l.InWorkload(x.client, func() error {
 		if err := pin(o.sender); err != nil {
 			return err
 		}
-		self := threadClock(unix.Gettid())
-		begin, cpu := time.Now(), cpuOf(self)
+		self := rig.ThreadClock(unix.Gettid())
+		begin, cpu := time.Now(), rig.CPU(self)
 		for s.wall < o.slice {
 			for range x.batch {
 				n, err := x.send()
@@ -129,7 +131,7 @@ func (f *fixture) slice(o options, x *flow, c clocks) (s sample, err error) {
 			}
 			s.wall = time.Since(begin)
 		}
-		s.sender = cpuOf(self) - cpu
+		s.sender = rig.CPU(self) - cpu
 		return nil
 	})
 	if err != nil {
@@ -137,7 +139,7 @@ func (f *fixture) slice(o options, x *flow, c clocks) (s sample, err error) {
 	}
 	x.drain(before + s.sent)
 	s.received = x.received.Load() - before
-	s.recver, s.softirq, s.agents = cpuOf(recver)-beforeRecver, cpuOf(c.softirq...)-beforeSoftirq, cpuOf(c.agents...)-beforeAgents
+	s.recver, s.softirq, s.agents = rig.CPU(recver)-beforeRecver, rig.CPU(c.softirq...)-beforeSoftirq, rig.CPU(c.agents...)-beforeAgents
 	return s, nil
 }
 
@@ -158,7 +160,7 @@ type clocks struct{ softirq, agents []int32 }
 
 func (f *fixture) clocks(o options) (c clocks, err error) {
 	for _, pid := range f.agents {
-		c.agents = append(c.agents, processClock(pid))
+		c.agents = append(c.agents, rig.ProcessClock(pid))
 	}
 	names, err := filepath.Glob("/proc/[0-9]*/comm")
 	if err != nil {
@@ -174,26 +176,11 @@ func (f *fixture) clocks(o options) (c clocks, err error) {
 		if err != nil {
 			return c, err
 		}
-		c.softirq = append(c.softirq, processClock(pid))
+		c.softirq = append(c.softirq, rig.ProcessClock(pid))
 	}
 	if len(c.softirq) == 0 {
 		// In a container the host's threads cannot be seen.
 		fmt.Fprintln(os.Stderr, "throughput: softirq threads are not visible here; their CPU is not counted")
 	}
 	return c, nil
-}
-
-// The kernel's numbers of CPU clocks of other processes and threads.
-func processClock(pid int) int32 { return int32(^pid<<3 | 2) }
-func threadClock(tid int) int32  { return int32(^tid<<3 | 4 | 2) }
-
-// cpuOf returns the sum of CPU clocks; one that has ended counts 0.
-func cpuOf(clocks ...int32) (d time.Duration) {
-	for _, c := range clocks {
-		var ts unix.Timespec
-		if unix.ClockGettime(c, &ts) == nil {
-			d += time.Duration(ts.Nano())
-		}
-	}
-	return d
 }

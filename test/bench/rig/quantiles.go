@@ -1,12 +1,12 @@
-package main
+package rig
 
 import (
 	"fmt"
 	"slices"
 )
 
-// quantiles of a sample; in the unit of the sample.
-type quantiles struct {
+// Quantiles of a sample; in the unit of the sample.
+type Quantiles struct {
 	Count int     `json:"count"`
 	P50   float64 `json:"p50"`
 	P90   float64 `json:"p90"`
@@ -14,7 +14,8 @@ type quantiles struct {
 	Max   float64 `json:"max"`
 }
 
-func summarize(sample []float64) (q quantiles) {
+// Summarize sums a sample up; it leaves the sample as it is.
+func Summarize(sample []float64) (q Quantiles) {
 	s := slices.Sorted(slices.Values(sample))
 	if q.Count = len(s); q.Count == 0 {
 		return q
@@ -25,6 +26,6 @@ func summarize(sample []float64) (q quantiles) {
 	return q
 }
 
-func (q quantiles) String() string {
+func (q Quantiles) String() string {
 	return fmt.Sprintf("n %4d   p50 %8.3f   p90 %8.3f   p99 %8.3f   max %8.3f", q.Count, q.P50, q.P90, q.P99, q.Max)
 }
