@@ -33,7 +33,9 @@ type OwnerConfig struct {
 	// and being judged (A5). Default: a third of ReuseMargin.
 	Flight time.Duration
 	// Grants bounds the grant table. Full means Refused(busy); a grant is
-	// never evicted (I6). Default 65,536.
+	// never evicted (I6). Default 65,536. An eighth of it, at least 64, is the
+	// most that one verifier has, counting all boots that it claims: so one
+	// that lies cannot keep others from being served.
 	Grants int
 	// MaxWorkloads bounds the workloads. Default 4,096.
 	MaxWorkloads int
@@ -233,6 +235,9 @@ type book struct {
 	grants  []*grant
 	refused map[netip.Addr]Time
 	allowAt Time // rate limit (GCRA): theoretical arrival time
+	// refused by the rate limit since the last sweep, and the last IP of them
+	limited   int
+	limitedIP netip.Addr
 }
 
 type ownerStream struct {
@@ -384,6 +389,7 @@ func (o *Owner) sweep() {
 }
 
 func (o *Owner) sweepVerifier(v *book) {
+	o.sayLimited(v)
 	// A session that has been silent for a whole MaxLease after its deadline
 	// is dead, whatever the transport says.
 	if s := v.session; s != nil && o.now > s.deadline.Add(MaxLease) {

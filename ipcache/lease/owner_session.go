@@ -1,6 +1,7 @@
 package lease
 
 import (
+	"fmt"
 	"net/netip"
 	"slices"
 	"time"
@@ -159,7 +160,13 @@ func (o *Owner) confirm(s *ownerStream, m Confirm) {
 		if len(s.v.refused) < maxRefused {
 			s.v.refused[m.IP] = o.now
 		}
-		o.log(LogEntry{Kind: LogRefusal, Peer: s.v.name, IP: m.IP, Reason: r.String()})
+		if r == RefusedRateLimited {
+			// One line a second: the limit would be none if each cost a line.
+			s.v.limited++
+			s.v.limitedIP = m.IP
+		} else {
+			o.log(LogEntry{Kind: LogRefusal, Peer: s.v.name, IP: m.IP, Reason: r.String()})
+		}
 		o.emit(SendToVerifier{s.id, Refused{Confirm: m.ID, IP: m.IP, Reason: r}})
 	}
 	if !o.allow(s.v) {
@@ -217,6 +224,14 @@ func (o *Owner) allow(v *book) bool {
 	}
 	v.allowAt = v.allowAt.Add(step)
 	return true
+}
+
+// sayLimited logs what the rate limit refused since the last time (I6).
+func (o *Owner) sayLimited(v *book) {
+	if v.limited > 0 {
+		o.log(LogEntry{Kind: LogRefusal, Peer: v.name, IP: v.limitedIP, Reason: fmt.Sprintf("%v: %d confirms, the last of this IP", RefusedRateLimited, v.limited)})
+		v.limited = 0
+	}
 }
 
 // ack: the verifier's kernel has let go. Only the answer to what was said on
@@ -295,9 +310,9 @@ func (o *Owner) find(v *book, boot identity.BootID, ip netip.Addr, gen identity.
 }
 
 // newGrant books and journals a grant of an active binding, before anything
-// is said to the verifier. Nil: the table is full.
+// is said to the verifier. Nil: the table, or the verifier's part, is full.
 func (o *Owner) newGrant(v *book, boot identity.BootID, ip netip.Addr, w *workload) *grant {
-	if o.grants >= o.cfg.Grants {
+	if o.grants >= o.cfg.Grants || len(v.grants) >= max(o.cfg.Grants/8, 64) {
 		return nil
 	}
 	g := o.bookGrant(v, boot, ip, w.gen, w.UID)

@@ -51,7 +51,8 @@ const (
 	firstRetry     = 50 * time.Millisecond
 	maxRetry       = time.Second
 	storeRetry     = 200 * time.Millisecond
-	maxOutstanding = 64 // heartbeats unanswered
+	maxOutstanding = 64   // heartbeats unanswered
+	maxConfirms    = 8192 // unanswered, of one owner
 )
 
 // PeerState is where a verifier stands with an owner.

@@ -114,7 +114,7 @@ func (v *Verifier) receive(p *peer, m Message) {
 	case Refused:
 		v.refused(p, m)
 	case Bound:
-		if v.negative[m.IP].reason != RefusedConflict {
+		if v.negative[m.IP].reason != RefusedConflict && v.cfg.Speaks(p.name, m.IP) {
 			delete(v.negative, m.IP)
 		}
 		if w := v.waits[m.IP]; w != nil && w.peer == p {

@@ -80,6 +80,14 @@ func (v *Verifier) ask(w *wait) {
 }
 
 func (v *Verifier) confirm(p *peer, ip netip.Addr) {
+	if p.state != PeerOpen {
+		return
+	}
+	if len(p.confirms) >= maxConfirms {
+		// Its waits have come and gone: it answers heartbeats alone.
+		v.closePeer(p, "confirms are not answered")
+		return
+	}
 	v.nextID++
 	p.confirms[ip] = confirm{id: v.nextID, sent: v.now}
 	v.emit(SendToOwner{p.stream, Confirm{ID: v.nextID, IP: ip}})
