@@ -219,6 +219,42 @@ func TestAddEndpointFailsShut(t *testing.T) {
 	l.must(d.AddEndpoint("wl0", l.endpoint(d)))
 }
 
+// A device that was renamed keeps its gate, whatever becomes of a new device
+// with its former name: its links are still pinned under that.
+func TestRenamedDeviceKeepsItsGate(t *testing.T) {
+	l := newLab(t)
+	d := l.open()
+	l.serve(d)
+	old, err := netlink.LinkByName("wl0")
+	l.must(err)
+	l.must(netlink.LinkSetDown(old))
+	l.must(netlink.LinkSetName(old, "former"))
+	l.must(netlink.LinkSetUp(old))
+	l.wl = l.veth2("wl0")
+	l.up0("wl0")
+	if err := d.AddEndpoint("wl0", l.endpoint(d)); err == nil {
+		t.Fatal("AddEndpoint took the pins of another device")
+	}
+	for hook, at := range map[string]ebpf.AttachType{"from_workload": ebpf.AttachTCXIngress, "to_workload": ebpf.AttachTCXEgress} {
+		q, err := link.QueryPrograms(link.QueryOptions{Target: old.Attrs().Index, Attach: at})
+		l.must(err)
+		if len(q.Programs) != 1 {
+			t.Errorf("%s: the renamed device has %d programs", hook, len(q.Programs))
+		}
+	}
+	dev, err := netlink.LinkByName("wl0")
+	l.must(err)
+	if dev.Attrs().Flags&net.FlagUp != 0 {
+		t.Error("the new device is up, without programs")
+	}
+	// A restart finds the renamed device by its links.
+	l.must(d.Close())
+	d = l.open()
+	if eps, err := d.Endpoints(); err != nil || int(eps["wl0"].Ifindex) != old.Attrs().Index {
+		t.Errorf("adopted %v, %v", eps, err)
+	}
+}
+
 // While the device exists RemoveEndpoint only shuts the gate; when it is gone
 // nothing is left.
 func TestRemoveEndpoint(t *testing.T) {

@@ -48,7 +48,7 @@ func (d *Datapath) AddEndpoint(ifname string, ep abi.Endpoint) error {
 		// What is attached stays: without an element it drops everything.
 		err = errors.Join(err, fmt.Errorf("%s may be without programs: %w", ifname, down))
 	} else {
-		err = errors.Join(err, d.pins.removeLinks(ifname))
+		err = errors.Join(err, d.pins.removeLinksOf(ifname, ifindex))
 	}
 	return errors.Join(err, d.deleteEndpoint(ifindex))
 }

@@ -220,6 +220,23 @@ func (p pinDir) removeLinks(ifname string) error {
 	return p.removeAll(p.device(ifname))
 }
 
+// removeLinksOf removes the links of a name, unless they are of another device
+// that still exists: one that was renamed has its pins under its former name,
+// and without them it would pass everything.
+func (p pinDir) removeLinksOf(ifname string, ifindex uint32) error {
+	for _, hook := range []string{fromWorkload, toWorkload} {
+		l, owner, err := p.link(ifname, hook)
+		if err != nil || l == nil {
+			continue // what cannot be opened as a link holds no device
+		}
+		l.Close()
+		if owner != 0 && owner != ifindex {
+			return nil
+		}
+	}
+	return p.removeLinks(ifname)
+}
+
 // removeAll removes a directory of pins. os.RemoveAll works on bpffs.
 func (p pinDir) removeAll(dir string) error {
 	if !strings.HasPrefix(dir, string(p)+"/") {
