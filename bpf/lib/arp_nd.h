@@ -5,6 +5,7 @@
 #define PC_ARP_ND_H
 
 #include "endpoint.h"
+#include "binding.h"
 
 inline_always int arp_from_workload(struct __sk_buff *skb, const struct pc_life *l, const struct pc_endpoint *ep)
 {
@@ -12,6 +13,10 @@ inline_always int arp_from_workload(struct __sk_buff *skb, const struct pc_life 
 	struct pc_addr sender, target;
 	__u16 op;
 
+	/* Nor does policy see this, or quarantine stop it: no more behind it than
+	 * the padding of the shortest frame. */
+	if (skb->len > WIRE_ETH_SHORTEST)
+		return PC_REASON_MALFORMED;
 	if (!arp || arp->hw_type != bpf_htons(1) || arp->proto_type != bpf_htons(ETHERTYPE_IP4) ||
 	    arp->hw_len != 6 || arp->proto_len != 4)
 		return PC_REASON_MALFORMED;
@@ -82,13 +87,43 @@ inline_always int nd_is_dad(const struct pc_life *l)
 	return l->p.kind == KIND_ND && l->p.type == ND_SOLICIT && addr_zero(&l->p.src);
 }
 
-inline_always int nd_from_workload(struct __sk_buff *skb, const struct pc_life *l, const struct pc_endpoint *ep)
+/* Multicast of the link, or an address of it: no router sends these on. */
+inline_always int nd_link_scope(const struct pc_addr *a)
+{
+	return (__u16)a->d[0] == bpf_htons(0xff02) || addr_link_local(a);
+}
+
+/* Does the packet stay on the link? Whatever its hop limit, a router sends on what
+ * goes to a global address that is elsewhere, and no policy has seen it. The
+ * neighbours with such addresses are the node itself and its other workloads;
+ * an address of the node's own ranges that nobody is bound to is a gateway's. */
+inline_always int nd_to_link(struct __sk_buff *skb, struct pc_life *l)
+{
+	struct pc_slot *s;
+
+	if (nd_link_scope(&l->p.dst))
+		return 1;
+	peer_identify(skb, l);
+	if (l->peer.kind == PEER_BOUND) {
+		s = slot_find(l->peer.slot, l->peer.stamp);
+		return s && (l->peer.identity == PC_ID_HOST || READ_ONCE(s->ifindex));
+	}
+	return l->peer.kind == PEER_MISSING && !l->peer.holdable;
+}
+
+inline_always int nd_from_workload(struct __sk_buff *skb, struct pc_life *l, const struct pc_endpoint *ep)
 {
 	struct wire_nd *nd;
 	struct pc_addr target;
 
+	/* Policy does not see these: they must not carry more than they are for,
+	 * which is one address option and a nonce (RFC 7527). */
+	if (skb->len > WIRE_ETH + WIRE_IP6 + sizeof(*nd) + 16)
+		return PC_REASON_MALFORMED;
 	switch (l->p.type) {
 	case ND_ROUTER_SOLICIT:
+		if (!nd_link_scope(&l->p.dst)) /* routers are asked by no others */
+			return PC_REASON_UNSUPPORTED;
 		if (!nd_option_honest(skb, l, ep, WIRE_ETH + WIRE_IP6 + WIRE_ICMP))
 			return PC_REASON_SPOOFED;
 		return addr_zero(&l->p.src) || nd_owns(l, ep, &l->p.src) ? PC_REASON_NONE :
@@ -100,19 +135,22 @@ inline_always int nd_from_workload(struct __sk_buff *skb, const struct pc_life *
 		return PC_REASON_SPOOFED;
 	}
 	nd = bytes_at(skb, WIRE_ETH + WIRE_IP6, sizeof(*nd));
-	/* Policy does not see these: they must not carry more than they are for,
-	 * which is one address option and a nonce (RFC 7527). */
-	if (!nd || skb->len > WIRE_ETH + WIRE_IP6 + sizeof(*nd) + 16)
+	if (!nd)
 		return PC_REASON_MALFORMED;
 	__builtin_memcpy(&target, nd->target, sizeof(target));
 	if (!nd_option_honest(skb, l, ep, WIRE_ETH + WIRE_IP6 + sizeof(*nd)))
 		return PC_REASON_SPOOFED;
-	if (nd_is_dad(l)) /* is my address free? */
+	if (nd_is_dad(l)) { /* is my address free? */
+		if (!nd_link_scope(&l->p.dst))
+			return PC_REASON_MALFORMED;
 		return nd_owns(l, ep, &target) ? PC_REASON_NONE : PC_REASON_SPOOFED;
+	}
 	if (!nd_owns(l, ep, &l->p.src))
 		return PC_REASON_SPOOFED;
 	if (l->p.type == ND_ADVERT && !nd_owns(l, ep, &target))
 		return PC_REASON_SPOOFED;
+	if (endpoint_enforces(l, PC_DIR_EGRESS) && !nd_to_link(skb, l))
+		return PC_REASON_POLICY_DENIED;
 	return PC_REASON_NONE;
 }
 

@@ -156,17 +156,15 @@ inline_always int peer_by_mark(struct __sk_buff *skb, struct pc_life *l, __u32 i
 }
 
 /* What the range table says of an address without a live binding. */
-inline_always int range_of(struct __sk_buff *skb, struct pc_life *l, const struct pc_addr *addr, int kind)
+inline_always int range_of(struct __sk_buff *skb, struct pc_life *l, const struct pc_addr *addr, int kind, __u32 epoch)
 {
 	struct pc_range_key key = { .prefixlen = 128 };
 	struct pc_range *r;
 	__u32 flags = 0;
 
 	__builtin_memcpy(&key.addr, addr, sizeof(key.addr));
-	/* The epoch is read before the table: a change in between makes the
-	 * judgement look old, never new. */
 	if (kind != PEER_EXPIRED)
-		l->peer.slot = range_epoch();
+		l->peer.slot = epoch;
 	r = bpf_map_lookup_elem(&ranges, &key);
 	if (r)
 		flags = READ_ONCE(r->flags);
@@ -187,12 +185,17 @@ inline_always int range_of(struct __sk_buff *skb, struct pc_life *l, const struc
 inline_always int peer_look_up(struct __sk_buff *skb, struct pc_life *l)
 {
 	struct pc_addr peer_addr = *life_peer(l, l->dir), *addr = &peer_addr;
+	/* The epoch is read before bindings and ranges: a change of either makes
+	 * the judgement look old, never new. */
+	__u32 epoch = range_epoch();
 	struct pc_peer *peer = &l->peer;
-	struct pc_binding *b = bpf_map_lookup_elem(&bindings, addr);
+	struct pc_binding *b;
 	struct pc_slot *s;
 	__u32 ifindex, live;
 	int origin;
 
+	barrier();
+	b = bpf_map_lookup_elem(&bindings, addr);
 	/* The answer to a peer that is known by its mark: its address is not its
 	 * own, so the judgement says who it is. */
 	if (endpoint_mark_mask && l->dir == PC_DIR_EGRESS && (l->how & CT_KNOWN) &&
@@ -204,7 +207,7 @@ inline_always int peer_look_up(struct __sk_buff *skb, struct pc_life *l)
 		return peer_from_slot(l, s, l->j.slot, l->j.stamp);
 	}
 	if (!b)
-		return range_of(skb, l, addr, PEER_MISSING);
+		return range_of(skb, l, addr, PEER_MISSING, epoch);
 	/* The element may be recycled while it is read: slot and stamp may then
 	 * be of two bindings. slot_of finds that out. */
 	peer->slot = READ_ONCE(b->slot);
@@ -212,7 +215,7 @@ inline_always int peer_look_up(struct __sk_buff *skb, struct pc_life *l)
 	s = slot_of(peer->slot, peer->stamp, addr);
 	if (!s) {
 		peer->stamp = 0;
-		return range_of(skb, l, addr, PEER_MISSING);
+		return range_of(skb, l, addr, PEER_MISSING, epoch);
 	}
 	peer->identity = READ_ONCE(s->identity);
 	peer->evidence = READ_ONCE(s->evidence);
@@ -231,7 +234,7 @@ inline_always int peer_look_up(struct __sk_buff *skb, struct pc_life *l)
 			return origin;
 	}
 	if (!live)
-		return range_of(skb, l, addr, PEER_EXPIRED);
+		return range_of(skb, l, addr, PEER_EXPIRED, epoch);
 	return PEER_BOUND;
 }
 

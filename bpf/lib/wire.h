@@ -110,6 +110,7 @@ enum {
 	WIRE_IP4 = sizeof(struct wire_ip4),
 	WIRE_IP6 = sizeof(struct wire_ip6),
 	WIRE_ICMP = sizeof(struct wire_icmp),
+	WIRE_ETH_SHORTEST = 60, /* frame, as drivers give it */
 
 	ETHERTYPE_IP4 = 0x0800,
 	ETHERTYPE_ARP = 0x0806,

@@ -1,6 +1,7 @@
 package tests
 
 import (
+	"net/netip"
 	"testing"
 
 	"portcullis/bpf/abi"
@@ -30,6 +31,7 @@ func TestARP(t *testing.T) {
 		{"another's MAC in Ethernet and ARP", abi.EPCheckMac, arp(2, pod2MAC, f.pod, f.node), abi.ReasonSpoofed},
 		{"another's MAC in ARP", abi.EPCheckMac, withMAC(arp(2, pod2MAC, f.pod, f.node), podMAC), abi.ReasonSpoofed},
 		{"reverse ARP", 0, arp(3, podMAC, f.pod, f.node), abi.ReasonUnsupported},
+		{"padded", 0, append(arp(1, podMAC, f.pod, f.node), make([]byte, 18)...), 0},
 		{"short", 0, arp(1, podMAC, f.pod, f.node)[:40], abi.ReasonMalformed},
 		{"not of Ethernet", 0, patch(arp(1, podMAC, f.pod, f.node), 15, 6), abi.ReasonMalformed},
 		{"not of IPv4", 0, patch(arp(1, podMAC, f.pod, f.node), 16, 0x86), abi.ReasonMalformed},
@@ -53,6 +55,19 @@ func TestARP(t *testing.T) {
 				g.pass(g.to(g.pod, 0, tt.packet))
 			}
 		})
+	}
+}
+
+// TestARPCarriesNoPayload: no policy sees it, nor does quarantine stop it.
+func TestARPCarriesNoPayload(t *testing.T) {
+	f := families[0]
+	g := newGate(t)
+	ep := g.endpoint(g.pod, f, f.pod, enforceOut)
+	for _, state := range []abi.EndpointState{abi.EPActive, abi.EPQuarantined} {
+		ep.State = uint32(state)
+		g.put("endpoints", g.pod, ep)
+		g.pass(g.from(g.pod, append(arp(1, podMAC, f.pod, f.node), make([]byte, 18)...)))
+		g.drop(g.from(g.pod, append(arp(1, podMAC, f.pod, f.node), make([]byte, 19)...)), abi.ReasonMalformed)
 	}
 }
 
@@ -85,6 +100,8 @@ func TestND(t *testing.T) {
 		{"answers without address", 0, nd(136, zero, all, f.pod, 255), abi.ReasonSpoofed},
 		{"looks for routers", 0, nd(133, ownLL, ip("ff02::2"), zero, 255), 0},
 		{"looks for routers without address", 0, nd(133, zero, ip("ff02::2"), zero, 255), 0},
+		{"looks for routers elsewhere", 0, nd(133, f.pod, f.world, zero, 255), abi.ReasonUnsupported},
+		{"looks for routers with more to say", 0, nd(133, ownLL, ip("ff02::2"), zero, 255, make([]byte, 24)...), abi.ReasonMalformed},
 		{"looks for routers as another", 0, nd(133, f.pod2, ip("ff02::2"), zero, 255), abi.ReasonSpoofed},
 		{"router advertisement", 0, nd(134, ownLL, all, zero, 255), abi.ReasonSpoofed},
 		{"redirect", 0, nd(137, ownLL, f.pod2, f.node, 255), abi.ReasonSpoofed},
@@ -102,7 +119,8 @@ func TestND(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			g := newGate(t)
 			g.endpoint(g.pod, f, f.pod, tt.flags|enforceIn|enforceOut)
-			if tt.name == "another's MAC to routers" { // a payload of 8 bytes: no option to look at
+			g.ipRange(netip.PrefixFrom(f.node, 128), abi.RangeKnown, 0) // as the agent has it
+			if tt.name == "another's MAC to routers" {                  // a payload of 8 bytes: no option to look at
 				tt.packet[14+5] = 8
 			}
 			v := drop
@@ -115,8 +133,40 @@ func TestND(t *testing.T) {
 			}
 		})
 	}
-	// Towards the workload the link's word is taken.
+	// To an address that is elsewhere a router would send it on (the hop limit is
+	// the receiver's business): egress policy must not be passed by.
 	g := newGate(t)
+	ep := g.endpoint(g.pod, f, f.pod, enforceOut)
+	g.ipRange(f.remote, abi.RangeKnown|abi.RangeHoldable, 0)
+	g.ipRange(f.own, abi.RangeKnown, 0)
+	g.bind(f.peer2, idClient)
+	g.bind(f.pod2, idClient, local(g.pod2))
+	for _, tt := range []struct {
+		name   string
+		to     netip.Addr
+		reason abi.Reason
+	}{
+		{"the world", f.world, abi.ReasonPolicyDenied},
+		{"another node's range", f.peer, abi.ReasonPolicyDenied},
+		{"a remote workload", f.peer2, abi.ReasonPolicyDenied},
+		{"multicast beyond the link", ip("ff0e::1"), abi.ReasonPolicyDenied},
+		{"a workload of the same link", f.pod2, 0},
+		{"the gateway", ip("fd00:1::1"), 0},
+		{"the router's link-local address", otherLL, 0},
+	} {
+		for kind, p := range map[string][]byte{"question": nd(135, f.pod, tt.to, tt.to, 255), "answer": nd(136, f.pod, tt.to, f.pod, 255)} {
+			if r := g.from(g.pod, p); r.reason != tt.reason || (r.verdict == pass) != (tt.reason == 0) || len(r.held) != 0 {
+				t.Errorf("%s to %s: %v (%v)", kind, tt.name, r.verdict, r.reason)
+			}
+		}
+	}
+	g.drop(g.from(g.pod, nd(135, zero, f.world, f.pod, 255)), abi.ReasonMalformed)
+	ep.Flags, ep.Policy = 0, ep.Policy+1000
+	g.put("endpoints", g.pod, ep)
+	g.pass(g.from(g.pod, nd(136, f.pod, f.world, f.pod, 255)))
+
+	// Towards the workload the link's word is taken.
+	g = newGate(t)
 	g.endpoint(g.pod, f, f.pod, enforceIn)
 	g.pass(g.to(g.pod, 0, nd(135, f.node, solicited, f.pod, 255)))
 	g.pass(g.to(g.pod, 0, nd(136, f.node, f.pod, f.node, 255)))
