@@ -45,6 +45,10 @@ const (
 	maxPerVerifier = 4
 	// maxConnections bounds accepted connections, authenticated or not.
 	maxConnections = 8192
+	// maxHeaders bounds the HTTP/2 headers of a message, which carry no part of
+	// the protocol, and maxWords what a peer says in words; in bytes.
+	maxHeaders = 8 << 10
+	maxWords   = 256
 	// window is HTTP/2's flow control window. It is fixed, so that gRPC sends
 	// no probes of its own.
 	window = 1 << 20

@@ -3,8 +3,8 @@ package session
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
+	"strings"
 	"sync"
 	"time"
 
@@ -221,6 +221,15 @@ func (t *Transport) share(role Role, verifier identity.NodeName) (oldest *stream
 	return oldest, all >= 4*maxPerVerifier
 }
 
+// brief bounds what a peer said in words: it goes into logs.
+func brief(words string) string {
+	words = strings.ToValidUTF8(words, "?")
+	if len(words) > maxWords {
+		words = strings.ToValidUTF8(words[:maxWords], "") + "..."
+	}
+	return words
+}
+
 // reason makes the end of a stream readable.
 func reason(err error) string {
 	if errors.Is(err, io.EOF) {
@@ -228,13 +237,13 @@ func reason(err error) string {
 	}
 	var bad *malformed
 	if errors.As(err, &bad) {
-		return err.Error()
+		return brief(err.Error())
 	}
 	if s, ok := status.FromError(err); ok {
-		return fmt.Sprintf("the stream broke: %s", s.Message())
+		return "the stream broke: " + brief(s.Message())
 	}
 	if errors.Is(err, context.Canceled) {
 		return errEnded.Error()
 	}
-	return fmt.Sprintf("the stream broke: %v", err)
+	return "the stream broke: " + brief(err.Error())
 }

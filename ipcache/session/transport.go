@@ -147,7 +147,7 @@ func (t *Transport) Run(parent context.Context) error {
 		grpc.Creds(&handshaker{t: t, authorize: t.verifiers()}),
 		grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: handshakeTimeout}), // a connection without a stream
-		grpc.MaxConcurrentStreams(1),
+		grpc.MaxConcurrentStreams(1), grpc.MaxHeaderListSize(maxHeaders),
 		grpc.MaxRecvMsgSize(maxFrame), grpc.MaxSendMsgSize(maxFrame),
 		grpc.StaticStreamWindowSize(window), grpc.StaticConnWindowSize(window),
 		grpc.WaitForHandlers(true),

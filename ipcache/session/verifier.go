@@ -92,6 +92,7 @@ func (t *Transport) dial(ctx context.Context, owner identity.NodeName) (g sessio
 		grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) { return dialer.DialContext(ctx, "tcp", addr) }),
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.DefaultConfig, MinConnectTimeout: t.cfg.DialTimeout}),
 		grpc.WithNoProxy(), grpc.WithDisableServiceConfig(), grpc.WithDisableRetry(), grpc.WithDisableHealthCheck(), grpc.WithIdleTimeout(0),
+		grpc.WithMaxHeaderListSize(maxHeaders),
 		grpc.WithStaticStreamWindowSize(window), grpc.WithStaticConnWindowSize(window),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxFrame), grpc.MaxCallSendMsgSize(maxFrame)),
 	)
@@ -118,7 +119,7 @@ func (t *Transport) dial(ctx context.Context, owner identity.NodeName) (g sessio
 	}
 	if err != nil {
 		if s, ok := status.FromError(err); ok {
-			err = errors.New(s.Message())
+			err = errors.New(brief(s.Message()))
 		}
 		hangUp()
 		return nil, nil, nil, fmt.Errorf("agent of node %s at %s: %w", owner, addr, err)
