@@ -138,7 +138,12 @@ func (n *node) importPolicy(l *loop, source string) {
 	if len(problems) > 0 {
 		n.t.Fatal(problems)
 	}
-	if _, err := l.importPolicies(parsed); err != nil {
+	st, err := l.store.stage(parsed)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	defer st.discard()
+	if _, err := l.importPolicies(parsed, st); err != nil {
 		n.t.Fatal(err)
 	}
 }

@@ -3,7 +3,6 @@ package agent
 import (
 	"errors"
 	"fmt"
-	"time"
 
 	"go.uber.org/zap"
 
@@ -106,13 +105,15 @@ func (l *loop) forgetPolicy(e *endpoint) {
 // set is in the kernel before the first endpoint is switched to it, and the
 // repository goes back to what it was when one does not fit. They are stored
 // first: a policy that a restart would forget must not be counted on.
-func (l *loop) importPolicies(parsed []api.ParsedPolicy) (replaced map[authz.Ref]bool, err error) {
+func (l *loop) importPolicies(parsed []api.ParsedPolicy, st *staged) (replaced map[authz.Ref]bool, err error) {
 	undo := l.changePolicies()
 	replaced = map[authz.Ref]bool{}
-	now := time.Now()
 	for _, p := range parsed {
 		replaced[p.Ref] = undo.remember(p.Ref)
-		if err = l.putPolicy(p.Policy, importedFile{name: p.File, at: now}); err != nil {
+		if err = l.store.putStaged(api.FromRef(p.Ref).Ref(), st); err == nil {
+			err = l.usePolicy(p.Policy, importedFile{name: p.File, at: st.at})
+		}
+		if err != nil {
 			break
 		}
 	}
@@ -146,11 +147,16 @@ func (l *loop) deletePolicies(refs []authz.Ref) error {
 	return nil
 }
 
-// putPolicy stores a policy and puts it into the repository.
-func (l *loop) putPolicy(p *authz.Policy, f importedFile) error {
+// putBack stores a policy that stood before, and puts it into the repository.
+func (l *loop) putBack(p *authz.Policy, f importedFile) error {
 	if err := l.store.putPolicy(api.FromRef(p.Ref).Ref(), policyRecord{File: f.name, Imported: f.at, Source: p.Source}); err != nil {
 		return err
 	}
+	return l.usePolicy(p, f)
+}
+
+// usePolicy puts a policy that is stored into the repository.
+func (l *loop) usePolicy(p *authz.Policy, f importedFile) error {
 	if err := l.repo.Put(p); err != nil {
 		return err
 	}
@@ -158,7 +164,7 @@ func (l *loop) putPolicy(p *authz.Policy, f importedFile) error {
 	return nil
 }
 
-// removePolicy is the opposite of putPolicy.
+// removePolicy is the opposite.
 func (l *loop) removePolicy(ref authz.Ref) error {
 	l.repo.Delete(ref)
 	delete(l.policyFiles, ref)
@@ -210,7 +216,7 @@ func (u *policyUndo) run(why error) error {
 		if o.policy == nil {
 			errs = append(errs, u.l.removePolicy(o.ref))
 		} else {
-			errs = append(errs, u.l.putPolicy(o.policy, o.file))
+			errs = append(errs, u.l.putBack(o.policy, o.file))
 		}
 	}
 	errs = append(errs, u.l.applyPolicies())

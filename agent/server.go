@@ -40,7 +40,7 @@ func asStatus(err error) error {
 		code = codes.AlreadyExists
 	case errors.Is(err, errNotMine), errors.Is(err, errNoDevice), errors.Is(err, errNoProcess):
 		code = codes.FailedPrecondition
-	case errors.Is(err, errNoHoldIndex), errors.Is(err, errKernelRefuse):
+	case errors.Is(err, errNoHoldIndex), errors.Is(err, errKernelRefuse), errors.Is(err, errNotStored):
 		code = codes.ResourceExhausted
 	case errors.Is(err, errNotFound):
 		code = codes.NotFound
@@ -152,8 +152,17 @@ func (s *server) ImportPolicies(ctx context.Context, r *api.ImportPoliciesReques
 		resp.Problems = problems
 		return resp, nil
 	}
-	err := s.ask(ctx, func() error {
-		replaced, err := s.l.importPolicies(parsed)
+	// Not by the loop: a slow disk must not cost a lease.
+	st, err := s.l.store.stage(parsed)
+	if err != nil {
+		return nil, asStatus(err)
+	}
+	defer st.discard()
+	err = s.ask(ctx, func() error {
+		if ctx.Err() != nil {
+			return ctx.Err() // nobody waits, and what was staged is gone
+		}
+		replaced, err := s.l.importPolicies(parsed, st)
 		if err != nil {
 			return err
 		}
@@ -162,6 +171,9 @@ func (s *server) ImportPolicies(ctx context.Context, r *api.ImportPoliciesReques
 		}
 		return nil
 	})
+	if err == nil {
+		err = asStatus(s.l.store.syncPolicies())
+	}
 	return resp, err
 }
 

@@ -53,6 +53,12 @@ const (
 	storeLimit        = 64 << 20
 )
 
+// newSuffix is of a file that takes another's place when it is complete.
+const newSuffix = ".new"
+
+// errNotStored: what a restart would forget must not be counted on.
+var errNotStored = errors.New("the policies cannot be stored")
+
 // errStoreFull: no binding is installed whose identity a restart would not know.
 var errStoreFull = errors.New("store: too much is remembered of remote workloads")
 
@@ -85,6 +91,15 @@ func openStore(journalDir, stateDir string, boot identity.BootID) (*store, error
 		ports: filepath.Join(journalDir, "ports"), knownPorts: map[holder][]identity.NamedPort{}}
 	for _, dir := range []string{s.workloads, s.policies} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fmt.Errorf("store: %w", err)
+		}
+	}
+	left, err := filepath.Glob(filepath.Join(s.policies, stagedPrefix+"*"))
+	if err != nil {
+		return nil, err
+	}
+	for _, file := range left { // of an import that a crash ended
+		if err := os.Remove(file); err != nil {
 			return nil, fmt.Errorf("store: %w", err)
 		}
 	}
@@ -260,6 +275,57 @@ func (s *store) putPolicy(ref string, r policyRecord) error {
 	return writeJSON(s.policyPath(ref), r, true)
 }
 
+// staged are policies on the disk, complete, that are not in force yet.
+type staged struct {
+	at    time.Time
+	files map[string]string // by reference
+}
+
+const stagedPrefix = "staged-"
+
+// stage writes policies to the disk, which can take long: so it is not done by
+// the loop. It is safe for concurrent use. Whoever calls it discards.
+func (s *store) stage(parsed []api.ParsedPolicy) (*staged, error) {
+	st := &staged{at: time.Now(), files: map[string]string{}}
+	for _, p := range parsed {
+		f, err := os.CreateTemp(s.policies, stagedPrefix)
+		if err == nil {
+			st.files[api.FromRef(p.Ref).Ref()] = f.Name()
+			err = errors.Join(f.Close(), writeJSON(f.Name(), policyRecord{File: p.File, Imported: st.at, Source: p.Source}, true))
+		}
+		if err != nil {
+			st.discard()
+			return nil, fmt.Errorf("%w: %w", errNotStored, err)
+		}
+	}
+	return st, nil
+}
+
+// discard removes what was not put.
+func (st *staged) discard() {
+	for _, file := range st.files {
+		_ = os.Remove(file) // the next start does it
+		_ = os.Remove(file + newSuffix)
+	}
+}
+
+// putStaged puts a staged policy in its place. It counts after syncPolicies.
+func (s *store) putStaged(ref string, st *staged) error {
+	if err := os.Rename(st.files[ref], s.policyPath(ref)); err != nil {
+		return fmt.Errorf("%w: %w", errNotStored, err)
+	}
+	return nil
+}
+
+// syncPolicies makes what was put last if the machine fails. It is safe for
+// concurrent use, and not for the loop.
+func (s *store) syncPolicies() error {
+	if err := syncDir(s.policies); err != nil {
+		return fmt.Errorf("the policies are in force, and may be forgotten if this machine fails: %w: %w", errNotStored, err)
+	}
+	return nil
+}
+
 func (s *store) deletePolicy(ref string) error { return ignoreMissing(os.Remove(s.policyPath(ref))) }
 
 // loadPolicies returns the stored policies, parsed anew. One that cannot be
@@ -302,7 +368,7 @@ func writeJSON(path string, v any, durable bool) error {
 // writeFile replaces a file as a whole; durable: also if the machine fails
 // right after it.
 func writeFile(path string, data []byte, durable bool) (err error) {
-	f, err := os.OpenFile(path+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	f, err := os.OpenFile(path+newSuffix, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
 	if err != nil {
 		return fmt.Errorf("store: %w", err)
 	}
@@ -311,7 +377,7 @@ func writeFile(path string, data []byte, durable bool) (err error) {
 		err = errors.Join(err, f.Sync())
 	}
 	if err = errors.Join(err, f.Close()); err == nil {
-		err = os.Rename(path+".new", path)
+		err = os.Rename(path+newSuffix, path)
 	}
 	if err == nil && durable {
 		err = syncDir(filepath.Dir(path))

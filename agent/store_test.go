@@ -9,6 +9,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"portcullis/agent/api"
 	"portcullis/identity"
 )
 
@@ -100,5 +101,48 @@ func TestStoreForgetsStrangers(t *testing.T) {
 	l.retry()
 	if err := l.store.putIdentity(identity.New("td", "ns", "b", nil)); err != nil {
 		t.Error(err)
+	}
+}
+
+// An import that ends half way, on the disk or in the loop, leaves what was.
+func TestImportThatEndsHalfWay(t *testing.T) {
+	n := newNode(t)
+	n.veth("a0")
+	l := n.mustStart()
+	n.run(l, app("a0", "10.1.1.2"))
+	n.importPolicy(l, denyEvil)
+	parsed, problems := api.ParsePolicies([]*api.PolicyFile{{Name: "p.yaml", Content: []byte(denyAll)}, {Name: "q.yaml", Content: []byte(strings.Replace(denyAll, "deny-all", "other", 1))}})
+	if len(problems) > 0 {
+		t.Fatal(problems)
+	}
+	st, err := l.store.stage(parsed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := n.inKernel(l, "a0")
+	if err := os.Remove(st.files[api.FromRef(parsed[1].Ref).Ref()]); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.importPolicies(parsed, st); !errors.Is(err, errNotStored) {
+		t.Errorf("%v, want %v", err, errNotStored)
+	}
+	if ep := n.inKernel(l, "a0"); len(l.repo.List()) != 1 || ep.Flags != before.Flags {
+		t.Errorf("%d policies are in force, flags %#x, were %#x", len(l.repo.List()), ep.Flags, before.Flags)
+	}
+	if st, err = l.store.stage(parsed); err != nil {
+		t.Fatal(err)
+	}
+	n.crash(l)
+	l = n.mustStart()
+	defer n.crash(l)
+	files, err := os.ReadDir(l.store.policies)
+	if err != nil || len(files) != 1 || len(l.repo.List()) != 1 {
+		t.Errorf("after a crash with %d policies staged: %v, %v; %d are in force", len(st.files), files, err, len(l.repo.List()))
+	}
+	if err := os.RemoveAll(l.store.policies); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.store.stage(parsed); !errors.Is(err, errNotStored) {
+		t.Errorf("without a directory: %v, want %v", err, errNotStored)
 	}
 }
