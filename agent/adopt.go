@@ -27,7 +27,7 @@ import (
 //	registered, half relabelled   -> quarantined, waits as a new one
 //	pinned endpoint, not          -> its gate is closed
 //	pinned endpoint, its policy   -> everything is denied there until somebody
-//	files are gone                   imports or deletes policies (I2)
+//	files are gone                   imports one for it, or deletes any (I2)
 //
 // Policies are in the repository before the first endpoint is compiled, and
 // numbers keep their identities, so a packet that passed before passes now.
@@ -203,7 +203,7 @@ func (l *loop) adoptEndpoint(w workload, ep abi.Endpoint) error {
 		e.lost = 0
 	}
 	if e.lost != 0 {
-		l.alarms.raise("policies-lost", fmt.Sprintf("%s is under policy in the kernel, and no policy in %s selects it: everything is denied there until policies are imported or deleted", e.fullName(), l.cfg.StateDir))
+		l.alarms.raise("policies-lost", fmt.Sprintf("%s is under policy in the kernel, and no policy in %s selects it: everything is denied there until one is imported, or policies are deleted", e.fullName(), l.cfg.StateDir))
 	}
 	var err error
 	if e.numeric, err = l.acquire(e.identity); err == nil {

@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -73,7 +74,11 @@ func TestLostPoliciesDoNotOpen(t *testing.T) {
 	}
 	l = n.mustStart()
 	defer n.crash(l)
-	n.importPolicy(l, denyAll)
+	n.importPolicy(l, strings.Replace(denyAll, "podSelector: {}", "podSelector: {matchLabels: {app: nobody}}", 1))
+	if !enforced(l) || !lost(l) {
+		t.Errorf("with another workload's policy back: enforced %v, alarm %v", enforced(l), lost(l))
+	}
+	n.importPolicy(l, denyAll) // under the same name
 	if !enforced(l) || lost(l) {
 		t.Errorf("with its policy back: enforced %v, alarm %v", enforced(l), lost(l))
 	}

@@ -118,6 +118,13 @@ func (l *loop) importPolicies(parsed []api.ParsedPolicy, st *staged) (replaced m
 		}
 	}
 	if err == nil {
+		// What is imported may be a part of what was lost: it speaks for
+		// whom it selects, and opens nobody else.
+		for e := range undo.lost {
+			if l.underPolicy(e) {
+				e.lost = 0
+			}
+		}
 		err = l.applyPolicies()
 	}
 	if err != nil {
@@ -130,6 +137,9 @@ func (l *loop) importPolicies(parsed []api.ParsedPolicy, st *staged) (replaced m
 // deletePolicies removes policies, all or none.
 func (l *loop) deletePolicies(refs []authz.Ref) error {
 	undo := l.changePolicies()
+	for e := range undo.lost {
+		e.lost = 0 // what is in force after it is meant, whatever was lost before
+	}
 	for _, ref := range refs {
 		undo.remember(ref)
 		l.repo.Delete(ref)
@@ -182,18 +192,24 @@ type policyUndo struct {
 	lost map[*endpoint]uint32
 }
 
-// changePolicies begins a change that somebody asked for: what is in force
-// after it is meant, whatever was lost before.
+// changePolicies begins a change that somebody asked for.
 func (l *loop) changePolicies() *policyUndo {
 	u := &policyUndo{l: l, lost: map[*endpoint]uint32{}}
 	for _, e := range l.endpoints {
-		u.lost[e], e.lost = e.lost, 0
+		u.lost[e] = e.lost
 	}
 	return u
 }
 
 // done ends a change that went through.
-func (u *policyUndo) done() { u.l.alarms.clear("policies-lost") }
+func (u *policyUndo) done() {
+	for _, e := range u.l.endpoints {
+		if e.lost != 0 {
+			return
+		}
+	}
+	u.l.alarms.clear("policies-lost")
+}
 
 // remember notes what stands, and reports whether anything does.
 func (u *policyUndo) remember(ref authz.Ref) bool {
