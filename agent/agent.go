@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"time"
@@ -14,6 +15,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
 	"portcullis/agent/api"
@@ -85,6 +87,7 @@ func Run(signalled context.Context, cfg Config, log *zap.Logger) error {
 	run("held packets", func(ctx context.Context) error { return l.dp.Held(ctx, func(r hold.Record) { l.receive(ctx, r) }) })
 	run("events", func(ctx context.Context) error { return l.dp.Events(ctx, l.publish) })
 	run("devices", l.watchDevices)
+	run("confirmation log", l.reopenLog)
 	run("conntrack sweep", l.sweepConntrack)
 	run("workload processes", func(ctx context.Context) error {
 		return l.processes.run(ctx, func(uid identity.UID, what process) { l.post(func() { l.processEnded(uid, what) }) })
@@ -117,6 +120,26 @@ func (l *loop) begin() {
 	l.pendingAdds = nil
 	l.stepOwner(lease.OwnerTick{})
 	l.stepVerifier(lease.VerifierTick{})
+}
+
+// reopenLog opens the confirmation log anew at each SIGHUP, for whoever has
+// moved it away, until ctx ends.
+func (l *loop) reopenLog(ctx context.Context) error {
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, unix.SIGHUP)
+	defer signal.Stop(hup)
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-hup:
+		}
+		if err := l.audit.Reopen(); err != nil {
+			l.alarms.raise("confirmation-log", fmt.Sprintf("it could not be opened anew, the former file is written: %v", err))
+			continue
+		}
+		l.log.Info("the confirmation log was opened anew", zap.String("file", l.cfg.AuditLog))
+	}
 }
 
 // watchDevices tells the loop of devices that vanish, until ctx ends.

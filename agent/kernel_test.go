@@ -1,9 +1,11 @@
 package agent
 
 import (
+	"context"
 	"fmt"
 	"net/netip"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"sync/atomic"
@@ -13,6 +15,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 
 	"portcullis/agent/api"
 	"portcullis/bpf/abi"
@@ -154,3 +157,33 @@ kind: NetworkPolicy
 metadata: {name: deny-all}
 spec: {podSelector: {}}
 `
+
+// SIGHUP is no end: the confirmation log goes on in a new file.
+func TestSIGHUP(t *testing.T) {
+	n := newNode(t)
+	l := n.mustStart()
+	defer n.crash(l)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- l.reopenLog(ctx) }()
+	if err := os.Rename(n.cfg.AuditLog, n.cfg.AuditLog+".1"); err != nil {
+		t.Fatal(err)
+	}
+	// Kept from ending the test before the loop's part listens.
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, unix.SIGHUP)
+	defer signal.Stop(hup)
+	opened := func() bool { _, err := os.Stat(n.cfg.AuditLog); return err == nil }
+	for deadline := time.Now().Add(10 * time.Second); !opened() && time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		if err := unix.Kill(os.Getpid(), unix.SIGHUP); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !opened() {
+		t.Error("not opened anew")
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}

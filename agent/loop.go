@@ -151,6 +151,7 @@ func (l *loop) retry() {
 		l.retryPolicies = false
 		l.alarms.clear("policy-not-applied")
 	}
+	l.alarmSVID()
 	l.alarms.expire()
 	l.compactJournal()
 	l.forgetStrangers()

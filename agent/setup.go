@@ -133,6 +133,9 @@ func (l *loop) compactJournal() {
 		// The old journal still stands: it says the same, or more is granted
 		// only when it can be written.
 		l.log.Warn("compact the journal", zap.Error(err))
+		if l.unwritten { // and idle, perhaps: the alarm must not fade
+			l.alarms.raise("journal", fmt.Sprintf("the journal cannot be written, so no lease is granted: %v: make room in %s", err, l.cfg.JournalDir))
+		}
 		return
 	}
 	l.unwritten = false
@@ -276,6 +279,21 @@ func (l *loop) alarmPressure() {
 		return
 	}
 	l.alarms.raise("map-pressure", "nearly full: "+strings.Join(full, ", ")+"; what does not fit is dropped: raise the size, or find who fills it")
+}
+
+// alarmSVID tells of an SVID that nobody renews, before sessions end with it.
+func (l *loop) alarmSVID() {
+	if l.source == nil {
+		return
+	}
+	switch late := l.source.Overdue(); {
+	case late == 0:
+		l.alarms.clear("svid")
+	case late < 100:
+		l.alarms.raise("svid", fmt.Sprintf("%d %% of the life of this agent's SVID are over and it was not renewed: sessions end with it: look at the SPIFFE agent behind %s", late, l.cfg.WorkloadAPI))
+	default:
+		l.alarms.raise("svid", "this agent's SVID has expired, so it has no sessions: look at the SPIFFE agent behind "+l.cfg.WorkloadAPI)
+	}
 }
 
 // close gives up what newLoop opened. Pins and programs stay.

@@ -35,6 +35,17 @@ func stageAt(begin, end, now time.Time) (at stage, next time.Time) {
 	return at, next
 }
 
+// Overdue returns how much of the newest SVID's life is over, in per cent, if
+// that is 75 or more: at half it should have been renewed. Else 0, also when
+// there is no SVID. It is one of 75, 90 and 100, by the wall clock.
+func (s *Source) Overdue() int64 {
+	begin, end := s.Life()
+	if at, _ := stageAt(begin, end, time.Now().Round(0)); !end.IsZero() && at >= stageLate {
+		return percent[at]
+	}
+	return 0
+}
+
 // pollWall bounds how long a timer may sleep: the wall clock, which ends a
 // certificate, can be set, and goes on while the timers' clock does not.
 const pollWall = 30 * time.Second

@@ -68,13 +68,26 @@ func TestAlarms(t *testing.T) {
 			return at, percents
 		}
 
+		overdue := func(want int64) {
+			t.Helper()
+			if got := s.Overdue(); got != want {
+				t.Errorf("after %v: overdue by %d %%, want %d", time.Since(start), got, want)
+			}
+		}
+		overdue(0)
 		s.update(given(t, start, start.Add(1000*time.Second)))
 		time.Sleep(600 * time.Second)
 		if at, percents := alarms(); !slices.Equal(at, []time.Duration{500 * time.Second}) || !slices.Equal(percents, []int64{50}) {
 			t.Errorf("until 600 s: alarms at %v: %v", at, percents)
 		}
 		s.update(given(t, start.Add(600*time.Second), start.Add(1600*time.Second)))
-		time.Sleep(1100 * time.Second)
+		overdue(0)
+		time.Sleep(749 * time.Second)
+		overdue(0)
+		time.Sleep(151 * time.Second)
+		overdue(90)
+		time.Sleep(200 * time.Second)
+		overdue(100)
 		want := []time.Duration{1100 * time.Second, 1350 * time.Second, 1500 * time.Second, 1600 * time.Second}
 		if at, percents := alarms(); !slices.Equal(at, want) || !slices.Equal(percents, []int64{50, 75, 90, 100}) {
 			t.Errorf("after the renewal: alarms at %v: %v", at, percents)
