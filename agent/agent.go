@@ -88,6 +88,7 @@ func Run(signalled context.Context, cfg Config, log *zap.Logger) error {
 	run("events", func(ctx context.Context) error { return l.dp.Events(ctx, l.publish) })
 	run("devices", l.watchDevices)
 	run("confirmation log", l.reopenLog)
+	run("programs on devices", l.devices.run)
 	run("conntrack sweep", l.sweepConntrack)
 	run("workload processes", func(ctx context.Context) error {
 		return l.processes.run(ctx, func(uid identity.UID, what process) { l.post(func() { l.processEnded(uid, what) }) })
@@ -142,17 +143,19 @@ func (l *loop) reopenLog(ctx context.Context) error {
 	}
 }
 
-// watchDevices tells the loop of devices that vanish, until ctx ends.
+// watchDevices tells of devices that come, change and vanish, until ctx ends.
 func (l *loop) watchDevices(ctx context.Context) error {
 	watching := false
 	return netdev.Watch(ctx, func(c netdev.Change) {
 		if !watching { // and the devices were listed
 			watching = true
 			l.post(l.sweepDevices)
+			l.devices.sweep()
 		}
 		if c.Gone {
 			l.post(func() { l.linkGone(c.Device.Ifindex) })
 		}
+		l.devices.changed(c)
 		if slices.Contains(l.cfg.Uplinks, c.Device.Name) {
 			l.post(l.refreshUplinks)
 		}

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net/netip"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"time"
 
@@ -38,14 +37,18 @@ type Peer struct {
 // Config is what an agent is told at its start. Validate names everything
 // that is wrong with it at once.
 type Config struct {
-	Node        identity.NodeName
-	NodeIPs     []netip.Addr
-	Ranges      []netip.Prefix
-	Peers       []Peer
-	Listen      netip.AddrPort
-	Uplinks     []string
-	TrustDomain string
-	WorkloadAPI string // unix:///path
+	Node    identity.NodeName
+	NodeIPs []netip.Addr
+	Ranges  []netip.Prefix
+	Peers   []Peer
+	Listen  netip.AddrPort
+	Uplinks []string
+	// WorkloadDevices are patterns (path.Match) of the names of devices that are
+	// put under the programs as soon as they appear, shut until somebody
+	// registers a workload behind them. None: at the registration.
+	WorkloadDevices []string
+	TrustDomain     string
+	WorkloadAPI     string // unix:///path
 
 	APISocket  string
 	PinDir     string
@@ -116,7 +119,7 @@ func (c *Config) Validate() error {
 		bad("--range is missing: name the prefixes whose addresses this node gives to its workloads")
 	}
 	if !c.Listen.IsValid() {
-		bad("--listen is missing or wrong: want ADDRESS:PORT, e.g. %s:4260", firstOr(c.NodeIPs, "192.0.2.1"))
+		bad("--listen is missing or wrong: want ADDRESS:PORT, an address of this node, e.g. %s:4260", firstOr(c.NodeIPs, "NODE-IP"))
 	}
 	if _, err := spiffeid.TrustDomainFromString(c.TrustDomain); err != nil {
 		bad("--trust-domain %q: %v", c.TrustDomain, err)
@@ -149,6 +152,16 @@ func (c *Config) Validate() error {
 	}
 	if c.MarkMask&c.EndpointMarkMask != 0 {
 		bad("--mark-mask %#x and --endpoint-mark-mask %#x share bits", c.MarkMask, c.EndpointMarkMask)
+	}
+	for _, p := range c.WorkloadDevices {
+		if err := checkPattern(p); err != nil {
+			bad("--workload-device %q: %v", p, err)
+		}
+		for _, u := range c.Uplinks {
+			if matchesAny([]string{p}, u) {
+				bad("--workload-device %q matches %s, which is an --uplink", p, u)
+			}
+		}
 	}
 	errs = append(errs, c.validateTimes()...)
 	errs = append(errs, c.validateRanges()...)
@@ -281,7 +294,7 @@ func firstOr(ips []netip.Addr, other string) string {
 	if len(ips) > 0 {
 		return ips[0].String()
 	}
-	return strconv.Quote(other)
+	return other
 }
 
 // ConfigErrors gathers what is wrong with a configuration.

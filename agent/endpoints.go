@@ -13,7 +13,7 @@ import (
 
 	"portcullis/authz"
 	"portcullis/bpf/abi"
-	"portcullis/datapath/netdev"
+	"portcullis/datapath"
 	"portcullis/identity"
 	"portcullis/ipcache/lease"
 )
@@ -69,11 +69,11 @@ var (
 	errKernelRefuse = errors.New("the kernel refused")
 )
 
-// register creates the endpoint, quarantined and enforced, and then asks the
-// owner machine for its IPs. On an error nothing of it is left.
-func (l *loop) register(w workload) (*endpoint, error) {
+// admissible looks whether a workload may be registered, before its device is
+// touched. An endpoint means that it is registered already, as it is.
+func (l *loop) admissible(w *workload) (*endpoint, error) {
 	if e, ok := l.endpoints[w.uid]; ok {
-		if !sameWorkload(&e.workload, &w) {
+		if !sameWorkload(&e.workload, w) {
 			return nil, fmt.Errorf("uid %s is %w with other fields: relabel it, or deregister it first", w.uid, errConflict)
 		}
 		return e, nil
@@ -81,19 +81,17 @@ func (l *loop) register(w workload) (*endpoint, error) {
 	if ip, ok := l.nodeUIDs[w.uid]; ok {
 		return nil, fmt.Errorf("uid %s is %w: it names this node as the holder of %s", w.uid, errConflict, ip)
 	}
-	if err := l.claimIPs(&w); err != nil {
-		return nil, err
+	return nil, l.claimIPs(w)
+}
+
+// register creates the endpoint, quarantined and enforced, and then asks the
+// owner machine for its IPs. The programs are on the device already (see
+// devices): without an endpoint, or when it ends in an error, they drop
+// everything.
+func (l *loop) register(w workload, ifindex uint32) (*endpoint, error) {
+	if e, err := l.admissible(&w); e != nil || err != nil {
+		return e, err
 	}
-	device, err := netdev.ByName(w.ifname)
-	if err != nil {
-		return nil, fmt.Errorf("%w in the agent's network namespace: %w", errNoDevice, err)
-	}
-	if device.Kind != "veth" || slices.Contains(l.cfg.Uplinks, w.ifname) {
-		// The node's own traffic would be judged as a workload's, and what
-		// comes in by an uplink would be believed to be this workload.
-		return nil, fmt.Errorf("%w for a workload: %s is no host side of its veth (kind %s)", errNoDevice, w.ifname, device.Kind)
-	}
-	ifindex := device.Ifindex
 	if stale := l.byIfindex[ifindex]; stale != nil {
 		return nil, fmt.Errorf("device %s is %w: it belongs to %s", w.ifname, errConflict, stale.fullName())
 	}
@@ -103,7 +101,7 @@ func (l *loop) register(w workload) (*endpoint, error) {
 	}
 	e := &endpoint{workload: w, id: l.dp.State().NextEndpointID(), ifindex: ifindex, holdIndex: holdIndex,
 		state: abi.EPQuarantined, created: time.Now(), activated: make(chan struct{})}
-	err = l.watchProcess(&e.workload)
+	err := l.watchProcess(&e.workload)
 	if err == nil {
 		err = l.enforce(e)
 	}
@@ -137,8 +135,8 @@ func (l *loop) hold(e *endpoint) {
 	}
 }
 
-// enforce puts the endpoint under its policy and its programs on the device,
-// before anything waits: from here on nothing passes unjudged.
+// enforce gives the programs on the device the endpoint and its policy, before
+// anything waits: from here on its packets are judged as its own.
 func (l *loop) enforce(e *endpoint) error {
 	numeric, err := l.acquire(e.identity)
 	if err != nil {
@@ -163,7 +161,7 @@ func (l *loop) enforce(e *endpoint) error {
 		l.forgetPolicy(e)
 		l.release(numeric)
 		l.forgetWorkload(e.uid)
-		return fmt.Errorf("%w the programs on %s: %w", errKernelRefuse, e.ifname, err)
+		return fmt.Errorf("%w the endpoint on %s: %w", errKernelRefuse, e.ifname, err)
 	}
 	return nil
 }
@@ -317,7 +315,7 @@ func (l *loop) deregister(uid identity.UID) (existed bool, err error) {
 	}
 	old := e.state
 	e.state = abi.EPClosed
-	if err := l.dp.SetEndpoint(e.abi()); err != nil && deviceExists(e.ifindex) {
+	if err := l.dp.SetEndpoint(e.abi()); err != nil && datapath.DeviceExists(e.ifindex) {
 		// The gate may still be open: the binding must not be given up.
 		e.state = old
 		return true, fmt.Errorf("%w to close the gate of %s, try again: %w", errKernelRefuse, e.fullName(), err)
@@ -357,49 +355,69 @@ func (l *loop) forgetWorkload(uid identity.UID) {
 	}
 }
 
-// sweepDevice removes programs and the element of an ended endpoint once its
-// device is gone. While the device exists they stay: removing them would let
-// an ended workload speak unjudged.
+// sweepDevice removes the element of an ended endpoint once its device is gone;
+// its links are removed by devices.
 func (l *loop) sweepDevice(ifindex uint32) {
 	e := l.byIfindex[ifindex]
-	if e == nil || e.state != abi.EPClosed || deviceExists(ifindex) {
+	if e == nil || e.state != abi.EPClosed || datapath.DeviceExists(ifindex) {
 		return
 	}
-	if err := l.dp.RemoveEndpoint(e.ifname, ifindex); err != nil {
+	if err := l.dp.RemoveEndpoint(ifindex); err != nil {
 		l.log.Warn("remove an ended endpoint", zap.String("device", e.ifname), zap.Error(err))
 	}
 	delete(l.byIfindex, ifindex)
 }
 
-// linkGone is the second way in which a workload's end is seen.
+// linkGone is the second way in which a workload's end is seen. If another
+// device has the index by now, devices has a closer look.
 func (l *loop) linkGone(ifindex uint32) {
-	e := l.byIfindex[ifindex]
-	if e == nil {
+	if l.byIfindex[ifindex] == nil || datapath.DeviceExists(ifindex) {
 		return
 	}
+	if err := l.vacate(ifindex); err != nil {
+		l.log.Error("end of a workload whose device is gone", zap.Error(err))
+	}
+}
+
+// vacate ends the endpoint that an index has, whose device is gone: if another
+// device has the index it must not pass for the former one's workload (I1).
+func (l *loop) vacate(ifindex uint32) error {
 	// Not one that was registered under its UID since, behind another device.
-	if l.endpoints[e.uid] == e {
+	if e := l.byIfindex[ifindex]; e != nil && l.endpoints[e.uid] == e {
 		if _, err := l.deregister(e.uid); err != nil {
-			l.log.Error("end of a workload whose device is gone", zap.Error(err))
+			return err
 		}
 	}
-	l.sweepDevice(ifindex)
+	if err := l.dp.RemoveEndpoint(ifindex); err != nil {
+		return err
+	}
+	delete(l.byIfindex, ifindex)
+	return nil
+}
+
+// renamed notes the new name of an endpoint's device.
+func (l *loop) renamed(ifindex uint32, name string) {
+	e := l.byIfindex[ifindex]
+	if e == nil || e.ifname == name {
+		return
+	}
+	e.ifname = name
+	if l.endpoints[e.uid] != e {
+		return // it ended
+	}
+	if err := l.store.putWorkload(e); err != nil {
+		// The next agent finds it under another name than it was registered
+		// with, and shuts it.
+		l.log.Warn("note the new name of a device", zap.String("workload", e.fullName()), zap.Error(err))
+	}
 }
 
 // sweepDevices ends the workloads whose devices vanished between the adoption
 // and the watch over devices.
 func (l *loop) sweepDevices() {
 	for _, ifindex := range slices.Collect(maps.Keys(l.byIfindex)) {
-		if !deviceExists(ifindex) {
-			l.linkGone(ifindex)
-		}
+		l.linkGone(ifindex)
 	}
-}
-
-// deviceExists is true when in doubt: then nothing is taken from an endpoint.
-func deviceExists(ifindex uint32) bool {
-	_, err := netdev.ByIndex(ifindex)
-	return !errors.Is(err, netdev.ErrNoDevice)
 }
 
 func sameWorkload(a, b *workload) bool {

@@ -28,7 +28,7 @@ func TestRegisterRefusesOtherDevices(t *testing.T) {
 	l := n.mustStart()
 	defer n.crash(l)
 	for _, ifname := range []string{"up0", "lo", "br0", "nothing"} {
-		if _, err := l.register(app(ifname, "10.1.1.2")); !errors.Is(err, errNoDevice) {
+		if _, err := n.register(l, app(ifname, "10.1.1.2")); !errors.Is(err, errNoDevice) {
 			t.Errorf("%s: %v, want %v", ifname, err, errNoDevice)
 		}
 	}
@@ -46,7 +46,7 @@ func TestRegisterRefusesTheNodesUID(t *testing.T) {
 	defer n.crash(l)
 	w := app("a0", "10.1.1.2")
 	w.uid = nodeUID(n.cfg.Node, n.cfg.NodeIPs[0])
-	if _, err := l.register(w); !errors.Is(err, errConflict) {
+	if _, err := n.register(l, w); !errors.Is(err, errConflict) {
 		t.Errorf("%v, want %v", err, errConflict)
 	}
 }
@@ -61,7 +61,7 @@ func TestJournalIsMended(t *testing.T) {
 	if err := l.journal.Close(); err != nil {
 		t.Fatal(err)
 	}
-	e, err := l.register(app("a0", "10.1.1.2"))
+	e, err := n.register(l, app("a0", "10.1.1.2"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -95,7 +95,7 @@ func TestIPGivenTwice(t *testing.T) {
 	l := n.mustStart()
 	defer n.crash(l)
 	first := n.run(l, app("a0", "10.1.1.2"))
-	second, err := l.register(app("b0", "10.1.1.2"))
+	second, err := n.register(l, app("b0", "10.1.1.2"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -122,7 +122,7 @@ func TestRejectedNewcomerTakesNothing(t *testing.T) {
 	defer n.crash(l)
 	holder := n.run(l, app("a0", "10.1.1.2"))
 	l.stepOwner(lease.Leave{}) // from now on nothing is taken up
-	newcomer, err := l.register(app("b0", "10.1.1.2"))
+	newcomer, err := n.register(l, app("b0", "10.1.1.2"))
 	if err != nil || newcomer.detail == "" {
 		t.Fatalf("%v, detail %q; want a rejection", err, newcomer.detail)
 	}

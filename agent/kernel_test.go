@@ -83,7 +83,14 @@ func (n *node) unplug(name string) {
 }
 
 // start opens a loop, as an agent's start does; crash leaves the kernel as it is.
-func (n *node) start() (*loop, error) { return newLoop(n.t.Context(), n.cfg, zap.NewNop()) }
+func (n *node) start() (*loop, error) {
+	l, err := newLoop(n.t.Context(), n.cfg, zap.NewNop())
+	if err == nil {
+		// No loop runs: its goroutine is the test's.
+		l.devices.inLoop = func(_ context.Context, f func() error) error { return f() }
+	}
+	return l, err
+}
 
 func (n *node) mustStart() *loop {
 	n.t.Helper()
@@ -107,10 +114,23 @@ func app(ifname string, ip string) workload {
 		identity: identity.New("example.org", "default", "default", map[string]string{"app": ifname})}
 }
 
+// register does what the local API does, with the loop's part on the test's
+// goroutine.
+func (n *node) register(l *loop, w workload) (*endpoint, error) {
+	if e, err := l.admissible(&w); e != nil || err != nil {
+		return e, err
+	}
+	ifindex, err := l.devices.ensure(n.t.Context(), w.ifname)
+	if err != nil {
+		return nil, err
+	}
+	return l.register(w, ifindex)
+}
+
 // run registers a workload and waits for its activation.
 func (n *node) run(l *loop, w workload) *endpoint {
 	n.t.Helper()
-	e, err := l.register(w)
+	e, err := n.register(l, w)
 	if err != nil {
 		n.t.Fatal(err)
 	}

@@ -48,6 +48,7 @@ type loop struct {
 	store     *store
 	storeKept int        // bytes that the store had when it was rewritten last
 	processes *processes // safe for concurrent use
+	devices   *devices   // set before run; what the loop calls of it is safe for concurrent use
 	audit     *audit.Log
 
 	owner    lease.OwnerMachine

@@ -110,7 +110,7 @@ func TestRegisterRefusesEndedProcesses(t *testing.T) {
 		w.process = p
 		var err error
 		for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); {
-			if _, err = l.register(w); err != nil {
+			if _, err = n.register(l, w); err != nil {
 				break
 			}
 			if _, err := l.deregister(w.uid); err != nil { // it was not dead yet
@@ -204,7 +204,7 @@ func TestWorkloadEndsWhileNoAgentRuns(t *testing.T) {
 				t.Error("the journal does not know of its end")
 			}
 			// Its IP's next holder waits for the lease, and for no more.
-			newcomer, err := l.register(app("b0", "10.1.1.2"))
+			newcomer, err := n.register(l, app("b0", "10.1.1.2"))
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -58,16 +58,9 @@ func (s *server) RegisterWorkload(ctx context.Context, r *api.RegisterWorkloadRe
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
 	started := time.Now()
-	var e *endpoint
-	var activated <-chan struct{}
-	err = s.ask(ctx, func() (err error) {
-		if e, err = s.l.register(w); err == nil {
-			activated = e.activated
-		}
-		return err
-	})
+	e, activated, err := s.register(ctx, w)
 	if err != nil {
-		return nil, err
+		return nil, asStatus(err)
 	}
 	// The endpoint stands, shut. From here on only the caller waits.
 	if err := s.awaitActivation(ctx, activated, r.Wait); err != nil {
@@ -80,6 +73,27 @@ func (s *server) RegisterWorkload(ctx context.Context, r *api.RegisterWorkloadRe
 		return nil
 	})
 	return resp, err
+}
+
+// register has the device put under the programs before the endpoint is made:
+// in between it is shut, and the loop need not wait for the kernel.
+func (s *server) register(ctx context.Context, w workload) (e *endpoint, activated <-chan struct{}, err error) {
+	if err := s.l.call(ctx, func() (err error) { e, err = s.l.admissible(&w); return err }); err != nil {
+		return nil, nil, err
+	}
+	var ifindex uint32
+	if e == nil {
+		if ifindex, err = s.l.devices.enforce(ctx, w.ifname); err != nil {
+			return nil, nil, err
+		}
+	}
+	err = s.l.call(ctx, func() (err error) {
+		if e, err = s.l.register(w, ifindex); err == nil {
+			activated = e.activated
+		}
+		return err
+	})
+	return e, activated, err
 }
 
 func (s *server) DeregisterWorkload(ctx context.Context, r *api.DeregisterWorkloadRequest) (*api.DeregisterWorkloadResponse, error) {

@@ -33,6 +33,9 @@ func (l *loop) openKernel() (err error) {
 	if err != nil {
 		return err
 	}
+	if l.devices, err = newDevices(l); err != nil {
+		return err
+	}
 	if err := l.setRanges(); err != nil {
 		return err
 	}

@@ -19,7 +19,7 @@ func TestExtraSources(t *testing.T) {
 	w := app("a0", "10.1.1.2")
 	for _, p := range []string{"10.1.1.7/32", "10.0.0.0/8", "10.1.2.0/25", "192.0.2.1/32", "192.0.2.2/32"} {
 		w.sources = []netip.Prefix{netip.MustParsePrefix(p)}
-		if _, err := l.register(w); !errors.Is(err, errNotMine) {
+		if _, err := n.register(l, w); !errors.Is(err, errNotMine) {
 			t.Errorf("%s was taken: %v", p, err)
 		}
 	}

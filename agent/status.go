@@ -29,7 +29,7 @@ func (l *loop) status() (*api.StatusResponse, error) {
 	s := &api.StatusResponse{Node: string(l.cfg.Node), Version: Version(), Started: timestamppb.New(l.started), BootId: l.boot.String(),
 		EvidenceMode: string(l.cfg.Evidence), Ttl: durationpb.New(l.cfg.TTL), Heartbeat: durationpb.New(l.cfg.Heartbeat),
 		ReuseMargin: durationpb.New(l.cfg.ReuseMargin), LostEvents: l.dp.State().LostEvents(), Policies: uint32(len(l.repo.List())),
-		Endpoints: uint32(len(l.endpoints))}
+		Endpoints: uint32(len(l.endpoints)), DevicesUnregistered: l.devicesUnregistered()}
 	if l.grants != nil {
 		s.Grants = uint32(l.grants.GrantCount())
 		s.StartupWait = durationpb.New(l.grants.StartupWait(now))
@@ -76,6 +76,17 @@ func (l *loop) status() (*api.StatusResponse, error) {
 	}
 	s.Healthy = len(s.Problems) == 0
 	return s, nil
+}
+
+// devicesUnregistered counts the devices under programs behind which there is
+// no workload yet.
+func (l *loop) devicesUnregistered() (n uint32) {
+	for _, i := range l.devices.under() {
+		if l.byIfindex[i] == nil {
+			n++
+		}
+	}
+	return n
 }
 
 // statusSources tells of what the agent cannot work without.

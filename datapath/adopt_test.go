@@ -155,6 +155,7 @@ func TestAddEndpointQuarantines(t *testing.T) {
 	d := l.open()
 	ep := l.endpoint(d)
 	ep.State = uint32(abi.EPActive)
+	l.must(d.Attach("wl0", ep.Ifindex))
 	l.must(d.AddEndpoint("wl0", ep))
 	eps, err := d.Endpoints()
 	l.must(err)
@@ -195,106 +196,6 @@ func TestProgramsStandFirst(t *testing.T) {
 	l.must(err)
 	if len(at.Programs) != 2 || uint32(at.Programs[0].ID) != programID(l, "to_workload") {
 		t.Errorf("the programs of the hook are %+v", at.Programs)
-	}
-}
-
-// When the second program cannot be attached the device must not be left with
-// one: it is taken down.
-func TestAddEndpointFailsShut(t *testing.T) {
-	l := newLab(t)
-	d := l.open()
-	l.must(os.MkdirAll(filepath.Join(l.pins, "links", "wl0", "to_workload"), 0o700)) // where the pin should go
-	if err := d.AddEndpoint("wl0", l.endpoint(d)); err == nil {
-		t.Fatal("AddEndpoint succeeded")
-	}
-	dev, err := netlink.LinkByName("wl0")
-	l.must(err)
-	if dev.Attrs().Flags&1 != 0 { // net.FlagUp
-		t.Error("the device is up, without its programs")
-	}
-	if eps, err := d.Endpoints(); err != nil || len(eps) != 0 {
-		t.Errorf("endpoints %v, %v", eps, err)
-	}
-	// A second try works.
-	l.must(d.AddEndpoint("wl0", l.endpoint(d)))
-}
-
-// A device that was renamed keeps its gate, whatever becomes of a new device
-// with its former name: its links are still pinned under that.
-func TestRenamedDeviceKeepsItsGate(t *testing.T) {
-	l := newLab(t)
-	d := l.open()
-	l.serve(d)
-	old, err := netlink.LinkByName("wl0")
-	l.must(err)
-	l.must(netlink.LinkSetDown(old))
-	l.must(netlink.LinkSetName(old, "former"))
-	l.must(netlink.LinkSetUp(old))
-	l.wl = l.veth2("wl0")
-	l.up0("wl0")
-	if err := d.AddEndpoint("wl0", l.endpoint(d)); err == nil {
-		t.Fatal("AddEndpoint took the pins of another device")
-	}
-	for hook, at := range map[string]ebpf.AttachType{"from_workload": ebpf.AttachTCXIngress, "to_workload": ebpf.AttachTCXEgress} {
-		q, err := link.QueryPrograms(link.QueryOptions{Target: old.Attrs().Index, Attach: at})
-		l.must(err)
-		if len(q.Programs) != 1 {
-			t.Errorf("%s: the renamed device has %d programs", hook, len(q.Programs))
-		}
-	}
-	dev, err := netlink.LinkByName("wl0")
-	l.must(err)
-	if dev.Attrs().Flags&net.FlagUp != 0 {
-		t.Error("the new device is up, without programs")
-	}
-	// A restart finds the renamed device by its links.
-	l.must(d.Close())
-	d = l.open()
-	if eps, err := d.Endpoints(); err != nil || int(eps["wl0"].Ifindex) != old.Attrs().Index {
-		t.Errorf("adopted %v, %v", eps, err)
-	}
-}
-
-// While the device exists RemoveEndpoint only shuts the gate; when it is gone
-// nothing is left.
-func TestRemoveEndpoint(t *testing.T) {
-	l := newLab(t)
-	d := l.open()
-	ep := l.serve(d)
-	l.confirm(d, 1, remote4)
-	server, peer := l.udp(l.workload, workload4, 5000), l.udp(l.remote, remote4, 6000)
-	l.send(peer, workload4, 5000, "before")
-	l.receive(server, "before")
-
-	l.must(d.RemoveEndpoint("wl0", ep.Ifindex))
-	l.send(peer, workload4, 5000, "after")
-	l.send(server, remote4, 6000, "after")
-	for _, dir := range []abi.Direction{abi.DirIngress, abi.DirEgress} {
-		l.eventually("a drop: "+dir.String(), func() bool { return dropped(l, d, dir, abi.ReasonNoEndpoint) > 0 })
-	}
-	l.nothing(server)
-	l.nothing(peer)
-
-	dev, err := netlink.LinkByName("wl0")
-	l.must(err)
-	l.must(netlink.LinkDel(dev))
-	l.must(d.RemoveEndpoint("wl0", ep.Ifindex))
-	l.must(d.RemoveEndpoint("wl0", ep.Ifindex)) // it may be repeated
-	if _, err := os.Stat(filepath.Join(l.pins, "links", "wl0")); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("the links are still pinned: %v", err)
-	}
-	if err := pinnedMap(l, "endpoints").Lookup(ep.Ifindex, &ep); err == nil {
-		t.Error("the element is still there")
-	}
-
-	// The same name for a new device; the old one's end comes late.
-	old := ep.Ifindex
-	l.wl = l.veth2("wl0")
-	l.up0("wl0")
-	l.must(d.AddEndpoint("wl0", l.endpoint(d)))
-	l.must(d.RemoveEndpoint("wl0", old))
-	if eps, err := d.Endpoints(); err != nil || eps["wl0"].Ifindex != uint32(l.wl) {
-		t.Errorf("the new device's endpoint went with the old: %v, %v", eps, err)
 	}
 }
 
@@ -349,6 +250,7 @@ func TestAdoptionPutsInOrder(t *testing.T) {
 	l.must(err)
 	ep2 := l.endpoint(d)
 	ep2.Ifindex, ep2.HoldIndex = uint32(dev.Attrs().Index), 2
+	l.must(d.Attach("dot.1", ep2.Ifindex))
 	l.must(d.AddEndpoint("dot.1", ep2))
 	if eps, err := d.Endpoints(); err != nil || eps["dot.1"].ID != ep2.ID {
 		t.Fatalf("endpoints %v, %v", eps, err)

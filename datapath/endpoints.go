@@ -3,23 +3,17 @@ package datapath
 import (
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
 	"go.uber.org/zap"
 
 	"portcullis/bpf/abi"
 )
 
-// AddEndpoint puts a device under the programs, with the endpoint quarantined
-// whatever ep.State says: SetEndpoint lifts that. The element comes first, so
-// that there is no moment in which a program finds none, then both links, at
-// the head of their hooks, each pinned at once.
-//
-// On failure nothing is left open: the device is taken down, for it would pass
-// everything without programs. It may be repeated.
+// AddEndpoint gives the programs on a device an endpoint, quarantined whatever
+// ep.State says: SetEndpoint lifts that. Attach comes before it; until the
+// element is there, and if it cannot be written, they drop everything. It may
+// be repeated.
 func (d *Datapath) AddEndpoint(ifname string, ep abi.Endpoint) error {
 	ifindex, err := ifindexOf(ifname)
 	if err != nil {
@@ -35,22 +29,7 @@ func (d *Datapath) AddEndpoint(ifname string, ep abi.Endpoint) error {
 		return err
 	}
 	ep.State = uint32(abi.EPQuarantined)
-	err = d.coll.Maps["endpoints"].Put(ifindex, &ep)
-	if err != nil {
-		err = mapError("add endpoint on "+ifname, "endpoints", err)
-	} else {
-		err = d.attach(ifname, ifindex)
-	}
-	if err == nil {
-		return nil
-	}
-	if down := deviceDown(ifname); down != nil {
-		// What is attached stays: without an element it drops everything.
-		err = errors.Join(err, fmt.Errorf("%s may be without programs: %w", ifname, down))
-	} else {
-		err = errors.Join(err, d.pins.removeLinksOf(ifname, ifindex))
-	}
-	return errors.Join(err, d.deleteEndpoint(ifindex))
+	return mapError("add endpoint on "+ifname, "endpoints", d.coll.Maps["endpoints"].Put(ifindex, &ep))
 }
 
 func (d *Datapath) checkEndpoint(ep *abi.Endpoint) error {
@@ -65,51 +44,6 @@ func (d *Datapath) checkEndpoint(ep *abi.Endpoint) error {
 	return nil
 }
 
-// attach attaches both programs to a device and pins the links. Links that
-// stand already get the present programs.
-func (d *Datapath) attach(ifname string, ifindex uint32) error {
-	if err := os.MkdirAll(d.pins.device(ifname), 0o700); err != nil {
-		return fmt.Errorf("make the directory of the links of %s: %w", ifname, err)
-	}
-	for _, hook := range []struct {
-		name string
-		at   ebpf.AttachType
-	}{{fromWorkload, ebpf.AttachTCXIngress}, {toWorkload, ebpf.AttachTCXEgress}} {
-		if err := d.attachOne(ifname, ifindex, hook.name, hook.at); err != nil {
-			return fmt.Errorf("attach %s to %s: %w", hook.name, ifname, err)
-		}
-	}
-	return nil
-}
-
-func (d *Datapath) attachOne(ifname string, ifindex uint32, name string, at ebpf.AttachType) error {
-	prog := d.coll.Programs[name]
-	path := filepath.Join(d.pins.device(ifname), name)
-	old, oldIndex, err := d.pins.link(ifname, name)
-	if err != nil {
-		return err
-	}
-	if old != nil {
-		defer old.Close()
-		if oldIndex == ifindex {
-			return old.Update(prog) // atomic: the hook is never without a program
-		}
-		if oldIndex != 0 {
-			return fmt.Errorf("the pin belongs to device %d, which still exists under another name", oldIndex)
-		}
-		if err := os.Remove(path); err != nil { // of a device that vanished
-			return err
-		}
-	}
-	l, err := link.AttachTCX(link.TCXOptions{Interface: int(ifindex), Program: prog, Attach: at, Anchor: link.Head()})
-	if err != nil {
-		return err
-	}
-	// From here on the pin keeps it; without one it would go with this process.
-	defer l.Close()
-	return l.Pin(path)
-}
-
 // SetEndpoint replaces the endpoint of a device as a whole: programs see the
 // old one or the new one. On failure the old one stays in force.
 func (d *Datapath) SetEndpoint(ep abi.Endpoint) error {
@@ -120,53 +54,13 @@ func (d *Datapath) SetEndpoint(ep abi.Endpoint) error {
 	return mapError(fmt.Sprintf("set endpoint %d", ep.ID), "endpoints", err)
 }
 
-// RemoveEndpoint ends an endpoint: its gate is closed first. If the device is
-// gone (as it should be) links and element go too; while it exists they stay,
-// and drop everything: a device without programs would pass everything. Call
-// it again when the device is gone. It may be repeated.
-func (d *Datapath) RemoveEndpoint(ifname string, ifindex uint32) error {
-	if err := d.shut(ifindex); err != nil {
-		return err // the links stay, of course
-	}
-	if deviceExists(ifname, ifindex) {
-		return nil
-	}
-	// The name may have passed to a new device, whose links these are then.
-	owner, err := d.pins.deviceOf(ifname)
-	if err != nil {
-		return err
-	}
-	if owner == 0 || owner == ifindex {
-		if err := d.pins.removeLinks(ifname); err != nil {
-			return fmt.Errorf("remove the links of %s: %w", ifname, err)
-		}
-	}
+// RemoveEndpoint removes the endpoint of a device that is gone. Where there is
+// a device after all its programs drop everything. It may be repeated.
+func (d *Datapath) RemoveEndpoint(ifindex uint32) error {
 	if err := d.deleteEndpoint(ifindex); err != nil {
 		return err
 	}
 	d.reapSources()
-	return nil
-}
-
-// shut closes the gate of a device: by its state, or else by removing the
-// element, for no element means drop too.
-func (d *Datapath) shut(ifindex uint32) error {
-	var ep abi.Endpoint
-	m := d.coll.Maps["endpoints"]
-	err := m.Lookup(ifindex, &ep)
-	if errors.Is(err, ebpf.ErrKeyNotExist) {
-		return nil
-	}
-	if err == nil {
-		ep.State = uint32(abi.EPClosed)
-		err = m.Update(ifindex, &ep, ebpf.UpdateExist)
-	}
-	if err == nil || errors.Is(err, ebpf.ErrKeyNotExist) {
-		return nil
-	}
-	if delErr := d.deleteEndpoint(ifindex); delErr != nil {
-		return fmt.Errorf("close the gate of device %d: %w", ifindex, errors.Join(err, delErr))
-	}
 	return nil
 }
 

@@ -38,6 +38,7 @@ func (l *lab) neighbour(d *datapath.Datapath) (netns.NsHandle, abi.Endpoint) {
 		l.must(err)
 		copy(ep.Mac[:], dev.Attrs().HardwareAddr)
 	})
+	l.must(d.Attach("wl1", ep.Ifindex))
 	l.must(d.AddEndpoint("wl1", ep))
 	l.must(d.SetEndpoint(ep))
 	return ns, ep

@@ -135,18 +135,9 @@ func ifindexOf(name string) (uint32, error) {
 	return ifr.Uint32(), nil
 }
 
-// deviceExists reports whether a device of that name and index exists. When
-// it cannot tell, it says yes: what guards the device then stays.
-func deviceExists(name string, ifindex uint32) bool {
-	got, err := ifindexOf(name)
-	if err != nil {
-		return !errors.Is(err, ErrNoDevice) || indexExists(ifindex)
-	}
-	return got == ifindex || indexExists(ifindex)
-}
-
-// indexExists also finds a device that was renamed.
-func indexExists(ifindex uint32) bool {
+// nameOf returns the name of the device of that index in the calling thread's
+// network namespace, or ErrNoDevice.
+func nameOf(ifindex uint32) (string, error) {
 	var req [unix.IFNAMSIZ + 24]byte // struct ifreq: the index stands behind the name
 	*(*uint32)(unsafe.Pointer(&req[unix.IFNAMSIZ])) = ifindex
 	err := withSocket(func(fd int) error {
@@ -155,7 +146,22 @@ func indexExists(ifindex uint32) bool {
 		}
 		return nil
 	})
-	return !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.ENXIO)
+	if errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENXIO) {
+		return "", fmt.Errorf("device %d: %w", ifindex, ErrNoDevice)
+	}
+	if err != nil {
+		return "", fmt.Errorf("device %d: %w", ifindex, err)
+	}
+	return unix.ByteSliceToString(req[:unix.IFNAMSIZ]), nil
+}
+
+// DeviceExists reports whether there is a device of that index in the calling
+// thread's network namespace. When it cannot tell it says yes: what guards the
+// device then stays. It does not wait for the kernel's lock over devices, which
+// is held while a program is attached.
+func DeviceExists(ifindex uint32) bool {
+	_, err := nameOf(ifindex)
+	return !errors.Is(err, ErrNoDevice)
 }
 
 // deviceDown takes a device down: nothing passes through it in any direction.

@@ -192,6 +192,7 @@ func (l *lab) serve(d *datapath.Datapath) abi.Endpoint {
 		netip.MustParsePrefix("fd00::/8"):    {Flags: uint32(abi.RangeKnown | abi.RangeHoldable)},
 	}))
 	ep := l.endpoint(d)
+	l.must(d.Attach("wl0", ep.Ifindex))
 	l.must(d.AddEndpoint("wl0", ep))
 	l.must(d.SetEndpoint(ep))
 	return ep

@@ -94,7 +94,7 @@ func TestSources(t *testing.T) {
 	dev, err := netlink.LinkByName("wl0")
 	l.must(err)
 	l.must(netlink.LinkDel(dev))
-	l.must(d.RemoveEndpoint("wl0", ep.Ifindex))
+	l.must(d.RemoveEndpoint(ep.Ifindex))
 	if got := list(); len(got) != 0 {
 		t.Errorf("sources of an ended endpoint: %+v", got)
 	}

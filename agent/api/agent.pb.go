@@ -94,6 +94,7 @@ type StatusResponse struct {
 	Policies             uint32                 `protobuf:"varint,24,opt,name=policies,proto3" json:"policies,omitempty"`
 	Sessions             uint32                 `protobuf:"varint,25,opt,name=sessions,proto3" json:"sessions,omitempty"` // in both roles
 	SessionsUp           uint32                 `protobuf:"varint,26,opt,name=sessions_up,json=sessionsUp,proto3" json:"sessions_up,omitempty"`
+	DevicesUnregistered  uint32                 `protobuf:"varint,27,opt,name=devices_unregistered,json=devicesUnregistered,proto3" json:"devices_unregistered,omitempty"` // under programs, shut: nobody has registered a workload behind them
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
@@ -306,6 +307,13 @@ func (x *StatusResponse) GetSessions() uint32 {
 func (x *StatusResponse) GetSessionsUp() uint32 {
 	if x != nil {
 		return x.SessionsUp
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetDevicesUnregistered() uint32 {
+	if x != nil {
+		return x.DevicesUnregistered
 	}
 	return 0
 }
@@ -3592,7 +3600,7 @@ var File_agent_proto protoreflect.FileDescriptor
 const file_agent_proto_rawDesc = "" +
 	"\n" +
 	"\vagent.proto\x12\x13portcullis.agent.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x0f\n" +
-	"\rStatusRequest\"\xbc\b\n" +
+	"\rStatusRequest\"\xef\b\n" +
 	"\x0eStatusResponse\x12\x18\n" +
 	"\ahealthy\x18\x01 \x01(\bR\ahealthy\x12\x1a\n" +
 	"\bproblems\x18\x02 \x03(\tR\bproblems\x12\x12\n" +
@@ -3622,7 +3630,8 @@ const file_agent_proto_rawDesc = "" +
 	"\bpolicies\x18\x18 \x01(\rR\bpolicies\x12\x1a\n" +
 	"\bsessions\x18\x19 \x01(\rR\bsessions\x12\x1f\n" +
 	"\vsessions_up\x18\x1a \x01(\rR\n" +
-	"sessionsUp\"J\n" +
+	"sessionsUp\x121\n" +
+	"\x14devices_unregistered\x18\x1b \x01(\rR\x13devicesUnregistered\"J\n" +
 	"\x06Source\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x16\n" +

@@ -52,7 +52,7 @@ func (l *Lab) agentArgs(s *state, n *nodeState, fresh bool) []string {
 	addr := func(n *nodeState) string { return netip.AddrPortFrom(n.IPs[0], agentPort).String() }
 	dir := l.nodeDir(n.Name)
 	args := []string{s.Binary, "agent", "--config=", "--node", n.Name,
-		"--listen", addr(n), "--uplink", uplink,
+		"--listen", addr(n), "--uplink", uplink, "--workload-device", workloadDevice + "*",
 		"--trust-domain", TrustDomain, "--workload-api", l.workloadAPI(n.Name),
 		"--api-socket", l.Socket(n.Name), "--pin-dir", l.pinDir(n.Name),
 		"--journal-dir", dir + "/journal", "--state-dir", dir + "/state", "--audit-log", l.AuditLog(n.Name),

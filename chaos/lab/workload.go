@@ -32,6 +32,20 @@ type RunOptions struct {
 	NoRoute bool
 }
 
+// Names of workloads' veths. The agents put every one of the first kind under
+// their programs as soon as it appears.
+const (
+	workloadDevice  = "pcw"
+	unguardedDevice = "pcx" // of workloads that are not registered
+)
+
+func (o RunOptions) device() string {
+	if o.Unregistered {
+		return unguardedDevice
+	}
+	return workloadDevice
+}
+
 // Running is a workload as it was brought up.
 type Running struct {
 	Spec       Workload
@@ -115,7 +129,7 @@ func (l *Lab) Prepare(ctx context.Context, w Workload, o RunOptions) (Running, e
 			return err
 		}
 		s.Counter++
-		ws = &workloadState{Spec: w, UID: identity.NewUID(), IPs: ips, HostIf: "pcw" + strconv.FormatUint(s.Counter, 10),
+		ws = &workloadState{Spec: w, UID: identity.NewUID(), IPs: ips, HostIf: o.device() + strconv.FormatUint(s.Counter, 10),
 			MAC: randomMAC().String(), Created: time.Now(), Registered: !o.Unregistered}
 		s.Workloads[w.FullName()] = ws
 		return l.writeHosts(s)

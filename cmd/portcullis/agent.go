@@ -85,6 +85,7 @@ func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (printC
 	f.StringArrayVar(&raw.peers, "peer", nil, "another node: NAME=ADDRESS:PORT,PREFIX,PREFIX... (repeat)")
 	f.StringVar(&raw.listen, "listen", "", "ADDRESS:PORT for other agents (required)")
 	f.StringArrayVar(&cfg.Uplinks, "uplink", nil, "a device by which packets of other nodes come in (repeat)")
+	f.StringArrayVar(&cfg.WorkloadDevices, "workload-device", nil, "a pattern of the names of workloads' veths, e.g. cali*: such a device is shut as soon as it appears, until its workload is registered (repeat)")
 	f.StringVar(&cfg.TrustDomain, "trust-domain", "", "SPIFFE trust domain of agents and workloads (required)")
 	f.StringVar(&cfg.WorkloadAPI, "workload-api", "unix:///run/spire/agent-sockets/spire-agent.sock", "SPIFFE Workload API that gives this agent its SVID")
 	f.StringVar(&cfg.APISocket, "api-socket", "", "unix socket of the local API (default: --socket)")

@@ -75,7 +75,11 @@ func statusLines(env *Env, tw *tabwriter.Writer, s *api.StatusResponse) {
 		}
 	}
 	row(tw, "SVID:", svid)
-	row(tw, "Endpoints:", fmt.Sprintf("%d, %d quarantined", s.GetEndpoints(), s.GetEndpointsQuarantined()))
+	endpoints := fmt.Sprintf("%d, %d quarantined", s.GetEndpoints(), s.GetEndpointsQuarantined())
+	if n := s.GetDevicesUnregistered(); n > 0 {
+		endpoints += fmt.Sprintf("; devices without one, shut: %d", n)
+	}
+	row(tw, "Endpoints:", endpoints)
 	row(tw, "Bindings:", fmt.Sprintf("%d remote, %d granted to verifiers", s.GetBindings(), s.GetGrants()))
 	row(tw, "Sessions:", fmt.Sprintf("%d, %d up", s.GetSessions(), s.GetSessionsUp()))
 	row(tw, "Policies:", s.GetPolicies())

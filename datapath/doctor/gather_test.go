@@ -141,6 +141,7 @@ func TestEndpoint(t *testing.T) {
 	must(t, err)
 	set := d.State().NextPolicySet()
 	must(t, d.PutPolicy(set, nil))
+	must(t, d.Attach("wl0", uint32(link.Attrs().Index)))
 	must(t, d.AddEndpoint("wl0", abi.Endpoint{ID: 1, Ifindex: uint32(link.Attrs().Index), HoldIndex: 1, Policy: set, State: uint32(abi.EPQuarantined)}))
 
 	cfg := Config{PinDir: pins, JournalDir: "/run", Port: 4260}
