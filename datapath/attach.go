@@ -41,13 +41,13 @@ func (d *Datapath) Attach(ifname string, ifindex uint32) error {
 		return nil
 	}
 	if !DeviceExists(ifindex) { // it vanished meanwhile
-		return errors.Join(ErrNoDevice, err, d.pins.removeLinks(ifname))
+		return errors.Join(ErrNoDevice, err, d.pins.removeLinksOf(ifname, ifindex))
 	}
 	if down := deviceDown(ifname); down != nil {
 		// What is attached stays: it drops everything.
 		return errors.Join(err, fmt.Errorf("%s may be without programs: %w", ifname, down))
 	}
-	return errors.Join(err, d.pins.removeLinks(ifname))
+	return errors.Join(err, d.pins.removeLinksOf(ifname, ifindex))
 }
 
 // attach attaches both programs to a device and pins the links.
@@ -155,11 +155,7 @@ func (d *Datapath) Guarded(ifname string, ifindex uint32) (bool, error) {
 // that is there: without programs that would pass everything. It may be
 // repeated.
 func (d *Datapath) Detach(ifname string, ifindex uint32) error {
-	owner, err := d.pins.deviceOf(ifname)
-	if err == nil && (owner == 0 || owner == ifindex) {
-		err = d.pins.removeLinks(ifname)
-	}
-	if err != nil {
+	if err := d.pins.removeLinksOf(ifname, ifindex); err != nil {
 		return fmt.Errorf("remove the links of %s: %w", ifname, err)
 	}
 	return nil
