@@ -2,6 +2,7 @@ package datapath
 
 import (
 	"errors"
+	"math"
 	"net/netip"
 	"slices"
 	"time"
@@ -36,6 +37,10 @@ const (
 
 const sweepBatch = 4096
 
+// usedEvery is how often Used tells of silent flows too: the agent refuses to
+// give bindings back sooner than after 15 s.
+const usedEvery = 10 * time.Second
+
 // SweepStats is what one sweep of conntrack found.
 type SweepStats struct {
 	Entries int // before the sweep
@@ -44,7 +49,8 @@ type SweepStats struct {
 	Failed  int // could not be removed; tried again next time
 	// Used are the IPs whose present binding carried packets since the last
 	// sweep, each once. The first sweep of a process tells of every flow that
-	// lives.
+	// lives, and so does one every ten seconds: a connection that is silent
+	// for hours needs its binding, for a reply counts from no other (I4).
 	Used []netip.Addr
 }
 
@@ -66,6 +72,13 @@ func (d *Datapath) SweepConntrack(now int64) (SweepStats, error) {
 	}
 	d.countFragments(judges, now)
 	counts := d.beginBudgets()
+	// last_seen may be a tick late. Twice used does no harm, never used would
+	// have a binding in use released.
+	since := d.lastSweep - int64(clockTick)
+	all := now-d.lastAll >= int64(usedEvery)
+	if all {
+		since = math.MinInt64
+	}
 	m := d.coll.Maps["conntrack"]
 	used := map[netip.Addr]bool{}
 	keys, values := make([]ctKey, sweepBatch), make([]ctValue, sweepBatch)
@@ -81,7 +94,7 @@ func (d *Datapath) SweepConntrack(now int64) (SweepStats, error) {
 			return stats, mapError("sweep", "conntrack", err)
 		}
 		for i := range n {
-			if d.sweepOne(m, &keys[i], &values[i], now, judges, used, &stats) {
+			if d.sweepOne(m, &keys[i], &values[i], now, since, judges, used, &stats) {
 				counts.left(decodeCT(&values[i]).Budget)
 			}
 		}
@@ -92,11 +105,14 @@ func (d *Datapath) SweepConntrack(now int64) (SweepStats, error) {
 	}
 	slices.SortFunc(stats.Used, netip.Addr.Compare)
 	d.lastSweep = now
+	if all {
+		d.lastAll = now
+	}
 	return stats, nil
 }
 
 // sweepOne looks at one entry, and reports whether it is left in the map.
-func (d *Datapath) sweepOne(m *ebpf.Map, key *ctKey, value *ctValue, now int64, judges map[uint32]uint32, used map[netip.Addr]bool, stats *SweepStats) bool {
+func (d *Datapath) sweepOne(m *ebpf.Map, key *ctKey, value *ctValue, now, since int64, judges map[uint32]uint32, used map[netip.Addr]bool, stats *SweepStats) bool {
 	stats.Entries++
 	k, ct := (*abi.CTKey)(unsafe.Pointer(key)), decodeCT(value)
 	judged, standing := false, false
@@ -114,9 +130,7 @@ func (d *Datapath) sweepOne(m *ebpf.Map, key *ctKey, value *ctValue, now int64, 
 		}
 		if s, ok := d.slot(j.Slot); ok && s.Stamp == j.Stamp {
 			standing = true
-			// last_seen may be a tick late. Twice used does no harm, never
-			// used would have a binding in use released.
-			if int64(ct.LastSeen) > d.lastSweep-int64(clockTick) {
+			if int64(ct.LastSeen) > since {
 				used[AddrFrom(s.IP)] = true
 			}
 		}

@@ -53,6 +53,7 @@ type Datapath struct {
 	drops     [abi.DirMax][abi.ReasonMax]atomic.Uint64 // decided in user space
 	sweepMu   sync.Mutex
 	lastSweep int64 // guarded by sweepMu
+	lastAll   int64 // the last sweep that told of all flows; guarded by sweepMu
 
 	policies  atomic.Int64 // entries in `policy`
 	ranges    atomic.Int64 // entries in `ranges`

@@ -326,6 +326,11 @@ func TestSweepConntrack(t *testing.T) {
 	if s := sweep(0); !slices.Equal(s.Used, []netip.Addr{remote4}) {
 		t.Errorf("used again: %+v", s)
 	}
+	// A silent flow that lives needs its binding: it is told from time to time.
+	l.eventually("idle again", func() bool { return len(sweep(0).Used) == 0 })
+	if s := sweep(11 * time.Second); !slices.Equal(s.Used, []netip.Addr{remote4}) {
+		t.Errorf("silent: %+v", s)
+	}
 	if s := sweep(59 * time.Second); s.Expired != 0 || flows() != 1 {
 		t.Errorf("before its lifetime: %+v", s)
 	}
