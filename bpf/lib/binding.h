@@ -55,6 +55,15 @@ inline_always int slot_still(struct pc_slot *s, __u64 stamp)
 	return READ_ONCE(s->stamp) == stamp;
 }
 
+/* Is 0, as the device by which a packet came in, no word to trust? A node that
+ * puts IPv6 datagrams together (its own connection tracking does) and cuts them
+ * again forgets it for the new fragments; then they look like the node's own.
+ * Those that are have their socket. */
+inline_always int origin_lost(struct __sk_buff *skb, const struct pc_life *l)
+{
+	return unlikely(l->p.frag) && l->p.is6 && !skb->ingress_ifindex && !skb->sk;
+}
+
 /* Did a packet from a remote address come in where remote addresses live? A
  * re-injected one was asked before it was held. */
 inline_always int from_uplink(struct __sk_buff *skb, const struct pc_life *l)
@@ -72,7 +81,7 @@ inline_always int slot_origin(struct __sk_buff *skb, const struct pc_life *l, __
 		/* Only what this node generated itself is `host`. A forwarded
 		 * packet with the node's address (masquerade) is nobody's, and
 		 * re-injected packets look like local ones but are not. */
-		if (!skb->ingress_ifindex && !l->reinjected)
+		if (!skb->ingress_ifindex && !l->reinjected && !origin_lost(skb, l))
 			return PEER_BOUND;
 		return PEER_NOBODY;
 	}

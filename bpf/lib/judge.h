@@ -18,7 +18,7 @@ inline_always int origin_same(struct __sk_buff *skb, const struct pc_life *l, in
 		return 1;
 	if (unlikely(l->j.flags & PC_JUDGED_BY_MARK) && mark_of(skb) != l->j.mark)
 		return 0;
-	return l->j.ifindex == skb->ingress_ifindex;
+	return l->j.ifindex == skb->ingress_ifindex && !origin_lost(skb, l);
 }
 
 /* Under audit, what stands as long as the policy does is remembered: a flow that
