@@ -225,13 +225,14 @@ func TestFragmentsHeld(t *testing.T) {
 // TestFragmentFlood: an endpoint's table is bounded, its own, and empties itself.
 func TestFragmentFlood(t *testing.T) {
 	f := families[0]
-	g, _ := wantPeer(t, f, mapSize("fragments", 8*uint32(abi.FragmentsPerEndpoint)), constant("fragment_lifetime", uint64(300*time.Millisecond)))
+	const lifetime = 300 * time.Millisecond
+	g, _ := wantPeer(t, f, mapSize("fragments", 8*uint32(abi.FragmentsPerEndpoint)), constant("fragment_lifetime", uint64(lifetime)))
 	other := g.endpoint(g.pod2, f, f.pod2, 0)
 	g.bind(f.peer, idClient)
 	first := func(id uint32) []byte {
 		return fragments(f.peer, f.pod, protoUDP, id, datagram(40000, 80, 100), 40)[0]
 	}
-	passed, full := 0, 0
+	passed, full, begin := 0, 0, time.Now()
 	for id := range uint32(2 * abi.FragmentsPerEndpoint) {
 		switch r := g.to(g.pod, g.uplink, first(id)); {
 		case r.verdict == pass:
@@ -242,7 +243,9 @@ func TestFragmentFlood(t *testing.T) {
 			t.Errorf("%v (%v)", r.verdict, r.reason)
 		}
 	}
-	if passed == 0 || passed > int(abi.FragmentsPerEndpoint) || full == 0 {
+	// On a slow machine the table empties itself meanwhile.
+	rounds := 1 + int(time.Since(begin)/lifetime)
+	if passed == 0 || passed > rounds*int(abi.FragmentsPerEndpoint) || full == 0 && rounds == 1 {
 		t.Errorf("%d passed, %d found no room", passed, full)
 	}
 	for _, x := range fragments(f.peer, f.pod2, protoUDP, 1, datagram(40000, 80, 100), 40) {
