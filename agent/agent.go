@@ -31,7 +31,6 @@ import (
 // Sizes that are not flags.
 const (
 	maxEndpoints  = 1024
-	maxSessions   = 4096 // lease indices
 	ringQueue     = 1024 // held packets between reader and loop
 	sweepInterval = 5 * time.Second
 	compactAbove  = 8192 // journal records

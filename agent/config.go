@@ -80,6 +80,10 @@ type Config struct {
 	// ConntrackPerEndpoint is how many flows one endpoint may open; 0: a
 	// quarter of Conntrack.
 	ConntrackPerEndpoint int
+	Grants               int // leases that this node gives on its bindings, at a time
+	Sessions             int // with owners, at a time
+	HeldBytes            int // of the ring of held packets; a power of two
+	EventBytes           int // of the ring of flow events; a power of two
 
 	// Bits of skb->mark: those of the agent's own marks (0: all that are not
 	// endpoint marks), and those in which a packet carries its sender through
@@ -96,12 +100,19 @@ func Default() Config {
 		TTL: 30 * time.Second, Heartbeat: 5 * time.Second, ReuseMargin: time.Second, AddWait: 3 * time.Second,
 		HoldTimeout: time.Second, IdleBinding: 5 * time.Minute,
 		HoldPerEndpoint: 64, HoldPerSource: 16, HoldTotal: 4096, Bindings: 65536, Conntrack: 131072,
+		Grants: 65536, Sessions: 4093, HeldBytes: 8 << 20, EventBytes: 1 << 20,
 	}
 }
 
 // maxBindings bounds --bindings: 300 MiB of maps. Of one owner no more than
 // session.MaxHeld are ever installed, whatever is configured.
 const maxBindings = 16 * session.MaxHeld
+
+// Bounds of --sessions, and of --held-bytes and --event-bytes.
+const (
+	maxSessions = 1<<20 - 3
+	maxRing     = 1 << 30
+)
 
 // Validate reports every problem of the configuration, one error for each,
 // joined.
@@ -165,15 +176,35 @@ func (c *Config) Validate() error {
 	}
 	errs = append(errs, c.validateTimes()...)
 	errs = append(errs, c.validateRanges()...)
+	errs = append(errs, c.validateSizes()...)
+	return errors.Join(errs...)
+}
+
+func (c *Config) validateSizes() (errs []error) {
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
 	if c.Bindings > maxBindings {
 		bad("--bindings %d: want at most %d", c.Bindings, maxBindings)
 	}
-	for flag, n := range map[string]int{"--hold-per-endpoint": c.HoldPerEndpoint, "--hold-per-source": c.HoldPerSource, "--hold-total": c.HoldTotal, "--bindings": c.Bindings, "--conntrack": c.Conntrack} {
+	for flag, n := range map[string]int{"--hold-per-endpoint": c.HoldPerEndpoint, "--hold-per-source": c.HoldPerSource, "--hold-total": c.HoldTotal, "--bindings": c.Bindings, "--conntrack": c.Conntrack,
+		"--grants": c.Grants, "--sessions": c.Sessions} {
 		if n < 1 {
 			bad("%s %d: want at least 1", flag, n)
 		}
 	}
-	return errors.Join(errs...)
+	if c.Sessions > maxSessions {
+		bad("--sessions %d: want at most %d", c.Sessions, maxSessions)
+	}
+	// A ring has whole pages, and room for the greatest packet.
+	for flag, least := range map[string]int{"--held-bytes": 128 << 10, "--event-bytes": 4 << 10} {
+		n := c.HeldBytes
+		if flag == "--event-bytes" {
+			n = c.EventBytes
+		}
+		if n < least || n > maxRing || n&(n-1) != 0 {
+			bad("%s %d: want a power of two from %d to %d", flag, n, least, maxRing)
+		}
+	}
+	return errs
 }
 
 func (c *Config) validateTimes() (errs []error) {

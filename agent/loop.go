@@ -87,6 +87,7 @@ type loop struct {
 	verifierTimer  lease.Time
 
 	heldTotal, reinjected, heldDropped uint64
+	lostBefore                         lostTotals // at the start those of earlier agents
 
 	names    *directory // safe for concurrent use
 	monitors *monitors  // safe for concurrent use

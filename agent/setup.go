@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -28,12 +27,15 @@ import (
 // openKernel loads or adopts the datapath.
 func (l *loop) openKernel() (err error) {
 	l.dp, err = datapath.Open(datapath.Config{PinDir: l.cfg.PinDir, Bindings: l.cfg.Bindings, Conntrack: l.cfg.Conntrack, Endpoints: maxEndpoints,
-		Leases: maxSessions, ConntrackPerEndpoint: l.cfg.ConntrackPerEndpoint, MarkMask: l.cfg.MarkMask, EndpointMarkMask: l.cfg.EndpointMarkMask,
+		Leases: l.cfg.leases(), HeldBytes: l.cfg.HeldBytes, EventBytes: l.cfg.EventBytes, ConntrackPerEndpoint: l.cfg.ConntrackPerEndpoint, MarkMask: l.cfg.MarkMask, EndpointMarkMask: l.cfg.EndpointMarkMask,
 		HoldPerEndpoint: l.cfg.HoldPerEndpoint, HoldPerSource: l.cfg.HoldPerSource, HoldTotal: l.cfg.HoldTotal, Classic: l.cfg.Evidence == ModeClassic, Log: l.log})
 	if err != nil {
 		return err
 	}
 	if l.devices, err = newDevices(l); err != nil {
+		return err
+	}
+	if l.lostBefore, err = l.lostSoFar(); err != nil {
 		return err
 	}
 	if err := l.setRanges(); err != nil {
@@ -149,7 +151,7 @@ func (l *loop) compactJournal() {
 func (l *loop) restoreTable() (err error) {
 	st := l.dp.State()
 	next := st.ReserveStamps(0)
-	l.table, err = ipcache.New(ipcache.Config{Slots: uint32(l.cfg.Bindings) + 1, Leases: maxSessions, PerOwner: session.MaxHeld, NextStamp: next,
+	l.table, err = ipcache.New(ipcache.Config{Slots: uint32(l.cfg.Bindings) + 1, Leases: uint32(l.cfg.leases()), PerOwner: session.MaxHeld, NextStamp: next,
 		Reserve: func(limit uint64) error {
 			if reserved := st.ReserveStamps(0); limit > reserved {
 				st.ReserveStamps(limit - reserved)
@@ -164,7 +166,7 @@ func (l *loop) restoreTable() (err error) {
 	}
 	// An index that no slot names may have an old deadline, on which the next
 	// session to get it would let bindings pass that it never renewed.
-	for i := ipcache.LeaseFirst; i < maxSessions; i++ {
+	for i := uint32(ipcache.LeaseFirst); i < uint32(l.cfg.leases()); i++ {
 		if l.table.LeaseUsers(i) > 0 {
 			continue
 		}
@@ -188,7 +190,7 @@ func (l *loop) buildMachines(records []lease.Record, state lease.JournalState) (
 		l.log.Warn("--fresh-ranges is not true: this node has bound IPs in this boot; leave the flag out")
 	}
 	now := l.now()
-	owner, err := lease.NewOwner(lease.OwnerConfig{Node: l.cfg.Node, Boot: l.boot, ReuseMargin: l.cfg.ReuseMargin, MaxWorkloads: maxEndpoints + len(l.cfg.NodeIPs),
+	owner, err := lease.NewOwner(lease.OwnerConfig{Node: l.cfg.Node, Boot: l.boot, ReuseMargin: l.cfg.ReuseMargin, MaxWorkloads: maxEndpoints + len(l.cfg.NodeIPs), Grants: l.cfg.Grants,
 		Nonce: newNonce, Mine: l.mine, LastGeneration: identity.Generation(st.LastGeneration()),
 		Journal: state, Records: records, FreshRanges: fresh, Relabel: l.cfg.Relabel}, now)
 	if err != nil {
@@ -196,7 +198,7 @@ func (l *loop) buildMachines(records []lease.Record, state lease.JournalState) (
 	}
 	l.owner, l.grants = owner, owner
 	l.verifier, err = lease.NewVerifier(lease.VerifierConfig{Node: l.cfg.Node, Boot: l.boot, TTL: l.cfg.TTL, Heartbeat: l.cfg.Heartbeat,
-		IdleBinding: l.cfg.IdleBinding, Speaks: l.speaks}, l.table, now)
+		IdleBinding: l.cfg.IdleBinding, Waits: l.cfg.HoldTotal, Speaks: l.speaks}, l.table, now)
 	return err
 }
 
@@ -251,37 +253,16 @@ func (l *loop) sweepConntrack(ctx context.Context) error {
 		case <-tick.C:
 		}
 		stats, err := l.dp.SweepConntrack(l.dp.Now())
+		l.post(l.alarmLimits)
 		if err != nil {
 			l.alarms.raise("conntrack-sweep", fmt.Sprintf("old connections are not removed: %v", err))
 			continue
 		}
 		l.alarms.clear("conntrack-sweep")
-		l.alarmPressure()
 		if len(stats.Used) > 0 {
 			l.post(func() { l.stepVerifier(lease.Used{IPs: stats.Used}) })
 		}
 	}
-}
-
-// alarmPressure tells of maps that are nearly full: soon what does not fit is
-// dropped (I6).
-func (l *loop) alarmPressure() {
-	maps, err := l.dp.Pressure()
-	if err != nil {
-		l.alarms.raise("map-pressure", fmt.Sprintf("the fill of the maps is not known: %v", err))
-		return
-	}
-	var full []string
-	for _, m := range maps {
-		if m.Capacity > 0 && m.Used*100 >= m.Capacity*pressureAlarm {
-			full = append(full, fmt.Sprintf("%s has %d of %d", m.Name, m.Used, m.Capacity))
-		}
-	}
-	if len(full) == 0 {
-		l.alarms.clear("map-pressure")
-		return
-	}
-	l.alarms.raise("map-pressure", "nearly full: "+strings.Join(full, ", ")+"; what does not fit is dropped: raise the size, or find who fills it")
 }
 
 // alarmSVID tells of an SVID that nobody renews, before sessions end with it.

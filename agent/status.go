@@ -51,7 +51,7 @@ func (l *loop) status() (*api.StatusResponse, error) {
 		}
 	}
 	l.statusSources(s)
-	maps, err := l.dp.Pressure()
+	maps, err := l.pressure()
 	if err != nil {
 		return nil, err
 	}

@@ -276,6 +276,17 @@ func (t *Table) ReleaseLease(lease uint32) error {
 	return nil
 }
 
+// LeasesUsed returns how many lease indices are taken, but for the fixed ones.
+func (t *Table) LeasesUsed() int {
+	n := len(t.leases)
+	for l := range LeaseFirst {
+		if _, ok := t.leases[l]; ok {
+			n--
+		}
+	}
+	return n
+}
+
 // LeaseUsers returns how many entries name the index.
 func (t *Table) LeaseUsers(lease uint32) int { return t.leases[lease] }
 

@@ -1,0 +1,97 @@
+package agent
+
+import (
+	"fmt"
+	"strings"
+
+	"portcullis/bpf/abi"
+	"portcullis/datapath"
+	"portcullis/ipcache"
+)
+
+// leases returns how many lease indices the kernel has: one for each session,
+// and those that name none.
+func (c *Config) leases() int { return c.Sessions + int(ipcache.LeaseFirst) }
+
+// pressure says how full everything is that has a limit: the kernel's tables,
+// and the agent's own.
+//
+//	grants    leases that this node has given on its bindings
+//	sessions  lease indices in use: one for each owner, a second one while its
+//	          session is replaced
+func (l *loop) pressure() ([]datapath.Pressure, error) {
+	out, err := l.dp.Pressure()
+	if err != nil {
+		return nil, err
+	}
+	if l.grants != nil {
+		out = append(out, datapath.Pressure{Name: "grants", Used: uint64(l.grants.GrantCount()), Capacity: uint64(l.cfg.Grants)})
+	}
+	return append(out, datapath.Pressure{Name: "sessions", Used: uint64(l.table.LeasesUsed()), Capacity: uint64(l.cfg.Sessions)}), nil
+}
+
+// lostTotals are counters of what was lost for want of room, as they were when
+// alarmLimits last looked.
+type lostTotals struct{ overflow, full, lost uint64 }
+
+// lostSoFar counts from when the maps were made.
+func (l *loop) lostSoFar() (t lostTotals, err error) {
+	counters, err := l.dp.Counters()
+	if err != nil {
+		return t, err
+	}
+	t.lost = l.dp.State().LostEvents()
+	for k, c := range counters {
+		if k.Verdict != abi.VerdictDrop {
+			continue
+		}
+		switch k.Reason {
+		case abi.ReasonHoldOverflow:
+			t.overflow += c.Packets
+		case abi.ReasonMapFull:
+			t.full += c.Packets
+		}
+	}
+	return t, nil
+}
+
+// alarmLimits tells of what is nearly full, and of what was dropped or lost
+// since it last looked because something was (I6).
+func (l *loop) alarmLimits() {
+	full, err := l.pressure()
+	if err != nil {
+		l.alarms.raise("map-pressure", fmt.Sprintf("the fill of the maps is not known: %v", err))
+	} else {
+		l.alarmPressure(full)
+	}
+	now, err := l.lostSoFar()
+	if err != nil {
+		l.alarms.raise("map-pressure", fmt.Sprintf("the counters are not known: %v", err))
+		return
+	}
+	before := l.lostBefore
+	l.lostBefore = now
+	if n := now.overflow - before.overflow; now.overflow > before.overflow {
+		l.alarms.raise("hold-overflow", fmt.Sprintf("%d packets were dropped in %v that should have been held: the quota of a source, of a workload or of the node is used up; `monitor --reason hold-overflow` shows whose", n, sweepInterval))
+	}
+	if n := now.full - before.full; now.full > before.full {
+		l.alarms.raise("map-full", fmt.Sprintf("%d packets were dropped in %v for want of room in a table: `status` shows which is full, `monitor --reason map-full` whose packets they are; raise --bindings, --conntrack or --conntrack-per-endpoint", n, sweepInterval))
+	}
+	if n := now.lost - before.lost; now.lost > before.lost {
+		l.alarms.raise("events-lost", fmt.Sprintf("%d flow events were lost in %v, their verdicts stand: raise --event-bytes, or find who causes so many", n, sweepInterval))
+	}
+}
+
+func (l *loop) alarmPressure(limits []datapath.Pressure) {
+	var full []string
+	for _, m := range limits {
+		if m.Capacity > 0 && m.Used*100 >= m.Capacity*pressureAlarm {
+			full = append(full, fmt.Sprintf("%s has %d of %d", m.Name, m.Used, m.Capacity))
+		}
+	}
+	if len(full) == 0 {
+		l.alarms.clear("map-pressure")
+		return
+	}
+	l.alarms.raise("map-pressure", "nearly full: "+strings.Join(full, ", ")+"; what does not fit is dropped or refused: raise the size, or find who fills it")
+}
