@@ -13,9 +13,13 @@ import (
 	"portcullis/ipcache/lease"
 )
 
-// held takes a packet from the ring: keep it, and ask its peer's owner.
+// held takes a packet from the ring: keep it, and ask its peer's owner. A copy
+// of one that passed under audit goes the same way, up to where the packet
+// would be sent or counted as dropped: both were done with it.
 func (l *loop) held(r hold.Record) {
-	l.heldTotal++
+	if !r.Passed {
+		l.heldTotal++
+	}
 	e := l.byEndpointID[r.Endpoint]
 	if e == nil || e.state != abi.EPActive || lease.Time(r.Arrival) <= e.relabelled {
 		// Its endpoint ended, waits, or became another's, since the kernel
@@ -73,6 +77,9 @@ func unansweredReason(why lease.Unanswered, refusal lease.Refusal) abi.Reason {
 // again. A failure is a drop: the packet is not sent any other way. ErrDropped
 // is the program's own verdict, which it has counted.
 func (l *loop) inject(r hold.Record) {
+	if r.Passed {
+		return
+	}
 	if err := l.injector.Inject(r); err != nil && !errors.Is(err, hold.ErrDropped) {
 		l.log.Warn("re-inject a held packet", zap.Stringer("peer", r.Peer), zap.Error(err))
 		l.countDrops(hold.Ended{Record: r, Why: abi.ReasonHoldTimeout})
@@ -107,6 +114,9 @@ func (l *loop) expireHolds(now lease.Time) {
 // records (I6).
 func (l *loop) countDrops(drops ...hold.Ended) {
 	for _, d := range drops {
+		if d.Passed {
+			continue
+		}
 		l.heldDropped++
 		l.dp.CountDrop(d.Direction, d.Why)
 		if l.monitors.empty() {

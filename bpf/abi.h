@@ -103,8 +103,8 @@ enum pc_endpoint_flag {
 	PC_EP_CHECK_MAC = 4, /* anti-spoofing looks at the MAC too */
 	PC_EP_STRICT_TCP = 8, /* a TCP flow must begin with a SYN */
 	/* What policy and evidence would drop or hold passes, with verdict AUDIT
-	 * and the reason. Nothing is held: user space may ask for the peer's
-	 * binding when it reads such an event. Spoofed, quarantined, malformed
+	 * and the reason. What would be held passes too, and a copy of it goes to
+	 * `held`, so that user space asks for the peer's binding. Spoofed, quarantined, malformed
 	 * and unsupported packets and those of a closed gate are dropped. A
 	 * change of this flag needs a new policy set. */
 	PC_EP_AUDIT = 16,
@@ -444,7 +444,7 @@ struct pc_held {
 	__u8 direction;	    /* enum pc_direction: the hook that judges it again */
 	__u8 proto;
 	__u8 reason;	    /* what it would be dropped for were no hold possible */
-	__u8 pad;
+	__u8 passed;	    /* 1: it went on, its endpoint being under audit: its peer is asked for, and no more */
 	__u16 sport;
 	__u16 dport;
 	__u32 source_index; /* into `hold_sources`; 0: not counted there */

@@ -143,6 +143,7 @@ inline_always int audit_passes(const struct pc_life *l)
 inline_always int gate(struct __sk_buff *skb, int dir)
 {
 	struct pc_life l;
+	int audit, held_back;
 
 	__builtin_memset(&l, 0, __builtin_offsetof(struct pc_life, f));
 	l.dir = dir;
@@ -159,17 +160,12 @@ inline_always int gate(struct __sk_buff *skb, int dir)
 		leave(skb, &l, dir);
 		return TCX_NEXT;
 	}
-	if (audit_passes(&l)) {
-		if (l.p.frag == FRAG_FIRST)
-			fragment_store(skb, &l, PC_VERDICT_PASS);
-		count(skb, &l, dir, PC_VERDICT_AUDIT);
-		if (!l.audited || l.reinjected)
-			emit(skb, &l, PC_VERDICT_AUDIT);
-		leave(skb, &l, dir);
-		return TCX_NEXT;
-	}
+	audit = audit_passes(&l);
 	if (may_hold(&l)) {
-		if (hold(skb, &l)) {
+		/* Under audit the packet does not wait, for audit is to harm nobody.
+		 * But its peer must be asked for, or it would never be known. */
+		held_back = hold(skb, &l);
+		if (!audit && held_back) {
 			/* If there is no room, the rest is dropped. */
 			if (l.p.frag == FRAG_FIRST)
 				fragment_store(skb, &l, PC_VERDICT_HOLD);
@@ -177,7 +173,17 @@ inline_always int gate(struct __sk_buff *skb, int dir)
 			emit(skb, &l, PC_VERDICT_HOLD);
 			return TCX_DROP;
 		}
-		l.reason = PC_REASON_HOLD_OVERFLOW;
+		if (!audit)
+			l.reason = PC_REASON_HOLD_OVERFLOW;
+	}
+	if (audit) {
+		if (l.p.frag == FRAG_FIRST)
+			fragment_store(skb, &l, PC_VERDICT_PASS);
+		count(skb, &l, dir, PC_VERDICT_AUDIT);
+		if (!l.audited || l.reinjected)
+			emit(skb, &l, PC_VERDICT_AUDIT);
+		leave(skb, &l, dir);
+		return TCX_NEXT;
 	}
 	/* Those that are held behind it wait in vain. */
 	if (l.reinjected && l.p.frag == FRAG_FIRST)

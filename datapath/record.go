@@ -9,8 +9,8 @@ import (
 )
 
 // HeldPacket is a packet that the kernel copied to user space and took off the
-// stack, because the binding of Peer has to be confirmed first. Package hold
-// calls it hold.Record.
+// stack, because the binding of Peer has to be confirmed first; or the copy of
+// one that went on. Package hold calls it hold.Record.
 type HeldPacket struct {
 	Arrival   int64      // CLOCK_BOOTTIME ns, at the hook
 	Peer      netip.Addr // whose binding is missing; never IPv4-mapped
@@ -26,6 +26,7 @@ type HeldPacket struct {
 	Reason    abi.Reason // what it would be dropped for were no hold possible
 	Sport     uint16
 	Dport     uint16
+	Passed    bool   // its endpoint is under audit: it went on, and never is to be sent or counted again
 	Packet    []byte // from its link-layer header on; belongs to the receiver
 }
 
@@ -45,7 +46,7 @@ func parseHeld(b []byte) (HeldPacket, error) {
 		Endpoint: h.Endpoint, Ifindex: h.Ifindex, HoldIndex: h.HoldIndex, Source: h.SourceIndex,
 		GSOSize: h.GsoSize, GSOSegs: h.GsoSegs,
 		Direction: abi.Direction(h.Direction), Proto: h.Proto, Reason: abi.Reason(h.Reason),
-		Sport: h.Sport, Dport: h.Dport,
+		Sport: h.Sport, Dport: h.Dport, Passed: h.Passed != 0,
 	}
 	if uint64(h.Len) > uint64(len(b)-heldHeader) {
 		return r, fmt.Errorf("held record says %d bytes of packet, but holds %d", h.Len, len(b)-heldHeader)

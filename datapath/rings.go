@@ -99,7 +99,7 @@ func (d *Datapath) Held(ctx context.Context, f func(HeldPacket)) error {
 			// stack, so it is lost, and counted.
 			d.log().Error("a held packet cannot be understood", zap.Error(err))
 			d.ReleaseHold(p.HoldIndex, p.Source)
-			d.CountDrop(p.Direction, abi.ReasonMalformed)
+			d.countLost(p, abi.ReasonMalformed)
 			continue
 		}
 		f(p)
@@ -142,7 +142,14 @@ func (d *Datapath) drainHeld(rd *ringbuf.Reader) error {
 		}
 		// A record of another version may say anything; it is counted all the same.
 		p, _ := parseHeld(rec.RawSample)
-		d.CountDrop(p.Direction, abi.ReasonHoldTimeout)
+		d.countLost(p, abi.ReasonHoldTimeout)
+	}
+}
+
+// countLost counts a held packet that nobody will send.
+func (d *Datapath) countLost(p HeldPacket, why abi.Reason) {
+	if !p.Passed {
+		d.CountDrop(p.Direction, why)
 	}
 }
 

@@ -501,7 +501,7 @@ type Held struct {
 	Direction   uint8
 	Proto       uint8
 	Reason      uint8
-	_           uint8
+	Passed      uint8
 	Sport       uint16
 	Dport       uint16
 	SourceIndex uint32

@@ -61,6 +61,10 @@ inline_always int flow_of(const struct pc_packet *p, struct pc_flow *f)
 	return src_is_b;
 }
 
+/* The epoch of a judgement that is made again with every packet: policy sets
+ * are numbered from 1. */
+#define PC_EPOCH_NEVER 0
+
 /*
  * The seal of a judgement: a sum with odd factors over the flow's key and every
  * field that decides. Conntrack elements are recycled and judgements rewritten

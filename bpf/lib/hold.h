@@ -88,7 +88,7 @@ inline_always int hold_copy(struct __sk_buff *skb, struct pc_life *l, __u32 inde
 	h->direction = l->dir;
 	h->proto = l->p.proto;
 	h->reason = l->reason;
-	h->pad = 0;
+	h->passed = !!(l->ep_flags & PC_EP_AUDIT);
 	h->sport = l->p.sport;
 	h->dport = l->p.dport;
 	h->source_index = source;
@@ -103,7 +103,8 @@ discard:
 	return 0;
 }
 
-/* 1: the packet is with user space now, and is dropped here. 0: no place. */
+/* 1: the packet is with user space now, and is dropped here. 0: no place. Under
+ * audit it passes all the same: the copy is for asking whose its peer is. */
 separate int hold(struct __sk_buff *skb, struct pc_life *l)
 {
 	struct pc_hold_quota *own, *all, *one = 0;

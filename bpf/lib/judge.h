@@ -22,11 +22,21 @@ inline_always int origin_same(struct __sk_buff *skb, const struct pc_life *l, in
 }
 
 /* Under audit, what stands as long as the policy does is remembered: a flow that
- * passes in spite of it tells so once. What lacks evidence is asked anew. */
+ * passes in spite of it tells so once. What lacks evidence is asked anew with
+ * each packet; a new flow is remembered even so (audit_unsettled), else the
+ * answer to its first packet would look like the opening of a flow the other
+ * way, under other rules. */
+inline_always int audit_unsettled(int reason)
+{
+	return reason == PC_REASON_UNBOUND || reason == PC_REASON_STALE_LEASE;
+}
+
 inline_always int audit_remembers(const struct pc_life *l, int reason)
 {
-	return (l->ep_flags & PC_EP_AUDIT) &&
-	       (reason == PC_REASON_POLICY_DENIED || reason == PC_REASON_EVIDENCE_TOO_WEAK);
+	if (!(l->ep_flags & PC_EP_AUDIT))
+		return 0;
+	return reason == PC_REASON_POLICY_DENIED || reason == PC_REASON_EVIDENCE_TOO_WEAK ||
+	       (audit_unsettled(reason) && !(l->how & CT_KNOWN));
 }
 
 /* Judges a new flow, or one whose judgement lost a ground: policy changed,
@@ -188,10 +198,17 @@ separate int remember(struct pc_life *l)
 
 inline_always int judge_slow(struct __sk_buff *skb, struct pc_life *l)
 {
+	/* Of a flow that passed under audit one tells how it goes on. */
+	int audited = (l->how & CT_KNOWN) && (l->j.flags & PC_JUDGED_AUDIT);
 	int audit = judge_anew(skb, l), reason;
+
+	if (audited)
+		l->report = 1;
 
 	if (!(l->how & CT_REMEMBER))
 		return audit;
+	if (unlikely(audit_unsettled(audit)))
+		l->j.epoch = PC_EPOCH_NEVER;
 	reason = remember(l);
 	if (audit) /* its reason is the better one, also where there was no room */
 		return audit;

@@ -37,15 +37,25 @@ func TestAudit(t *testing.T) {
 		g.pass(g.to(g.pod, g.uplink, icmpError(f, f.world, f.pod, 3, tcp(f.pod, 81, f.peer, 40000, ack)[14:])))
 		g.want(g.to(g.pod, g.uplink, icmpError(f, f.world, f.pod, 3, tcp(f.pod, 82, f.peer, 40000, ack)[14:])), audit, abi.ReasonUnsupported)
 
-		// No evidence: not held, told each time, and judged when it is there.
+		// No evidence: it passes, told each time; its peer is asked for, and it
+		// is judged when the answer is there.
 		for range 2 {
 			r = in(80, syn)
 			g.want(r, audit, abi.ReasonUnbound)
-			if len(r.held) != 0 || len(r.events) != 1 {
-				t.Errorf("%d held, %d events", len(r.held), len(r.events))
+			if len(r.held) != 1 || r.held[0].Passed != 1 || len(r.events) != 1 {
+				t.Errorf("held %+v, %d events", r.held, len(r.events))
 			}
 		}
+		// Its answer is an answer, and lacks as much.
+		g.want(g.from(g.pod, tcp(f.pod, 80, f.peer, 40000, syn|ack)), audit, abi.ReasonUnbound)
+		g.want(in(80, ack), audit, abi.ReasonUnbound)
 		b := g.bind(f.peer, idClient)
+		if r = in(80, ack); len(r.events) != 1 {
+			t.Errorf("known at last: events %+v", r.events)
+		}
+		g.pass(r)
+		g.pass(in(80, ack))
+		g.pass(g.from(g.pod, tcp(f.pod, 80, f.peer, 40000, ack)))
 		g.pass(in(80, syn))
 		g.lease(session, -time.Second)
 		g.want(in(80, ack), audit, abi.ReasonStaleLease)

@@ -118,11 +118,35 @@ func (w *world) reach(from lab.Running) error {
 
 // reachAt makes one connection to another of the server's ports.
 func (w *world) reachAt(from lab.Running, port uint16) error {
-	c, err := w.dialTo(from, netip.AddrPortFrom(w.server.IP4(), port), time.Second)
+	return w.reachTo(from, netip.AddrPortFrom(w.server.IP4(), port))
+}
+
+// reachTo makes one connection to anybody.
+func (w *world) reachTo(from lab.Running, to netip.AddrPort) error {
+	c, err := w.dialTo(from, to, time.Second)
 	if err == nil {
 		c.Close()
 	}
 	return err
+}
+
+// spoof sends a datagram to the server under another workload's address.
+func (w *world) spoof(from, as lab.Running) {
+	w.t.Helper()
+	b := make([]byte, 28)
+	b[0], b[8], b[9] = 0x45, 64, unix.IPPROTO_UDP // the kernel fills in length and checksum
+	copy(b[12:], as.IP4().AsSlice())
+	copy(b[16:], w.server.IP4().AsSlice())
+	binary.BigEndian.PutUint16(b[22:], udpPort)
+	binary.BigEndian.PutUint16(b[24:], 8)
+	w.must(w.InWorkload(from.Spec.FullName(), func() error {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		return unix.Sendto(fd, b, 0, &unix.SockaddrInet4{Addr: w.server.IP4().As4()})
+	}))
 }
 
 // live is traffic of the client that goes on: an exchange every 10 ms on one

@@ -307,4 +307,15 @@ func (w *world) watch(node, verdict string, r lab.Running) func(reason string) *
 	}
 }
 
+// counted is how many packets a node's programs gave a verdict.
+func (w *world) counted(node, verdict string) (n uint64) {
+	w.t.Helper()
+	for _, c := range w.status(node).GetCounters() {
+		if c.GetVerdict() == verdict {
+			n += c.GetPackets()
+		}
+	}
+	return n
+}
+
 var errReached = errors.New("reached")
