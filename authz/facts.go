@@ -14,6 +14,7 @@ import (
 // something makes another. So a set goes on meaning what it meant.
 type facts struct {
 	trustDomain string
+	cluster     string
 	namespaces  map[string]map[string]string // one that is missing is one nobody has spoken of
 	groups      map[string]blockGroup
 	services    map[ServiceName]Backends
@@ -34,6 +35,8 @@ func (f *facts) of(id identity.Identity) attributes {
 			return id.Namespace, true, true
 		case ServiceAccount:
 			return id.ServiceAccount, true, true
+		case Cluster:
+			return f.cluster, true, true
 		case NamespaceLabel:
 			if r.Key == nameLabel {
 				return id.Namespace, true, true

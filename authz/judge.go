@@ -87,7 +87,27 @@ func (s Set) Lookup(k abi.PolicyKey) (abi.Policy, bool) {
 	return abi.Policy{}, false
 }
 
-// Judge decides on a packet by the set's own entries.
+// Judge decides on a packet by the set's own entries, and by LocalHost.
 func (s Set) Judge(dir abi.Direction, peer identity.Numeric, proto uint8, port uint16) Decision {
-	return Judge(s.Lookup, s.Enforce(dir), dir, peer, proto, port)
+	d := Judge(s.Lookup, s.Enforce(dir), dir, peer, proto, port)
+	if s.LocalHost && dir == abi.DirIngress && peer == identity.NumHost && !s.denies(peer, proto, port) {
+		if d.Verdict != abi.VerdictPass {
+			d.Rule = 0
+		}
+		d.Verdict, d.NeedsEvidence, d.LeastEvidence = abi.VerdictPass, false, identity.EvidenceNone
+	}
+	return d
+}
+
+// denies reports whether a rule denies the packet on ingress, rather than
+// leaving it without one that allows it.
+func (s Set) denies(peer identity.Numeric, proto uint8, port uint16) bool {
+	key := abi.PolicyKey{
+		Prefixlen: uint32(abi.PolicyPrefixPort), Identity: uint32(abi.IDAny),
+		Direction: uint8(abi.DirIngress), Proto: proto, Port: [2]uint8{uint8(port >> 8), uint8(port)},
+	}
+	all, _ := s.Lookup(key)
+	key.Identity = uint32(peer)
+	one, _ := s.Lookup(key)
+	return has(all, abi.PolicyDeny) || has(one, abi.PolicyDeny)
 }

@@ -18,17 +18,17 @@ type Peer struct {
 	// Block is the block of addresses in which the peer is seen: one of
 	// Repository.Blocks, or a single address. Rules on addresses mean the
 	// block as a whole: what only part of it may do is denied to all of it.
-	// Zero: no rule on addresses means the peer.
+	// Zero: not known, so no rule on addresses allows the peer anything, and
+	// each denies it what it would deny.
 	Block netip.Prefix
-	// Node is the labels of the node, if the peer is one.
+	// Node is the labels of the node, if the peer is one; nil: not known.
 	Node map[string]string
 	// Names are the DNS names that the peer's address was learnt from, in
 	// lower case and without the final dot.
 	Names []string
 }
 
-// Peers makes peers of identities: without blocks, so that no rule on addresses
-// means them.
+// Peers makes peers of identities, of which nothing else is known.
 func Peers(ids iter.Seq2[identity.Numeric, identity.Identity]) iter.Seq2[identity.Numeric, Peer] {
 	return func(yield func(identity.Numeric, Peer) bool) {
 		for n, id := range ids {
@@ -105,9 +105,12 @@ func (p Peer) isWorld() bool { return p.Identity.Reserved == worldName }
 const worldName = "world"
 
 // covers reports whether a block lies in prefix and outside the exceptions.
-// doubt is the answer for one of which only a part does.
+// doubt is the answer for one of which only a part does, or that is not known.
 func covers(prefix netip.Prefix, except []netip.Prefix, block netip.Prefix, doubt bool) bool {
-	if !block.IsValid() || !prefix.Overlaps(block) || !doubt && block.Bits() < prefix.Bits() {
+	if !block.IsValid() {
+		return doubt
+	}
+	if !prefix.Overlaps(block) || !doubt && block.Bits() < prefix.Bits() {
 		return false
 	}
 	return !slices.ContainsFunc(except, func(e netip.Prefix) bool {
@@ -175,8 +178,14 @@ func (n Nodes) Key() string { return "nodes " + Selector(n).Key() }
 
 func (n Nodes) validate() error { return Selector(n).validateFor(NodeLabel) }
 
-func (n Nodes) selects(p Peer, _ *facts, _ bool) bool {
-	return slices.Contains(nodeIdentities, p.Identity.Reserved) && Selector(n).meets(labelsOf(p.Node))
+func (n Nodes) selects(p Peer, _ *facts, doubt bool) bool {
+	if !slices.Contains(nodeIdentities, p.Identity.Reserved) {
+		return false
+	}
+	if p.Node == nil && len(n) > 0 {
+		return doubt
+	}
+	return Selector(n).meets(labelsOf(p.Node))
 }
 
 var nodeIdentities = []string{"host", "remote-node", "kube-apiserver"}
@@ -233,7 +242,8 @@ func (b Backends) selects(at ServiceName, p Peer, f *facts, doubt bool) bool {
 
 // DNSName selects peers by the names that their addresses were learnt from:
 // one name, or those that match a pattern in which * stands for any run of
-// characters of one label, and "*" alone for every name.
+// characters of one label, "**." in front for one label or more, and "*" alone
+// for every name.
 type DNSName struct{ Name, Pattern string } // one of them; lower case, no final dot
 
 // Key implements PeerSelector.
@@ -254,6 +264,19 @@ func (n DNSName) selects(p Peer, _ *facts, _ bool) bool {
 func (n DNSName) Matches(name string) bool {
 	if n.Name != "" {
 		return n.Name == name
+	}
+	if rest, deep := strings.CutPrefix(n.Pattern, "**."); deep {
+		// A * does not cross a dot, so rest has as many labels as it shows.
+		for range strings.Count(name, ".") - strings.Count(rest, ".") {
+			var label string
+			if label, name, _ = strings.Cut(name, "."); label == "" {
+				return false
+			}
+			if matchPattern(rest, name) {
+				return true
+			}
+		}
+		return false
 	}
 	return n.Pattern == "*" || matchPattern(n.Pattern, name)
 }

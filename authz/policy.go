@@ -15,8 +15,14 @@ type Ref struct {
 	Name      string `json:"name"`
 }
 
-// String returns "Kind namespace/name".
-func (r Ref) String() string { return r.Kind + " " + r.Namespace + "/" + r.Name }
+// String returns "Kind namespace/name", or "Kind name" for what is in no
+// namespace.
+func (r Ref) String() string {
+	if r.Namespace == "" {
+		return r.Kind + " " + r.Name
+	}
+	return r.Kind + " " + r.Namespace + "/" + r.Name
+}
 
 func (r Ref) compare(o Ref) int {
 	return cmp.Or(cmp.Compare(r.Namespace, o.Namespace), cmp.Compare(r.Name, o.Name), cmp.Compare(r.Kind, o.Kind))
@@ -148,7 +154,11 @@ func (p *Policy) Validate() error {
 		return fmt.Errorf("policy %s: it has no kind or no name", p.Ref)
 	}
 	for i, spec := range p.Specs {
-		if err := spec.Subject.validate(); err != nil {
+		validate := spec.Subject.validate
+		if spec.Nodes {
+			validate = func() error { return spec.Subject.validateFor(NodeLabel) }
+		}
+		if err := validate(); err != nil {
 			return fmt.Errorf("policy %s: spec %d: subject: %w", p.Ref, i, err)
 		}
 		for j, r := range spec.Rules {

@@ -1,6 +1,7 @@
 package authz
 
 import (
+	"cmp"
 	"iter"
 	"maps"
 	"slices"
@@ -14,6 +15,13 @@ type Options struct {
 	// TrustDomain is the one whose workloads policies mean when they select
 	// peers. A workload of another is nobody to them, whatever its labels.
 	TrustDomain string
+	// Cluster is the name of the cluster that these workloads are in, for
+	// policies that speak of it; empty: "default", as Cilium has it.
+	Cluster string
+	// LocalHost: the subject's own node reaches it whatever the policies do
+	// not allow, as the kubelet's probes must; only a rule that denies keeps
+	// it out. See Set.LocalHost.
+	LocalHost bool
 	// Enforce is how far policy is enforced; EnforceIn, if it names a
 	// subject's namespace, goes before it.
 	Enforce   Enforcement
@@ -32,7 +40,7 @@ type Repository struct {
 
 // NewRepository returns an empty repository.
 func NewRepository(opts Options) *Repository {
-	return &Repository{opts: opts, policies: map[Ref]*Policy{}, facts: &facts{trustDomain: opts.TrustDomain}, ports: newPortBook()}
+	return &Repository{opts: opts, policies: map[Ref]*Policy{}, facts: &facts{trustDomain: opts.TrustDomain, cluster: cmp.Or(opts.Cluster, "default")}, ports: newPortBook()}
 }
 
 // Put adds policies, each in the place of an earlier one with its Ref. If one
@@ -108,7 +116,7 @@ func (r *Repository) selects(s *Spec, subject identity.Identity) (selected, sure
 // own named ports and every peer that has a numeric identity on this node.
 // Later peers: Set.AddPeer.
 func (r *Repository) Compile(subject identity.Identity, peers iter.Seq2[identity.Numeric, Peer], own ...identity.NamedPort) Set {
-	s := Set{Rules: []RuleRef{{}}, Entries: map[abi.PolicyKey]abi.Policy{}, facts: r.facts, ports: r.ports.of}
+	s := Set{Rules: []RuleRef{{}}, Entries: map[abi.PolicyKey]abi.Policy{}, LocalHost: r.opts.LocalHost, facts: r.facts, ports: r.ports.of}
 	mode := r.enforcement(subject)
 	if mode == EnforceNever {
 		return s

@@ -35,6 +35,8 @@ const (
 	NodeLabel    // in Nodes
 	GroupLabel   // in BlockGroup
 	ServiceLabel // in Service
+
+	Cluster // of a workload: the name of the cluster, Options.Cluster
 )
 
 // Operator is the relation that a requirement asks for.
@@ -132,7 +134,7 @@ func (r Requirement) met(a attributes, doubt bool) bool {
 }
 
 func (s Selector) validate() error {
-	return s.validateFor(PodLabel, NamespaceLabel, Namespace, ServiceAccount)
+	return s.validateFor(PodLabel, NamespaceLabel, Namespace, ServiceAccount, Cluster)
 }
 
 // validateFor reports a selector that looks at other attributes than these.

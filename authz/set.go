@@ -25,6 +25,11 @@ type Set struct {
 	EnforceIngress, EnforceEgress bool
 	// Audit: what the set says is recorded, and the packet passes all the same.
 	Audit bool
+	// LocalHost: a packet of the subject's own node passes on ingress unless an
+	// entry for everybody or for the host has DENY there. It is known where the
+	// packet comes in that it is the node's own, so this asks for no evidence,
+	// and the entries say nothing of it.
+	LocalHost bool
 	// Entries of the policy map, with 0 in the place of the set's number.
 	// Never nil. The flags of shorter prefixes are folded into longer ones.
 	Entries map[abi.PolicyKey]abi.Policy
@@ -75,7 +80,7 @@ func (s Set) Enforce(dir abi.Direction) bool {
 // difference between two sets. They may still differ in what AddPeer will
 // say: keep the one that was compiled last.
 func (s Set) Equal(o Set) bool {
-	return s.EnforceIngress == o.EnforceIngress && s.EnforceEgress == o.EnforceEgress && s.Audit == o.Audit &&
+	return s.EnforceIngress == o.EnforceIngress && s.EnforceEgress == o.EnforceEgress && s.Audit == o.Audit && s.LocalHost == o.LocalHost &&
 		maps.Equal(s.Entries, o.Entries) && slices.Equal(s.Rules, o.Rules)
 }
 

@@ -16,38 +16,65 @@ type ParsedPolicy struct {
 	File string
 }
 
-// ParsePolicies parses the files of one import, in every dialect that the
-// agent takes. Any problem means that none of the policies is to be used.
-// `policy validate` and the agent's import share it, so what the one takes the
-// other does.
-func ParsePolicies(files []*PolicyFile) (policies []ParsedPolicy, problems []*PolicyProblem) {
+// Parsed is what the files of one import say.
+type Parsed struct {
+	Policies []ParsedPolicy
+	Groups   []*authz.Group
+	// Not is what can be judged, but not enforced yet.
+	Not []*PolicyProblem
+}
+
+// Parse parses files, in every dialect that there is. Any problem means that
+// nothing of them is to be used. Who enforces uses ParsePolicies.
+func Parse(files []*PolicyFile) (out Parsed, problems []*PolicyProblem) {
 	first := map[authz.Ref]string{}
 	for _, f := range files {
-		parsed, err := dialect.ParseFile(f.GetName(), f.GetContent(), k8s.Dialect, cilium.Dialect)
+		parsed, err := dialect.ParseFile(f.GetName(), f.GetContent(), append(cilium.Dialects(), k8s.Dialect)...)
 		var found authz.Problems
 		switch {
 		case errors.As(err, &found):
-			for _, p := range found {
-				problems = append(problems, &PolicyProblem{
-					File: p.File, Field: p.Path, Text: p.Message, Document: uint32(p.Document), Line: uint32(p.Line),
-				})
-			}
+			problems = append(problems, fromProblems(found)...)
 		case err != nil: // not of the file's author, but nothing is known about the file either
 			problems = append(problems, &PolicyProblem{File: f.GetName(), Text: err.Error()})
 		}
-		for _, p := range parsed {
-			if other, twice := first[p.Ref]; twice {
-				problems = append(problems, &PolicyProblem{File: f.GetName(), Policy: FromRef(p.Ref).Ref(),
+		for _, ref := range parsed.Refs() {
+			if other, twice := first[ref]; twice {
+				problems = append(problems, &PolicyProblem{File: f.GetName(), Policy: FromRef(ref).Ref(),
 					Text: fmt.Sprintf("stands in %s already: keep one of them, or give one another name", other)})
 			}
-			first[p.Ref] = f.GetName()
-			policies = append(policies, ParsedPolicy{Policy: p, File: f.GetName()})
+			first[ref] = f.GetName()
+		}
+		for _, p := range parsed.Policies {
+			out.Policies = append(out.Policies, ParsedPolicy{Policy: p, File: f.GetName()})
+			out.Not = append(out.Not, fromProblems(p.NotEnforced)...)
+		}
+		out.Groups = append(out.Groups, parsed.Groups...)
+		for _, g := range parsed.Groups {
+			out.Not = append(out.Not, &PolicyProblem{File: f.GetName(), Policy: FromRef(g.Ref).Ref(),
+				Text: "not enforced yet: groups of addresses cannot be imported; write their blocks into toCIDRSet and fromCIDRSet"})
 		}
 	}
 	if len(problems) > 0 {
+		return Parsed{}, problems
+	}
+	return out, nil
+}
+
+// ParsePolicies parses files and refuses what cannot be enforced yet, as the
+// agent's import does.
+func ParsePolicies(files []*PolicyFile) (policies []ParsedPolicy, problems []*PolicyProblem) {
+	out, problems := Parse(files)
+	if problems = append(problems, out.Not...); len(problems) > 0 {
 		return nil, problems
 	}
-	return policies, nil
+	return out.Policies, nil
+}
+
+func fromProblems(problems []authz.Problem) (out []*PolicyProblem) {
+	for _, p := range problems {
+		out = append(out, &PolicyProblem{File: p.File, Field: p.Path, Text: p.Message, Document: uint32(p.Document), Line: uint32(p.Line)})
+	}
+	return out
 }
 
 // FromRef returns the wire form of a policy reference.

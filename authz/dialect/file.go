@@ -23,28 +23,52 @@ const (
 // Dialect is one kind of policy document and its parser.
 type Dialect struct {
 	APIVersion, Kind string
-	// Parse returns the document's policies, or its problems.
-	Parse func(*Document) ([]*authz.Policy, []authz.Problem)
+	// Parse returns what the document says, or its problems.
+	Parse func(*Document) (Result, []authz.Problem)
+}
+
+// Result is what files say: policies, and objects that policies speak of.
+type Result struct {
+	Policies []*authz.Policy
+	Groups   []*authz.Group
+}
+
+// Refs returns the name of each object.
+func (r Result) Refs() (refs []authz.Ref) {
+	for _, p := range r.Policies {
+		refs = append(refs, p.Ref)
+	}
+	for _, g := range r.Groups {
+		refs = append(refs, g.Ref)
+	}
+	return refs
+}
+
+// Add puts what another file or document says behind what r does.
+func (r *Result) Add(o Result) {
+	r.Policies = append(r.Policies, o.Policies...)
+	r.Groups = append(r.Groups, o.Groups...)
 }
 
 // ParseFile parses every document of a file, in YAML or JSON. It returns all
-// policies, or an error of type authz.Problems with every problem of every
+// that they say, or an error of type authz.Problems with every problem of every
 // document: a file is taken as a whole or not at all. name is for messages.
-func ParseFile(name string, data []byte, dialects ...Dialect) ([]*authz.Policy, error) {
-	var policies []*authz.Policy
+// What is to be enforced must pass authz.Policy.Enforceable besides.
+func ParseFile(name string, data []byte, dialects ...Dialect) (Result, error) {
+	var all Result
 	var problems authz.Problems
 	seen := map[authz.Ref]int{}
 	last := 0
 	for doc := range Documents(name, data) {
-		ps, bad := parse(doc, dialects)
+		said, bad := parse(doc, dialects)
 		last = doc.Index
-		for _, p := range ps {
-			if n := seen[p.Ref]; n > 0 && len(bad) == 0 {
-				bad = append(bad, doc.root.problem("%s is in document %d already: give one of them another name", p.Ref, n))
+		for _, ref := range said.Refs() {
+			if n := seen[ref]; n > 0 && len(bad) == 0 {
+				bad = append(bad, doc.root.problem("%s is in document %d already: give one of them another name", ref, n))
 			}
-			seen[p.Ref] = doc.Index
+			seen[ref] = doc.Index
 		}
-		policies = append(policies, ps...)
+		all.Add(said)
 		if problems = append(problems, bad...); len(problems) > maxProblems {
 			problems = append(problems[:maxProblems], authz.Problem{File: name, Message: "there are more problems than are shown"})
 			break
@@ -54,15 +78,15 @@ func ParseFile(name string, data []byte, dialects ...Dialect) ([]*authz.Policy, 
 		problems = authz.Problems{{File: name, Message: "the file contains no policy"}}
 	}
 	if len(problems) > 0 {
-		return nil, problems
+		return Result{}, problems
 	}
-	return policies, nil
+	return all, nil
 }
 
 // parse hands the document to the parser of its kind.
-func parse(doc *Document, dialects []Dialect) ([]*authz.Policy, []authz.Problem) {
+func parse(doc *Document, dialects []Dialect) (Result, []authz.Problem) {
 	if len(doc.problems) > 0 {
-		return nil, doc.problems
+		return Result{}, doc.problems
 	}
 	version, kind := doc.root.text("apiVersion"), doc.root.text("kind")
 	i := slices.IndexFunc(dialects, func(d Dialect) bool { return d.APIVersion == version && d.Kind == kind })
@@ -71,7 +95,7 @@ func parse(doc *Document, dialects []Dialect) ([]*authz.Policy, []authz.Problem)
 	}
 	if !doc.root.isMap() || kind == "" || version == "" {
 		doc.root.Refuse("not a Kubernetes object with apiVersion and kind")
-		return nil, doc.Problems()
+		return Result{}, doc.Problems()
 	}
 	var known []string
 	at := doc.root.fields["kind"]
@@ -86,7 +110,7 @@ func parse(doc *Document, dialects []Dialect) ([]*authz.Policy, []authz.Problem)
 		hint = "; write the list's items as documents of their own, separated by ---"
 	}
 	at.Refuse("%s %s is not supported; accepted are: %s%s", quote(version), quote(kind), strings.Join(known, ", "), hint)
-	return nil, doc.Problems()
+	return Result{}, doc.Problems()
 }
 
 // Documents yields the documents of a file, one in memory at a time, leaving

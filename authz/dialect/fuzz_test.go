@@ -11,7 +11,6 @@ import (
 	"portcullis/authz/dialect"
 	"portcullis/authz/dialect/cilium"
 	"portcullis/authz/dialect/k8s"
-	"portcullis/bpf/abi"
 )
 
 func seed(f *testing.F, more ...string) {
@@ -34,15 +33,22 @@ func seed(f *testing.F, more ...string) {
 // checkParsed: what comes out is all or nothing, means what it can be compiled
 // to, carries its source, and is the same when its source is read again.
 func checkParsed(t *testing.T, data string, dialects ...dialect.Dialect) {
-	policies, err := dialect.ParseFile("f", []byte(data), dialects...)
+	parsed, err := dialect.ParseFile("f", []byte(data), dialects...)
 	if err != nil {
 		var problems authz.Problems
-		if !errors.As(err, &problems) || len(problems) == 0 || policies != nil {
-			t.Fatalf("%d policies with %v", len(policies), err)
+		if !errors.As(err, &problems) || len(problems) == 0 || len(parsed.Refs()) > 0 {
+			t.Fatalf("%d objects with %v", len(parsed.Refs()), err)
 		}
 		return
 	}
-	for _, p := range policies {
+	for _, g := range parsed.Groups {
+		for _, b := range g.Blocks {
+			if b != b.Masked() || b.Addr().Is4In6() {
+				t.Fatalf("%s: block %s", g.Ref, b)
+			}
+		}
+	}
+	for _, p := range parsed.Policies {
 		if err := p.Validate(); err != nil {
 			t.Fatal(err)
 		}
@@ -50,18 +56,17 @@ func checkParsed(t *testing.T, data string, dialects ...dialect.Dialect) {
 			t.Fatalf("source %q is not in the file", p.Source)
 		}
 		for _, s := range p.Specs {
-			if len(s.Subject) == 0 || s.Subject[0].Attribute != authz.Namespace {
+			if p.Kind != cilium.ClusterwideKind && (s.Nodes || len(s.Subject) == 0 || s.Subject[0].Attribute != authz.Namespace) {
 				t.Fatalf("%s: the subject is not bound to a namespace: %v", p.Ref, s.Subject)
 			}
 			for _, r := range s.Rules {
-				// What cannot be written yet must not come out of a file.
-				if r.Action != authz.Allow || r.Direction == abi.DirIngress && !s.DenyIngress || r.Direction == abi.DirEgress && !s.DenyEgress {
-					t.Fatalf("%s: %+v", p.Ref, r)
+				if r.L7 && p.Enforceable() == nil {
+					t.Fatalf("%s: there is no datapath for %+v", p.Ref, r)
 				}
 			}
 		}
 		again, err := dialect.ParseFile("f", []byte(p.Source), dialects...)
-		if err != nil || len(again) != 1 || again[0].Ref != p.Ref || len(again[0].Specs) != len(p.Specs) {
+		if err != nil || len(again.Policies) != 1 || again.Policies[0].Ref != p.Ref || len(again.Policies[0].Specs) != len(p.Specs) {
 			t.Fatalf("source %q: %v, %v", p.Source, again, err)
 		}
 	}
@@ -70,7 +75,7 @@ func checkParsed(t *testing.T, data string, dialects ...dialect.Dialect) {
 // FuzzParseFile feeds any bytes to the whole way from file to policies.
 func FuzzParseFile(f *testing.F) {
 	seed(f, "---\n...\n", "a: &a [*a]", "{\"kind\": \"List\"}", "\ufeff%YAML 1.1\n---\n", "? [a]\n: b", "a: !!binary x", "a\u2028---\u2028b")
-	f.Fuzz(func(t *testing.T, data string) { checkParsed(t, data, k8s.Dialect, cilium.Dialect) })
+	f.Fuzz(func(t *testing.T, data string) { checkParsed(t, data, append(cilium.Dialects(), k8s.Dialect)...) })
 }
 
 // FuzzParseNetworkPolicy feeds any spec to the parser of NetworkPolicy.
@@ -88,6 +93,6 @@ func FuzzParseCiliumNetworkPolicy(f *testing.F) {
 	seed(f, "{endpointSelector: {}, ingress: [{}, {fromEndpoints: [{matchLabels: {'k8s:io.kubernetes.pod.namespace': a}}], toPorts: [{ports: [{port: '53', protocol: ANY}]}]}]}",
 		"{endpointSelector: {matchExpressions: [{key: a, operator: NotIn, values: [b]}]}, egress: [{}, {toEndpoints: [{matchExpressions: [{key: 'k8s:io.cilium.k8s.namespace.labels.x', operator: Exists}]}], toPorts: [{ports: [{port: Dns}, {port: '80', endPort: 90}]}]}]}")
 	f.Fuzz(func(t *testing.T, spec string) {
-		checkParsed(t, "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {name: p}\nspec:\n "+spec, cilium.Dialect)
+		checkParsed(t, "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {name: p}\nspec:\n "+spec, cilium.Dialects()...)
 	})
 }

@@ -22,6 +22,7 @@ type Document struct {
 
 	root     *Value
 	problems []authz.Problem
+	later    []authz.Problem
 	values   int
 }
 
@@ -30,6 +31,9 @@ func (d *Document) Root() *Value { return d.root }
 
 // Problems returns what has been refused so far.
 func (d *Document) Problems() []authz.Problem { return d.problems }
+
+// NotEnforced returns what Value.NotEnforced has recorded so far.
+func (d *Document) NotEnforced() []authz.Problem { return d.later }
 
 // Value is one value of a document. It knows where it stands.
 type Value struct {
@@ -210,6 +214,14 @@ func (v *Value) Refuse(format string, args ...any) {
 	}
 }
 
+// NotEnforced records that what the value says can be judged, but has no
+// datapath yet. The message says why, and what to do instead.
+func (v *Value) NotEnforced(format string, args ...any) {
+	if len(v.doc.later) <= maxProblems {
+		v.doc.later = append(v.doc.later, v.problem("not enforced yet: "+format, args...))
+	}
+}
+
 func (v *Value) isMap() bool { return v.tag == "!!map" && v.fields != nil }
 
 // text returns the string in a field of a map, or "".
@@ -242,17 +254,23 @@ func (v *Value) Object(fields Fields) bool {
 		return false
 	}
 	for _, k := range v.keys {
-		if f := fields[k]; f != nil {
+		f := fields[k]
+		switch {
+		case f == nil:
+			v.fields[k].Refuse("unknown field: check its name and place, or remove it")
+		case v.Has(k):
 			f(v.fields[k])
-			continue
 		}
-		v.fields[k].Refuse("unknown field: check its name and place, or remove it")
 	}
 	return true
 }
 
-// Has reports whether an object has a field.
-func (v *Value) Has(key string) bool { return v.fields[key] != nil }
+// Has reports whether an object has a field. One that says null, the word, is
+// not there, as Kubernetes reads it.
+func (v *Value) Has(key string) bool {
+	f := v.fields[key]
+	return f != nil && (f.tag != "!!null" || f.scalar != "null")
+}
 
 // Require refuses an object without a field.
 func (v *Value) Require(key string) {
@@ -274,7 +292,15 @@ func (v *Value) List(item func(i int, v *Value)) bool {
 }
 
 // Len returns how many items a list or fields an object has.
-func (v *Value) Len() int { return len(v.items) + len(v.keys) }
+func (v *Value) Len() int {
+	n := len(v.items)
+	for _, k := range v.keys {
+		if v.Has(k) {
+			n++
+		}
+	}
+	return n
+}
 
 // Each visits the fields of an object whose keys are free.
 func (v *Value) Each(field func(key string, v *Value)) bool {
@@ -316,6 +342,32 @@ func (v *Value) Number() (int, bool) {
 	n, err := strconv.Atoi(v.scalar)
 	return n, err == nil
 }
+
+// Boolean returns true or false.
+func (v *Value) Boolean() (value, ok bool) {
+	if v.tag != "!!bool" || v.scalar != "true" && v.scalar != "false" {
+		v.Refuse("want true or false, not %s", v.what())
+		return false, false
+	}
+	return v.scalar == "true", true
+}
+
+// Field returns a field that the object has, or nil.
+func (v *Value) Field(key string) *Value {
+	if !v.Has(key) {
+		return nil
+	}
+	return v.fields[key]
+}
+
+// IsList reports whether the value is a list.
+func (v *Value) IsList() bool { return v.tag == "!!seq" }
+
+// IsObject reports whether the value is an object.
+func (v *Value) IsObject() bool { return v.isMap() }
+
+// Key returns the name of the field in which the value stands.
+func (v *Value) Key() string { return v.key }
 
 // what describes the value for a message.
 func (v *Value) what() string {

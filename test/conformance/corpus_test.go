@@ -41,17 +41,6 @@ type netpolCase struct {
 	Expect    map[string]table
 }
 
-type cnpCase struct {
-	ID, File, Namespace string
-	Entities            []struct {
-		Key     string
-		Managed bool
-		Labels  []string
-	}
-	Expect map[string]table
-	Object object
-}
-
 func cases[T any](t *testing.T, name string) []T {
 	t.Helper()
 	f, err := os.Open(filepath.Join("testdata", name))
@@ -93,7 +82,8 @@ func load(t *testing.T, objects []object) ([]*authz.Policy, error) {
 	if len(objects) == 0 {
 		return nil, nil
 	}
-	return dialect.ParseFile("case", []byte(b.String()), k8s.Dialect, cilium.Dialect)
+	r, err := dialect.ParseFile("case", []byte(b.String()), append(cilium.Dialects(), k8s.Dialect)...)
+	return r.Policies, err
 }
 
 // judged are the policies of a case, for each direction that can be judged.
@@ -282,77 +272,4 @@ func (n *tally) combined(t *testing.T, c netpolCase, repos judged, pods []identi
 		}
 	}
 	return cells
-}
-
-// Cilium's semantics. Left out: the local host as a source, which Cilium
-// always lets in and we do not yet, and what it allows through L7.
-func TestCiliumCorpus(t *testing.T) {
-	var n tally
-	for _, c := range cases[cnpCase](t, "cnp.jsonl.gz") {
-		repos := n.obtain(t, c.ID, []object{ownLabels(c.Object)}, nil)
-		alloc := identity.NewAllocator()
-		var all []identity.Identity
-		for _, e := range c.Entities {
-			id := entity(e.Labels)
-			if (id.Reserved == "") != e.Managed {
-				t.Fatalf("%s: entity %s is read as %s", c.ID, e.Key, id)
-			}
-			all = append(all, id)
-			alloc.Acquire(id)
-		}
-		for dir, r := range repos {
-			dir := abi.Direction(dir)
-			if r.Repository == nil {
-				continue
-			}
-			for s, subject := range all {
-				if !c.Entities[s].Managed {
-					continue
-				}
-				set := r.Compile(subject, authz.Peers(alloc.All))
-				for name, want := range c.Expect {
-					proto, dport := port(t, name)
-					for p, peer := range all {
-						cell := want.Ingress[p][s]
-						switch {
-						case dir == abi.DirEgress:
-							cell = want.Egress[s][p]
-						case peer.Reserved == "host":
-							continue
-						}
-						n.cell(t, set, dir, number(alloc, peer), proto, dport, cell, "%s (%s): %s, %s, peer %s", c.ID, c.File, name, c.Entities[s].Key, c.Entities[p].Key)
-					}
-				}
-			}
-		}
-	}
-	t.Log(&n)
-	if n.verbatim < 19 || n.policed < 1100 {
-		t.Error("fewer cases or cells than there are")
-	}
-}
-
-// entity makes an identity of Cilium's labels. Addresses are world here.
-func entity(labels []string) identity.Identity {
-	ns, sa, own := "", "", map[string]string{}
-	for _, l := range labels {
-		source, rest, _ := strings.Cut(l, ":")
-		key, value, _ := strings.Cut(rest, "=")
-		switch {
-		case source == "cidr", source == "fqdn":
-			return identity.Identity{Reserved: "world"}
-		case source == "reserved":
-			if key == "world-ipv4" || key == "world-ipv6" {
-				key = "world"
-			}
-			return identity.Identity{Reserved: key}
-		case key == identity.NamespaceLabel:
-			ns = value
-		case key == identity.ServiceAccountLabel:
-			sa = value
-		case !strings.HasPrefix(key, "io.cilium."):
-			own[key] = value
-		}
-	}
-	return identity.New(trustDomain, ns, sa, own)
 }

@@ -47,38 +47,6 @@ func policyTypes(spec object) (types []string) {
 	return types
 }
 
-// ownLabels rewrites a NetworkPolicy that speaks Cilium. There a
-// NetworkPolicy can select by Cilium's own labels, and every pod meets "the
-// cluster's label exists"; here, as in Kubernetes, it selects by the labels
-// that pods have, and that one would select nobody.
-func ownLabels(o object) object {
-	if o["kind"] != "NetworkPolicy" {
-		return o
-	}
-	o = clone(o)
-	var walk func(any)
-	walk = func(v any) {
-		switch v := v.(type) {
-		case object:
-			if expressions, ok := v["matchExpressions"].([]any); ok {
-				v["matchExpressions"] = slices.DeleteFunc(expressions, func(e any) bool {
-					x := e.(object)
-					return x["key"] == "io.cilium.k8s.policy.cluster" && x["operator"] == "Exists"
-				})
-			}
-			for _, f := range v {
-				walk(f)
-			}
-		case []any:
-			for _, i := range v {
-				walk(i)
-			}
-		}
-	}
-	walk(o)
-	return o
-}
-
 func clone(o object) object {
 	b, err := json.Marshal(o)
 	if err != nil {

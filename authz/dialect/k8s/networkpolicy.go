@@ -16,7 +16,7 @@ const Kind = "NetworkPolicy"
 var Dialect = dialect.Dialect{APIVersion: "networking.k8s.io/v1", Kind: Kind, Parse: Parse}
 
 // Parse parses one NetworkPolicy. It returns the policy or every problem.
-func Parse(doc *dialect.Document) ([]*authz.Policy, []authz.Problem) {
+func Parse(doc *dialect.Document) (dialect.Result, []authz.Problem) {
 	p := doc.Policy(Kind, func(p *authz.Policy) dialect.Fields {
 		doc.Root().Require("spec")
 		return dialect.Fields{"spec": func(v *dialect.Value) {
@@ -26,9 +26,9 @@ func Parse(doc *dialect.Document) ([]*authz.Policy, []authz.Problem) {
 		}}
 	})
 	if bad := doc.Problems(); len(bad) > 0 {
-		return nil, bad
+		return dialect.Result{}, bad
 	}
-	return []*authz.Policy{p}, nil
+	return dialect.Result{Policies: []*authz.Policy{p}}, nil
 }
 
 type parser struct {
