@@ -6,6 +6,8 @@
  *
  * Rules of this file:
  *  - enums are append-only: a number, once published, keeps its meaning;
+ *  - a member that changes its meaning changes its name: an upgrade carries the
+ *    bytes of an old structure over by the names of its members;
  *  - the zero of every enum and every flag is the side that lets nothing pass;
  *  - every structure is padded by hand and has a size assertion;
  *  - addresses are 16 bytes, IPv4 as ::ffff:a.b.c.d, so that one code path
@@ -15,7 +17,7 @@
 #ifndef PC_ABI_H
 #define PC_ABI_H
 
-enum pc_abi { PC_ABI_VERSION = 2 };
+enum pc_abi { PC_ABI_VERSION = 3 };
 
 /* ---- verdicts and reasons ------------------------------------------- */
 
@@ -112,7 +114,8 @@ enum pc_endpoint_flag {
 };
 
 /* Map `endpoints`: ifindex (u32) of the host side of the veth -> this.
- * An update replaces the whole element, so readers see the old or the new. */
+ * An update replaces the whole element, so readers see the old or the new. It is
+ * in force when state.endpoint_epoch has been raised after it. */
 struct pc_endpoint {
 	struct pc_addr ip4; /* zero: has none */
 	struct pc_addr ip6; /* zero: has none */
@@ -484,7 +487,11 @@ struct pc_state {
 	__u64 last_generation;
 	__u64 lost_events;   /* the ring was full; added to by the kernel */
 	__u64 abi_version;
+	__u64 pad;	     /* what every packet reads lies apart from what is written often */
 	__u64 range_epoch;   /* see pc_range */
+	__u64 endpoint_epoch; /* user space adds 1 after every change of `endpoints`: what
+			       * was remembered with an endpoint's words then counts no more */
+	__u64 pad2[6];
 };
 
 /* Map `counters`: per-CPU array; index = (direction * PC_REASON_MAX + reason) * PC_VERDICT_MAX + verdict. */
@@ -521,6 +528,6 @@ _Static_assert(sizeof(struct pc_judgement) == 40, "pc_judgement");
 _Static_assert(sizeof(struct pc_ct) == 104, "pc_ct");
 _Static_assert(sizeof(struct pc_event) == 104, "pc_event");
 _Static_assert(sizeof(struct pc_held) == 72, "pc_held");
-_Static_assert(sizeof(struct pc_state) == 64, "pc_state");
+_Static_assert(sizeof(struct pc_state) == 128, "pc_state");
 
 #endif

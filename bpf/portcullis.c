@@ -17,6 +17,7 @@
 #include "lib/hold.h"
 #include "lib/icmp.h"
 #include "lib/judge.h"
+#include "lib/recent.h"
 
 inline_always int has_mark(const struct __sk_buff *skb, __u32 mark)
 {
@@ -61,7 +62,7 @@ inline_always int judge_to(struct __sk_buff *skb, struct pc_life *l, const struc
 inline_always int judge(struct __sk_buff *skb, struct pc_life *l, int dir)
 {
 	int parsed = parse(skb, &l->p), reason;
-	const struct pc_endpoint *ep = endpoint_find(skb, l);
+	const struct pc_endpoint *ep = endpoint_identify(skb, l);
 
 	if (!ep)
 		return PC_REASON_NO_ENDPOINT;
@@ -145,19 +146,25 @@ inline_always int gate(struct __sk_buff *skb, int dir)
 	struct pc_life l;
 	int audit, held_back;
 
-	__builtin_memset(&l, 0, __builtin_offsetof(struct pc_life, f));
+	l.now = clock_now();
+	if (!has_mark(skb, reinject_mark) && recent_passes(skb, dir, l.now)) {
+		count(skb, PC_REASON_NONE, dir, PC_VERDICT_PASS);
+		return TCX_NEXT;
+	}
+	__builtin_memset(&l.expect, 0, __builtin_offsetof(struct pc_life, f) - __builtin_offsetof(struct pc_life, expect));
 	l.dir = dir;
 	l.reinjected = has_mark(skb, reinject_mark);
-	l.now = clock_now();
 	l.reason = judge(skb, &l, dir);
 
 	if (!l.reason) {
 		if (l.unremembered) /* passes, and shows in the counters all the same (I6) */
 			l.reason = PC_REASON_MAP_FULL;
-		count(skb, &l, dir, PC_VERDICT_PASS);
+		count(skb, l.reason, dir, PC_VERDICT_PASS);
 		if (l.report || l.reinjected)
 			emit(skb, &l, PC_VERDICT_PASS);
 		leave(skb, &l, dir);
+		if (l.how & CT_SETTLED)
+			recent_store(skb, &l);
 		return TCX_NEXT;
 	}
 	audit = audit_passes(&l);
@@ -169,7 +176,7 @@ inline_always int gate(struct __sk_buff *skb, int dir)
 			/* If there is no room, the rest is dropped. */
 			if (l.p.frag == FRAG_FIRST)
 				fragment_store(skb, &l, PC_VERDICT_HOLD);
-			count(skb, &l, dir, PC_VERDICT_HOLD);
+			count(skb, l.reason, dir, PC_VERDICT_HOLD);
 			emit(skb, &l, PC_VERDICT_HOLD);
 			return TCX_DROP;
 		}
@@ -179,7 +186,7 @@ inline_always int gate(struct __sk_buff *skb, int dir)
 	if (audit) {
 		if (l.p.frag == FRAG_FIRST)
 			fragment_store(skb, &l, PC_VERDICT_PASS);
-		count(skb, &l, dir, PC_VERDICT_AUDIT);
+		count(skb, l.reason, dir, PC_VERDICT_AUDIT);
 		if (!l.audited || l.reinjected)
 			emit(skb, &l, PC_VERDICT_AUDIT);
 		leave(skb, &l, dir);
@@ -188,7 +195,7 @@ inline_always int gate(struct __sk_buff *skb, int dir)
 	/* Those that are held behind it wait in vain. */
 	if (l.reinjected && l.p.frag == FRAG_FIRST)
 		fragment_store(skb, &l, PC_VERDICT_DROP);
-	count(skb, &l, dir, PC_VERDICT_DROP);
+	count(skb, l.reason, dir, PC_VERDICT_DROP);
 	emit(skb, &l, PC_VERDICT_DROP);
 	return TCX_DROP;
 }

@@ -3,6 +3,7 @@ package datapath
 import (
 	"errors"
 	"fmt"
+	"sync/atomic"
 
 	"github.com/cilium/ebpf"
 	"go.uber.org/zap"
@@ -29,7 +30,9 @@ func (d *Datapath) AddEndpoint(ifname string, ep abi.Endpoint) error {
 		return err
 	}
 	ep.State = uint32(abi.EPQuarantined)
-	return mapError("add endpoint on "+ifname, "endpoints", d.coll.Maps["endpoints"].Put(ifindex, &ep))
+	err = d.coll.Maps["endpoints"].Put(ifindex, &ep)
+	d.endpointsChanged()
+	return mapError("add endpoint on "+ifname, "endpoints", err)
 }
 
 func (d *Datapath) checkEndpoint(ep *abi.Endpoint) error {
@@ -51,6 +54,7 @@ func (d *Datapath) SetEndpoint(ep abi.Endpoint) error {
 		return err
 	}
 	err := d.coll.Maps["endpoints"].Update(ep.Ifindex, &ep, ebpf.UpdateExist)
+	d.endpointsChanged()
 	return mapError(fmt.Sprintf("set endpoint %d", ep.ID), "endpoints", err)
 }
 
@@ -65,11 +69,17 @@ func (d *Datapath) RemoveEndpoint(ifindex uint32) error {
 }
 
 func (d *Datapath) deleteEndpoint(ifindex uint32) error {
-	if err := d.coll.Maps["endpoints"].Delete(ifindex); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+	err := d.coll.Maps["endpoints"].Delete(ifindex)
+	d.endpointsChanged()
+	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 		return mapError(fmt.Sprintf("delete the endpoint of device %d", ifindex), "endpoints", err)
 	}
 	return nil
 }
+
+// endpointsChanged follows every change of the map endpoints: from here on the
+// change is in force for what passed before it, too (pc_state.endpoint_epoch).
+func (d *Datapath) endpointsChanged() { atomic.AddUint64(&d.state.at(0).EndpointEpoch, 1) }
 
 // Endpoints returns the endpoints whose device exists and has both links, by
 // the name under which they were added: what an agent adopts at its start.

@@ -61,7 +61,7 @@ func Tombstone(dir string, ip netip.Addr, uid identity.UID) error {
 }
 
 // buriedMaps are the maps that Tombstone reads or writes.
-var buriedMaps = []string{"endpoints", "slots", "slots_cold", "bindings"}
+var buriedMaps = []string{"endpoints", "slots", "slots_cold", "bindings", "state"}
 
 // judging returns the maps by which packets are judged: those that are pinned,
 // and those of the programs under each link, which are others where an upgrade
@@ -157,6 +157,7 @@ func buryIn(maps map[string]*ebpf.Map, ip netip.Addr, uid identity.UID) error {
 	var err error
 	if m := maps["endpoints"]; m != nil {
 		ips, closed, err = closeEndpoints(m, ips[0], uid)
+		err = errors.Join(err, raiseEndpointEpoch(maps["state"]))
 	}
 	if m := maps["slots"]; m != nil {
 		// Also after an error: each of the two is worth having alone.
@@ -211,6 +212,29 @@ func closeEndpoints(m *ebpf.Map, ip abi.Addr, uid identity.UID) (ips []abi.Addr,
 		}
 	}
 	return ips, ifindices, err
+}
+
+// raiseEndpointEpoch puts what was changed in endpoints in force at once. Programs
+// of a version without that epoch look at the endpoint with every packet.
+func raiseEndpointEpoch(state *ebpf.Map) error {
+	if state == nil {
+		return nil
+	}
+	e, err := entryOfMap(state)
+	if err != nil {
+		return err
+	}
+	at, ok := e.value.fields["endpoint_epoch"]
+	if !ok {
+		return nil
+	}
+	mem, err := mapBytes(state, "state")
+	if err != nil {
+		return err
+	}
+	defer mem.close()
+	atomic.AddUint64((*uint64)(unsafe.Pointer(&mem.element(0)[at.off])), 1)
+	return nil
 }
 
 // zeroLocal zeroes the workload's slots: those of its devices, or that say its

@@ -15,7 +15,7 @@ type ABI uint32
 
 // The values of enum pc_abi.
 const (
-	ABIVersion ABI = 2
+	ABIVersion ABI = 3
 )
 
 // CTFlag is enum pc_ct_flag.
@@ -602,7 +602,7 @@ type SourceKey struct {
 	Addr      Addr
 }
 
-// State is struct pc_state, 64 bytes.
+// State is struct pc_state, 128 bytes.
 type State struct {
 	ReaderTick     uint64
 	NextStamp      uint64
@@ -611,7 +611,10 @@ type State struct {
 	LastGeneration uint64
 	LostEvents     uint64
 	ABIVersion     uint64
+	_              uint64
 	RangeEpoch     uint64
+	EndpointEpoch  uint64
+	_              [6]uint64
 }
 
 // Uplink is struct pc_uplink, 4 bytes.

@@ -4,25 +4,50 @@
 
 #include "life.h"
 
-/* Identify, the near side: whose device is this? 0: nobody's, or its gate is
- * closed. */
-inline_always const struct pc_endpoint *endpoint_find(struct __sk_buff *skb, struct pc_life *l)
+inline_always __u64 endpoint_epoch(void)
 {
-	__u32 ifindex = skb->ifindex;
+	__u32 zero = 0;
+	struct pc_state *s = bpf_map_lookup_elem(&state, &zero);
+
+	return s ? READ_ONCE(s->endpoint_epoch) : 0;
+}
+
+/* The endpoint of a device, its words in l. 0: it has none, or its gate is closed. */
+inline_always const struct pc_endpoint *endpoint_of(__u32 ifindex, struct pc_life *l)
+{
 	const struct pc_endpoint *ep = bpf_map_lookup_elem(&endpoints, &ifindex);
+	__u32 state;
 
 	if (!ep || READ_ONCE(ep->ifindex) != ifindex)
 		return 0;
 	l->id = READ_ONCE(ep->id);
 	l->policy = READ_ONCE(ep->policy);
 	l->ep_flags = READ_ONCE(ep->flags);
-	l->ep_state = READ_ONCE(ep->state);
+	state = READ_ONCE(ep->state);
 	l->identity = READ_ONCE(ep->identity);
 	l->hold_index = READ_ONCE(ep->hold_index);
 	/* Id 0 would equal that of an empty judgement. */
-	if (!l->id || (l->ep_state != PC_EP_ACTIVE && l->ep_state != PC_EP_QUARANTINED))
+	if (!l->id || (state != PC_EP_ACTIVE && state != PC_EP_QUARANTINED))
 		return 0;
+	l->ep_state = state;
 	return ep;
+}
+
+inline_always const struct pc_endpoint *endpoint_find(struct __sk_buff *skb, struct pc_life *l)
+{
+	return endpoint_of(skb->ifindex, l);
+}
+
+/* Identify, the near side: whose device is this? The epoch is never younger than
+ * the words: the key that they are looked up by is made to depend on it, so that
+ * no CPU loads them earlier. */
+inline_always const struct pc_endpoint *endpoint_identify(struct __sk_buff *skb, struct pc_life *l)
+{
+	__u64 none = endpoint_epoch();
+
+	l->endpoint_epoch = none;
+	asm volatile("%0 &= 0" : "+r"(none));
+	return endpoint_of(skb->ifindex + none, l);
 }
 
 /* An element of a hash map is used again as soon as it is deleted, also while

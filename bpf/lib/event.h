@@ -5,9 +5,9 @@
 
 #include "binding.h"
 
-inline_always void count(struct __sk_buff *skb, const struct pc_life *l, int dir, int verdict)
+inline_always void count(struct __sk_buff *skb, __u32 reason, int dir, int verdict)
 {
-	__u32 index = (dir * PC_REASON_MAX + l->reason) * PC_VERDICT_MAX + verdict;
+	__u32 index = (dir * PC_REASON_MAX + reason) * PC_VERDICT_MAX + verdict;
 	struct pc_counter *c = bpf_map_lookup_elem(&counters, &index);
 
 	if (!c) /* cannot be: the array has every combination */

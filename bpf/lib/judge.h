@@ -273,6 +273,8 @@ inline_always int judge_flow(struct __sk_buff *skb, struct pc_life *l, int dir)
 			l->no_evidence = !j->stamp && !(j->flags & PC_JUDGED_BY_RANGE);
 			l->report = 1;
 		}
+		if (!l->report)
+			l->how |= CT_SETTLED;
 		return PC_REASON_NONE;
 	}
 	reason = judge_slow(skb, l);

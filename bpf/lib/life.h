@@ -41,6 +41,7 @@ enum pc_how {
 	CT_OPENED_BY_B = 16, /* as the entry says */
 	CT_RESTART = 32,    /* the same ports, but another peer than was judged before */
 	CT_REMEMBER = 64,   /* life.j is a new judgement, to be stored */
+	CT_SETTLED = 128,   /* the packet passes as its flow did before, and tells nothing */
 };
 
 /* All that is known about one packet between its arrival and its verdict. No
@@ -55,9 +56,9 @@ struct pc_life {
 	__u32 id;
 	__u32 policy;
 	__u32 ep_flags;
-	__u32 ep_state;
 	__u32 identity;
 	__u32 hold_index;
+	__u32 endpoint_epoch; /* low half of state.endpoint_epoch, read before them */
 
 	__u32 rule;
 	__u8 dir; /* enum pc_direction */
@@ -71,6 +72,7 @@ struct pc_life {
 	__u8 src_is_b;	   /* the flow's key has the packet's source as b */
 	__u8 audited;	   /* a flow that is known to pass under audit only */
 	__u8 unremembered; /* conntrack is full, and the flow needs no entry */
+	__u8 ep_state;	   /* enum pc_endpoint_state; one that is open in some way */
 
 	/* Not zeroed at the start: what is in them counts from when they are
 	 * written, f by flow_of, j by judgement_read or judge_anew. */

@@ -124,6 +124,35 @@ struct {
 	__type(value, struct pc_fragment);
 } fragments SEC(".maps");
 
+/* A flow that passed in this tick; see recent.h. */
+struct pc_recent {
+	__u64 seal;
+	__u64 now;
+	__u64 stamp;
+	__u32 slot;
+	__u32 ifindex;
+	__u32 ingress;
+	__u16 by_range;
+	__u16 mark; /* that the packets leave with, from_workload */
+	__u64 mac;
+	__u64 ports;
+	__u64 addr[4];
+};
+
+enum { RECENT_BITS = 8 };
+
+/* In one element: the cells of a CPU lie side by side. */
+struct pc_recent_cells {
+	struct pc_recent at[1 << RECENT_BITS];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct pc_recent_cells);
+} recent SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 1 << 20);

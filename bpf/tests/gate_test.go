@@ -171,12 +171,39 @@ func (g *gate) put(m string, key, value any) {
 	if err := g.coll.Maps[m].Put(key, value); err != nil {
 		g.t.Fatalf("put into %s: %v", m, err)
 	}
+	g.changed(m)
 }
 
 func (g *gate) delete(m string, key any) {
 	g.t.Helper()
 	if err := g.coll.Maps[m].Delete(key); err != nil {
 		g.t.Fatalf("delete from %s: %v", m, err)
+	}
+	g.changed(m)
+}
+
+// changed does what has to follow a change by user space. Conntrack is not what
+// user space writes while its flows go on: there a tick passes.
+func (g *gate) changed(m string) {
+	g.t.Helper()
+	switch m {
+	case "endpoints":
+		g.state(func(s *abi.State) { s.EndpointEpoch++ })
+	case "conntrack":
+		g.forget()
+	}
+}
+
+// forget empties what programs remember of the present tick.
+func (g *gate) forget() {
+	g.t.Helper()
+	cells := g.coll.Maps["recent"]
+	zero := make([][]byte, ebpf.MustPossibleCPU())
+	for i := range zero {
+		zero[i] = make([]byte, cells.ValueSize())
+	}
+	if err := cells.Put(uint32(0), zero); err != nil {
+		g.t.Fatal(err)
 	}
 }
 
