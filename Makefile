@@ -42,7 +42,7 @@ build: need-go ## build bin/portcullis (no clang needed: the BPF object is commi
 	$(BUILD) -o bin/portcullis ./cmd/portcullis
 	@echo "built bin/portcullis"
 
-demo: build ## run the story and the stale-identity attack in a lab on this machine (root, under a minute)
+demo: build ## run the story, the stale-identity attack and the agent's faults in a lab on this machine (root, under a minute)
 	@test/prepare strict
 	bin/portcullis demo
 

@@ -203,7 +203,11 @@ func (l *loop) adoptEndpoint(w workload, ep abi.Endpoint) error {
 		e.lost = 0
 	}
 	if e.lost != 0 {
-		l.alarms.raise("policies-lost", fmt.Sprintf("%s is under policy in the kernel, and no policy in %s selects it: everything is denied there until one is imported, or policies are deleted", e.fullName(), l.cfg.StateDir))
+		then := "everything is denied there until one is imported, or policies are deleted"
+		if l.neverEnforced(e) {
+			then = "it is open, for policy is never enforced there, and stays so later unless one is imported"
+		}
+		l.alarms.raise("policies-lost", fmt.Sprintf("%s is under policy in the kernel, and no policy in %s selects it: %s", e.fullName(), l.cfg.StateDir, then))
 	}
 	var err error
 	if e.numeric, err = l.acquire(e.identity); err == nil {

@@ -90,6 +90,36 @@ func TestLostPoliciesDoNotOpen(t *testing.T) {
 	}
 }
 
+// An operator who says that policy is never enforced gets that, for lost
+// policies too, and an alarm with it.
+func TestLostPoliciesAreNotEnforcedUnderNever(t *testing.T) {
+	for name, never := range map[string]func(*Config){
+		"everywhere":       func(c *Config) { c.Enforce = authz.EnforceNever },
+		"in its namespace": func(c *Config) { c.EnforceIn = map[string]authz.Enforcement{"default": authz.EnforceNever} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			n.veth("a0")
+			l := n.mustStart()
+			n.run(l, app("a0", "10.1.1.2"))
+			n.importPolicy(l, denyAll)
+			n.crash(l)
+			if err := os.RemoveAll(n.cfg.StateDir); err != nil {
+				t.Fatal(err)
+			}
+			never(&n.cfg)
+			l = n.mustStart()
+			defer n.crash(l)
+			if ep := n.inKernel(l, "a0"); ep.State != uint32(abi.EPActive) || ep.Flags&enforceFlags != 0 {
+				t.Errorf("state %d, flags %#x; want active and not under policy", ep.State, ep.Flags)
+			}
+			if !slices.ContainsFunc(l.alarms.list(), func(a alarm) bool { return a.name == "policies-lost" }) {
+				t.Error("no alarm")
+			}
+		})
+	}
+}
+
 // An endpoint that is not registered any more is shut, and its binding ends.
 func TestUnregisteredEndpointIsShut(t *testing.T) {
 	n := newNode(t)

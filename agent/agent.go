@@ -87,7 +87,6 @@ func Run(signalled context.Context, cfg Config, log *zap.Logger) error {
 	run("events", func(ctx context.Context) error { return l.dp.Events(ctx, l.publish) })
 	run("devices", l.watchDevices)
 	run("confirmation log", l.reopenLog)
-	run("programs on devices", l.devices.run)
 	run("conntrack sweep", l.sweepConntrack)
 	run("workload processes", func(ctx context.Context) error {
 		return l.processes.run(ctx, func(uid identity.UID, what process) { l.post(func() { l.processEnded(uid, what) }) })
@@ -142,10 +141,18 @@ func (l *loop) reopenLog(ctx context.Context) error {
 	}
 }
 
-// watchDevices tells of devices that come, change and vanish, until ctx ends.
+// watchDevices tells of devices that come, change and vanish, and has what
+// devices makes of that done, until ctx ends.
 func (l *loop) watchDevices(ctx context.Context) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return l.devices.run(ctx) })
+	group.Go(func() error { return netdev.Watch(ctx, l.deviceChanges()) })
+	return group.Wait()
+}
+
+func (l *loop) deviceChanges() func(netdev.Change) {
 	watching := false
-	return netdev.Watch(ctx, func(c netdev.Change) {
+	return func(c netdev.Change) {
 		if !watching { // and the devices were listed
 			watching = true
 			l.post(l.sweepDevices)
@@ -158,7 +165,7 @@ func (l *loop) watchDevices(ctx context.Context) error {
 		if slices.Contains(l.cfg.Uplinks, c.Device.Name) {
 			l.post(l.refreshUplinks)
 		}
-	})
+	}
 }
 
 // receive hands a held packet to the loop. While the loop is behind, packets

@@ -11,6 +11,7 @@ import (
 
 	"portcullis/bpf/abi"
 	"portcullis/datapath"
+	"portcullis/datapath/hold"
 	"portcullis/datapath/netdev"
 )
 
@@ -289,5 +290,35 @@ func TestDeviceThatCannotBeGuarded(t *testing.T) {
 	l.devices.retry(t.Context())
 	if !n.guarded(l, "wl0", n.device("wl0").Ifindex) || alarmed() {
 		t.Errorf("guarded %v, alarm %v", n.guarded(l, "wl0", n.device("wl0").Ifindex), alarmed())
+	}
+}
+
+// A held packet that is not taken back is counted, whoever did not take it.
+func TestHeldPacketNotTakenBack(t *testing.T) {
+	n := newNode(t)
+	n.veth("a0")
+	l := n.mustStart()
+	defer n.crash(l)
+	for _, name := range []string{"a0", "a0p"} {
+		link, err := netlink.LinkByName(name)
+		if err == nil {
+			err = netlink.LinkSetUp(link)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	ifindex, err := l.devices.ensure(t.Context(), "a0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	packet := append(make([]byte, 12), 0x08, 0x00, 0x45, 0, 0, 20, 0, 0, 0, 0, 64, 17, 0, 0, 10, 1, 1, 3, 10, 1, 1, 2)
+	l.inject(hold.Record{Packet: packet})
+	if l.notTaken != 0 || l.heldDropped != 1 {
+		t.Errorf("to no device: not taken %d, dropped %d; want 0, 1", l.notTaken, l.heldDropped)
+	}
+	l.inject(hold.Record{Direction: abi.DirIngress, Ifindex: ifindex, Packet: packet}) // no endpoint: the programs drop it
+	if l.notTaken != 1 || l.heldDropped != 1 || l.reinjected != 0 {
+		t.Errorf("dropped by the programs: not taken %d, dropped %d, re-injected %d; want 1, 1, 0", l.notTaken, l.heldDropped, l.reinjected)
 	}
 }

@@ -169,10 +169,21 @@ func (l *loop) enforce(e *endpoint) error {
 // meaning compiles the endpoint's policy.
 func (l *loop) meaning(e *endpoint) authz.Set {
 	set := l.repo.Compile(e.identity, authz.Peers(l.ids.All), e.ports...)
+	if l.neverEnforced(e) {
+		return set // never means never; the alarm about lost policies stands
+	}
 	// Enforced without an entry is denied.
 	set.EnforceIngress = set.EnforceIngress || e.lost&uint32(abi.EPEnforceIngress) != 0
 	set.EnforceEgress = set.EnforceEgress || e.lost&uint32(abi.EPEnforceEgress) != 0
 	return set
+}
+
+// neverEnforced reports whether the operator wants no policy on the endpoint.
+func (l *loop) neverEnforced(e *endpoint) bool {
+	if mode, ok := l.cfg.EnforceIn[e.identity.Namespace]; ok {
+		return mode == authz.EnforceNever
+	}
+	return l.cfg.Enforce == authz.EnforceNever
 }
 
 // compile puts the endpoint's policy into the kernel, under a new set.

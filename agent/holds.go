@@ -48,8 +48,11 @@ func (l *loop) answer(a lease.Answer) {
 		l.endHolds(drop, nil)
 		return
 	}
-	if a.Why == lease.UnansweredMapFull {
+	switch a.Why {
+	case lease.UnansweredMapFull:
 		l.alarms.raise("map-full", "a confirmed binding did not fit into the kernel's maps: raise --bindings")
+	case lease.UnansweredWaitsFull:
+		l.alarms.raise("waits-full", "so many addresses are waited for at a time that no further one is asked for: find who calls them in the flow records (reason hold-overflow)")
 	}
 	drop, _ := l.holds.Refuse(a.IP, int64(a.Asked), unansweredReason(a.Why, a.Refusal))
 	l.endHolds(drop, nil)
@@ -69,18 +72,28 @@ func unansweredReason(why lease.Unanswered, refusal lease.Refusal) abi.Reason {
 		return abi.ReasonOwnerUnreachable
 	case lease.UnansweredMapFull:
 		return abi.ReasonMapFull
+	case lease.UnansweredWaitsFull:
+		return abi.ReasonHoldOverflow
 	}
 	return abi.ReasonHoldTimeout
 }
 
 // inject sends a held packet back to the hook that held it, where it is judged
 // again. A failure is a drop: the packet is not sent any other way. ErrDropped
-// is the program's own verdict, which it has counted.
+// is the program's own verdict, which it has counted, or else a full queue of
+// the device, which nobody has: the two cannot be told apart here, so they have
+// a count of their own (I6). Of a packet that is turned round the kernel does
+// not tell: it counts as re-injected, whatever the program says then.
 func (l *loop) inject(r hold.Record) {
 	if r.Passed {
 		return
 	}
-	if err := l.injector.Inject(r); err != nil && !errors.Is(err, hold.ErrDropped) {
+	err := l.injector.Inject(r)
+	if errors.Is(err, hold.ErrDropped) {
+		l.notTaken++
+		return
+	}
+	if err != nil {
 		l.log.Warn("re-inject a held packet", zap.Stringer("peer", r.Peer), zap.Error(err))
 		l.countDrops(hold.Ended{Record: r, Why: abi.ReasonHoldTimeout})
 		return

@@ -88,6 +88,7 @@ type loop struct {
 
 	heldTotal, reinjected, heldDropped uint64
 	lostBefore                         lostTotals // at the start those of earlier agents
+	notTaken                           uint64     // re-injected, and dropped on the way: see inject
 
 	names    *directory // safe for concurrent use
 	monitors *monitors  // safe for concurrent use

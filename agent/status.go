@@ -58,7 +58,7 @@ func (l *loop) status() (*api.StatusResponse, error) {
 	for _, m := range maps {
 		s.Maps = append(s.Maps, &api.Map{Name: m.Name, Entries: m.Used, Capacity: m.Capacity})
 	}
-	s.Held = &api.HeldPackets{Outstanding: uint64(l.holds.Len()), Limit: uint64(l.cfg.HoldTotal), Total: l.heldTotal, Reinjected: l.reinjected, Dropped: l.heldDropped}
+	s.Held = &api.HeldPackets{Outstanding: uint64(l.holds.Len()), Limit: uint64(l.cfg.HoldTotal), Total: l.heldTotal, Reinjected: l.reinjected, Dropped: l.heldDropped, NotTaken: l.notTaken}
 	counters, err := l.dp.Counters()
 	if err != nil {
 		return nil, err

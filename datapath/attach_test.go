@@ -33,8 +33,20 @@ func TestAttachedIsShut(t *testing.T) {
 	if eps, err := d.Endpoints(); err != nil || len(eps) != 0 {
 		t.Errorf("endpoints %v, %v", eps, err)
 	}
+	told := func() bool {
+		t.Helper()
+		pins, err := datapath.InspectPins(l.pins)
+		l.must(err)
+		return len(pins.Devices) == 1 && pins.Devices[0].Endpoint
+	}
+	if told() {
+		t.Error("the pins tell of an endpoint")
+	}
 	before := onHook(l)
 	l.serve(d)
+	if !told() {
+		t.Error("the pins do not tell of the endpoint")
+	}
 	l.confirm(d, 1, remote4)
 	l.send(peer, workload4, 5000, "now")
 	l.receive(server, "now")

@@ -175,8 +175,9 @@ type Pins struct {
 
 // PinnedDevice is a device that has pinned links.
 type PinnedDevice struct {
-	Name    string
-	Ifindex uint32 // 0: the device is gone
+	Name     string
+	Ifindex  uint32 // 0: the device is gone
+	Endpoint bool   // false: no workload is registered behind it, it is shut
 }
 
 // InspectPins looks at a pin directory without changing it.
@@ -254,15 +255,28 @@ func (o *Pins) readABI(p pinDir) error {
 
 func (o *Pins) readDevices(p pinDir) error {
 	names, err := p.devices()
-	if err != nil {
+	if err != nil || len(names) == 0 {
 		return err
 	}
+	endpoints, err := ebpf.LoadPinnedMap(filepath.Join(p.maps(), "endpoints"), &ebpf.LoadPinOptions{ReadOnly: true})
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("open the pinned map endpoints: %w", err)
+	}
+	defer endpoints.Close() // nil: nothing to do
 	for _, n := range names {
 		ifindex, err := p.deviceOf(n)
 		if err != nil {
 			return err
 		}
-		o.Devices = append(o.Devices, PinnedDevice{Name: n, Ifindex: ifindex})
+		d := PinnedDevice{Name: n, Ifindex: ifindex}
+		if endpoints != nil && ifindex != 0 {
+			value, err := endpoints.LookupBytes(ifindex)
+			if err != nil {
+				return mapError("read the endpoint on "+n, "endpoints", err)
+			}
+			d.Endpoint = value != nil
+		}
+		o.Devices = append(o.Devices, d)
 	}
 	return nil
 }

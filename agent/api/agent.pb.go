@@ -591,6 +591,7 @@ type HeldPackets struct {
 	Total         uint64                 `protobuf:"varint,3,opt,name=total,proto3" json:"total,omitempty"` // since the agent started
 	Reinjected    uint64                 `protobuf:"varint,4,opt,name=reinjected,proto3" json:"reinjected,omitempty"`
 	Dropped       uint64                 `protobuf:"varint,5,opt,name=dropped,proto3" json:"dropped,omitempty"`
+	NotTaken      uint64                 `protobuf:"varint,6,opt,name=not_taken,json=notTaken,proto3" json:"not_taken,omitempty"` // sent back, and dropped by the programs' second judgement, or by the device's queue
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -656,6 +657,13 @@ func (x *HeldPackets) GetReinjected() uint64 {
 func (x *HeldPackets) GetDropped() uint64 {
 	if x != nil {
 		return x.Dropped
+	}
+	return 0
+}
+
+func (x *HeldPackets) GetNotTaken() uint64 {
+	if x != nil {
+		return x.NotTaken
 	}
 	return 0
 }
@@ -3650,7 +3658,7 @@ const file_agent_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04text\x18\x02 \x01(\tR\x04text\x120\n" +
 	"\x05since\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x14\n" +
-	"\x05count\x18\x04 \x01(\x04R\x05count\"\x95\x01\n" +
+	"\x05count\x18\x04 \x01(\x04R\x05count\"\xb2\x01\n" +
 	"\vHeldPackets\x12 \n" +
 	"\voutstanding\x18\x01 \x01(\x04R\voutstanding\x12\x14\n" +
 	"\x05limit\x18\x02 \x01(\x04R\x05limit\x12\x14\n" +
@@ -3658,7 +3666,8 @@ const file_agent_proto_rawDesc = "" +
 	"\n" +
 	"reinjected\x18\x04 \x01(\x04R\n" +
 	"reinjected\x12\x18\n" +
-	"\adropped\x18\x05 \x01(\x04R\adropped\"\x97\x04\n" +
+	"\adropped\x18\x05 \x01(\x04R\adropped\x12\x1b\n" +
+	"\tnot_taken\x18\x06 \x01(\x04R\bnotTaken\"\x97\x04\n" +
 	"\x17RegisterWorkloadRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x12\n" +

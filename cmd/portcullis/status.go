@@ -84,8 +84,8 @@ func statusLines(env *Env, tw *tabwriter.Writer, s *api.StatusResponse) {
 	row(tw, "Sessions:", fmt.Sprintf("%d, %d up", s.GetSessions(), s.GetSessionsUp()))
 	row(tw, "Policies:", s.GetPolicies())
 	h := s.GetHeld()
-	row(tw, "Held packets:", fmt.Sprintf("%d of %d; since the start %d held, %d re-injected, %d dropped",
-		h.GetOutstanding(), h.GetLimit(), h.GetTotal(), h.GetReinjected(), h.GetDropped()))
+	row(tw, "Held packets:", fmt.Sprintf("%d of %d; since the start %d held, %d re-injected, %d dropped, %d not taken back",
+		h.GetOutstanding(), h.GetLimit(), h.GetTotal(), h.GetReinjected(), h.GetDropped(), h.GetNotTaken()))
 	row(tw, "Lost events:", s.GetLostEvents())
 }
 

@@ -206,16 +206,22 @@ func pins(f *Facts) Check {
 		return Check{"pins", Warn, dir + " holds what this version does not make: " + strings.Join(p.Unknown, ", "),
 			"it is of another version, and may hold programs or maps in the kernel that nobody uses", "remove it when no agent of that version runs"}
 	}
-	var gone []string
+	var gone, shut []string
 	for _, d := range p.Devices {
 		if d.Ifindex == 0 {
 			gone = append(gone, d.Name)
+		} else if !d.Endpoint {
+			shut = append(shut, d.Name)
 		}
 	}
+	detail := fmt.Sprintf("%s, devices: %d", dir, len(p.Devices))
 	if len(gone) > 0 {
-		return ok("pins", "%s, devices: %d; the agent will remove the links of those that are gone: %s", dir, len(p.Devices), strings.Join(gone, ", "))
+		detail += "; the agent will remove the links of those that are gone: " + strings.Join(gone, ", ")
 	}
-	return ok("pins", "%s, devices: %d", dir, len(p.Devices))
+	if len(shut) > 0 {
+		detail += "; shut, for nobody has registered a workload behind them: " + strings.Join(shut, ", ")
+	}
+	return ok("pins", "%s", detail)
 }
 
 func cgroup2(f *Facts) Check {

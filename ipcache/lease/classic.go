@@ -278,7 +278,7 @@ func (v *ClassicVerifier) want(in Want) {
 	case p == nil:
 		v.emit(Answer{IP: in.IP, Asked: v.now, Why: UnansweredNoOwner})
 	case len(v.waits) >= v.cfg.Waits:
-		v.emit(Answer{IP: in.IP, Asked: v.now, Why: UnansweredMapFull})
+		v.emit(Answer{IP: in.IP, Asked: v.now, Why: UnansweredWaitsFull})
 	default:
 		v.waits[in.IP] = later(v.waits[in.IP], in.Arrival) // until it is announced
 	}

@@ -295,11 +295,12 @@ const (
 	AnsweredRefused     Unanswered = iota // Refusal tells more
 	UnansweredNoOwner                     // nobody to ask
 	UnansweredNoSession                   // the owner cannot be reached
-	UnansweredMapFull                     // no room for the binding, the lease or the wait
+	UnansweredMapFull                     // no room for the binding or the lease
 	UnansweredTimeout                     // asked, no answer yet (Verifier.Reason only)
+	UnansweredWaitsFull                   // too many IPs are waited for
 )
 
-var unansweredNames = [...]string{"refused", "no-owner", "no-session", "map-full", "timeout"}
+var unansweredNames = [...]string{"refused", "no-owner", "no-session", "map-full", "timeout", "waits-full"}
 
 // String returns the word used in logs.
 func (u Unanswered) String() string {

@@ -30,7 +30,7 @@ func (v *Verifier) want(in Want) {
 	w := v.waits[in.IP]
 	if w == nil {
 		if len(v.waits) >= v.cfg.Waits {
-			v.emit(Answer{IP: in.IP, Asked: v.now, Why: UnansweredMapFull})
+			v.emit(Answer{IP: in.IP, Asked: v.now, Why: UnansweredWaitsFull})
 			return
 		}
 		p := v.peer(owner)
