@@ -28,7 +28,7 @@ import (
 func (l *loop) openKernel() (err error) {
 	l.dp, err = datapath.Open(datapath.Config{PinDir: l.cfg.PinDir, Bindings: l.cfg.Bindings, Conntrack: l.cfg.Conntrack, Endpoints: maxEndpoints,
 		Leases: l.cfg.leases(), HeldBytes: l.cfg.HeldBytes, EventBytes: l.cfg.EventBytes, ConntrackPerEndpoint: l.cfg.ConntrackPerEndpoint, MarkMask: l.cfg.MarkMask, EndpointMarkMask: l.cfg.EndpointMarkMask,
-		HoldPerEndpoint: l.cfg.HoldPerEndpoint, HoldPerSource: l.cfg.HoldPerSource, HoldTotal: l.cfg.HoldTotal, Classic: l.cfg.Evidence == ModeClassic, Log: l.log})
+		HoldPerEndpoint: l.cfg.HoldPerEndpoint, HoldPerSource: l.cfg.HoldPerSource, HoldTotal: l.cfg.HoldTotal, HoldTimeout: l.cfg.HoldTimeout, Classic: l.cfg.Evidence == ModeClassic, Log: l.log})
 	if err != nil {
 		return err
 	}

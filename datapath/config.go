@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math"
 	"math/bits"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -28,6 +29,8 @@ type Config struct {
 	HoldPerEndpoint int // packets outstanding; default 64
 	HoldPerSource   int // of one remote address, or of one endpoint's calls to one; default 16
 	HoldTotal       int // default 4096
+
+	HoldTimeout time.Duration // the longest hold, for which fragments may wait for their first; default 1 s
 
 	ConntrackPerEndpoint int // flows that one endpoint may open; default a quarter of Conntrack
 
@@ -77,6 +80,12 @@ func (c Config) withDefaults() (Config, error) {
 			return c, fmt.Errorf("%s: %d is not a power of two of at least 4096", name, v)
 		}
 	}
+	if c.HoldTimeout == 0 {
+		c.HoldTimeout = time.Second
+	}
+	if c.HoldTimeout < 0 {
+		return c, fmt.Errorf("hold timeout: %v is negative", c.HoldTimeout)
+	}
 	if c.ConntrackPerEndpoint == 0 {
 		c.ConntrackPerEndpoint = max(1, c.Conntrack/4)
 	}
@@ -110,6 +119,11 @@ func (c Config) markShift() uint32 {
 	}
 	return uint32(bits.TrailingZeros32(c.EndpointMarkMask))
 }
+
+// fragmentLifetime is how long the other fragments of a datagram may come after
+// its first: a second more than that may be held, for those that came with it
+// are sent back after it.
+func (c Config) fragmentLifetime() uint64 { return uint64(c.HoldTimeout + time.Second) }
 
 // maxEntries returns the sizes of the maps that Config sets.
 func (c Config) maxEntries() map[string]uint32 {

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"os"
 	"testing"
+	"time"
 	"unsafe"
 
 	"github.com/cilium/ebpf"
@@ -31,6 +32,24 @@ func TestEscape(t *testing.T) {
 	}
 	if escape("a.b") == escape("a%2eb") {
 		t.Error("two names share a directory")
+	}
+}
+
+// What waits behind a held fragment finds its entry still there when the hold ends.
+func TestFragmentsOutliveHolds(t *testing.T) {
+	for hold, want := range map[time.Duration]time.Duration{0: 2 * time.Second, 10 * time.Second: 11 * time.Second} {
+		cfg, err := Config{PinDir: "/x", HoldTimeout: hold}.withDefaults()
+		if err != nil {
+			t.Fatal(err)
+		}
+		spec, err := (&Datapath{cfg: cfg}).spec()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got uint64
+		if err := spec.Variables["fragment_lifetime"].Get(&got); err != nil || time.Duration(got) != want {
+			t.Errorf("hold timeout %v: %v, %v", hold, time.Duration(got), err)
+		}
 	}
 }
 
