@@ -24,11 +24,18 @@ type monitor struct {
 
 func newMonitors() *monitors { return &monitors{readers: map[*monitor]struct{}{}} }
 
-// subscribe returns a reader; unsubscribe it when done.
+// maxMonitors bounds the readers: their queues are memory of the agent's.
+const maxMonitors = 64
+
+// subscribe returns a reader, to be unsubscribed when done; nil: there are too
+// many.
 func (m *monitors) subscribe(match func(*flow.Record) bool) *monitor {
-	r := &monitor{records: make(chan flow.Record, monitorQueue), match: match}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if len(m.readers) >= maxMonitors {
+		return nil
+	}
+	r := &monitor{records: make(chan flow.Record, monitorQueue), match: match}
 	m.readers[r] = struct{}{}
 	return r
 }

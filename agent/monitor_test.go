@@ -26,3 +26,21 @@ func TestMonitorLag(t *testing.T) {
 		t.Errorf("a reader of nothing lost %d", n)
 	}
 }
+
+// Whoever may open the local API's socket cannot fill the agent's memory with
+// monitors that nobody reads.
+func TestMonitorsAreBounded(t *testing.T) {
+	m := newMonitors()
+	all := func(*flow.Record) bool { return true }
+	var first *monitor
+	for range maxMonitors {
+		first = m.subscribe(all)
+	}
+	if first == nil || m.subscribe(all) != nil {
+		t.Fatalf("the last of %d: %v; one more was taken", maxMonitors, first)
+	}
+	m.unsubscribe(first)
+	if m.subscribe(all) == nil {
+		t.Error("no room after one has ended")
+	}
+}

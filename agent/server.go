@@ -260,6 +260,9 @@ func (s *server) Monitor(r *api.MonitorRequest, stream api.Agent_MonitorServer) 
 		return status.Error(codes.InvalidArgument, err.Error())
 	}
 	m := s.l.monitors.subscribe(func(r *flow.Record) bool { return filter.Match(r) })
+	if m == nil {
+		return status.Errorf(codes.ResourceExhausted, "%d monitors run on this node already: end one of them", maxMonitors)
+	}
 	defer s.l.monitors.unsubscribe(m)
 	if err := stream.SendHeader(metadata.MD{}); err != nil {
 		return err
