@@ -31,6 +31,9 @@ type workload struct {
 	ports     []identity.NamedPort
 	process   process        // whose end is the workload's
 	sources   []netip.Prefix // further ones under which it forwards; in no node's range
+	// after is the generation that a relabel ended: what is said here is not
+	// what others were told of that one, or of one before.
+	after identity.Generation
 }
 
 func (w *workload) fullName() string { return w.namespace + "/" + w.name }

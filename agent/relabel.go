@@ -85,6 +85,7 @@ func (l *loop) relabel(uid identity.UID, change func(*workload)) (*endpoint, err
 // prepare makes ready what a relabelled endpoint needs, and says so in its
 // record. Nothing is in force by it.
 func (l *loop) prepare(next *endpoint) (err error) {
+	next.after = max(next.after, next.generation)
 	next.state, next.generation, next.detail = abi.EPQuarantined, 0, ""
 	if next.numeric, err = l.acquire(next.identity); err != nil {
 		return err
@@ -116,7 +117,7 @@ func (l *loop) quarantineHalfRelabelled(ep abi.Endpoint) error {
 			stands++
 		}
 	}
-	if stands == len(w.ips) {
+	if stands == len(w.ips) && identity.Generation(ep.Generation) > w.after {
 		return nil
 	}
 	ep.State, ep.Generation = uint32(abi.EPQuarantined), 0
