@@ -393,9 +393,13 @@ func (o *Owner) sweepVerifier(v *book) {
 	// A session that has been silent for a whole MaxLease after its deadline
 	// is dead, whatever the transport says.
 	if s := v.session; s != nil && o.now > s.deadline.Add(MaxLease) {
-		o.endSession(v, "silent")
-		o.emit(CloseVerifier{s.id, "silent"})
-		delete(o.streams, s.id)
+		o.hangUp(s, "silent")
+	}
+	// So is one that is deaf: its grants would stay for ever.
+	if s := v.session; s != nil && slices.ContainsFunc(v.grants, func(g *grant) bool {
+		return g.revoked && g.session == s && o.now > g.floor.Add(MaxLease)
+	}) {
+		o.hangUp(s, "revocations are not acknowledged")
 	}
 	for i := len(v.grants) - 1; i >= 0; i-- {
 		g := v.grants[i]
@@ -421,6 +425,12 @@ func (o *Owner) sweepVerifier(v *book) {
 	if v.session == nil && v.nonce == nil && len(v.grants) == 0 {
 		delete(o.verifiers, v.name)
 	}
+}
+
+func (o *Owner) hangUp(s *ownerStream, why string) {
+	o.endSession(s.v, why)
+	o.emit(CloseVerifier{s.id, why})
+	delete(o.streams, s.id)
 }
 
 // WorkloadInfo is what status commands show of a workload.

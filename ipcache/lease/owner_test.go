@@ -529,3 +529,29 @@ func TestRateLimitIsLoggedOnce(t *testing.T) {
 		t.Errorf("%d lines: %+v", len(logs), logs)
 	}
 }
+
+// A verifier that renews its session and acknowledges nothing does not keep
+// grants for ever: the session ends, and the next one accounts for them.
+func TestDeafVerifier(t *testing.T) {
+	r := newOwner(t, nil)
+	r.add(w0, y1, ip1)
+	r.open(1)
+	r.confirm(1, ip1)
+	r.del(w0)
+	end := lease.Time(0)
+	for i := 0; i < 300 && end == 0; i++ {
+		out := r.wait(time.Second)
+		if len(only[lease.CloseVerifier](out)) > 0 {
+			end = r.now
+			break
+		}
+		r.msg(1, lease.Heartbeat{SentAt: r.now, Ask: ttl})
+	}
+	if end == 0 {
+		t.Fatalf("after 5 minutes %d grants stay", r.o.GrantCount())
+	}
+	r.wait(2 * time.Second)
+	if n := r.o.GrantCount(); n != 0 {
+		t.Errorf("%d grants stay after the session", n)
+	}
+}
