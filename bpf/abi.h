@@ -49,6 +49,7 @@ enum pc_reason {
 	PC_REASON_UNSUPPORTED = 15,
 	PC_REASON_NO_ENDPOINT = 16,	 /* device without an endpoint, or a closed one */
 	PC_REASON_NO_FLOW = 17,		 /* strict TCP: not a SYN, and of no known flow */
+	PC_REASON_TRANSLATED = 18,	 /* forwarded with the node's own address: whose it is, nobody knows */
 	PC_REASON_MAX,
 };
 
@@ -105,10 +106,9 @@ enum pc_endpoint_flag {
 	PC_EP_CHECK_MAC = 4, /* anti-spoofing looks at the MAC too */
 	PC_EP_STRICT_TCP = 8, /* a TCP flow must begin with a SYN */
 	/* What policy and evidence would drop or hold passes, with verdict AUDIT
-	 * and the reason. What would be held passes too, and a copy of it goes to
-	 * `held`, so that user space asks for the peer's binding. Spoofed, quarantined, malformed
-	 * and unsupported packets and those of a closed gate are dropped. A
-	 * change of this flag needs a new policy set. */
+	 * and the reason; of what would be held a copy goes to `held`, for asking.
+	 * Spoofed, quarantined, malformed and unsupported packets and those of a
+	 * closed gate are dropped. A change of this flag needs a new policy set. */
 	PC_EP_AUDIT = 16,
 	PC_EP_FORWARDS = 32, /* it also sends and receives under the addresses in `sources` */
 };

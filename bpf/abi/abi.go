@@ -317,7 +317,8 @@ const (
 	ReasonUnsupported       Reason = 15
 	ReasonNoEndpoint        Reason = 16
 	ReasonNoFlow            Reason = 17
-	ReasonMax               Reason = 18
+	ReasonTranslated        Reason = 18
+	ReasonMax               Reason = 19
 )
 
 // String returns the word for the value, as everywhere in logs, metrics and records.
@@ -359,6 +360,8 @@ func (x Reason) String() string {
 		return "no-endpoint"
 	case 17:
 		return "no-flow"
+	case 18:
+		return "translated"
 	}
 	return "Reason(" + strconv.FormatUint(uint64(x), 10) + ")"
 }

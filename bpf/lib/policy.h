@@ -89,6 +89,8 @@ inline_always int policy_judge(struct __sk_buff *skb, struct pc_life *l, int dir
 		return PC_REASON_GENERATION_CHANGED;
 	case PEER_SPOOFED:
 		return PC_REASON_SPOOFED;
+	case PEER_NOBODY:
+		return PC_REASON_TRANSLATED;
 	default:
 		return PC_REASON_UNBOUND;
 	}

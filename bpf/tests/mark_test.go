@@ -73,7 +73,7 @@ func TestMasquerade(t *testing.T) {
 			return g.run("to_workload", call, skBuff{Ifindex: g.pod, IngressIfindex: from, Mark: mark})
 		}
 		mark := sender.HoldIndex << epShift
-		g.drop(in(mark, g.pod2), abi.ReasonUnbound) // nobody has sent with it yet
+		g.drop(in(mark, g.pod2), abi.ReasonTranslated) // nobody has sent with it yet
 		g.pass(g.from(g.pod2, tcp(f.pod2, 1, f.world, 80, syn)))
 
 		r := in(mark, g.pod2)
@@ -89,10 +89,10 @@ func TestMasquerade(t *testing.T) {
 
 		// The flow is the sender's alone: not without the mark, not with
 		// another's, not by another device without it, not the host's.
-		g.drop(in(0, g.pod2), abi.ReasonUnbound)
+		g.drop(in(0, g.pod2), abi.ReasonTranslated)
 		g.drop(in(ep.HoldIndex<<epShift, g.pod2), abi.ReasonPolicyDenied) // who that is may not
-		g.drop(in(0, g.uplink), abi.ReasonUnbound)
-		g.drop(in(7<<epShift, g.pod2), abi.ReasonUnbound)
+		g.drop(in(0, g.uplink), abi.ReasonTranslated)
+		g.drop(in(7<<epShift, g.pod2), abi.ReasonTranslated)
 		g.drop(in(0, 0), abi.ReasonPolicyDenied) // the host's own
 		g.pass(in(mark, g.pod2))
 
@@ -112,7 +112,7 @@ func TestMasquerade(t *testing.T) {
 		next.HoldIndex = sender.HoldIndex
 		g.put("endpoints", g.pod2, next)
 		g.bind(f.pod2, idClient, local(g.pod2))
-		g.drop(tcpDrop(g, f, mark), abi.ReasonUnbound)
+		g.drop(tcpDrop(g, f, mark), abi.ReasonTranslated)
 	})
 }
 
