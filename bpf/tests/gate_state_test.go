@@ -1,6 +1,7 @@
 package tests
 
 import (
+	"slices"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -253,4 +254,47 @@ func (g *gate) mmap(name string, size int) []byte {
 func word(t *testing.T, mem []byte, at int) *atomic.Uint64 {
 	t.Helper()
 	return (*atomic.Uint64)(unsafe.Pointer(&mem[at]))
+}
+
+// TestClockAfterASleep: what a resume leaves behind, a cell of this tick with
+// the time of before, is believed until the tick moves and never after it; one
+// of any earlier tick never (A1).
+func TestClockAfterASleep(t *testing.T) {
+	f := families[0]
+	g, _ := wantPeer(t, f)
+	g.ipRange(f.remote, abi.RangeKnown, 0)
+	g.bind(f.peer, idClient)
+	p := tcp(f.peer, 1, f.pod, 80, ack)
+	g.pass(g.to(g.pod, g.uplink, p))
+	g.put("leases", session, abi.Lease{Deadline: boottime() - uint64(time.Minute)})
+	stale := func(behind uint64) []abi.Clock {
+		g.put("clock", uint32(0), make([]abi.Clock, len(g.clocks())))
+		g.to(g.pod, g.uplink, p) // fills the cell of one CPU
+		var tick uint64
+		for _, c := range g.clocks() {
+			tick = max(tick, c.Tick)
+		}
+		cells := make([]abi.Clock, len(g.clocks()))
+		for i := range cells {
+			cells[i] = abi.Clock{Tick: tick - behind, Boot: boottime() - uint64(time.Hour)}
+		}
+		g.put("clock", uint32(0), cells)
+		return cells
+	}
+	stale(1)
+	g.drop(g.to(g.pod, g.uplink, p), abi.ReasonStaleLease)
+
+	cells := stale(0)
+	for deadline := boottime() + uint64(10*time.Second); boottime() < deadline; {
+		r := g.to(g.pod, g.uplink, p)
+		if r.verdict == pass && slices.Equal(g.clocks(), cells) {
+			continue // the tick stands
+		}
+		for range 3 {
+			g.drop(r, abi.ReasonStaleLease)
+			r = g.to(g.pod, g.uplink, p)
+		}
+		return
+	}
+	t.Error("the old time is believed for ten seconds")
 }
