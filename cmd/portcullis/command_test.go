@@ -355,6 +355,33 @@ func TestPolicyValidateNeedsNoAgent(t *testing.T) {
 	}
 }
 
+// What has a meaning but no datapath is valid, and import refuses it; both say
+// where.
+func TestPolicyNotEnforced(t *testing.T) {
+	const policy = `apiVersion: cilium.io/v2
+kind: CiliumClusterwideNetworkPolicy
+metadata: {name: names}
+spec:
+  endpointSelector: {}
+  egress: [{toFQDNs: [{matchName: example.com}]}]
+---
+apiVersion: cilium.io/v2
+kind: CiliumCIDRGroup
+metadata: {name: g}
+spec: {externalCIDRs: [10.0.0.0/8]}
+`
+	const first = "standard input:6: document 1: spec.egress[0].toFQDNs: not enforced yet: "
+	got := command(t.Context(), "/nonexistent", policy, "policy", "validate", "-f", "-")
+	if got.code != exitOK || got.stdout != "CiliumClusterwideNetworkPolicy/names valid, but import refuses it\nCiliumCIDRGroup/g valid, but import refuses it\n" ||
+		!strings.Contains(got.stderr, first) || !strings.Contains(got.stderr, "CiliumCIDRGroup/g: not enforced yet: ") {
+		t.Errorf("validate: %+v", got)
+	}
+	got = command(t.Context(), serveWire(t, &wire{}), policy, "policy", "import", "-f", "-")
+	if got.code != exitFailed || got.stdout != "" || !strings.Contains(got.stderr, first) || !strings.Contains(got.stderr, "2 problems") {
+		t.Errorf("import: %+v", got)
+	}
+}
+
 func TestPolicyGetAndDelete(t *testing.T) {
 	w := &wire{}
 	socket := serveWire(t, w)

@@ -26,9 +26,11 @@ func newPolicyImportCmd(env *Env) *cobra.Command {
 		Short: "Add or replace the policies in files, all or none",
 		Long: `Add or replace the policies in files, all or none.
 
-A FILE is YAML or JSON with NetworkPolicy and CiliumNetworkPolicy documents; a
-directory stands for its *.yaml, *.yml and *.json files; - is the standard input.
-What is not supported is refused with the path of its field, never ignored.`,
+A FILE is YAML or JSON with NetworkPolicy, CiliumNetworkPolicy and
+CiliumClusterwideNetworkPolicy documents; a directory stands for its *.yaml,
+*.yml and *.json files; - is the standard input.
+What is not supported, or not enforced yet, is refused with the path of its
+field, never ignored.`,
 		Example: "  portcullis policy import -f deny-all.yaml -f policies/\n  kubectl get cnp -A -o yaml | portcullis policy import -f -",
 		Args:    usageArgs(noArgs),
 	}
@@ -58,10 +60,11 @@ What is not supported is refused with the path of its field, never ignored.`,
 func newPolicyValidateCmd(env *Env) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "validate -f FILE...",
-		Short: "Check policy files as import does, without an agent",
-		Long: `Check policy files as import does, without an agent and without changing anything.
+		Short: "Check policy files, without an agent",
+		Long: `Check policy files, without an agent and without changing anything.
 
-A FILE is what it is to import. Every problem of every file is shown.`,
+A FILE is what it is to import. Every problem of every file is shown. What has a
+meaning but is not enforced yet is valid; it is shown too, for import refuses it.`,
 		Args: usageArgs(noArgs),
 	}
 	files := addFiles(cmd)
@@ -71,12 +74,27 @@ A FILE is what it is to import. Every problem of every file is shown.`,
 		if err != nil {
 			return err
 		}
-		policies, problems := api.ParsePolicies(in)
+		parsed, problems := api.Parse(in)
 		res := &api.ImportPoliciesResponse{Problems: problems} // the answer that an import would get
-		for _, p := range policies {
-			res.Imported = append(res.Imported, &api.ImportedPolicy{Ref: api.FromRef(p.Ref)})
+		not := map[string]bool{}
+		for _, p := range parsed.Policies {
+			ref := api.FromRef(p.Ref)
+			res.Imported = append(res.Imported, &api.ImportedPolicy{Ref: ref})
+			not[ref.Ref()] = p.Enforceable() != nil
 		}
-		return printImport(env, *o, res, "not valid", func(*api.ImportedPolicy) string { return "valid" })
+		for _, g := range parsed.Groups {
+			ref := api.FromRef(g.Ref)
+			res.Imported = append(res.Imported, &api.ImportedPolicy{Ref: ref})
+			not[ref.Ref()] = true
+		}
+		err = printImport(env, *o, res, "not valid", func(p *api.ImportedPolicy) string {
+			if not[p.GetRef().Ref()] {
+				return "valid, but import refuses it"
+			}
+			return "valid"
+		})
+		printProblems(env, parsed.Not)
+		return err
 	}
 	return cmd
 }
