@@ -16,6 +16,7 @@ type who struct {
 type workload struct {
 	uid    identity.UID
 	id     identity.Identity
+	me     who // of uid and id; set by World.enter
 	node   *node
 	ip     int // index into World.ips
 	name   string
@@ -52,7 +53,7 @@ type flow struct {
 	who   who // the peer it was made for
 }
 
-func (u *workload) who() who { return who{u.uid, u.id.Hash()} }
+func (u *workload) who() who { return u.me }
 
 func (s *kslot) who() who { return who{s.uid, s.hash} }
 

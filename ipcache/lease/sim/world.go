@@ -175,7 +175,8 @@ func (w *World) newWorkload(ip int) {
 }
 
 func (w *World) enter(u *workload) {
-	w.byUID[u.uid], w.byWho[u.who()] = u, u
+	u.me = who{u.uid, u.id.Hash()} // once: the checks ask for it all the time
+	w.byUID[u.uid], w.byWho[u.me] = u, u
 	w.ips[u.ip].past = append(w.ips[u.ip].past, u)
 }
 
