@@ -1,9 +1,11 @@
 package ipcache
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"iter"
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -79,9 +81,10 @@ type Table struct {
 	next     uint64 // next stamp to give
 	reserved uint64 // stamps below may be given
 
-	slots   map[uint32]*Entry // occupied ones, condemned included
-	byIP    map[netip.Addr]*Entry
-	byOwner map[identity.NodeName]map[uint32]*Entry
+	slots      map[uint32]*record // occupied ones, condemned included
+	byIP       map[netip.Addr]*record
+	owners     map[identity.NodeName]*owned // those with entries
+	identities map[identityKey]*shared      // those of entries
 
 	freeSlots  fifo
 	freeLeases fifo
@@ -102,9 +105,10 @@ func New(cfg Config) (*Table, error) {
 		cfg:        cfg,
 		next:       cfg.NextStamp,
 		reserved:   cfg.NextStamp,
-		slots:      map[uint32]*Entry{},
-		byIP:       map[netip.Addr]*Entry{},
-		byOwner:    map[identity.NodeName]map[uint32]*Entry{},
+		slots:      map[uint32]*record{},
+		byIP:       map[netip.Addr]*record{},
+		owners:     map[identity.NodeName]*owned{},
+		identities: map[identityKey]*shared{},
 		freeSlots:  newFIFO(FirstSlot, cfg.Slots),
 		freeLeases: newFIFO(LeaseFirst, cfg.Leases),
 		leases:     map[uint32]int{},
@@ -127,10 +131,10 @@ func (t *Table) Restore(e Entry) error {
 		return fmt.Errorf("ipcache: restore slot %d twice", e.Slot)
 	}
 	if old := t.byIP[e.Binding.IP]; old != nil && !e.Condemned {
-		if old.Stamp > e.Stamp {
+		if old.stamp > e.Stamp {
 			e.Condemned = true
 		} else {
-			t.Condemn(old.Slot)
+			t.Condemn(old.slot)
 		}
 	}
 	t.freeSlots.remove(e.Slot)
@@ -147,7 +151,7 @@ func (t *Table) Install(b identity.Binding, lease uint32, ev identity.Evidence, 
 	if t.byIP[b.IP] != nil {
 		return Entry{}, ErrBound
 	}
-	if t.cfg.PerOwner > 0 && len(t.byOwner[b.Owner]) >= t.cfg.PerOwner {
+	if t.cfg.PerOwner > 0 && t.CountOf(b.Owner) >= t.cfg.PerOwner {
 		return Entry{}, ErrOwnerFull
 	}
 	if lease >= LeaseFirst {
@@ -173,34 +177,19 @@ func (t *Table) Install(b identity.Binding, lease uint32, ev identity.Evidence, 
 		Binding: b, Hash: b.Identity.Hash(), OwnerBoot: ownerBoot, Evidence: ev,
 	}
 	t.next++
-	return *t.add(e), nil
-}
-
-func (t *Table) add(e Entry) *Entry {
-	p := &e
-	t.slots[e.Slot] = p
-	if !e.Condemned {
-		t.byIP[e.Binding.IP] = p
-	}
-	of := t.byOwner[e.Binding.Owner]
-	if of == nil {
-		of = map[uint32]*Entry{}
-		t.byOwner[e.Binding.Owner] = of
-	}
-	of[e.Slot] = p
-	t.leases[e.Lease]++
-	return p
+	return t.add(e).entry(), nil
 }
 
 // Condemn says that the slot is to be zeroed: its entry is no longer the
 // binding of its IP, which may get another. No such slot: nothing happens.
 func (t *Table) Condemn(slot uint32) {
 	e := t.slots[slot]
-	if e == nil || e.Condemned {
+	if e == nil || e.condemned {
 		return
 	}
-	e.Condemned = true
-	delete(t.byIP, e.Binding.IP)
+	e.condemned = true
+	delete(t.byIP, e.ip)
+	e.owner.condemn(e)
 }
 
 // Free gives a slot back, after 0 was stored into its stamp in the kernel. It
@@ -212,24 +201,19 @@ func (t *Table) Free(slot uint32) {
 		return
 	}
 	t.Condemn(slot)
-	delete(t.slots, slot)
-	of := t.byOwner[e.Binding.Owner]
-	delete(of, slot)
-	if len(of) == 0 {
-		delete(t.byOwner, e.Binding.Owner)
-	}
-	t.unname(e.Lease)
+	t.remove(e)
+	t.unname(e.lease)
 	t.freeSlots.push(slot)
 }
 
 // SetLease makes a standing entry name another lease index.
 func (t *Table) SetLease(slot, lease uint32) {
 	e := t.slots[slot]
-	if e == nil || e.Lease == lease {
+	if e == nil || e.lease == lease {
 		return
 	}
-	t.unname(e.Lease)
-	e.Lease = lease
+	t.unname(e.lease)
+	e.lease = lease
 	t.leases[lease]++
 }
 
@@ -244,10 +228,12 @@ func (t *Table) unname(lease uint32) {
 // It changes nothing that the kernel sees.
 func (t *Table) SetBinding(slot uint32, b identity.Binding) {
 	e := t.slots[slot]
-	if e == nil || e.Binding.IP != b.IP || e.Binding.Generation != b.Generation || e.Binding.Owner != b.Owner || e.Hash != b.Identity.Hash() {
+	if e == nil || e.ip != b.IP || e.generation != b.Generation || e.owner.name != b.Owner || e.identity.hash != b.Identity.Hash() {
 		return
 	}
-	e.Binding = b
+	old := e.identity
+	e.uid, e.ports, e.identity = b.UID, b.Ports, t.share(b.Identity, old.hash)
+	t.unshare(old)
 }
 
 // AcquireLease takes an unused lease index, the one unused for longest.
@@ -296,46 +282,68 @@ func (t *Table) Get(ip netip.Addr) (Entry, bool) { return deref(t.byIP[ip]) }
 // Slot returns what occupies a slot, condemned or not.
 func (t *Table) Slot(slot uint32) (Entry, bool) { return deref(t.slots[slot]) }
 
-func deref(e *Entry) (Entry, bool) {
+func deref(e *record) (Entry, bool) {
 	if e == nil {
 		return Entry{}, false
 	}
-	return *e, true
+	return e.entry(), true
 }
 
-// OfOwner returns the owner's entries, condemned ones included, by slot.
+// OfOwner returns a copy of the owner's entries, condemned ones included, by
+// slot. It is for what has to look at all of them; CountOf, Holds and
+// CondemnedOf take no time.
 func (t *Table) OfOwner(owner identity.NodeName) []Entry {
-	of := t.byOwner[owner]
-	out := make([]Entry, 0, len(of))
-	for _, e := range of {
-		out = append(out, *e)
+	o := t.owners[owner]
+	if o == nil {
+		return nil
 	}
-	slices.SortFunc(out, func(a, b Entry) int { return int(a.Slot) - int(b.Slot) })
+	all := make([]*record, 0, o.count)
+	for e := o.first; e != nil; e = e.after {
+		all = append(all, e)
+	}
+	return bySlot(all)
+}
+
+// CondemnedOf returns a copy of the owner's condemned entries, by slot.
+func (t *Table) CondemnedOf(owner identity.NodeName) []Entry {
+	if o := t.owners[owner]; o != nil && len(o.condemned) > 0 {
+		return bySlot(slices.Collect(maps.Values(o.condemned)))
+	}
+	return nil
+}
+
+func bySlot(of []*record) []Entry {
+	slices.SortFunc(of, func(a, b *record) int { return cmp.Compare(a.slot, b.slot) })
+	out := make([]Entry, len(of))
+	for i, e := range of {
+		out[i] = e.entry()
+	}
 	return out
+}
+
+// CountOf returns how many entries an owner has, condemned ones included.
+func (t *Table) CountOf(owner identity.NodeName) int {
+	if o := t.owners[owner]; o != nil {
+		return o.count
+	}
+	return 0
 }
 
 // Owners returns whoever has entries, sorted.
-func (t *Table) Owners() []identity.NodeName {
-	out := make([]identity.NodeName, 0, len(t.byOwner))
-	for o := range t.byOwner {
-		out = append(out, o)
-	}
-	slices.Sort(out)
-	return out
-}
+func (t *Table) Owners() []identity.NodeName { return slices.Sorted(maps.Keys(t.owners)) }
 
 // All yields every entry, condemned ones included, in no order.
 func (t *Table) All() iter.Seq[Entry] {
 	return func(yield func(Entry) bool) {
 		for _, e := range t.slots {
-			if !yield(*e) {
+			if !yield(e.entry()) {
 				return
 			}
 		}
 	}
 }
 
-// Len returns how many slots are occupied, and Cap how many there are.
+// Len returns how many slots are occupied.
 func (t *Table) Len() int { return len(t.slots) }
 
 // Cap returns how many slots there are.
@@ -346,10 +354,6 @@ func (t *Table) NextStamp() uint64 { return t.next }
 
 // Holds tells whether the owner has any binding here that is not condemned.
 func (t *Table) Holds(owner identity.NodeName) bool {
-	for _, e := range t.byOwner[owner] {
-		if !e.Condemned {
-			return true
-		}
-	}
-	return false
+	o := t.owners[owner]
+	return o != nil && o.count > len(o.condemned)
 }

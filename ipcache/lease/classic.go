@@ -269,7 +269,7 @@ func (v *ClassicVerifier) lost(p *classicPeer) {
 }
 
 func (v *ClassicVerifier) want(in Want) {
-	if _, ok := v.table.Get(in.IP); ok {
+	if e, ok := v.table.Get(in.IP); ok && e.Lease < ipcache.LeaseFirst {
 		v.emit(Answer{IP: in.IP, Live: true})
 		return
 	}
@@ -292,17 +292,16 @@ func (v *ClassicVerifier) receive(p *classicPeer, m Message) {
 			stands[r] = true
 		}
 		for _, e := range v.table.OfOwner(p.name) {
-			if e.Lease == ipcache.LeaseClassic && !stands[Ref{IP: e.Binding.IP, Generation: e.Binding.Generation}] {
+			if e.Lease != ipcache.LeaseLocal && (e.Condemned || !stands[Ref{IP: e.Binding.IP, Generation: e.Binding.Generation}]) {
 				v.zero(e)
 			}
 		}
 	case Announce:
 		v.announced(p, m.Binding)
 	case Withdraw:
-		for _, e := range v.table.OfOwner(p.name) {
-			if e.Lease == ipcache.LeaseClassic && e.Binding.IP == m.IP && e.Binding.Generation == m.Generation {
-				v.zero(e)
-			}
+		// One that could not be zeroed is zeroed with the next Welcome.
+		if e, ok := v.table.Get(m.IP); ok && e.Lease != ipcache.LeaseLocal && e.Binding.Owner == p.name && e.Binding.Generation == m.Generation {
+			v.zero(e)
 		}
 	default:
 		v.emit(CloseOwner{p.stream, "unexpected message: the other node runs in mode lease"})
@@ -315,13 +314,16 @@ func (v *ClassicVerifier) announced(p *classicPeer, b identity.Binding) {
 		return
 	}
 	if e, ok := v.table.Get(b.IP); ok {
-		if e.Lease != ipcache.LeaseClassic || e.Binding.Generation == b.Generation && e.Binding.UID == b.UID {
-			if e.Lease == ipcache.LeaseClassic && e.Binding.Identity.Equal(identity.Identity{}) && e.Hash == b.Identity.Hash() {
+		same := e.Lease == ipcache.LeaseClassic && e.Binding.Generation == b.Generation && e.Binding.UID == b.UID
+		if e.Lease == ipcache.LeaseLocal || same {
+			if same && e.Binding.Identity.Equal(identity.Identity{}) && e.Hash == b.Identity.Hash() {
 				v.table.SetBinding(e.Slot, b)
 				v.emit(Learned{Slot: e.Slot, Stamp: e.Stamp, Binding: b})
 			}
 			return
 		}
+		// Also what an agent of mode lease has left: nobody renews it any
+		// more, so it would stay shut.
 		v.zero(e)
 	}
 	e, err := v.table.Install(b, ipcache.LeaseClassic, identity.EvidenceWatch, identity.BootID{})
@@ -413,7 +415,7 @@ func (v *ClassicVerifier) tick() {
 func (v *ClassicVerifier) Sessions() []VerifierSession {
 	out := make([]VerifierSession, 0, len(v.peers))
 	for _, p := range v.peers {
-		out = append(out, VerifierSession{Owner: p.name, Stream: p.stream, State: p.state, Lease: ipcache.LeaseClassic, Bindings: len(v.table.OfOwner(p.name))})
+		out = append(out, VerifierSession{Owner: p.name, Stream: p.stream, State: p.state, Lease: ipcache.LeaseClassic, Bindings: v.table.CountOf(p.name)})
 	}
 	return out
 }

@@ -98,3 +98,51 @@ func TestClassicRelabel(t *testing.T) {
 		t.Errorf("activated %+v, announced %+v", a, b)
 	}
 }
+
+// What an agent of mode lease has left in the kernel is renewed by nobody: it
+// is replaced by what the owner announces, or cleared.
+func TestClassicAfterLease(t *testing.T) {
+	table, err := ipcache.New(ipcache.Config{Slots: 8, Leases: 8, NextStamp: 10})
+	if err != nil {
+		t.Fatal(err)
+	}
+	left := func(slot uint32, ip addr, uid identity.UID) ipcache.Entry {
+		e := ipcache.Entry{Slot: slot, Stamp: uint64(slot), Lease: ipcache.LeaseFirst, Hash: y1.Hash(), Evidence: identity.EvidenceLease,
+			Binding: identity.Binding{IP: ip, Generation: 5, UID: uid, Identity: y1, Owner: "o"}}
+		if err := table.Restore(e); err != nil {
+			t.Fatal(err)
+		}
+		return e
+	}
+	stands, ended := left(1, ip1, w0), left(2, ip2, w1)
+	cfg := lease.VerifierConfig{Node: "v", Speaks: func(identity.NodeName, addr) bool { return true }}
+	v, err := lease.NewClassicVerifier(cfg, table, []identity.NodeName{"o"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := lease.Time(time.Hour)
+	step := func(in lease.VerifierInput) []lease.VerifierOutput { now++; return v.Step(now, in) }
+	one[lease.OpenStream](t, step(lease.VerifierTick{}))
+	// A packet that is held for it is not sent round in circles.
+	none[lease.Answer](t, step(lease.Want{IP: ip1, Owner: "o", Arrival: now}))
+	step(lease.StreamOpened{Owner: "o", Stream: 1})
+	out := step(lease.FromOwner{Stream: 1, Message: lease.Welcome{Stands: []lease.Ref{{IP: ip1, Generation: 5}}}})
+	if z := one[lease.Zero](t, out); z.Stamp != ended.Stamp {
+		t.Fatalf("%+v", z)
+	}
+	out = step(lease.FromOwner{Stream: 1, Message: lease.Announce{Binding: stands.Binding}})
+	ordered(t, out, isA[lease.Zero], isA[lease.Install], isA[lease.Answer])
+	if z := one[lease.Zero](t, out); z.Stamp != stands.Stamp {
+		t.Fatalf("%+v", z)
+	}
+	if i := one[lease.Install](t, out); i.Lease != ipcache.LeaseClassic || i.Stamp == stands.Stamp {
+		t.Fatalf("%+v", i)
+	}
+	if a := one[lease.Answer](t, out); !a.Live {
+		t.Fatalf("%+v", a)
+	}
+	step(lease.VerifierTick{})
+	if e, ok := table.Get(ip1); !ok || e.Lease != ipcache.LeaseClassic || table.Len() != 1 {
+		t.Fatalf("%+v, %d slots", e, table.Len())
+	}
+}

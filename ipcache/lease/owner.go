@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"slices"
 	"time"
 
 	"portcullis/identity"
@@ -238,6 +237,9 @@ type book struct {
 	// refused by the rate limit since the last sweep, and the last IP of them
 	limited   int
 	limitedIP netip.Addr
+	// When the sweep has to look at the grants again, at the latest: the next
+	// deadline of one that no open session renews, or that of its Ack. 0: now.
+	nextPast Time
 }
 
 type ownerStream struct {
@@ -353,167 +355,4 @@ func (o *Owner) setTimer() {
 	}
 	o.timer = at
 	o.emit(OwnerTimer{at})
-}
-
-// sweepEvery is how often what is over is cleared away. Nothing waits for it:
-// gates open by the deadlines themselves.
-const sweepEvery = time.Second
-
-// sweep forgets what can no longer matter: grants whose deadline has passed
-// and whose session is not open, silent sessions, addresses at rest.
-func (o *Owner) sweep() {
-	if o.now < o.nextSweep {
-		return
-	}
-	o.nextSweep = 0
-	names := make([]identity.NodeName, 0, len(o.verifiers))
-	for n := range o.verifiers {
-		names = append(names, n)
-	}
-	slices.Sort(names)
-	for _, n := range names {
-		o.sweepVerifier(o.verifiers[n])
-	}
-	for ip, a := range o.ips {
-		if a.holder != nil || a.next != nil || len(a.grants) > 0 || o.now < later(a.ended, a.gone).Add(2*MaxLease) {
-			continue
-		}
-		if a.hasEnded && (!o.anyForgotten || a.ended > o.forgotten) {
-			o.forgotten, o.anyForgotten = a.ended, true
-		}
-		delete(o.ips, ip)
-	}
-	if len(o.verifiers) > 0 || len(o.ips) > len(o.workloads) {
-		o.nextSweep = o.now.Add(sweepEvery)
-	}
-}
-
-func (o *Owner) sweepVerifier(v *book) {
-	o.sayLimited(v)
-	// A session that has been silent for a whole MaxLease after its deadline
-	// is dead, whatever the transport says.
-	if s := v.session; s != nil && o.now > s.deadline.Add(MaxLease) {
-		o.hangUp(s, "silent")
-	}
-	// So is one that is deaf: its grants would stay for ever.
-	if s := v.session; s != nil && slices.ContainsFunc(v.grants, func(g *grant) bool {
-		return g.revoked && g.session == s && o.now > g.floor.Add(MaxLease)
-	}) {
-		o.hangUp(s, "revocations are not acknowledged")
-	}
-	for i := len(v.grants) - 1; i >= 0; i-- {
-		g := v.grants[i]
-		if o.now < g.deadline() {
-			continue
-		}
-		if g.revoked && !g.logged {
-			g.logged = true
-			o.log(LogEntry{Kind: LogExpiry, Peer: v.name, IP: g.ip, Generation: g.gen, UID: g.uid})
-		}
-		// Expiry opens the gate on reuse, but never removes a grant from an
-		// open session: a Binding may still be on its way, and only a Revoke
-		// behind it keeps the next renewal from bringing it to life (I1).
-		if g.session == nil {
-			o.drop(g, g.deadline())
-		}
-	}
-	for ip, t := range v.refused {
-		if o.now > t.Add(boundWindow) {
-			delete(v.refused, ip)
-		}
-	}
-	if v.session == nil && v.nonce == nil && len(v.grants) == 0 {
-		delete(o.verifiers, v.name)
-	}
-}
-
-func (o *Owner) hangUp(s *ownerStream, why string) {
-	o.endSession(s.v, why)
-	o.emit(CloseVerifier{s.id, why})
-	delete(o.streams, s.id)
-}
-
-// WorkloadInfo is what status commands show of a workload.
-type WorkloadInfo struct {
-	Add
-	State      WorkloadState
-	Generation identity.Generation
-	Since      Time // added
-	OpensAt    Time // when quarantined: at the latest, as far as is known; 0: not bounded
-	Leases     int  // when quarantined: grants that it waits for
-}
-
-// Workloads implements OwnerMachine: sorted by UID.
-func (o *Owner) Workloads() []WorkloadInfo {
-	out := make([]WorkloadInfo, 0, len(o.workloads))
-	for _, w := range o.workloads {
-		i := WorkloadInfo{Add: w.Add, State: w.state, Generation: w.gen, Since: w.added}
-		if w.state == WorkloadQuarantined {
-			i.OpensAt, _ = o.openAt(w)
-			for _, ip := range w.IPs {
-				for _, g := range o.ips[ip].grants {
-					if o.now < g.deadline() {
-						i.Leases++
-					}
-				}
-			}
-		}
-		out = append(out, i)
-	}
-	slices.SortFunc(out, func(a, b WorkloadInfo) int { return slices.Compare(a.UID[:], b.UID[:]) })
-	return out
-}
-
-// OwnerSession is what status commands show of a session with a verifier.
-type OwnerSession struct {
-	Stream   StreamID
-	Verifier identity.NodeName
-	State    StreamState
-	Deadline Time // of the leases given on it, by this node's clock
-	Grants   int
-}
-
-// Sessions implements OwnerMachine: sorted by stream.
-func (o *Owner) Sessions() []OwnerSession {
-	out := make([]OwnerSession, 0, len(o.streams))
-	for _, s := range o.streams {
-		i := OwnerSession{Stream: s.id, Verifier: s.v.name, State: s.state, Deadline: s.deadline}
-		if s.state == StreamOpen {
-			i.Grants = len(s.v.grants)
-		}
-		out = append(out, i)
-	}
-	slices.SortFunc(out, func(a, b OwnerSession) int { return int(a.Stream) - int(b.Stream) })
-	return out
-}
-
-// StreamState returns where a stream stands.
-func (o *Owner) StreamState(id StreamID) StreamState {
-	if s := o.streams[id]; s != nil {
-		return s.state
-	}
-	return StreamNone
-}
-
-// WorkloadState returns where a workload stands.
-func (o *Owner) WorkloadState(uid identity.UID) WorkloadState {
-	if w := o.workloads[uid]; w != nil {
-		return w.state
-	}
-	return WorkloadNone
-}
-
-// GrantDeadline returns when, by this node's clock, the verifier's lease on a
-// binding is surely over, and whether there is such a grant. During the
-// start-up wait every binding has one, whether or not its grant is known.
-func (o *Owner) GrantDeadline(verifier identity.NodeName, ip netip.Addr, gen identity.Generation) (Time, bool) {
-	d, ok := o.coldUntil, o.now < o.coldUntil
-	if a := o.ips[ip]; a != nil {
-		for _, g := range a.grants {
-			if g.verifier.name == verifier && g.gen == gen {
-				d, ok = later(d, g.deadline()), true
-			}
-		}
-	}
-	return d, ok
 }

@@ -275,7 +275,7 @@ func (o *Owner) endSession(v *book, why string) {
 			g.session, g.seq, g.told = nil, 0, false
 		}
 	}
-	v.session = nil
+	v.session, v.nextPast = nil, 0
 	o.log(LogEntry{Kind: LogSessionDown, Peer: v.name, Reason: why})
 }
 
@@ -335,6 +335,7 @@ func (o *Owner) bookGrant(v *book, boot identity.BootID, ip netip.Addr, gen iden
 	a := o.address(ip)
 	a.grants = append(a.grants, g)
 	v.grants = append(v.grants, g)
+	v.nextPast = 0
 	o.grants++
 	return g
 }
@@ -344,6 +345,7 @@ func (o *Owner) freeze(g *grant) {
 	if !g.revoked {
 		g.floor = g.deadline()
 		g.revoked = true
+		g.verifier.nextPast = 0
 	}
 }
 

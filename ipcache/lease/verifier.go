@@ -105,7 +105,7 @@ type Verifier struct {
 	byStream map[StreamID]*peer
 	waits    map[netip.Addr]*wait
 	negative map[netip.Addr]negative
-	uses     map[uint32]*use // by slot
+	uses     []use // by slot; as long as was needed so far
 	leases   map[uint32]*leaseState
 
 	out  []VerifierOutput // of this step
@@ -135,6 +135,7 @@ type peer struct {
 	backoff   time.Duration
 	confirms  map[netip.Addr]confirm
 	waits     []*wait
+	uses      useList
 	idleSince Time // 0: it has bindings or waits
 	gap       Time // when the lease ran out with bindings on it; 0: it did not
 }
@@ -156,11 +157,6 @@ type wait struct {
 type negative struct {
 	until  Time
 	reason Refusal
-}
-
-type use struct {
-	notBefore Time // packets that arrived until then may be of the holder before
-	last      Time
 }
 
 type leaseState struct {
@@ -192,7 +188,6 @@ func NewVerifier(cfg VerifierConfig, table *ipcache.Table, now Time) (*Verifier,
 		byStream: map[StreamID]*peer{},
 		waits:    map[netip.Addr]*wait{},
 		negative: map[netip.Addr]negative{},
-		uses:     map[uint32]*use{},
 		leases:   map[uint32]*leaseState{},
 
 		oldLease: map[uint32]uint32{}, oldDeadline: map[uint32]Time{},
@@ -202,8 +197,9 @@ func NewVerifier(cfg VerifierConfig, table *ipcache.Table, now Time) (*Verifier,
 			if e.Lease < ipcache.LeaseFirst {
 				continue
 			}
-			v.peer(owner)
-			v.uses[e.Slot] = &use{notBefore: now, last: now}
+			if p := v.peer(owner); !e.Condemned {
+				v.startUse(p, e.Slot, now)
+			}
 			l := v.leases[e.Lease]
 			if l == nil {
 				l = &leaseState{retired: true}
@@ -273,8 +269,8 @@ func (v *Verifier) step(in VerifierInput) {
 		v.gone(in)
 	case Used:
 		for _, ip := range in.IPs {
-			if e, ok := v.table.Get(ip); ok && v.uses[e.Slot] != nil {
-				v.uses[e.Slot].last = v.now
+			if e, ok := v.table.Get(ip); ok {
+				v.touch(e.Slot)
 			}
 		}
 	case AskMax:
@@ -334,8 +330,11 @@ func (v *Verifier) tick() {
 		}
 	}
 	if v.now >= v.nextScan {
-		v.scan()
-		v.nextScan = v.now.Add(min(v.cfg.IdleBinding/8, 10*time.Second))
+		if v.scan() {
+			v.nextScan = v.now.Add(min(v.cfg.IdleBinding/8, 10*time.Second))
+		} else {
+			v.nextScan = v.now.Add(scanPause)
+		}
 	}
 	if v.nextRetry != 0 && v.now >= v.nextRetry {
 		v.retryStores()
@@ -404,37 +403,7 @@ func (v *Verifier) tickOpen(p *peer, wanted bool) {
 // holds tells whether any slot of this owner is in use, or could not be zeroed:
 // then the owner is to be told by a Hello.
 func (v *Verifier) holds(p *peer) bool {
-	return v.table.Holds(p.name) || v.nextRetry != 0 && len(v.table.OfOwner(p.name)) > 0
-}
-
-// scan gives back what nobody uses.
-func (v *Verifier) scan() {
-	for _, p := range v.order {
-		if p.state == PeerChallenge || p.state == PeerGreeting {
-			continue // Hello may list it: wait for Welcome
-		}
-		for _, e := range v.table.OfOwner(p.name) {
-			u := v.uses[e.Slot]
-			if e.Condemned || e.Lease < ipcache.LeaseFirst || v.waits[e.Binding.IP] != nil || v.now < u.last.Add(v.cfg.IdleBinding) {
-				continue
-			}
-			// A grant that is still being asked for is not given back (I1):
-			// the Binding would arrive after it.
-			if _, asked := p.confirms[e.Binding.IP]; asked {
-				continue
-			}
-			v.zero(e, "idle")
-			v.release(p, e)
-		}
-	}
-}
-
-func (v *Verifier) release(p *peer, e ipcache.Entry) {
-	if p.state != PeerOpen || e.OwnerBoot != p.boot {
-		return // the next Hello does not list it
-	}
-	v.log(LogEntry{Kind: LogRelease, Peer: p.name, IP: e.Binding.IP, Generation: e.Binding.Generation, UID: e.Binding.UID})
-	v.emit(SendToOwner{p.stream, Release{IP: e.Binding.IP, Generation: e.Binding.Generation}})
+	return v.table.Holds(p.name) || v.nextRetry != 0 && v.table.CountOf(p.name) > 0
 }
 
 // setTimer asks for the next tick, when it is not asked for already.

@@ -313,14 +313,14 @@ func (v *Verifier) install(p *peer, b identity.Binding, c confirm, m Binding) {
 		v.refuse(b.IP, c.sent, UnansweredMapFull, 0)
 		return
 	}
-	u := &use{last: v.now}
+	notBefore := Time(0)
 	if m.Since >= 0 {
 		// now was read after the message: what has passed since the end is
 		// at least Since by the slowest of clocks. Until F later, packets of
 		// the holder before may have arrived (I1).
-		u.notBefore = v.now.Add(grantable(m.Flight) - shrink(m.Since))
+		notBefore = v.now.Add(grantable(m.Flight) - shrink(m.Since))
 	}
-	v.uses[e.Slot] = u
+	v.startUse(p, e.Slot, notBefore)
 	delete(v.negative, b.IP)
 	v.emit(Install{Stamp: e.Stamp, Slot: e.Slot, Lease: e.Lease, Binding: b, OwnerBoot: e.OwnerBoot, Evidence: e.Evidence})
 	v.log(LogEntry{Kind: LogConfirmed, Peer: p.name, IP: b.IP, Generation: b.Generation, UID: b.UID, Identity: b.Identity, Evidence: e.Evidence})
@@ -378,7 +378,7 @@ func (v *Verifier) revoke(p *peer, m Revoke) {
 		v.zero(e, "revoked")
 	} else if v.nextRetry != 0 {
 		// It may be among those that could not be zeroed before.
-		for _, e := range v.table.OfOwner(p.name) {
+		for _, e := range v.table.CondemnedOf(p.name) {
 			if is(e) {
 				v.zero(e, "revoked")
 			}

@@ -17,6 +17,7 @@ func (v *Verifier) zero(e ipcache.Entry, why string) {
 		v.log(LogEntry{Kind: LogRevocation, Peer: e.Binding.Owner, IP: e.Binding.IP, Generation: e.Binding.Generation, UID: e.Binding.UID, Reason: why})
 	}
 	v.table.Condemn(e.Slot)
+	v.endUse(e.Slot)
 	v.emit(Zero{IP: e.Binding.IP, Slot: e.Slot, Stamp: e.Stamp})
 }
 
@@ -27,7 +28,6 @@ func (v *Verifier) committed(outs []VerifierOutput) {
 		case Zero:
 			if e, ok := v.table.Slot(out.Slot); ok && e.Stamp == out.Stamp && e.Condemned {
 				v.table.Free(out.Slot)
-				delete(v.uses, out.Slot)
 			}
 		case SetDeadline:
 			if l := v.leases[out.Lease]; l != nil {
@@ -84,8 +84,8 @@ func (v *Verifier) retryStores() {
 		}
 	}
 	for _, owner := range v.table.Owners() {
-		for _, e := range v.table.OfOwner(owner) {
-			if e.Condemned && e.Lease >= ipcache.LeaseFirst && !v.zeroing(e) {
+		for _, e := range v.table.CondemnedOf(owner) {
+			if e.Lease >= ipcache.LeaseFirst && !v.zeroing(e) {
 				v.zero(e, "")
 			}
 		}
@@ -147,7 +147,7 @@ func (v *Verifier) undo(out VerifierOutput, failed bool) {
 			return
 		}
 		v.table.Free(out.Slot)
-		delete(v.uses, out.Slot)
+		v.endUse(out.Slot)
 		v.closeOwner(e.Lease, "store failed")
 	case Zero:
 		// Not zeroed, so nobody may be told that it is; and its lease must

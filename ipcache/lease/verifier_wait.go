@@ -18,7 +18,7 @@ func (v *Verifier) want(in Want) {
 		}
 		owner = e.Binding.Owner
 		if v.live(e) {
-			v.uses[e.Slot].last = v.now
+			v.touch(e.Slot)
 			v.emit(Answer{IP: in.IP, Live: true, NotBefore: v.uses[e.Slot].notBefore})
 			return
 		}
@@ -99,9 +99,8 @@ func (v *Verifier) answer(e ipcache.Entry) {
 	if w == nil || !v.live(e) {
 		return
 	}
-	u := v.uses[e.Slot]
-	u.last = v.now
-	v.emit(Answer{IP: w.ip, Live: true, NotBefore: u.notBefore})
+	v.touch(e.Slot)
+	v.emit(Answer{IP: w.ip, Live: true, NotBefore: v.uses[e.Slot].notBefore})
 	v.unwait(w)
 }
 
