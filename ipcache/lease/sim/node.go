@@ -30,6 +30,8 @@ type node struct {
 	fresh []lease.Time
 	// lastLive is when this kernel last let packets to the workload out.
 	lastLive map[*workload]int64
+	// idled is when this agent last gave the binding back because nothing used it.
+	idled map[*workload]int64
 }
 
 // agent is one process.
@@ -326,6 +328,10 @@ func (a *agent) doVerifier(out lease.VerifierOutput) {
 		a.answered(w.ipIndex[out.IP], out)
 	case lease.VerifierTimer:
 		a.vTimer = out.At
+	case lease.VerifierLog:
+		if u := w.byUID[out.Entry.UID]; u != nil && out.Entry.Kind == lease.LogRevocation && out.Entry.Reason == "idle" {
+			a.n.idled[u] = w.real
+		}
 	}
 }
 

@@ -102,7 +102,7 @@ func newWorld(seed uint64, o Options, h hooks) *World {
 		n := &node{
 			w: w, index: i, name: identity.NodeName(fmt.Sprintf("n%d", i)), rate: pick(w.rng, rates...),
 			offset: w.rng.Int64N(int64(time.Hour)), boot: w.newBoot(), k: newKernel(),
-			fresh: make([]lease.Time, o.Nodes), lastLive: map[*workload]int64{},
+			fresh: make([]lease.Time, o.Nodes), lastLive: map[*workload]int64{}, idled: map[*workload]int64{},
 		}
 		w.nodes = append(w.nodes, n)
 		w.byName[n.name] = n
