@@ -20,6 +20,7 @@ import (
 
 	"portcullis/agent/api"
 	"portcullis/authz"
+	"portcullis/datapath"
 	"portcullis/datapath/hold"
 	"portcullis/datapath/netdev"
 	"portcullis/identity"
@@ -32,7 +33,12 @@ import (
 const (
 	maxEndpoints  = 1024
 	ringQueue     = 1024 // held packets between reader and loop
-	sweepInterval = 5 * time.Second
+	limitSteps    = 5    // of the sweep of conntrack, between two looks at the limits
+	limitInterval = limitSteps * datapath.SweepInterval
+	// Which bindings are in use is learnt from that sweep: it comes by so many
+	// times before one is given back.
+	idlePasses    = 3
+	leastIdle     = 15 * time.Second
 	compactAbove  = 8192 // journal records
 	pressureAlarm = 90   // per cent of a map's capacity
 )

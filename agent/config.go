@@ -224,9 +224,8 @@ func (c *Config) validateTimes() (errs []error) {
 	if c.AddWait < 0 {
 		bad("--add-wait %v: want 0 or more", c.AddWait)
 	}
-	// Which bindings are in use is learnt from a sweep of conntrack.
-	if least := 3 * sweepInterval; c.IdleBinding < least {
-		bad("--idle-binding %v: want at least %v, or bindings in use are given back", c.IdleBinding, least)
+	if c.IdleBinding < leastIdle {
+		bad("--idle-binding %v: want at least %v, or bindings in use are given back", c.IdleBinding, leastIdle)
 	}
 	return errs
 }

@@ -35,7 +35,7 @@ func TestConfigValidate(t *testing.T) {
 		{"ttl above MAX_LEASE", func(c *Config) { c.TTL = 61 * time.Second }, []string{"--ttl"}},
 		{"strict relabels without leases", func(c *Config) { c.Evidence, c.UnsafeClassic, c.Relabel = ModeClassic, true, lease.RelabelStrict }, []string{"--relabel"}},
 		{"heartbeat too slow", func(c *Config) { c.Heartbeat = 16 * time.Second }, []string{"--heartbeat"}},
-		{"bindings given back while in use", func(c *Config) { c.IdleBinding = sweepInterval }, []string{"--idle-binding"}},
+		{"bindings given back while in use", func(c *Config) { c.IdleBinding = leastIdle - 1 }, []string{"--idle-binding"}},
 		{"a peer in our range", func(c *Config) { c.Peers[0].Ranges[0] = netip.MustParsePrefix("10.1.1.128/25") }, []string{"overlaps"}},
 		{"a peer with our address", func(c *Config) { c.Peers[0].Address = netip.MustParseAddrPort("192.0.2.1:4260") }, []string{"overlaps"}},
 		{"a peer twice", func(c *Config) { c.Peers = append(c.Peers, c.Peers[0]) }, []string{"twice", "overlaps"}},

@@ -72,13 +72,13 @@ func (l *loop) alarmLimits() {
 	before := l.lostBefore
 	l.lostBefore = now
 	if n := now.overflow - before.overflow; now.overflow > before.overflow {
-		l.alarms.raise("hold-overflow", fmt.Sprintf("%d packets were dropped in %v that should have been held: the quota of a source, of a workload or of the node is used up; `monitor --reason hold-overflow` shows whose", n, sweepInterval))
+		l.alarms.raise("hold-overflow", fmt.Sprintf("%d packets were dropped in %v that should have been held: the quota of a source, of a workload or of the node is used up; `monitor --reason hold-overflow` shows whose", n, limitInterval))
 	}
 	if n := now.full - before.full; now.full > before.full {
-		l.alarms.raise("map-full", fmt.Sprintf("%d packets were dropped in %v for want of room in a table: `status` shows which is full, `monitor --reason map-full` whose packets they are; raise --bindings, --conntrack or --conntrack-per-endpoint", n, sweepInterval))
+		l.alarms.raise("map-full", fmt.Sprintf("%d packets were dropped in %v for want of room in a table: `status` shows which is full, `monitor --reason map-full` whose packets they are; raise --bindings, --conntrack or --conntrack-per-endpoint", n, limitInterval))
 	}
 	if n := now.lost - before.lost; now.lost > before.lost {
-		l.alarms.raise("events-lost", fmt.Sprintf("%d flow events were lost in %v, their verdicts stand: raise --event-bytes, or find who causes so many", n, sweepInterval))
+		l.alarms.raise("events-lost", fmt.Sprintf("%d flow events were lost in %v, their verdicts stand: raise --event-bytes, or find who causes so many", n, limitInterval))
 	}
 }
 

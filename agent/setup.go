@@ -240,20 +240,22 @@ func newTransport(cfg Config, l *loop, source *svid.Source, log *zap.Logger) (*s
 		}})
 }
 
-// sweepConntrack removes what is over from conntrack, and tells the verifier
-// machine which bindings are in use. It runs beside the loop: a sweep of a full
-// map takes long.
+// sweepConntrack removes what is over from conntrack, a bit at a time, and tells
+// the verifier machine which bindings are in use. It runs beside the loop: a
+// step over a nearly full map takes long.
 func (l *loop) sweepConntrack(ctx context.Context) error {
-	tick := time.NewTicker(sweepInterval)
+	tick := time.NewTicker(datapath.SweepInterval)
 	defer tick.Stop()
-	for {
+	for steps := 1; ; steps++ {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
 		}
-		stats, err := l.dp.SweepConntrack(l.dp.Now())
-		l.post(l.alarmLimits)
+		if steps%limitSteps == 0 {
+			l.post(l.alarmLimits)
+		}
+		stats, err := l.dp.SweepStep(l.dp.Now(), l.cfg.IdleBinding/idlePasses)
 		if err != nil {
 			l.alarms.raise("conntrack-sweep", fmt.Sprintf("old connections are not removed: %v", err))
 			continue

@@ -348,14 +348,14 @@ struct pc_ct {
  *
  * The kernel alone writes `in`: plus one for an entry made, minus one for an
  * entry of the endpoint that another replaced. User space alone writes `out`,
- * and only in its sweep, from what it has counted:
+ * and only in its sweep: plus one for an entry removed; and after a pass so that
  *
  *	in0[i] := in[i] for all i, before it reads the first entry
  *	n[i]   := number of entries with budget i that are left in the map
- *	out[i] := in0[i] - n[i] for all i (wraps), after the last
+ *	n[i] <= in[i] - out[i] <= n[i] + (in[i] - in0[i]) for all i, after the last
  *
- * What comes while it sweeps makes the number too high, never too low, but for
- * entries replaced meanwhile; the next sweep puts that right: nothing adds up.
+ * What comes while it sweeps may be in n or not. Entries replaced meanwhile may
+ * make the number too low; the next pass puts that right: nothing adds up.
  * An entry with a budget beyond the array is nobody's. Indices without an
  * endpoint are written too, so that the next endpoint with that hold_index
  * begins with what is left of the last one's entries.

@@ -50,10 +50,9 @@ type Datapath struct {
 	sets    map[uint32]map[abi.PolicyKey]abi.Policy // what the map `policy` holds
 	doomed  []doomedSet                             // to be removed, oldest first
 
-	drops     [abi.DirMax][abi.ReasonMax]atomic.Uint64 // decided in user space
-	sweepMu   sync.Mutex
-	lastSweep int64 // guarded by sweepMu
-	lastAll   int64 // the last sweep that told of all flows; guarded by sweepMu
+	drops   [abi.DirMax][abi.ReasonMax]atomic.Uint64 // decided in user space
+	sweepMu sync.Mutex
+	sweep   sweep // guarded by sweepMu
 
 	policies  atomic.Int64 // entries in `policy`
 	ranges    atomic.Int64 // entries in `ranges`

@@ -30,8 +30,10 @@
 //
 // One goroutine, the agent's loop, calls everything that writes. Attach, Detach,
 // MoveLinks, Links and Guarded, which work on links alone, may take turns in a
-// second one: they wait for the kernel, tens of milliseconds. Events, Held and SweepConntrack may each run in a goroutine of its own beside it; Now,
-// Counters, Pressure, CountDrop, ReleaseHold and Marks are safe from anywhere.
+// second one: they wait for the kernel, tens of milliseconds. Events, Held and
+// the sweep (SweepStep, SweepConntrack) may each run in a goroutine of its own
+// beside it; Now, Counters, Pressure, CountDrop, ReleaseHold and Marks are safe
+// from anywhere.
 // Nothing may be called during or after Close. Remove and Tombstone are for
 // other processes, while no Datapath has the pins.
 //

@@ -321,3 +321,76 @@ func TestConntrackShare(t *testing.T) {
 		t.Errorf("swept %+v, %d flows", s, flows())
 	}
 }
+
+// A sweep in steps: none looks at much, all of them see every flow once, in the
+// time that the fill of the map gives them, and the budgets stay right.
+func TestSweepInSteps(t *testing.T) {
+	l := newLab(t)
+	cfg := l.config()
+	cfg.Conntrack, cfg.ConntrackPerEndpoint = 65536, 65536
+	d, err := datapath.Open(cfg)
+	l.must(err)
+	t.Cleanup(func() { l.must(d.Close()) })
+	l.serve(d)
+	now := d.Now()
+	fill(l, 20000, now+int64(30*time.Second)) // they end 10 seconds later: nobody judged them
+	// The first pass counts what an agent before has left, at once.
+	step := func(after time.Duration) datapath.SweepStats {
+		s, err := d.SweepStep(now+int64(after), time.Minute)
+		l.must(err)
+		return s
+	}
+	flows := func() uint64 {
+		ps, err := d.Pressure()
+		l.must(err)
+		return ps[5].Used
+	}
+	if s := step(0); s.Entries != 20000 || flows() != 20000 {
+		t.Fatalf("the first pass: %+v, %d flows", s, flows())
+	}
+	// 30 % are used: 15 seconds.
+	pass := func(from, seconds int) (sum datapath.SweepStats) {
+		for i := range seconds {
+			s := step(time.Duration(from+i) * time.Second)
+			if s.Entries > 20000*2/seconds+2*1024 {
+				t.Errorf("%d entries in step %d of %d", s.Entries, i, seconds)
+			}
+			sum.Entries += s.Entries
+			sum.Expired += s.Expired
+			sum.Dead += s.Dead
+			sum.Failed += s.Failed
+		}
+		return sum
+	}
+	if s := step(14 * time.Second); s.Entries != 0 {
+		t.Errorf("it does not rest: %+v", s)
+	}
+	if s := pass(15, 15); s.Entries != 20000 || s.Expired+s.Dead+s.Failed != 0 || flows() != 20000 {
+		t.Errorf("the second pass: %+v, %d flows", s, flows())
+	}
+	// All are over: gone a pass later, and nobody has any share left.
+	if s := pass(100, 15); s.Dead != 20000 || s.Failed != 0 || flows() != 0 {
+		t.Errorf("the third pass: %+v, %d flows", s, flows())
+	}
+	// A step that comes late makes good for those that did not.
+	fill(l, 40000, now+int64(200*time.Second))
+	step(200 * time.Second)
+	if s := step(300 * time.Second); s.Dead == 0 {
+		t.Errorf("late: %+v", s)
+	}
+	step(400 * time.Second)
+	step(500 * time.Second)
+	if n := len(contents[abi.CTKey, abi.CT](l, "conntrack")); n != 0 {
+		t.Errorf("%d flows are left", n)
+	}
+}
+
+// fill puts flows that nobody judged into conntrack.
+func fill(l *lab, n uint32, seen int64) {
+	l.t.Helper()
+	m := pinnedMap(l, "conntrack")
+	for i := range n {
+		k := abi.CTKey{APort: uint16(i), BPort: uint16(i >> 16), Proto: 17}
+		l.must(m.Put(&k, &abi.CT{LastSeen: uint64(seen)}))
+	}
+}

@@ -128,11 +128,11 @@ func TestRemoveUnused(t *testing.T) {
 		}
 	}
 	put()
-	if removed, err := removeUnused(m, key, 4); removed || err != nil {
+	if removed, _, err := removeUnused(m, key, 4); removed || err != nil {
 		t.Errorf("renewed: removed %v, %v", removed, err)
 	}
 	for range 2 { // there, and not there any more
-		if removed, err := removeUnused(m, key, 5); !removed || err != nil {
+		if removed, _, err := removeUnused(m, key, 5); !removed || err != nil {
 			t.Errorf("unused: removed %v, %v", removed, err)
 		}
 	}
@@ -155,7 +155,7 @@ func TestRemoveUnused(t *testing.T) {
 		}
 	}()
 	for range 20000 {
-		removed, err := removeUnused(m, key, 7)
+		removed, _, err := removeUnused(m, key, 7)
 		var now ctValue
 		there := m.Lookup(key, &now) == nil
 		if err != nil || removed == there || there && decodeCT(&now).LastSeen != 8 {
@@ -177,5 +177,39 @@ func TestNewMarks(t *testing.T) {
 	}
 	if _, _, err := newMarks(0x100); err == nil {
 		t.Error("two different marks in one bit")
+	}
+}
+
+func TestPassTime(t *testing.T) {
+	for percent, want := range map[uint64]time.Duration{0: 30 * time.Second, 24: 30 * time.Second, 25: 15 * time.Second, 50: 5 * time.Second,
+		89: 5 * time.Second, 90: 2 * time.Second, 100: 2 * time.Second, 700: 2 * time.Second} {
+		if got := passTime(percent); got != want {
+			t.Errorf("%d %%: %v, want %v", percent, got, want)
+		}
+	}
+}
+
+// A pass corrects what it has proved wrong, and nothing else.
+func TestBudgetsAfterAPass(t *testing.T) {
+	for _, tc := range []struct {
+		name                        string
+		in0, in, out, counted, want uint64 // want: how many entries the endpoint has afterwards
+	}{
+		{"right, quiet", 10, 10, 4, 6, 6},
+		{"made some, counted too", 10, 15, 4, 11, 11},
+		{"made some, not counted", 10, 15, 4, 6, 11},
+		{"removed by this pass", 10, 10, 7, 3, 3},
+		{"fewer than were counted", 10, 10, 8, 6, 6},
+		{"more than there can be", 10, 12, 0, 6, 8},
+		{"taken over by others", 10, 7, 4, 6, 3},
+		{"counted from nothing, as after a change of layout", 0, 0, 0, 5, 5},
+		{"across the end of the numbers", ^uint64(1), 3, ^uint64(6), 5, 10},
+	} {
+		d := &Datapath{budget: array[abi.CTBudget]{mem: make([]byte, 2*int(unsafe.Sizeof(abi.CTBudget{}))), n: 2}}
+		*d.budget.at(1) = abi.CTBudget{In: tc.in, Out: tc.out}
+		d.endBudgets(&budgetCounts{in0: []uint64{0, tc.in0}, n: []uint64{0, tc.counted}, nobodys: 3})
+		if got := d.flows(1); got != tc.want || d.nobodys.Load() != 3 {
+			t.Errorf("%s: %d flows, want %d", tc.name, got, tc.want)
+		}
 	}
 }

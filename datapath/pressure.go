@@ -87,7 +87,7 @@ func notNegative(v uint64) uint64 {
 	return v
 }
 
-// budgetCounts is what a sweep counts; see pc_ct_budget.
+// budgetCounts is what a pass of the sweep counts; see pc_ct_budget.
 type budgetCounts struct {
 	in0     []uint64
 	n       []uint64
@@ -112,11 +112,27 @@ func (c *budgetCounts) left(budget uint32) {
 	c.n[budget]++
 }
 
-// endBudgets comes after the last entry was read. A sweep that failed does not
-// come here: its counts would be too low.
+// budgetRemoved takes note of an entry that the sweep has removed.
+func (d *Datapath) budgetRemoved(budget uint32) {
+	if budget > 0 && budget < d.budget.n {
+		atomic.AddUint64(&d.budget.at(budget).Out, 1)
+	}
+}
+
+// endBudgets comes after the last entry of a pass was read, and puts right what
+// the pass has proved wrong: an endpoint has at least the entries that were
+// counted, and at most those and what it has made since the pass began. A pass
+// that failed does not come here: its counts would be too low.
 func (d *Datapath) endBudgets(c *budgetCounts) {
 	for i := uint32(1); i < d.budget.n; i++ {
-		atomic.StoreUint64(&d.budget.at(i).Out, c.in0[i]-c.n[i])
+		b := d.budget.at(i)
+		in := atomic.LoadUint64(&b.In)
+		counted, made := int64(c.n[i]), int64(in-c.in0[i]) // made: less than 0 when others replaced more
+		has := int64(in - atomic.LoadUint64(&b.Out))
+		right := min(max(has, counted+min(0, made)), counted+max(0, made))
+		if right != has {
+			atomic.StoreUint64(&b.Out, in-uint64(right))
+		}
 	}
 	d.nobodys.Store(c.nobodys)
 }

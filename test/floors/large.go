@@ -4,5 +4,4 @@ package floors
 var Larges = []Large{
 	{"bpf/abi.h", 533, "the one home of everything that kernel and user space share; half of it is comments"},
 	{"bpf/lib/judge.h judge_anew", 75, "the whole judgement of a first packet, in its order; split, the order would have to be searched for"},
-	{"ipcache/lease/owner.go", 510, "the owner machine's types, states and clockwork; sessions, reuse and journal are files of their own"},
 }
