@@ -10,8 +10,9 @@ import (
 )
 
 // How long an entry stays after its last packet, at the least: the sweep has to
-// come by, see SweepStep. A packet that passes renews it. Entries are not needed for safety, every packet is judged by them only
-// while stamp, lease and epoch are right; they are what tells a reply.
+// come by, see SweepStep. A packet that passes renews it. Entries are not needed
+// for safety, every packet is judged by them only while stamp, lease and epoch
+// are right; they are what tells a reply.
 const (
 	lifeTCPSyn         = 60 * time.Second  // no reply yet
 	lifeTCPEstablished = 6 * time.Hour     // seen both ways
