@@ -79,7 +79,7 @@ func startOwner(ctx context.Context, running *sync.WaitGroup, dir string, i int,
 		return nil, err
 	}
 	o := &owner{inbox: make(chan lease.OwnerInput, 256), done: ctx.Done(), timer: time.NewTimer(time.Hour), failed: make(chan error, 2)}
-	o.machine, err = lease.NewOwner(lease.OwnerConfig{Node: name, Boot: boot, ReuseMargin: time.Millisecond, Grants: perOwner, MaxWorkloads: perOwner,
+	o.machine, err = lease.NewOwner(lease.OwnerConfig{Node: name, Boot: boot, ReuseMargin: time.Millisecond, Grants: 8 * perOwner, MaxWorkloads: perOwner,
 		ConfirmRate: 1 << 20, ConfirmBurst: 1 << 20, Journal: lease.JournalMissing, FreshRanges: true,
 		Nonce: func() (n lease.Nonce) { rand.Read(n[:]); return n }, Mine: ownerRange(i).Contains}, now())
 	if err != nil {
