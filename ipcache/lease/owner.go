@@ -237,8 +237,8 @@ type book struct {
 	// refused by the rate limit since the last sweep, and the last IP of them
 	limited   int
 	limitedIP netip.Addr
-	// When the sweep has to look at the grants again, at the latest: the next
-	// deadline of one that no open session renews, or that of its Ack. 0: now.
+	// Until then the sweep need not look at the grants: it is the next deadline
+	// of one that no open session renews, or of an Ack. 0: it is not known.
 	nextPast Time
 }
 
