@@ -26,12 +26,13 @@ const (
 type echo struct {
 	w     *world
 	mu    sync.Mutex
-	heard map[netip.Addr]int // guarded by mu; connections and datagrams by source
+	heard map[netip.Addr]int  // guarded by mu; connections and datagrams by source
+	conns map[string]net.Conn // guarded by mu; by their far end, until they end
 }
 
 func serve(w *world) *echo {
 	w.t.Helper()
-	e := &echo{w: w, heard: map[netip.Addr]int{}}
+	e := &echo{w: w, heard: map[netip.Addr]int{}, conns: map[string]net.Conn{}}
 	e.listen(tcpPort)
 	var pc *net.UDPConn
 	w.must(w.InWorkload("server", func() (err error) {
@@ -63,21 +64,33 @@ func (e *echo) listen(port uint16) {
 		return err
 	}))
 	var wg sync.WaitGroup
-	var conns sync.Map
 	wg.Go(func() {
 		for {
 			c, err := ln.Accept()
 			if err != nil {
 				return
 			}
-			conns.Store(c, true)
 			e.hear(c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr())
-			wg.Go(func() { defer c.Close(); io.Copy(c, c) })
+			far := c.RemoteAddr().String()
+			e.mu.Lock()
+			e.conns[far] = c
+			e.mu.Unlock()
+			wg.Go(func() {
+				io.Copy(c, c)
+				e.mu.Lock()
+				delete(e.conns, far)
+				e.mu.Unlock()
+				c.Close()
+			})
 		}
 	})
 	e.w.t.Cleanup(func() {
 		ln.Close()
-		conns.Range(func(c, _ any) bool { c.(net.Conn).Close(); return true })
+		e.mu.Lock()
+		for _, c := range e.conns {
+			c.Close()
+		}
+		e.mu.Unlock()
 		wg.Wait()
 	})
 }
@@ -244,17 +257,22 @@ func (l *live) goesOn(when string) {
 	})
 }
 
-// retransmits is how many segments the connection sent again, at both ends
-// together those that were lost.
-func (l *live) retransmits() (n uint32) {
-	raw, err := l.tcp.(syscall.Conn).SyscallConn()
-	l.w.must(err)
-	l.w.must(raw.Control(func(fd uintptr) {
-		if info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO); err == nil {
+// retransmits is how many segments one end of a connection sent again.
+func retransmits(c net.Conn) (n uint32, err error) {
+	if c == nil {
+		return 0, errors.New("it has ended")
+	}
+	raw, err := c.(syscall.Conn).SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	err = errors.Join(raw.Control(func(fd uintptr) {
+		var info *unix.TCPInfo
+		if info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO); err == nil {
 			n = info.Total_retrans
 		}
-	}))
-	return n
+	}), err)
+	return n, err
 }
 
 // lossless ends the traffic and checks that nothing of it was lost: no segment
@@ -268,8 +286,14 @@ func (l *live) lossless() {
 		}
 		return nil
 	})
-	if n := l.retransmits(); n != 0 {
-		l.w.t.Errorf("%d segments were sent again: there was a gap", n)
+	ends := map[string]net.Conn{"client": l.tcp}
+	l.w.echo.mu.Lock()
+	ends["server"] = l.w.echo.conns[l.tcp.LocalAddr().String()]
+	l.w.echo.mu.Unlock()
+	for end, c := range ends {
+		if n, err := retransmits(c); n != 0 || err != nil {
+			l.w.t.Errorf("%d segments of the %s were sent again: there was a gap (%v)", n, end, err)
+		}
 	}
 }
 
