@@ -98,11 +98,11 @@ func parse(doc *Document, dialects []Dialect) (Result, []authz.Problem) {
 		return Result{}, doc.Problems()
 	}
 	var known []string
-	at := doc.root.fields["kind"]
+	at := doc.root.field("kind")
 	for _, d := range dialects {
 		known = append(known, d.APIVersion+" "+d.Kind)
 		if d.Kind == kind {
-			at = doc.root.fields["apiVersion"]
+			at = doc.root.field("apiVersion")
 		}
 	}
 	hint := ""

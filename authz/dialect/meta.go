@@ -58,7 +58,7 @@ func (d *Document) Object(fields Fields) {
 // metadata parses an object's, which is in no namespace if ref names none.
 func (d *Document) metadata(ref authz.Ref) Meta {
 	meta := Meta{Ref: ref}
-	m := d.root.fields["metadata"]
+	m := d.root.field("metadata")
 	if m == nil {
 		d.root.Refuse("field metadata is missing")
 		return meta

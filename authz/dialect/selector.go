@@ -21,7 +21,7 @@ func (v *Value) LabelSelector(require func(at *Value, r authz.Requirement)) {
 		"matchExpressions": func(e *Value) {
 			e.List(func(_ int, x *Value) {
 				if r, ok := x.expression(); ok {
-					require(x.fields["key"], r)
+					require(x.field("key"), r)
 				}
 			})
 		},

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"regexp"
+	"regexp/syntax"
 	"strconv"
 	"strings"
 
@@ -24,6 +25,8 @@ type Document struct {
 	problems []authz.Problem
 	later    []authz.Problem
 	values   int
+	patterns int  // bytes of regular expressions so far
+	anchors  bool // there may be some, so nodes may be read twice
 }
 
 // Root returns the document's value.
@@ -45,9 +48,9 @@ type Value struct {
 	index  int    // in a parent that is a list
 	tag    string // !!map, !!seq, !!str, !!int, ...
 	scalar string
-	keys   []string // of a map, in order
-	fields map[string]*Value
-	items  []*Value
+	object bool              // a map
+	items  []*Value          // of a map: its fields, in order
+	byKey  map[string]*Value // of a large map
 }
 
 // read parses the source. empty tells that there is nothing in it.
@@ -81,6 +84,7 @@ func (d *Document) read() (empty bool) {
 		d.root.Refuse("not one YAML document")
 		return false
 	}
+	d.anchors = strings.Contains(d.Source, "&")
 	d.root = d.convert(node.Content[0], Value{}, 0)
 	return d.root.tag == "!!null" && len(d.problems) == 0
 }
@@ -125,8 +129,10 @@ func (d *Document) convert(n *yaml.Node, at Value, depth int) *Value {
 	case yaml.MappingNode:
 		d.convertMap(v, n, depth)
 	case yaml.SequenceNode:
+		v.items = make([]*Value, 0, len(n.Content))
 		for i, c := range n.Content {
 			v.items = append(v.items, d.convert(c, Value{parent: v, index: i}, depth+1))
+			d.release(n, i)
 			if d.values > maxValues {
 				break
 			}
@@ -140,6 +146,16 @@ func (d *Document) convert(n *yaml.Node, at Value, depth int) *Value {
 	return v
 }
 
+// release lets go of nodes that nobody reads again, so that the reader's tree
+// shrinks as ours grows.
+func (d *Document) release(n *yaml.Node, children ...int) {
+	for _, i := range children {
+		if !d.anchors {
+			n.Content[i] = nil
+		}
+	}
+}
+
 // yaml11Bool are the plain words that Kubernetes' YAML 1.1 reader takes for
 // true and false.
 var yaml11Bool = map[string]bool{
@@ -148,7 +164,13 @@ var yaml11Bool = map[string]bool{
 }
 
 func (d *Document) convertMap(v *Value, n *yaml.Node, depth int) {
-	v.fields = make(map[string]*Value, len(n.Content)/2)
+	v.object = true
+	if n := len(n.Content) / 2; n > 0 {
+		v.items = make([]*Value, 0, n)
+	}
+	if len(n.Content)/2 > fewFields {
+		v.byKey = make(map[string]*Value, len(n.Content)/2)
+	}
 	for i := 0; i+1 < len(n.Content) && d.values <= maxValues; i += 2 {
 		k := n.Content[i]
 		line := k.Line + d.Line - 1
@@ -160,14 +182,17 @@ func (d *Document) convertMap(v *Value, n *yaml.Node, depth int) {
 		case k.Kind != yaml.ScalarNode || k.ShortTag() != "!!str" || k.Style == 0 && yaml11Bool[k.Value]:
 			at.Refuse("the key is not a string: quote it")
 			continue
-		case v.fields[k.Value] != nil:
+		case v.field(k.Value) != nil:
 			at.Refuse("the field is there twice: remove one")
 			continue
 		}
 		f := d.convert(n.Content[i+1], at, depth+1)
+		d.release(n, i, i+1)
 		f.Line = line
-		v.fields[k.Value] = f
-		v.keys = append(v.keys, k.Value)
+		v.items = append(v.items, f)
+		if v.byKey != nil {
+			v.byKey[k.Value] = f
+		}
 	}
 }
 
@@ -222,11 +247,30 @@ func (v *Value) NotEnforced(format string, args ...any) {
 	}
 }
 
-func (v *Value) isMap() bool { return v.tag == "!!map" && v.fields != nil }
+func (v *Value) isMap() bool { return v.tag == "!!map" && v.object }
+
+// fewFields are found by looking at each: most objects have so few, and a map
+// of their own would cost more than they do.
+const fewFields = 8
+
+// field returns the field of a map, or nil.
+func (v *Value) field(key string) *Value {
+	if v.byKey != nil {
+		return v.byKey[key]
+	}
+	if v.object {
+		for _, f := range v.items {
+			if f.key == key {
+				return f
+			}
+		}
+	}
+	return nil
+}
 
 // text returns the string in a field of a map, or "".
 func (v *Value) text(key string) string {
-	if f := v.fields[key]; f != nil && f.tag == "!!str" {
+	if f := v.field(key); f != nil && f.tag == "!!str" {
 		return f.scalar
 	}
 	return ""
@@ -253,13 +297,12 @@ func (v *Value) Object(fields Fields) bool {
 		v.Refuse("want an object, not %s", v.what())
 		return false
 	}
-	for _, k := range v.keys {
-		f := fields[k]
-		switch {
-		case f == nil:
-			v.fields[k].Refuse("unknown field: check its name and place, or remove it")
-		case v.Has(k):
-			f(v.fields[k])
+	for _, f := range v.items {
+		switch parse := fields[f.key]; {
+		case parse == nil:
+			f.Refuse("unknown field: check its name and place, or remove it")
+		case !f.isNull():
+			parse(f)
 		}
 	}
 	return true
@@ -268,9 +311,12 @@ func (v *Value) Object(fields Fields) bool {
 // Has reports whether an object has a field. One that says null, the word, is
 // not there, as Kubernetes reads it.
 func (v *Value) Has(key string) bool {
-	f := v.fields[key]
-	return f != nil && (f.tag != "!!null" || f.scalar != "null")
+	f := v.field(key)
+	return f != nil && !f.isNull()
 }
+
+// isNull reports whether the value is the word null.
+func (v *Value) isNull() bool { return v.tag == "!!null" && v.scalar == "null" }
 
 // Require refuses an object without a field.
 func (v *Value) Require(key string) {
@@ -293,9 +339,9 @@ func (v *Value) List(item func(i int, v *Value)) bool {
 
 // Len returns how many items a list or fields an object has.
 func (v *Value) Len() int {
-	n := len(v.items)
-	for _, k := range v.keys {
-		if v.Has(k) {
+	n := 0
+	for _, i := range v.items {
+		if !v.object || !i.isNull() {
 			n++
 		}
 	}
@@ -308,8 +354,8 @@ func (v *Value) Each(field func(key string, v *Value)) bool {
 		v.Refuse("want an object, not %s", v.what())
 		return false
 	}
-	for _, k := range v.keys {
-		field(k, v.fields[k])
+	for _, f := range v.items {
+		field(f.key, f)
 	}
 	return true
 }
@@ -352,12 +398,36 @@ func (v *Value) Boolean() (value, ok bool) {
 	return v.scalar == "true", true
 }
 
+// maxPatterns bounds the regular expressions of a document, in bytes: some
+// take a millisecond to read.
+const maxPatterns = 1 << 16
+
+// Pattern returns a regular expression, as Go's package regexp reads it. It is
+// not compiled: repetitions would be written out.
+func (v *Value) Pattern() (string, bool) {
+	s, ok := v.Text()
+	if !ok {
+		return "", false
+	}
+	if v.doc.patterns += len(s); v.doc.patterns > maxPatterns {
+		if v.doc.patterns-len(s) <= maxPatterns {
+			v.Refuse("the document has more than %d characters of regular expressions: split it", maxPatterns)
+		}
+		return "", false
+	}
+	if _, err := syntax.Parse(s, syntax.Perl); err != nil {
+		v.Refuse("not a regular expression: %s", err.(*syntax.Error).Code)
+		return "", false
+	}
+	return s, true
+}
+
 // Field returns a field that the object has, or nil.
 func (v *Value) Field(key string) *Value {
 	if !v.Has(key) {
 		return nil
 	}
-	return v.fields[key]
+	return v.field(key)
 }
 
 // IsList reports whether the value is a list.

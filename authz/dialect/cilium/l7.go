@@ -1,7 +1,6 @@
 package cilium
 
 import (
-	"regexp/syntax"
 	"strings"
 
 	"portcullis/authz/dialect"
@@ -65,26 +64,8 @@ func (p *ports) inside(v *dialect.Value) {
 	}
 }
 
-// maxExpression bounds a regular expression, in bytes.
-const maxExpression = 4096
-
-// expression checks a regular expression. It is not compiled: repetitions
-// would be written out.
-func expression(v *dialect.Value) {
-	s, ok := v.Text()
-	if !ok {
-		return
-	}
-	if len(s) > maxExpression {
-		v.Refuse("the regular expression has %d characters; at most %d are accepted", len(s), maxExpression)
-		return
-	}
-	if _, err := syntax.Parse(s, syntax.Perl); err != nil {
-		v.Refuse("not a regular expression: %s", err.(*syntax.Error).Code)
-	}
-}
-
 func httpRule(v *dialect.Value) {
+	expression := func(v *dialect.Value) { v.Pattern() }
 	v.Object(dialect.Fields{
 		"method": expression, "path": expression, "host": expression,
 		"headers": func(v *dialect.Value) {

@@ -125,6 +125,8 @@ func TestRefused(t *testing.T) {
 		{out + "toPorts: [{ports: [{port: '443'}], serverNames: ['', a/b, x, x]}]\n  - toPorts: [{ports: [{port: '443', protocol: TCP}], serverNames: [a], rules: {http: []}}]\n  - toPorts: [{ports: [{port: '443', protocol: TCP}], serverNames: []}]",
 			"7 spec.egress[0].toPorts[0].serverNames[0], 7 spec.egress[0].toPorts[0].serverNames[1], 7 spec.egress[0].toPorts[0].serverNames[3], 7 spec.egress[0].toPorts[0].ports[0], 8 spec.egress[1].toPorts[0].serverNames, 9 spec.egress[2].toPorts[0].serverNames"},
 
+		{in + "toPorts: [{ports: [{port: '80', protocol: TCP}], rules: {http: [{path: " + strings.Repeat("a", 60000) + "}, {path: " + strings.Repeat("b", 6000) + "}, {path: '('}]}}]", "7 spec.ingress[0].toPorts[0].rules.http[1].path"},
+
 		// Groups.
 		{ccg + "  {}", "4 spec"},
 		{ccg + "  externalCIDRs: [10.0.0.0/33, 10.0.0.1]\n  x: 1", "6 spec.x, 5 spec.externalCIDRs[0], 5 spec.externalCIDRs[1]"},
