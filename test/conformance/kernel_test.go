@@ -41,6 +41,7 @@ const (
 	expired              // past its lease
 	missing              // no binding
 	spoofed              // did not come from where the address lives
+	nobody               // forwarded with the node's own address, which is anybody's
 )
 
 // peer is an address, the state of the maps about it, and where its packets
@@ -74,7 +75,7 @@ var peers = []*peer{
 	{name: "world", v4: "198.51.100.7", v6: "2001:db8::7", from: uplink, fixed: identity.NumWorld, inbound: ranged, outbound: ranged},
 	{name: "range", v4: "192.0.2.10", v6: "2001:db8:c::10", from: uplink, inbound: ranged, outbound: ranged},
 	{name: "host", v4: "10.1.0.1", v6: "fd00:1::1", slot: &abi.Slot{Lease: uint32(abi.LeaseLocal), Evidence: uint8(abi.EvidenceLocal)}, fixed: identity.NumHost},
-	{name: "forwarded as host", v4: "10.1.0.1", v6: "fd00:1::1", slot: &abi.Slot{Lease: uint32(abi.LeaseLocal), Evidence: uint8(abi.EvidenceLocal)}, from: uplink, fixed: identity.NumHost, inbound: missing},
+	{name: "forwarded as host", v4: "10.1.0.1", v6: "fd00:1::1", slot: &abi.Slot{Lease: uint32(abi.LeaseLocal), Evidence: uint8(abi.EvidenceLocal)}, from: uplink, fixed: identity.NumHost, inbound: nobody},
 	{name: "remote node", v4: "10.1.0.2", v6: "fd00:1::2", slot: &abi.Slot{Lease: liveLease, Evidence: uint8(abi.EvidenceLease)}, from: uplink, fixed: identity.NumRemoteNode},
 }
 
@@ -119,6 +120,8 @@ func (p *peer) expect(d authz.Decision, dir abi.Direction) (abi.Verdict, abi.Rea
 		return denied(d.Verdict)
 	case expired:
 		reason = abi.ReasonStaleLease
+	case nobody:
+		reason = abi.ReasonTranslated
 	}
 	if p.holdable {
 		return abi.VerdictHold, reason
