@@ -3,7 +3,7 @@
 # for what the programs need when they run.
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-all generate lint floors race bench measure prepare clean
+.PHONY: help build demo test test-all generate lint floors race conformance bench measure prepare clean
 
 # ---- the Go command ----------------------------------------------------
 
@@ -68,6 +68,9 @@ lint: need-go ## gofmt, go vet, staticcheck
 
 floors: need-go ## check the layout: who imports whom, purity, sizes, comments, documents
 	$(GO) test -count=1 ./test/floors
+
+conformance: need-go ## agreement with the published truth tables of policy, in numbers
+	$(GO) test -count=1 -v -run 'Corpus$$' ./test/conformance
 
 # The machines, parsers and stores, and the parts that run goroutines.
 RACE_PACKAGES ?= ./identity/... ./ipcache/... ./authz/... ./observe/... ./datapath/hold ./agent/... ./test/summary

@@ -105,17 +105,13 @@ func parse(doc *Document, dialects []Dialect) (Result, []authz.Problem) {
 			at = doc.root.field("apiVersion")
 		}
 	}
-	hint := ""
-	if kind == "List" {
-		hint = "; write the list's items as documents of their own, separated by ---"
-	}
-	at.Refuse("%s %s is not supported; accepted are: %s%s", quote(version), quote(kind), strings.Join(known, ", "), hint)
+	at.Refuse("%s %s is not supported; accepted are: %s, and lists of these", quote(version), quote(kind), strings.Join(known, ", "))
 	return Result{}, doc.Problems()
 }
 
 // Documents yields the documents of a file, one in memory at a time, leaving
-// out empty ones. One that cannot be read has problems; its number is 0 if the
-// file as a whole cannot.
+// out empty ones; in the place of a list, each of its items. One that cannot be
+// read has problems; its number is 0 if the file as a whole cannot.
 func Documents(name string, data []byte) iter.Seq[*Document] {
 	return func(yield func(*Document) bool) {
 		whole := func(format string, args ...any) {
@@ -145,7 +141,8 @@ func Documents(name string, data []byte) iter.Seq[*Document] {
 				whole("the file has more than %d documents: split it", maxDocuments)
 				return
 			}
-			if !yield(doc) {
+			budget := maxRendered
+			if !doc.unwrap(&budget, yield) {
 				return
 			}
 		}

@@ -56,13 +56,7 @@ type Value struct {
 // read parses the source. empty tells that there is nothing in it.
 func (d *Document) read() (empty bool) {
 	d.root = &Value{doc: d, Line: d.Line}
-	// The reader spends some 200 bytes on a node; count what can begin one
-	// before it does.
-	marks := strings.Count(d.Source, "\n")
-	for _, c := range []string{",", ":", "[", "{", "- ", "? ", "-\t", "?\t"} {
-		marks += strings.Count(d.Source, c)
-	}
-	if marks > maxMarks {
+	if marks(d.Source) > maxMarks {
 		d.root.Refuse("the document is too large: split it")
 		return false
 	}
@@ -87,6 +81,16 @@ func (d *Document) read() (empty bool) {
 	d.anchors = strings.Contains(d.Source, "&")
 	d.root = d.convert(node.Content[0], Value{}, 0)
 	return d.root.tag == "!!null" && len(d.problems) == 0
+}
+
+// marks counts what can begin a node: the reader spends some 200 bytes on
+// each, so it is known before.
+func marks(source string) int {
+	n := strings.Count(source, "\n")
+	for _, c := range []string{",", ":", "[", "{", "- ", "? ", "-\t", "?\t"} {
+		n += strings.Count(source, c)
+	}
+	return n
 }
 
 var yamlLine = regexp.MustCompile(`line (\d+)`)
@@ -199,13 +203,20 @@ func (d *Document) convertMap(v *Value, n *yaml.Node, depth int) {
 // simpleKey is a key that needs no quotes in a path.
 var simpleKey = regexp.MustCompile(`^[A-Za-z0-9_-]{1,64}$`)
 
-// Path returns where the value stands, as in spec.ingress[0].toPorts; of the
-// root, "".
-func (v *Value) Path() string {
-	if v.parent == nil {
+// Path returns where the value stands in its file's document, as in
+// spec.ingress[0].toPorts or, in a list, items[2].spec; of the root, "".
+func (v *Value) Path() string { return v.path(nil) }
+
+// RulePath returns where the value stands in its own document, which is how
+// rules are named: other than Path it leaves out the list that the document is
+// an item of, for its source does.
+func (v *Value) RulePath() string { return v.path(v.doc.root) }
+
+func (v *Value) path(root *Value) string {
+	if v.parent == nil || v == root {
 		return ""
 	}
-	path := v.parent.Path()
+	path := v.parent.path(root)
 	switch {
 	case v.parent.tag == "!!seq":
 		return path + "[" + strconv.Itoa(v.index) + "]"

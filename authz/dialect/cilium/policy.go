@@ -50,7 +50,7 @@ func specs(doc *dialect.Document) func(*authz.Policy) dialect.Fields {
 			doc.Root().Require("spec")
 		}
 		one := func(v *dialect.Value) {
-			s := parser{namespace: p.Namespace, path: v.Path()}
+			s := parser{namespace: p.Namespace, path: v.RulePath()}
 			s.parse(v)
 			p.Specs = append(p.Specs, s.Spec)
 		}

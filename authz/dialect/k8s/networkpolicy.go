@@ -102,19 +102,28 @@ func (p *parser) rule(dir abi.Direction, path, peers string, v *dialect.Value) a
 }
 
 // peer parses one element of from or to: pods of the policy's own namespace,
-// or of the namespaces that are selected.
-func (p *parser) peer(v *dialect.Value, field string) authz.Selector {
+// or of the namespaces that are selected; or a block of addresses.
+func (p *parser) peer(v *dialect.Value, field string) authz.PeerSelector {
 	s := authz.Selector{authz.InNamespace(p.namespace)}
 	if v.Has("namespaceSelector") {
 		s = authz.Selector{}
 	}
+	var block authz.Block
 	v.Object(dialect.Fields{
 		"podSelector":       func(f *dialect.Value) { s = append(s, labels(f, authz.PodLabel)...) },
 		"namespaceSelector": func(f *dialect.Value) { s = append(s, labels(f, authz.NamespaceLabel)...) },
-		"ipBlock":           dialect.NotYet("select peers by podSelector and namespaceSelector"),
+		"ipBlock": func(f *dialect.Value) {
+			block = ipBlock(f)
+			if v.Has("podSelector") || v.Has("namespaceSelector") {
+				f.Refuse("it stands alone: write the selectors as an element of %s of their own", field)
+			}
+		},
 	})
-	if v.Len() == 0 {
-		v.Refuse("want a podSelector, a namespaceSelector or both; for every peer leave out %s", field)
+	if v.IsObject() && v.Len() == 0 {
+		v.Refuse("want a podSelector, a namespaceSelector or both, or an ipBlock; for every peer leave out %s", field)
+	}
+	if v.Has("ipBlock") {
+		return block
 	}
 	return s
 }
