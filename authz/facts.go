@@ -72,15 +72,20 @@ func (r *Repository) SetNamespaceLabels(namespace string, labels map[string]stri
 	old, known := r.facts.namespaces[namespace]
 	f := *r.facts
 	if labels == nil {
+		changed = known
 		f.namespaces = with(f.namespaces, namespace, nil)
-		r.facts = &f
-		return known
+	} else {
+		labels = maps.Clone(labels)
+		delete(labels, nameLabel)
+		changed = !known || !maps.Equal(old, labels)
+		f.namespaces = with(f.namespaces, namespace, &labels)
 	}
-	labels = maps.Clone(labels)
-	delete(labels, nameLabel)
-	f.namespaces = with(f.namespaces, namespace, &labels)
-	r.facts = &f
-	return !known || !maps.Equal(old, labels)
+	if changed {
+		before := r.facts
+		r.facts = &f
+		r.sets.namespaceChanged(namespace, before)
+	}
+	return changed
 }
 
 // SetBlockGroup says what blocks (masked) a group of addresses has, and what
@@ -88,14 +93,14 @@ func (r *Repository) SetNamespaceLabels(namespace string, labels map[string]stri
 func (r *Repository) SetBlockGroup(name string, labels map[string]string, blocks []netip.Prefix) {
 	f := *r.facts
 	f.groups = with(f.groups, name, &blockGroup{labels: maps.Clone(labels), blocks: slices.Clone(blocks)})
-	r.facts = &f
+	r.learnGroup(name, &f)
 }
 
 // DeleteBlockGroup forgets a group. Sets must be compiled anew.
 func (r *Repository) DeleteBlockGroup(name string) {
 	f := *r.facts
 	f.groups = with(f.groups, name, nil)
-	r.facts = &f
+	r.learnGroup(name, &f)
 }
 
 // SetService says what stands behind a service; nil forgets it. Sets must be
@@ -103,7 +108,25 @@ func (r *Repository) DeleteBlockGroup(name string) {
 func (r *Repository) SetService(at ServiceName, b *Backends) {
 	f := *r.facts
 	f.services = with(f.services, at, b)
-	r.facts = &f
+	r.learn(&f, func(x PeerSelector) bool {
+		s, ok := x.(Service)
+		return ok && (s.Name == "" || s.Name == at.Name) && (s.Namespace == "" || s.Namespace == at.Namespace)
+	})
+}
+
+func (r *Repository) learnGroup(name string, f *facts) {
+	r.learn(f, func(x PeerSelector) bool {
+		g, ok := x.(BlockGroup)
+		return ok && (g.Name == "" || g.Name == name)
+	})
+}
+
+// learn puts other facts in the place of those known. looks names the
+// selectors that look at what changed.
+func (r *Repository) learn(f *facts, looks func(PeerSelector) bool) {
+	before := r.facts
+	r.facts = f
+	r.sets.factsChanged(before, looks)
 }
 
 // Blocks returns the blocks of addresses that the policies in force tell

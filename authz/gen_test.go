@@ -22,29 +22,29 @@ var (
 
 const genTrustDomain = "test"
 
-func pick[T any](r *rand.Rand, from []T) T { return from[r.IntN(len(from))] }
+func oneOf[T any](r *rand.Rand, from []T) T { return from[r.IntN(len(from))] }
 
 func genIdentity(r *rand.Rand) identity.Identity {
 	labels := map[string]string{}
 	for _, k := range genKeys {
 		if r.IntN(3) > 0 {
-			labels[k] = pick(r, genValues)
+			labels[k] = oneOf(r, genValues)
 		}
 	}
 	td := genTrustDomain
 	if r.IntN(12) == 0 {
 		td = "elsewhere"
 	}
-	return identity.New(td, pick(r, genNamespaces), pick(r, genAccounts), labels)
+	return identity.New(td, oneOf(r, genNamespaces), oneOf(r, genAccounts), labels)
 }
 
 func genSelector(r *rand.Rand) Selector {
 	s := Selector{}
 	for range r.IntN(3) {
-		q := pick(r, []Requirement{
-			InNamespace(pick(r, genNamespaces)), HasServiceAccount(pick(r, genAccounts)),
-			NamespaceHasLabel("team", pick(r, genValues)), NamespaceHasLabel(nameLabel, pick(r, genNamespaces)),
-			Label(pick(r, genKeys), pick(r, genValues)), Label(pick(r, genKeys), pick(r, genValues)),
+		q := oneOf(r, []Requirement{
+			InNamespace(oneOf(r, genNamespaces)), HasServiceAccount(oneOf(r, genAccounts)),
+			NamespaceHasLabel("team", oneOf(r, genValues)), NamespaceHasLabel(nameLabel, oneOf(r, genNamespaces)),
+			Label(oneOf(r, genKeys), oneOf(r, genValues)), Label(oneOf(r, genKeys), oneOf(r, genValues)),
 		})
 		switch r.IntN(6) {
 		case 0:
@@ -54,7 +54,7 @@ func genSelector(r *rand.Rand) Selector {
 		case 2:
 			q.Operator, q.Values = DoesNotExist, nil
 		case 3:
-			q.Values = append(q.Values, pick(r, genValues))
+			q.Values = append(q.Values, oneOf(r, genValues))
 		}
 		s = append(s, q)
 	}
@@ -64,7 +64,7 @@ func genSelector(r *rand.Rand) Selector {
 // genNamed returns the named ports of one workload.
 func genNamed(r *rand.Rand) (out []identity.NamedPort) {
 	for range r.IntN(3) {
-		out = append(out, identity.NamedPort{Name: pick(r, genNames), Port: max(1, pick(r, genPorts)), Protocol: pick(r, []string{"TCP", "UDP", "SCTP"})})
+		out = append(out, identity.NamedPort{Name: oneOf(r, genNames), Port: max(1, oneOf(r, genPorts)), Protocol: oneOf(r, []string{"TCP", "UDP", "SCTP"})})
 	}
 	return out
 }
@@ -84,14 +84,14 @@ func genRule(r *rand.Rand, i int) Rule {
 	}
 	if rule.AnyPort = r.IntN(5) == 0; !rule.AnyPort {
 		for range r.IntN(4) {
-			a, b := pick(r, genPorts), pick(r, genPorts)
-			switch p := pick(r, genProtos); r.IntN(5) {
+			a, b := oneOf(r, genPorts), oneOf(r, genPorts)
+			switch p := oneOf(r, genProtos); r.IntN(5) {
 			case 0:
 				rule.Ports = append(rule.Ports, AllPorts(p))
 			case 1:
 				rule.Ports = append(rule.Ports, PortRange{Proto: p, First: min(a, b), Last: max(a, b)})
 			case 2:
-				rule.Ports = append(rule.Ports, PortNamed(pick(r, []uint8{ProtoTCP, ProtoUDP, ProtoSCTP}), pick(r, genNames)))
+				rule.Ports = append(rule.Ports, PortNamed(oneOf(r, []uint8{ProtoTCP, ProtoUDP, ProtoSCTP}), oneOf(r, genNames)))
 			default:
 				rule.Ports = append(rule.Ports, Port(p, a))
 			}
@@ -101,7 +101,7 @@ func genRule(r *rand.Rand, i int) Rule {
 }
 
 func genPolicy(r *rand.Rand, i int) *Policy {
-	p := &Policy{Ref: Ref{"Test", pick(r, genNamespaces), fmt.Sprint(i)}}
+	p := &Policy{Ref: Ref{"Test", oneOf(r, genNamespaces), fmt.Sprint(i)}}
 	for range 1 + r.IntN(2)*r.IntN(2) {
 		var s Spec
 		if r.IntN(3) > 0 {
@@ -130,7 +130,7 @@ func genWorld(r *rand.Rand) world {
 		opts.Enforce = Enforcement(r.IntN(4))
 	}
 	if r.IntN(4) == 0 {
-		opts.EnforceIn[pick(r, genNamespaces)] = Enforcement(r.IntN(4))
+		opts.EnforceIn[oneOf(r, genNamespaces)] = Enforcement(r.IntN(4))
 	}
 	w := world{NewRepository(opts), identity.NewAllocator(), map[identity.Numeric][][]identity.NamedPort{}}
 	for i := range 1 + r.IntN(5) {
@@ -144,7 +144,7 @@ func genWorld(r *rand.Rand) world {
 		case 1:
 			w.SetNamespaceLabels(ns, map[string]string{})
 		default:
-			w.SetNamespaceLabels(ns, map[string]string{"team": pick(r, genValues)})
+			w.SetNamespaceLabels(ns, map[string]string{"team": oneOf(r, genValues)})
 		}
 	}
 	for i := range 8 {

@@ -75,12 +75,20 @@ func has(p abi.Policy, f abi.PolicyFlag) bool { return p.Flags&uint8(f) != 0 }
 
 // Lookup is the kernel's lookup in the set's own entries.
 func (s Set) Lookup(k abi.PolicyKey) (abi.Policy, bool) {
+	if s.compiled == nil {
+		return abi.Policy{}, false
+	}
+	entries := s.any
 	k.Set = 0
-	if e, ok := s.Entries[k]; ok {
+	if k.Identity != uint32(abi.IDAny) {
+		entries = s.peers[identity.Numeric(k.Identity)]
+		k.Identity = 0
+	}
+	if e, ok := entries[k]; ok {
 		return e, true
 	}
 	for n := range shorter(k.Prefixlen) {
-		if e, ok := s.Entries[truncate(k, n)]; ok {
+		if e, ok := entries[truncate(k, n)]; ok {
 			return e, true
 		}
 	}

@@ -191,12 +191,12 @@ func TestEntriesSayWhatTheRulesSay(t *testing.T) {
 			id := peer.Identity
 			named := slices.Concat(w.named[n]...)
 			for range 12 {
-				dir, proto, port := abi.Direction(r.IntN(2)), pick(r, genProtos), pick(r, genPorts)
+				dir, proto, port := abi.Direction(r.IntN(2)), oneOf(r, genProtos), oneOf(r, genPorts)
 				if r.IntN(4) == 0 {
 					port = uint16(r.IntN(1 << 16))
 				}
 				if len(named) > 0 && r.IntN(3) == 0 {
-					p := pick(r, named)
+					p := oneOf(r, named)
 					port, proto = p.Port, portProtocols[p.Protocol]
 				}
 				pass, depends := o.judge(subject, dir, id, named, proto, port)
@@ -259,23 +259,23 @@ func TestAddPeerIsCompile(t *testing.T) {
 		subject := genIdentity(r)
 		full := w.Compile(subject, w.peers())
 		s := w.Compile(subject, func(func(identity.Numeric, Peer) bool) {})
-		before := maps.Clone(s.Entries)
+		before := maps.Clone(s.WithSet(0))
 		for n, id := range w.peers() {
 			got := s.AddPeer(n, id)
-			for k, v := range full.Entries {
+			for k, v := range full.WithSet(0) {
 				if k.Identity == uint32(n) && got[k] != v {
 					t.Fatalf("AddPeer(%d, %s) = %v, want %+v: %+v", n, id.Identity, got, k, v)
 				}
 			}
 		}
 		if !s.Equal(full) {
-			t.Fatalf("one by one: %v\nat once: %v", s.Entries, full.Entries)
+			t.Fatalf("one by one: %v\nat once: %v", s.WithSet(0), full.WithSet(0))
 		}
 		for n := range w.peers() {
 			s.RemovePeer(n)
 		}
-		if !maps.Equal(s.Entries, before) {
-			t.Fatalf("after removal: %v\nbefore: %v", s.Entries, before)
+		if !maps.Equal(s.WithSet(0), before) {
+			t.Fatalf("after removal: %v\nbefore: %v", s.WithSet(0), before)
 		}
 	}
 }

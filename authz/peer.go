@@ -3,6 +3,7 @@ package authz
 import (
 	"fmt"
 	"iter"
+	"maps"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -26,6 +27,10 @@ type Peer struct {
 	// Names are the DNS names that the peer's address was learnt from, in
 	// lower case and without the final dot.
 	Names []string
+}
+
+func (p Peer) equal(o Peer) bool {
+	return p.Identity.Equal(o.Identity) && p.Block == o.Block && (p.Node == nil) == (o.Node == nil) && maps.Equal(p.Node, o.Node) && slices.Equal(p.Names, o.Names)
 }
 
 // Peers makes peers of identities, of which nothing else is known.
@@ -207,6 +212,11 @@ func (s Service) Key() string {
 func (s Service) validate() error { return s.Labels.validateFor(ServiceLabel) }
 
 func (s Service) selects(p Peer, f *facts, doubt bool) bool {
+	if s.Name != "" && s.Namespace != "" {
+		at := ServiceName{s.Namespace, s.Name}
+		b, known := f.services[at]
+		return known && s.Labels.meets(labelsOf(b.Labels)) && b.selects(at, p, f, doubt)
+	}
 	for at, b := range f.services {
 		named := s.Name == "" || s.Name == at.Name
 		if named && (s.Namespace == "" || s.Namespace == at.Namespace) && s.Labels.meets(labelsOf(b.Labels)) && b.selects(at, p, f, doubt) {
@@ -240,8 +250,8 @@ func (b Backends) selects(at ServiceName, p Peer, f *facts, doubt bool) bool {
 	return s.selects(p, f, doubt)
 }
 
-// DNSName selects peers by the names that their addresses were learnt from:
-// one name, or those that match a pattern in which * stands for any run of
+// DNSName selects world by the names that addresses were learnt from: one
+// name, or those that match a pattern in which * stands for any run of
 // characters of one label, "**." in front for one label or more, and "*" alone
 // for every name.
 type DNSName struct{ Name, Pattern string } // one of them; lower case, no final dot
@@ -257,7 +267,7 @@ func (n DNSName) validate() error {
 }
 
 func (n DNSName) selects(p Peer, _ *facts, _ bool) bool {
-	return slices.ContainsFunc(p.Names, n.Matches)
+	return p.isWorld() && slices.ContainsFunc(p.Names, n.Matches)
 }
 
 // Matches reports whether the name is meant.

@@ -33,8 +33,8 @@ func TestIngressNamedPort(t *testing.T) {
 	} {
 		// A peer's ports of that name say nothing.
 		r.AddPorts(1, identity.New("", "b", "", nil), []identity.NamedPort{tcpNamed("http", 80)})
-		if got := r.Compile(star, only(300, identity.New("", "b", "", nil)), c.own...); !maps.Equal(got.Entries, c.want) {
-			t.Errorf("%s: %+v", name, got.Entries)
+		if got := r.Compile(star, only(300, identity.New("", "b", "", nil)), c.own...); !maps.Equal(got.WithSet(0), c.want) {
+			t.Errorf("%s: %+v", name, got.WithSet(0))
 		}
 	}
 }
@@ -116,7 +116,7 @@ func TestNamedPortsAreBounded(t *testing.T) {
 		r.AddPorts(uint64(i), app, []identity.NamedPort{tcpNamed("http", uint16(2*i+1)), tcpNamed(fmt.Sprint("p", i), 1)})
 	}
 	set := r.Compile(app, only(300, app))
-	if n := len(set.Entries); n < 100 || n > maxNamedPorts+1 {
+	if n := len(set.WithSet(0)); n < 100 || n > maxNamedPorts+1 {
 		t.Errorf("%d entries", n)
 	}
 	for i := range 2000 {
@@ -139,8 +139,8 @@ func TestPortRangeEntries(t *testing.T) {
 		r.Put(&Policy{Ref: Ref{"Test", "a", "p"}, Specs: []Spec{{DenyEgress: true, Rules: []Rule{{Direction: abi.DirEgress, Action: Allow,
 			Peers: []PeerSelector{Selector{}}, Ports: []PortRange{{Proto: ProtoTCP, First: c.first, Last: c.last}}}}}}})
 		set := r.Compile(app, only(300, app))
-		if len(set.Entries) != 2*c.entries { // one for any peer, one for the peer
-			t.Errorf("%d-%d: %d entries, want 2 x %d", c.first, c.last, len(set.Entries), c.entries)
+		if len(set.WithSet(0)) != 2*c.entries { // one for any peer, one for the peer
+			t.Errorf("%d-%d: %d entries, want 2 x %d", c.first, c.last, len(set.WithSet(0)), c.entries)
 		}
 		for port := range 1 << 16 {
 			want := uint16(port) >= c.first && uint16(port) <= c.last

@@ -36,6 +36,10 @@ type Repository struct {
 	policies map[Ref]*Policy
 	facts    *facts
 	ports    portBook
+
+	list      []*Policy // those of policies, sorted; nil: not known
+	peerPorts int       // how many policies name ports of peers
+	sets      *Sets     // is told what changes; nil until NewSets
 }
 
 // NewRepository returns an empty repository.
@@ -52,7 +56,7 @@ func (r *Repository) Put(policies ...*Policy) error {
 		}
 	}
 	for _, p := range policies {
-		r.policies[p.Ref] = p
+		r.replace(p.Ref, p)
 	}
 	return nil
 }
@@ -60,16 +64,36 @@ func (r *Repository) Put(policies ...*Policy) error {
 // Delete removes a policy and reports whether there was one.
 func (r *Repository) Delete(ref Ref) bool {
 	_, ok := r.policies[ref]
-	delete(r.policies, ref)
+	if ok {
+		r.replace(ref, nil)
+	}
 	return ok
+}
+
+// replace puts a policy in the place of the one with its Ref, or nothing.
+func (r *Repository) replace(ref Ref, p *Policy) {
+	old := r.policies[ref]
+	if p == nil {
+		delete(r.policies, ref)
+	} else {
+		r.policies[ref] = p
+	}
+	r.list = nil
+	r.peerPorts += p.namesPeerPorts() - old.namesPeerPorts()
+	r.sets.policyChanged(old, p)
 }
 
 // Get returns a policy, or nil.
 func (r *Repository) Get(ref Ref) *Policy { return r.policies[ref] }
 
 // List returns the policies by namespace, name and kind.
-func (r *Repository) List() []*Policy {
-	return slices.SortedFunc(maps.Values(r.policies), func(a, b *Policy) int { return a.compare(b.Ref) })
+func (r *Repository) List() []*Policy { return slices.Clone(r.sorted()) }
+
+func (r *Repository) sorted() []*Policy {
+	if r.list == nil {
+		r.list = slices.SortedFunc(maps.Values(r.policies), func(a, b *Policy) int { return a.compare(b.Ref) })
+	}
+	return r.list
 }
 
 // AddPorts says that a binding, known by the stamp under which it is about to
@@ -77,28 +101,39 @@ func (r *Repository) List() []*Policy {
 // identity contribute the union, as in Cilium. It reports whether sets must be
 // compiled anew before the binding is published.
 func (r *Repository) AddPorts(stamp uint64, id identity.Identity, ports []identity.NamedPort) (changed bool) {
-	return r.ports.add(stamp, id, ports) && r.namesPeerPorts()
+	before := r.ports.byStamp[stamp].identity
+	if !r.ports.add(stamp, id, ports) || r.peerPorts == 0 {
+		return false
+	}
+	r.sets.portsChanged(before, id.Hash())
+	return true
 }
 
 // RemovePorts says that the binding under the stamp is no more. It reports
 // whether sets must be compiled anew; until they are, a port that no workload
 // of the identity has any more stays what its name made it.
 func (r *Repository) RemovePorts(stamp uint64) (changed bool) {
-	return r.ports.remove(stamp) && r.namesPeerPorts()
+	before := r.ports.byStamp[stamp].identity
+	if !r.ports.remove(stamp) || r.peerPorts == 0 {
+		return false
+	}
+	r.sets.portsChanged(before)
+	return true
 }
 
-// namesPeerPorts reports whether a policy names ports of peers.
-func (r *Repository) namesPeerPorts() bool {
-	for _, p := range r.policies {
-		for _, spec := range p.Specs {
-			for _, rule := range spec.Rules {
-				if rule.Direction == abi.DirEgress && slices.ContainsFunc(rule.Ports, func(p PortRange) bool { return p.Name != "" }) {
-					return true
-				}
+// namesPeerPorts returns 1 if the policy names ports of peers, else 0.
+func (p *Policy) namesPeerPorts() int {
+	if p == nil {
+		return 0
+	}
+	for _, spec := range p.Specs {
+		for _, rule := range spec.Rules {
+			if rule.Direction == abi.DirEgress && slices.ContainsFunc(rule.Ports, func(p PortRange) bool { return p.Name != "" }) {
+				return 1
 			}
 		}
 	}
-	return false
+	return 0
 }
 
 // selects reports whether the spec speaks of the subject; sure is false
@@ -112,36 +147,65 @@ func (r *Repository) selects(s *Spec, subject identity.Identity) (selected, sure
 	return s.Subject.selectsWorkload(subject, r.facts, true), s.Subject.selectsWorkload(subject, r.facts, false)
 }
 
+// application is a spec of a policy that speaks of a subject.
+type application struct {
+	policy *Policy
+	spec   *Spec
+	sure   bool
+}
+
+// applications returns what of a policy speaks of the subject.
+func (r *Repository) applications(p *Policy, subject identity.Identity) (out []application) {
+	for i := range p.Specs {
+		if selected, sure := r.selects(&p.Specs[i], subject); selected {
+			out = append(out, application{p, &p.Specs[i], sure})
+		}
+	}
+	return out
+}
+
+func (r *Repository) allApplications(subject identity.Identity) (out []application) {
+	if r.enforcement(subject) == EnforceNever {
+		return nil
+	}
+	for _, p := range r.sorted() {
+		out = append(out, r.applications(p, subject)...)
+	}
+	return out
+}
+
 // Compile returns what the policies in force mean for one subject, given its
 // own named ports and every peer that has a numeric identity on this node.
-// Later peers: Set.AddPeer.
+// Later peers: Set.AddPeer. It starts from nothing each time; see Sets.
 func (r *Repository) Compile(subject identity.Identity, peers iter.Seq2[identity.Numeric, Peer], own ...identity.NamedPort) Set {
-	s := Set{Rules: []RuleRef{{}}, Entries: map[abi.PolicyKey]abi.Policy{}, LocalHost: r.opts.LocalHost, facts: r.facts, ports: r.ports.of}
+	s := r.compile(subject, r.allApplications(subject), own)
+	for n, p := range peers {
+		s.AddPeer(n, p)
+	}
+	return s
+}
+
+// compile makes a set that knows no peer yet.
+func (r *Repository) compile(subject identity.Identity, applied []application, own []identity.NamedPort) Set {
 	mode := r.enforcement(subject)
+	s := Set{Rules: []RuleRef{{}}, LocalHost: r.opts.LocalHost, Audit: mode == EnforceAudit,
+		compiled: &compiled{facts: r.facts, ports: r.ports.of, peers: map[identity.Numeric]shape{}, shapes: map[string]shape{}}}
 	if mode == EnforceNever {
 		return s
 	}
-	s.Audit = mode == EnforceAudit
 	// Always: under default deny, whatever the policies say.
 	deny := [abi.DirMax]bool{mode == EnforceAlways, mode == EnforceAlways}
 	var lone [abi.DirMax]bool // a rule speaks of the direction
-	for _, p := range r.List() {
-		for i := range p.Specs {
-			spec := &p.Specs[i]
-			selected, sure := r.selects(spec, subject)
-			if !selected {
-				continue
+	for _, a := range applied {
+		deny[abi.DirIngress] = deny[abi.DirIngress] || a.spec.DenyIngress
+		deny[abi.DirEgress] = deny[abi.DirEgress] || a.spec.DenyEgress
+		for j := range a.spec.Rules {
+			rule := &a.spec.Rules[j]
+			if !a.sure && !rule.restricts() {
+				continue // it allows nothing where it is not sure to be meant
 			}
-			deny[abi.DirIngress] = deny[abi.DirIngress] || spec.DenyIngress
-			deny[abi.DirEgress] = deny[abi.DirEgress] || spec.DenyEgress
-			for j := range spec.Rules {
-				rule := &spec.Rules[j]
-				if rule.Action == Allow && !sure {
-					continue // it denies what it would deny, and allows nothing
-				}
-				lone[rule.Direction] = lone[rule.Direction] || rule.restricts()
-				s.addRule(RuleRef{Policy: p.Ref, Path: rule.Path, Direction: rule.Direction, Action: rule.Action}, rule, own)
-			}
+			lone[rule.Direction] = lone[rule.Direction] || rule.restricts()
+			s.addRule(RuleRef{Policy: a.policy.Ref, Path: rule.Path, Direction: rule.Direction, Action: rule.Action}, rule, !a.sure, own)
 		}
 	}
 	for dir := range abi.DirMax {
@@ -149,15 +213,12 @@ func (r *Repository) Compile(subject identity.Identity, peers iter.Seq2[identity
 		// passes.
 		if lone[dir] && !deny[dir] {
 			all := &Rule{Direction: dir, Action: Allow, AnyPeer: true, AnyPort: true}
-			s.addRule(RuleRef{Path: "default allow", Direction: dir, Action: Allow}, all, nil)
+			s.addRule(RuleRef{Path: "default allow", Direction: dir, Action: Allow}, all, false, nil)
 		}
 	}
 	s.EnforceIngress = deny[abi.DirIngress] || lone[abi.DirIngress]
 	s.EnforceEgress = deny[abi.DirEgress] || lone[abi.DirEgress]
-	maps.Copy(s.Entries, s.compileAny())
-	for n, p := range peers {
-		s.AddPeer(n, p)
-	}
+	s.compileAny()
 	return s
 }
 

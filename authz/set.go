@@ -2,7 +2,6 @@ package authz
 
 import (
 	"maps"
-	"math/bits"
 	"slices"
 
 	"portcullis/bpf/abi"
@@ -20,7 +19,8 @@ type RuleRef struct {
 // Set is the policy of one subject, ready for the kernel. It belongs to the
 // loop that owns its Repository. It goes on meaning what the repository meant
 // when it was compiled, whatever policies and facts are put there later; of
-// peers' named ports it looks at what the repository knows now.
+// peers' named ports it looks at what the repository knows now. Copies share
+// their entries.
 type Set struct {
 	EnforceIngress, EnforceEgress bool
 	// Audit: what the set says is recorded, and the packet passes all the same.
@@ -30,30 +30,58 @@ type Set struct {
 	// packet comes in that it is the node's own, so this asks for no evidence,
 	// and the entries say nothing of it.
 	LocalHost bool
-	// Entries of the policy map, with 0 in the place of the set's number.
-	// Never nil. The flags of shorter prefixes are folded into longer ones.
-	Entries map[abi.PolicyKey]abi.Policy
 	// Rules by abi.Policy.Rule; 0 is no rule.
 	Rules []RuleRef
 
+	*compiled // nil: no entries
+}
+
+// compiled is the entries of a set, and what those of more peers come from.
+//
+//	any    what is said of everybody: PC_ID_ANY
+//	peers  number -> shape: what is said of one peer beyond that. Peers whom
+//	       the same rules pick share a shape, so thousands of them cost one.
+//
+// In both the set's number, and in shapes the peer's, is 0. The flags of
+// shorter prefixes are folded into longer ones.
+type compiled struct {
 	rules []numbered // those behind Rules[1:]
 	facts *facts
 	ports func(identity.Identity) []identity.NamedPort
+
+	any      map[abi.PolicyKey]abi.Policy
+	peers    map[identity.Numeric]shape // none of them empty
+	shapes   map[string]shape           // by the picks, for peers without named ports
+	names    bool                       // a rule names ports of peers
+	anyNames bool                       // one for every peer does
+
+	// Of Sets: which rules (as indices) a selection makes pick, and when this
+	// was compiled.
+	bySelection map[*selection][]int
+	version     uint64
 }
+
+type shape map[abi.PolicyKey]abi.Policy
+
+// maxShapes bounds the shapes that are remembered for peers to come.
+const maxShapes = 4096
 
 // numbered is a rule in a set, with its ports apart: those whose numbers are
 // known for this subject, and those that depend on the peer.
 type numbered struct {
 	*Rule
 	number uint32
+	// unsure: the subject may not be meant. An allow rule then allows nothing,
+	// but what it demands is demanded.
+	unsure bool
 	ports  []PortRange
 	names  []PortRange
 }
 
 // addRule numbers a rule. The called side of ingress is the subject: names
 // become the numbers of its own ports.
-func (s *Set) addRule(ref RuleRef, r *Rule, own []identity.NamedPort) {
-	n := numbered{Rule: r, number: uint32(len(s.Rules))}
+func (s *Set) addRule(ref RuleRef, r *Rule, unsure bool, own []identity.NamedPort) {
+	n := numbered{Rule: r, number: uint32(len(s.Rules)), unsure: unsure}
 	for _, p := range r.Ports {
 		switch {
 		case p.Name == "":
@@ -64,6 +92,8 @@ func (s *Set) addRule(ref RuleRef, r *Rule, own []identity.NamedPort) {
 			n.names = append(n.names, p)
 		}
 	}
+	s.names = s.names || len(n.names) > 0
+	s.anyNames = s.anyNames || len(n.names) > 0 && r.AnyPeer
 	s.rules = append(s.rules, n)
 	s.Rules = append(s.Rules, ref)
 }
@@ -81,17 +111,42 @@ func (s Set) Enforce(dir abi.Direction) bool {
 // say: keep the one that was compiled last.
 func (s Set) Equal(o Set) bool {
 	return s.EnforceIngress == o.EnforceIngress && s.EnforceEgress == o.EnforceEgress && s.Audit == o.Audit && s.LocalHost == o.LocalHost &&
-		maps.Equal(s.Entries, o.Entries) && slices.Equal(s.Rules, o.Rules)
+		slices.Equal(s.Rules, o.Rules) && s.compiled.equal(o.compiled)
 }
 
-// WithSet returns the entries under the number of a set.
-func (s Set) WithSet(id uint32) map[abi.PolicyKey]abi.Policy { return withSet(s.Entries, id) }
+func (c *compiled) equal(o *compiled) bool {
+	if c == nil || o == nil {
+		return (c == nil || len(c.any)+len(c.peers) == 0) && (o == nil || len(o.any)+len(o.peers) == 0)
+	}
+	return c == o || maps.Equal(c.any, o.any) && maps.EqualFunc(c.peers, o.peers, func(a, b shape) bool { return maps.Equal(a, b) })
+}
 
-func withSet(entries map[abi.PolicyKey]abi.Policy, id uint32) map[abi.PolicyKey]abi.Policy {
-	out := make(map[abi.PolicyKey]abi.Policy, len(entries))
-	for k, v := range entries {
+// Len returns how many entries the set has.
+func (s Set) Len() (n int) {
+	if s.compiled == nil {
+		return 0
+	}
+	for _, sh := range s.peers {
+		n += len(sh)
+	}
+	return n + len(s.any)
+}
+
+// WithSet returns the entries of the policy map, under the number of a set.
+func (s Set) WithSet(id uint32) map[abi.PolicyKey]abi.Policy {
+	out := make(map[abi.PolicyKey]abi.Policy, s.Len())
+	if s.compiled == nil {
+		return out
+	}
+	for k, v := range s.any {
 		k.Set = id
 		out[k] = v
+	}
+	for n, sh := range s.peers {
+		for k, v := range sh {
+			k.Set, k.Identity = id, uint32(n)
+			out[k] = v
+		}
 	}
 	return out
 }
@@ -100,223 +155,168 @@ func withSet(entries map[abi.PolicyKey]abi.Policy, id uint32) map[abi.PolicyKey]
 // (often none), with 0 in the place of the set's number. They never change
 // what the set says of anybody else, so the epoch stays; they must be in the
 // kernel before anything is published there under the number.
-func (s *Set) AddPeer(n identity.Numeric, p Peer) map[abi.PolicyKey]abi.Policy {
-	if n == NoPeer {
-		return nil // the wildcard is nobody's number
+func (s Set) AddPeer(n identity.Numeric, p Peer) map[abi.PolicyKey]abi.Policy {
+	if s.compiled == nil {
+		return nil
 	}
-	t := trie{}
-	var named []identity.NamedPort
-	for _, r := range s.rules {
-		if len(r.names) > 0 && named == nil {
-			named = s.ports(p.Identity)
-		}
-		picked := !r.AnyPeer && s.picks(r.Rule, p)
-		if picked {
-			t.add(r, uint32(n), r.flags(), r.AnyPort, r.ports)
-		}
-		if picked || r.AnyPeer {
-			for _, name := range r.names {
-				t.add(r, uint32(n), r.flags(), false, name.resolve(named))
-			}
-		}
+	return s.enter(n, p, s.pick(p))
+}
+
+// enter adds the entries of a peer whom rules pick.
+func (c *compiled) enter(n identity.Numeric, p Peer, picks []pick) map[abi.PolicyKey]abi.Policy {
+	sh := c.put(n, p, picks)
+	if len(sh) == 0 {
+		return nil
 	}
-	if len(t) > 0 {
-		// What everybody has to meet is met by this peer too, whatever else
-		// allows it.
-		for _, r := range s.rules {
-			if r.AnyPeer && r.demands() {
-				t.add(r, uint32(n), r.flags(), r.AnyPort, r.ports)
-			}
-		}
+	out := make(map[abi.PolicyKey]abi.Policy, len(sh))
+	for k, v := range sh {
+		k.Identity = uint32(n)
+		out[k] = v
 	}
-	out := t.fold()
-	maps.Copy(s.Entries, out)
 	return out
 }
 
-// picks reports whether the rule names the peer. What is not known is on the
-// side that lets less pass.
-func (s *Set) picks(r *Rule, p Peer) bool {
-	return slices.ContainsFunc(r.Peers, func(x PeerSelector) bool { return x.selects(p, s.facts, r.Action == Deny) })
+func (c *compiled) put(n identity.Numeric, p Peer, picks []pick) shape {
+	if n == NoPeer {
+		return nil // the wildcard is nobody's number
+	}
+	sh := c.shape(p, picks)
+	if len(sh) == 0 {
+		delete(c.peers, n)
+	} else {
+		c.peers[n] = sh
+	}
+	return sh
 }
 
 // RemovePeer removes the entries of a numeric identity that nobody bears any
 // more and returns their keys, with 0 in the place of the set's number.
-func (s *Set) RemovePeer(n identity.Numeric) []abi.PolicyKey {
-	if n == NoPeer {
+func (s Set) RemovePeer(n identity.Numeric) (keys []abi.PolicyKey) {
+	if s.compiled == nil {
 		return nil
 	}
-	var out []abi.PolicyKey
-	for k := range s.Entries {
-		if k.Identity == uint32(n) {
-			out = append(out, k)
-			delete(s.Entries, k)
-		}
+	for k := range s.peers[n] {
+		k.Identity = uint32(n)
+		keys = append(keys, k)
 	}
-	return out
+	delete(s.peers, n)
+	return keys
 }
 
-// compileAny returns the entries that speak of every peer. A rule that names
+// pick says that a rule picks a peer: its index, shifted by one bit for what
+// is only a doubt. One in doubt allows nothing, but demands what it demands.
+type pick int32
+
+func (c *compiled) newPick(rule int, doubt bool) (pick, bool) {
+	r := c.rules[rule]
+	switch {
+	case r.Action == Deny || !doubt && !r.unsure:
+		return pick(rule << 1), true // a deny rule denies what it may have meant
+	case r.demands():
+		return pick(rule<<1 | 1), true
+	}
+	return 0, false
+}
+
+// pick returns what rules name the peer, in their order.
+func (c *compiled) pick(p Peer) (picks []pick) {
+	for i, r := range c.rules {
+		by := func(doubt bool) bool {
+			return slices.ContainsFunc(r.Peers, func(s PeerSelector) bool { return s.selects(p, c.facts, doubt) })
+		}
+		sure := by(false)
+		if !sure && !by(true) {
+			continue
+		}
+		if pk, ok := c.newPick(i, !sure); ok {
+			picks = append(picks, pk)
+		}
+	}
+	return picks
+}
+
+// shape returns the entries of a peer whom rules pick.
+func (c *compiled) shape(p Peer, picks []pick) shape {
+	var named []identity.NamedPort
+	if c.names {
+		named = c.ports(p.Identity)
+	}
+	if len(named) > 0 {
+		return c.newShape(named, picks)
+	}
+	if len(picks) == 0 {
+		return nil
+	}
+	key := make([]byte, 0, 4*len(picks))
+	for _, pk := range picks {
+		key = append(key, byte(pk), byte(pk>>8), byte(pk>>16), byte(pk>>24))
+	}
+	sh, ok := c.shapes[string(key)]
+	if !ok {
+		if len(c.shapes) >= maxShapes {
+			clear(c.shapes)
+		}
+		sh = c.newShape(nil, picks)
+		c.shapes[string(key)] = sh
+	}
+	return sh
+}
+
+func (c *compiled) newShape(named []identity.NamedPort, picks []pick) shape {
+	t := trie{}
+	// What the peer's entries need of the rules for everybody, since theirs go
+	// before those: where it is allowed, what everybody has to meet; where
+	// something is demanded of it alone, what allows everybody.
+	var demands, allows [abi.DirMax]bool
+	add := func(r numbered, doubt bool, anyPort bool, ports []PortRange) {
+		t.add(r.Direction, 0, r.cell(doubt), anyPort, ports)
+		if r.Action == Allow && (anyPort || len(ports) > 0) {
+			demands[r.Direction] = true
+			allows[r.Direction] = allows[r.Direction] || doubt
+		}
+	}
+	for _, pk := range picks {
+		r, doubt := c.rules[pk>>1], pk&1 != 0
+		add(r, doubt, r.AnyPort, r.ports)
+		for _, name := range r.names {
+			add(r, doubt, false, name.resolve(named))
+		}
+	}
+	if len(named) > 0 && c.anyNames {
+		for _, r := range c.rules {
+			for _, name := range r.names {
+				if r.AnyPeer {
+					add(r, r.unsure, false, name.resolve(named))
+				}
+			}
+		}
+	}
+	for _, r := range c.rules {
+		if r.AnyPeer && r.Action == Allow && (allows[r.Direction] || demands[r.Direction] && r.demands()) {
+			t.add(r.Direction, 0, r.cell(r.unsure), r.AnyPort, r.ports)
+		}
+	}
+	return shape(t.fold())
+}
+
+// compileAny makes the entries that speak of every peer. A rule that names
 // peers counts here too, whether somebody it names exists or not: where it
 // applies, the peer must be known. So does a rule that names ports: any number
 // may turn out to be a peer's port of that name.
-func (s *Set) compileAny() map[abi.PolicyKey]abi.Policy {
+func (c *compiled) compileAny() {
 	t := trie{}
-	for _, r := range s.rules {
+	for _, r := range c.rules {
 		switch {
 		case r.AnyPeer:
-			t.add(r, uint32(abi.IDAny), r.flags(), r.AnyPort, r.ports)
+			t.add(r.Direction, uint32(abi.IDAny), r.cell(r.unsure), r.AnyPort, r.ports)
 		case len(r.Peers) > 0:
-			t.add(r, uint32(abi.IDAny), r.peerFlags(), r.AnyPort, r.ports)
+			t.add(r.Direction, uint32(abi.IDAny), r.peersCell(), r.AnyPort, r.ports)
 		default:
 			continue
 		}
 		for _, p := range r.names {
-			t.add(r, uint32(abi.IDAny), r.peerFlags(), false, []PortRange{AllPorts(p.Proto)})
+			t.add(r.Direction, uint32(abi.IDAny), r.peersCell(), false, []PortRange{AllPorts(p.Proto)})
 		}
 	}
-	return t.fold()
-}
-
-// flags are those of an entry for whom the rule names.
-func (r *Rule) flags() uint8 {
-	switch {
-	case r.Action == Deny:
-		return uint8(abi.PolicyDeny)
-	case r.L7:
-		return uint8(abi.PolicyAllow | abi.PolicyL7)
-	}
-	return uint8(abi.PolicyAllow)
-}
-
-// peerFlags are those of an entry for everybody, where the rule names some.
-func (r *Rule) peerFlags() uint8 {
-	switch {
-	case r.Action == Deny:
-		return uint8(abi.PolicyPeerDeny)
-	case r.demands():
-		// Whoever it names fares otherwise than everybody, also where
-		// everybody is allowed.
-		return uint8(abi.PolicyPeerAllow | abi.PolicyPeerDeny)
-	}
-	return uint8(abi.PolicyPeerAllow)
-}
-
-// demands reports whether the rule allows under conditions.
-func (r *Rule) demands() bool {
-	return r.Action == Allow && (r.L7 || r.Evidence != identity.EvidenceNone)
-}
-
-// trie collects entries before they are folded.
-type trie map[abi.PolicyKey]cell
-
-// cell is an entry in the making: its flags, and the first rule behind its
-// ALLOW and its DENY (0: none).
-type cell struct {
-	flags       uint8
-	evidence    identity.Evidence // the strongest demand of those that allow
-	allow, deny uint32
-}
-
-func (c cell) merge(o cell) cell {
-	c.flags |= o.flags
-	c.evidence = max(c.evidence, o.evidence)
-	c.allow = first(c.allow, o.allow)
-	c.deny = first(c.deny, o.deny)
-	return c
-}
-
-// first returns the lower of two rule numbers, of which 0 is none.
-func first(a, b uint32) uint32 {
-	if a == 0 || b != 0 && b < a {
-		return b
-	}
-	return a
-}
-
-// add enters a rule's flag under each prefix that the ports come to, or for
-// every port and protocol.
-func (t trie) add(r numbered, id uint32, flags uint8, anyPort bool, ports []PortRange) {
-	c := cell{flags: flags}
-	switch {
-	case flags&uint8(abi.PolicyAllow) != 0:
-		c.allow, c.evidence = r.number, r.Evidence
-	case flags&uint8(abi.PolicyDeny) != 0:
-		c.deny = r.number
-	}
-	key := abi.PolicyKey{Identity: id, Direction: uint8(r.Direction), Prefixlen: uint32(abi.PolicyPrefixAny)}
-	if anyPort {
-		t[key] = t[key].merge(c)
-		return
-	}
-	for _, p := range ports {
-		key.Proto = p.Proto
-		for port, n := range prefixes(p.First, p.Last) {
-			k := key
-			k.Prefixlen = uint32(abi.PolicyPrefixProto) + uint32(n)
-			k.Port = [2]uint8{uint8(port >> 8), uint8(port)}
-			t[k] = t[k].merge(c)
-		}
-	}
-}
-
-// fold returns the entries, each with what its shorter prefixes say merged in:
-// the kernel finds the longest match only.
-func (t trie) fold() map[abi.PolicyKey]abi.Policy {
-	out := make(map[abi.PolicyKey]abi.Policy, len(t))
-	for k, c := range t {
-		for n := range shorter(k.Prefixlen) {
-			c = c.merge(t[truncate(k, n)])
-		}
-		e := abi.Policy{Flags: c.flags, Rule: c.allow, Evidence: uint8(c.evidence)}
-		if c.flags&uint8(abi.PolicyDeny) != 0 {
-			e.Rule = c.deny
-		}
-		out[k] = e
-	}
-	return out
-}
-
-// shorter yields the prefix lengths below n that an entry can have, longest
-// first.
-func shorter(n uint32) func(func(uint32) bool) {
-	return func(yield func(uint32) bool) {
-		for n > uint32(abi.PolicyPrefixProto) {
-			n--
-			if !yield(n) {
-				return
-			}
-		}
-		if n > uint32(abi.PolicyPrefixAny) {
-			yield(uint32(abi.PolicyPrefixAny))
-		}
-	}
-}
-
-// truncate returns the key with its prefix cut to n bits.
-func truncate(k abi.PolicyKey, n uint32) abi.PolicyKey {
-	k.Prefixlen = n
-	if n < uint32(abi.PolicyPrefixProto) {
-		k.Proto, k.Port = 0, [2]uint8{}
-		return k
-	}
-	port := uint16(k.Port[0])<<8 | uint16(k.Port[1])
-	port &= ^uint16(0) << (uint32(abi.PolicyPrefixPort) - n)
-	k.Port = [2]uint8{uint8(port >> 8), uint8(port)}
-	return k
-}
-
-// prefixes yields the fewest prefixes (port, bits) that cover exactly
-// first..last: at most 30.
-func prefixes(first, last uint16) func(func(uint16, int) bool) {
-	return func(yield func(uint16, int) bool) {
-		for lo, hi := uint32(first), uint32(last); lo <= hi; {
-			// The largest aligned block that begins at lo and ends by hi.
-			size := min(bits.TrailingZeros32(lo|1<<16), bits.Len32(hi-lo+1)-1)
-			if !yield(uint16(lo), 16-size) {
-				return
-			}
-			lo += 1 << size
-		}
-	}
+	c.any = t.fold()
 }

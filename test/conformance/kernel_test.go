@@ -430,7 +430,7 @@ func (k *kernel) sameLookups(r *rand.Rand, set authz.Set, round uint32) {
 		key := abi.PolicyKey{Prefixlen: uint32(abi.PolicyPrefixPort), Direction: uint8(r.IntN(2)),
 			Proto: pick(r, []uint8{authz.ProtoTCP, authz.ProtoUDP, authz.ProtoICMP, authz.ProtoSCTP}), Identity: uint32(abi.IDAny)}
 		binary.BigEndian.PutUint16(key.Port[:], uint16(r.IntN(1<<16)))
-		for other := range set.Entries { // any one
+		for other := range set.WithSet(0) { // any one
 			key.Identity = other.Identity
 			break
 		}

@@ -1,0 +1,138 @@
+package authz
+
+import (
+	"slices"
+
+	"portcullis/identity"
+)
+
+// selection is the peers that one selector selects, evaluated once however
+// many rules and sets use it.
+type selection struct {
+	key      string
+	selector PeerSelector
+	sure     numbers // selected
+	unsure   numbers // not to be excluded
+	users    map[*Subject]struct{}
+	places   []place
+	// namespaces: it looks at labels of namespaces.
+	namespaces bool
+}
+
+func newSelection(key string, s PeerSelector) *selection {
+	return &selection{key: key, selector: s, sure: numbers{}, unsure: numbers{}, users: map[*Subject]struct{}{}, places: selectorPlaces(s), namespaces: looksAtNamespaces(s)}
+}
+
+type numbers map[identity.Numeric]struct{}
+
+func (s *selection) meets(p Peer, f *facts) (sure, maybe bool) {
+	if s.selector.selects(p, f, false) {
+		return true, true
+	}
+	return false, s.selector.selects(p, f, true)
+}
+
+// of returns how the selector sees a number.
+func (s *selection) of(n identity.Numeric) (sure, maybe bool) {
+	_, sure = s.sure[n]
+	_, unsure := s.unsure[n]
+	return sure, sure || unsure
+}
+
+// put notes how the selector sees a peer, and reports whether that is new.
+func (s *selection) put(n identity.Numeric, sure, maybe bool) (changed bool) {
+	wasSure, wasMaybe := s.of(n)
+	delete(s.sure, n)
+	delete(s.unsure, n)
+	switch {
+	case sure:
+		s.sure[n] = struct{}{}
+	case maybe:
+		s.unsure[n] = struct{}{}
+	}
+	return wasSure != sure || wasMaybe != maybe
+}
+
+// place is where peers and selectors can meet: a selector selects nobody who
+// is at none of its places. So neither has to look at all of the other.
+type place struct {
+	kind       placeKind
+	key, value string
+}
+
+type placeKind uint8
+
+const (
+	atAll placeKind = iota
+	atReserved
+	atWorkloads
+	atNamespace // value
+	atAccount   // value
+	atLabel     // key, value
+	atIdentity  // value: its hash; no selector is there
+)
+
+// places are the peer's.
+func (p Peer) places() []place {
+	id := p.Identity
+	if id.Reserved != "" {
+		return []place{{kind: atAll}, {kind: atReserved}}
+	}
+	h := id.Hash()
+	out := append(make([]place, 0, 5+len(id.Labels)), place{kind: atAll}, place{kind: atWorkloads}, place{kind: atIdentity, value: string(h[:])},
+		place{kind: atNamespace, value: id.Namespace}, place{kind: atAccount, value: id.ServiceAccount})
+	for k, v := range id.Labels {
+		out = append(out, place{atLabel, k, v})
+	}
+	return out
+}
+
+// selectorPlaces returns where a selector looks. A workload's labels, namespace
+// and account are always known, so doubt changes nothing here.
+func selectorPlaces(s PeerSelector) (out []place) {
+	switch s := s.(type) {
+	case Selector:
+		best := place{kind: atWorkloads}
+		var values []string
+		for _, r := range s {
+			at := place{kind: atWorkloads}
+			switch {
+			case r.Operator != In:
+			case r.Attribute == Namespace, r.Attribute == NamespaceLabel && r.Key == nameLabel:
+				at.kind = atNamespace
+			case r.Attribute == ServiceAccount:
+				at.kind = atAccount
+			case r.Attribute == PodLabel:
+				at = place{kind: atLabel, key: r.Key}
+			}
+			// A namespace narrows most.
+			if at.kind != atWorkloads && (best.kind == atWorkloads || at.kind == atNamespace && best.kind != atNamespace) {
+				best, values = at, r.Values
+			}
+		}
+		if best.kind == atWorkloads {
+			return []place{best}
+		}
+		for _, v := range values {
+			best.value = v
+			if !slices.Contains(out, best) {
+				out = append(out, best)
+			}
+		}
+		return out
+	case Entities, BlockGroup, Nodes, DNSName:
+		return []place{{kind: atReserved}}
+	case Block:
+		if !s.Bound {
+			return []place{{kind: atReserved}}
+		}
+	}
+	return []place{{kind: atAll}}
+}
+
+// looksAtNamespaces reports whether labels of namespaces say whom the selector
+// selects.
+func looksAtNamespaces(s PeerSelector) bool {
+	labels, ok := s.(Selector)
+	return ok && slices.ContainsFunc(labels, func(r Requirement) bool { return r.Attribute == NamespaceLabel && r.Key != nameLabel })
+}

@@ -1,0 +1,444 @@
+package authz
+
+import (
+	"cmp"
+	"iter"
+	"maps"
+	"slices"
+
+	"portcullis/bpf/abi"
+	"portcullis/identity"
+)
+
+// Sets keeps the sets of a node's subjects, with every peer that has a number
+// there. A change costs in proportion to what it touches:
+//
+//	policies, facts, named ports --Repository--> stale subjects --Compile, Use--> new sets
+//	a peer comes or goes         --Sets--------> entries to add or remove; no new set
+//
+// A selector is evaluated once for each peer that it can meet, whatever rules
+// and subjects share it (selection); a stale subject's set is then made of
+// what its selections hold. What comes out is what Repository.Compile would
+// make of the same policies, facts and peers.
+//
+// Like the Repository it belongs to one loop.
+type Sets struct {
+	repo         *Repository
+	peers        map[identity.Numeric]Peer
+	peersAt      map[place]numbers
+	selections   map[string]*selection
+	selectionsAt map[place]map[*selection]struct{}
+	keys         map[*Rule][]string // of the selectors of rules that were compiled
+	subjects     map[*Subject]struct{}
+	version      uint64 // of all that sets are made of
+}
+
+// Subject is one workload that has a set.
+type Subject struct {
+	identity identity.Identity
+	own      []identity.NamedPort
+	applied  []application // in the order of Repository.List
+	set      Set           // in force
+	stale    bool
+	uses     map[*selection]struct{} // by set, and by one compiled since
+}
+
+// Stale reports whether the subject's set may no longer be what the
+// repository means. Until another one is used, peers that come are entered as
+// the set in force means.
+func (s *Subject) Stale() bool { return s.stale }
+
+// Delta is what a peer's coming or going changes in the set of a subject, with
+// 0 in the place of the set's number.
+type Delta struct {
+	Subject *Subject
+	Add     map[abi.PolicyKey]abi.Policy
+	Remove  []abi.PolicyKey
+}
+
+// NewSets returns the sets of a repository that has none yet. From then on the
+// repository tells them what changes.
+func NewSets(r *Repository) *Sets {
+	r.sets = &Sets{repo: r, peers: map[identity.Numeric]Peer{}, peersAt: map[place]numbers{}, selections: map[string]*selection{},
+		selectionsAt: map[place]map[*selection]struct{}{}, keys: map[*Rule][]string{}, subjects: map[*Subject]struct{}{}}
+	return r.sets
+}
+
+// AddSubject adds a subject, with its own named ports. It is stale: its set in
+// force is the empty one.
+func (x *Sets) AddSubject(id identity.Identity, own ...identity.NamedPort) *Subject {
+	s := &Subject{identity: id, own: own, stale: true, uses: map[*selection]struct{}{}, applied: x.repo.allApplications(id)}
+	x.subjects[s] = struct{}{}
+	return s
+}
+
+// RemoveSubject removes a subject.
+func (x *Sets) RemoveSubject(s *Subject) {
+	delete(x.subjects, s)
+	for sel := range s.uses {
+		x.drop(s, sel)
+	}
+}
+
+// Compile returns what the policies in force mean for a subject and every
+// peer. It is in force once Use says so.
+func (x *Sets) Compile(s *Subject) Set {
+	set := x.repo.compile(s.identity, s.applied, s.own)
+	c := set.compiled
+	c.version, c.bySelection = x.version, map[*selection][]int{}
+	picks := map[identity.Numeric][]pick{}
+	if c.anyNames {
+		for n := range x.peers {
+			picks[n] = nil
+		}
+	}
+	for i, r := range c.rules {
+		for _, sel := range x.selectionsOf(r.Rule) {
+			sel.users[s], s.uses[sel] = struct{}{}, struct{}{}
+			c.bySelection[sel] = append(c.bySelection[sel], i)
+			if pk, ok := c.newPick(i, false); ok {
+				for n := range sel.sure {
+					picks[n] = addPick(picks[n], pk)
+				}
+			}
+			if pk, ok := c.newPick(i, true); ok {
+				for n := range sel.unsure {
+					picks[n] = addPick(picks[n], pk)
+				}
+			}
+		}
+	}
+	for n, ps := range picks {
+		c.put(n, x.peers[n], ps)
+	}
+	return set
+}
+
+// addPick adds a rule's pick, of which there may be one already by another of
+// its selectors: then what is sure goes before what is in doubt.
+func addPick(picks []pick, pk pick) []pick {
+	i, found := slices.BinarySearchFunc(picks, pk>>1, func(p, rule pick) int { return int(p>>1) - int(rule) })
+	if !found {
+		return slices.Insert(picks, i, pk)
+	}
+	picks[i] = min(picks[i], pk)
+	return picks
+}
+
+// Use says that a set is in force. Where something has changed since it was
+// compiled, the subject is stale.
+func (x *Sets) Use(s *Subject, set Set) {
+	s.set, s.stale = set, set.version != x.version
+	for sel := range s.uses {
+		if _, used := set.bySelection[sel]; !used {
+			x.drop(s, sel)
+		}
+	}
+}
+
+// AddPeer says that a number is a peer's, and returns what that adds to sets in
+// force. It must be in the kernel before anything is published there under the
+// number. A number that becomes another peer's, or one that is known better,
+// changes verdicts that were given: that adds nothing, but makes subjects
+// stale.
+func (x *Sets) AddPeer(n identity.Numeric, p Peer) (out []Delta) {
+	if n == NoPeer {
+		return nil
+	}
+	x.version++
+	if old, known := x.peers[n]; known {
+		if !old.equal(p) {
+			x.changePeer(n, old, p)
+			return nil
+		}
+	}
+	x.enter(n, p)
+	picks := map[*Subject][]pick{}
+	for sel := range x.meeting(p) {
+		sure, maybe := sel.meets(p, x.repo.facts)
+		sel.put(n, sure, maybe)
+		if !maybe {
+			continue
+		}
+		for s := range sel.users {
+			if s.stale {
+				continue
+			}
+			for _, rule := range s.set.bySelection[sel] {
+				if pk, ok := s.set.newPick(rule, !sure); ok {
+					picks[s] = addPick(picks[s], pk)
+				}
+			}
+		}
+	}
+	for s := range x.subjects {
+		var entries map[abi.PolicyKey]abi.Policy
+		switch {
+		case s.stale:
+			entries = s.set.AddPeer(n, p)
+		case len(picks[s]) > 0 || s.set.anyNames:
+			entries = s.set.enter(n, p, picks[s])
+		}
+		if len(entries) > 0 {
+			out = append(out, Delta{Subject: s, Add: entries})
+		}
+	}
+	return out
+}
+
+// RemovePeer says that nobody bears a number any more, and returns what has to
+// leave the sets in force before it may be given away again.
+func (x *Sets) RemovePeer(n identity.Numeric) (out []Delta) {
+	p, known := x.peers[n]
+	if !known {
+		return nil
+	}
+	x.version++
+	for sel := range x.meeting(p) {
+		sel.put(n, false, false)
+	}
+	x.leave(n, p)
+	for s := range x.subjects {
+		if keys := s.set.RemovePeer(n); len(keys) > 0 {
+			out = append(out, Delta{Subject: s, Remove: keys})
+		}
+	}
+	return out
+}
+
+func (x *Sets) changePeer(n identity.Numeric, old, p Peer) {
+	type seen struct{ sure, maybe bool }
+	was := map[*selection]seen{}
+	for sel := range x.meeting(old) {
+		sure, maybe := sel.of(n)
+		was[sel] = seen{sure, maybe}
+		sel.put(n, false, false)
+	}
+	x.leave(n, old)
+	x.enter(n, p)
+	for sel := range x.meeting(p) {
+		sure, maybe := sel.meets(p, x.repo.facts)
+		sel.put(n, sure, maybe)
+		if was[sel] != (seen{sure, maybe}) {
+			x.outdate(sel, x.repo.facts)
+		}
+		delete(was, sel)
+	}
+	for sel, w := range was {
+		if w.maybe {
+			x.outdate(sel, x.repo.facts)
+		}
+	}
+	for s := range x.subjects {
+		if !s.stale && s.set.names {
+			s.makeStale(x.repo.facts)
+		}
+	}
+}
+
+// enter and leave keep the books of peers.
+
+func (x *Sets) enter(n identity.Numeric, p Peer) {
+	x.peers[n] = p
+	for _, at := range p.places() {
+		if x.peersAt[at] == nil {
+			x.peersAt[at] = numbers{}
+		}
+		x.peersAt[at][n] = struct{}{}
+	}
+}
+
+func (x *Sets) leave(n identity.Numeric, p Peer) {
+	delete(x.peers, n)
+	for _, at := range p.places() {
+		delete(x.peersAt[at], n)
+		if len(x.peersAt[at]) == 0 {
+			delete(x.peersAt, at)
+		}
+	}
+}
+
+// meeting yields the selections that the peer can meet, each once: a
+// selection's places differ in their value only, of which a peer has one.
+func (x *Sets) meeting(p Peer) iter.Seq[*selection] {
+	return func(yield func(*selection) bool) {
+		for _, at := range p.places() {
+			for sel := range x.selectionsAt[at] {
+				if !yield(sel) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// selectionsOf returns those of a rule's peers, evaluated.
+func (x *Sets) selectionsOf(r *Rule) []*selection {
+	if len(r.Peers) == 0 {
+		return nil
+	}
+	keys := x.keys[r]
+	if keys == nil {
+		for _, p := range r.Peers {
+			keys = append(keys, p.Key())
+		}
+		x.keys[r] = keys
+	}
+	out := make([]*selection, len(keys))
+	for i, key := range keys {
+		sel := x.selections[key]
+		if sel == nil {
+			sel = newSelection(key, r.Peers[i])
+			x.selections[key] = sel
+			for _, at := range sel.places {
+				if x.selectionsAt[at] == nil {
+					x.selectionsAt[at] = map[*selection]struct{}{}
+				}
+				x.selectionsAt[at][sel] = struct{}{}
+			}
+			x.evaluate(sel)
+		}
+		out[i] = sel
+	}
+	return out
+}
+
+// evaluate looks at every peer that the selection can meet, and reports
+// whether it sees any of them otherwise than before.
+func (x *Sets) evaluate(sel *selection) (changed bool) {
+	for _, at := range sel.places {
+		for n := range x.peersAt[at] {
+			sure, maybe := sel.meets(x.peers[n], x.repo.facts)
+			changed = sel.put(n, sure, maybe) || changed
+		}
+	}
+	return changed
+}
+
+// drop says that a subject uses a selection no more.
+func (x *Sets) drop(s *Subject, sel *selection) {
+	delete(s.uses, sel)
+	delete(sel.users, s)
+	if len(sel.users) > 0 {
+		return
+	}
+	delete(x.selections, sel.key)
+	for _, at := range sel.places {
+		delete(x.selectionsAt[at], sel)
+		if len(x.selectionsAt[at]) == 0 {
+			delete(x.selectionsAt, at)
+		}
+	}
+}
+
+// makeStale says that the set in force is no longer what the repository means.
+// It goes on meaning what it did with the facts before.
+func (s *Subject) makeStale(before *facts) {
+	if !s.stale {
+		s.stale = true
+		s.set.facts = before
+	}
+}
+
+func (x *Sets) outdate(sel *selection, before *facts) {
+	for s := range sel.users {
+		s.makeStale(before)
+	}
+}
+
+// What follows is called by the repository, which may have no sets.
+
+// policyChanged says that a policy stands in the place of another; nil: none.
+func (x *Sets) policyChanged(old, p *Policy) {
+	if x == nil {
+		return
+	}
+	x.version++
+	ref := cmp.Or(p, old).Ref
+	if old != nil {
+		for i := range old.Specs {
+			for j := range old.Specs[i].Rules {
+				delete(x.keys, &old.Specs[i].Rules[j])
+			}
+		}
+	}
+	for s := range x.subjects {
+		var now []application
+		if p != nil && x.repo.enforcement(s.identity) != EnforceNever {
+			now = x.repo.applications(p, s.identity)
+		}
+		i, _ := slices.BinarySearchFunc(s.applied, ref, func(a application, ref Ref) int { return a.policy.compare(ref) })
+		j := i
+		for j < len(s.applied) && s.applied[j].policy.Ref == ref {
+			j++
+		}
+		if i < j || len(now) > 0 {
+			s.applied = slices.Replace(s.applied, i, j, now...)
+			s.makeStale(x.repo.facts)
+		}
+	}
+}
+
+// namespaceChanged says that other labels of a namespace are known than before.
+func (x *Sets) namespaceChanged(namespace string, before *facts) {
+	if x == nil {
+		return
+	}
+	x.version++
+	for n := range x.peersAt[place{kind: atNamespace, value: namespace}] {
+		p := x.peers[n]
+		for sel := range x.meeting(p) {
+			if !sel.namespaces {
+				continue
+			}
+			if sure, maybe := sel.meets(p, x.repo.facts); sel.put(n, sure, maybe) {
+				x.outdate(sel, before)
+			}
+		}
+	}
+	for s := range x.subjects {
+		if s.identity.Namespace != namespace {
+			continue
+		}
+		if now := x.repo.allApplications(s.identity); !slices.Equal(now, s.applied) {
+			s.applied = now
+			s.makeStale(before)
+		}
+	}
+}
+
+// factsChanged says that other groups or services are known than before, of
+// which the selectors that look at them tell.
+func (x *Sets) factsChanged(before *facts, looks func(PeerSelector) bool) {
+	if x == nil {
+		return
+	}
+	x.version++
+	for _, sel := range x.selections {
+		if looks(sel.selector) && x.evaluate(sel) {
+			x.outdate(sel, before)
+		}
+	}
+}
+
+// portsChanged says that workloads of some identities have other named ports.
+func (x *Sets) portsChanged(identities ...identity.Hash) {
+	if x == nil {
+		return
+	}
+	x.version++
+	for _, h := range identities {
+		for n := range x.peersAt[place{kind: atIdentity, value: string(h[:])}] {
+			p := x.peers[n]
+			for s := range x.subjects {
+				if s.stale || !s.set.names {
+					continue
+				}
+				s.set.facts = x.repo.facts
+				if !maps.Equal(s.set.shape(p, s.set.pick(p)), s.set.peers[n]) {
+					s.makeStale(x.repo.facts)
+				}
+			}
+		}
+	}
+}
