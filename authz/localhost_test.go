@@ -33,7 +33,7 @@ func TestLocalHost(t *testing.T) {
 			denied.mode = e
 		}
 		for range 40 {
-			dir, proto, port := abi.Direction(r.IntN(2)), pick(r, genProtos), pick(r, genPorts)
+			dir, proto, port := abi.Direction(r.IntN(2)), oneOf(r, genProtos), oneOf(r, genPorts)
 			for n := range w.peers() {
 				if a, b := off.Judge(dir, n, proto, port), on.Judge(dir, n, proto, port); n != identity.NumHost && a != b {
 					t.Fatalf("peer %d: %+v, %+v", n, a, b)
