@@ -57,9 +57,9 @@ const volatile __u32 classic = 0;
  * any number (by a loader that does not sweep as it says there). */
 const volatile __u32 ct_per_endpoint = 0;
 
-/* Bytes that may wait in `events` before its reader is woken, which costs an
- * interrupt and a turn of the reader each time: for a reader that also looks by
- * itself. 0: it is woken whenever it had read all (by a loader that does not). */
+/* The reader of `events` is woken for each so many bytes, a power of two: being
+ * woken costs an interrupt and a turn of the reader, who also looks by itself.
+ * 0: it is woken whenever it had read all (by a loader that does not look). */
 const volatile __u32 events_wakeup = 0;
 
 /* ns; how long the other fragments of a datagram may come after its first. No

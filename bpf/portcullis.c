@@ -163,7 +163,7 @@ inline_always int gate(struct __sk_buff *skb, int dir)
 		if (l.report || l.reinjected)
 			emit(skb, &l, PC_VERDICT_PASS);
 		leave(skb, &l, dir);
-		if (l.how & CT_SETTLED)
+		if ((l.how & CT_SETTLED) && !l.report)
 			recent_store(skb, &l);
 		return TCX_NEXT;
 	}

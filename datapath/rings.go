@@ -20,8 +20,8 @@ import (
 // stops holding when it has not for a second.
 const tickInterval = 50 * time.Millisecond
 
-// The reader of events is woken only when eventsWakeup bytes of them wait (or a
-// quarter of the ring): being woken for each would cost more than the packet.
+// The reader of events is woken only for every eventsWakeup bytes of them (or a
+// quarter of the ring; powers of two): being woken for each would cost more than the packet.
 // It looks every eventsInterval by itself, so that none waits longer.
 const (
 	eventsWakeup   = 64 << 10

@@ -16,16 +16,16 @@ inline_always void count(struct __sk_buff *skb, __u32 reason, int dir, int verdi
 	c->bytes += skb->len;
 }
 
-/* Whether the reader of `events` is to be woken. While more waits than it may,
- * every event says so: one that comes too early for a reader which is just
- * falling asleep is followed by others, and by its own look at the ring. */
+/* Whether the reader of `events` is to be woken: whenever events_wakeup bytes
+ * more have been written, whatever it has read. For a few records and not just
+ * one, as others may have written between the reservation and this look. */
 inline_always __u64 events_wake(void)
 {
 	if (!events_wakeup)
 		return 0;
-	if (bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA) < events_wakeup)
-		return BPF_RB_NO_WAKEUP;
-	return BPF_RB_FORCE_WAKEUP;
+	if ((bpf_ringbuf_query(&events, BPF_RB_PROD_POS) & (events_wakeup - 1)) < 8 * sizeof(struct pc_event))
+		return BPF_RB_FORCE_WAKEUP;
+	return BPF_RB_NO_WAKEUP;
 }
 
 separate int emit(struct __sk_buff *skb, struct pc_life *l, __u32 verdict)

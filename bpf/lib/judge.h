@@ -262,6 +262,9 @@ inline_always int judge_flow(struct __sk_buff *skb, struct pc_life *l, int dir)
 	if ((l->how & CT_KNOWN) && j->epoch == l->policy && origin_same(skb, l, dir) &&
 	    judgement_fresh(j, life_peer(l, dir), l->now)) {
 		l->flow = forward ? PC_FLOW_ESTABLISHED : PC_FLOW_REPLY;
+		/* The second packet in a tick: others may follow. */
+		if (READ_ONCE(ct->last_seen) == l->now)
+			l->how |= CT_SETTLED;
 		ct_touch(ct, &l->p, forward, flags, l->now);
 		if (unlikely(j->flags & PC_JUDGED_AUDIT)) {
 			/* The endpoint's flag decides whether it passes. */
@@ -273,8 +276,6 @@ inline_always int judge_flow(struct __sk_buff *skb, struct pc_life *l, int dir)
 			l->no_evidence = !j->stamp && !(j->flags & PC_JUDGED_BY_RANGE);
 			l->report = 1;
 		}
-		if (!l->report)
-			l->how |= CT_SETTLED;
 		return PC_REASON_NONE;
 	}
 	reason = judge_slow(skb, l);

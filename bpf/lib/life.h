@@ -41,7 +41,7 @@ enum pc_how {
 	CT_OPENED_BY_B = 16, /* as the entry says */
 	CT_RESTART = 32,    /* the same ports, but another peer than was judged before */
 	CT_REMEMBER = 64,   /* life.j is a new judgement, to be stored */
-	CT_SETTLED = 128,   /* the packet passes as its flow did before, and tells nothing */
+	CT_SETTLED = 128,   /* its flow has passed in this tick before */
 };
 
 /* All that is known about one packet between its arrival and its verdict. No

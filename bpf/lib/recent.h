@@ -2,10 +2,11 @@
 /*
  * What passed a moment ago passes again, while every ground for it stands.
  *
- * A packet of an established flow that was judged in full leaves its verdict in
- * a cell of its CPU. For the rest of the clock's tick the flow's next packets
- * that are like it need no more than that cell: neither the endpoint nor the
- * flow is looked up again. What is asked of each packet all the same:
+ * A packet of an established flow that was judged in full, and is not its flow's
+ * first in the clock's tick, leaves its verdict in a cell of its CPU. For the
+ * rest of the tick the flow's next packets that are like it need no more than
+ * that cell: neither the endpoint nor the flow is looked up again. What is asked
+ * of each packet all the same:
  *
  *  - is it like the first: the same hook, device and origin, source MAC, addresses,
  *    protocol and ports, a whole datagram without options, and not one that opens

@@ -44,9 +44,11 @@ func (g *gate) withinTick(f func(begun func())) {
 }
 
 // settle makes the packet's flow an established one, and lets the programs
-// remember it.
-func (g *gate) settle(send func() result) {
+// remember it, with its second packet in a tick.
+func (g *gate) settle(begun func(), send func() result) {
 	g.t.Helper()
+	g.pass(send())
+	begun()
 	for range 3 {
 		g.pass(send())
 	}
@@ -61,9 +63,8 @@ func TestRecentIsUsed(t *testing.T) {
 		g.bind(f.peer, idClient)
 		send := func() result { return g.to(g.pod, g.uplink, tcp(f.peer, 1, f.pod, 80, ack)) }
 		g.withinTick(func(begun func()) {
-			g.settle(send)
+			g.settle(begun, send)
 			k, _ := g.oneFlow()
-			begun()
 			if err := g.coll.Maps["conntrack"].Delete(k); err != nil {
 				t.Fatal(err)
 			}
@@ -181,8 +182,7 @@ func TestRecentGrounds(t *testing.T) {
 					w.ep = ep
 					g.put("endpoints", g.pod, ep)
 					w.b = g.bind(f.peer, idClient)
-					g.settle(func() result { return to(w, call(w)) })
-					begun()
+					g.settle(begun, func() result { return to(w, call(w)) })
 					if tt.spoil != nil {
 						tt.spoil(w)
 					}
@@ -206,8 +206,7 @@ func TestRecentRange(t *testing.T) {
 		g, _ := wantPeer(t, f)
 		var r result
 		g.withinTick(func(begun func()) {
-			g.settle(func() result { return g.to(g.pod, g.uplink, tcp(f.world, 1, f.pod, 80, ack)) })
-			begun()
+			g.settle(begun, func() result { return g.to(g.pod, g.uplink, tcp(f.world, 1, f.pod, 80, ack)) })
 			g.bind(f.world, 999)
 			g.state(func(s *abi.State) { s.RangeEpoch++ })
 			r = g.to(g.pod, g.uplink, tcp(f.world, 1, f.pod, 80, ack))
@@ -227,8 +226,7 @@ func TestRecentEnds(t *testing.T) {
 		g.bind(f.peer, idClient)
 		for flags, want := range map[uint8]abi.CTFlag{fin | ack: abi.CTFinForward, rst: abi.CTRst, syn: 0} {
 			g.withinTick(func(begun func()) {
-				g.settle(func() result { return g.to(g.pod, g.uplink, tcp(f.peer, 1, f.pod, 80, ack)) })
-				begun()
+				g.settle(begun, func() result { return g.to(g.pod, g.uplink, tcp(f.peer, 1, f.pod, 80, ack)) })
 				g.pass(g.to(g.pod, g.uplink, tcp(f.peer, 1, f.pod, 80, flags)))
 			})
 			if _, v := g.oneFlow(); abi.CTFlag(v.Flags)&(abi.CTFinForward|abi.CTRst) != want {
