@@ -33,14 +33,13 @@ func (g *gate) withinTick(f func(begun func())) {
 			g.t.Error(err)
 		}
 	}()
-	for end := time.Now().Add(time.Minute); time.Now().Before(end); {
+	for { // however slow the machine is: some tick is long enough
 		var before abi.Clock
 		f(func() { before = g.clocks()[cpu] })
 		if g.t.Failed() || before != (abi.Clock{}) && before == g.clocks()[cpu] {
 			return
 		}
 	}
-	g.t.Fatal("no tick was long enough")
 }
 
 // settle makes the packet's flow an established one, and lets the programs
