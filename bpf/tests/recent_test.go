@@ -35,6 +35,7 @@ func (g *gate) withinTick(f func(begun func())) {
 	}()
 	for { // however slow the machine is: some tick is long enough
 		var before abi.Clock
+		g.forget() // what the last try left
 		f(func() { before = g.clocks()[cpu] })
 		if g.t.Failed() || before != (abi.Clock{}) && before == g.clocks()[cpu] {
 			return
