@@ -98,13 +98,22 @@ func (s Set) Lookup(k abi.PolicyKey) (abi.Policy, bool) {
 // Judge decides on a packet by the set's own entries, and by LocalHost.
 func (s Set) Judge(dir abi.Direction, peer identity.Numeric, proto uint8, port uint16) Decision {
 	d := Judge(s.Lookup, s.Enforce(dir), dir, peer, proto, port)
-	if s.LocalHost && dir == abi.DirIngress && peer == identity.NumHost && !s.denies(peer, proto, port) {
+	if s.LocalHost && dir == abi.DirIngress && s.isHost(peer) && !s.denies(peer, proto, port) {
 		if d.Verdict != abi.VerdictPass {
 			d.Rule = 0
 		}
 		d.Verdict, d.NeedsEvidence, d.LeastEvidence = abi.VerdictPass, false, identity.EvidenceNone
 	}
 	return d
+}
+
+// isHost reports whether the number is the subject's own node's.
+func (s Set) isHost(n identity.Numeric) bool {
+	if n == identity.NumHost || s.compiled == nil {
+		return n == identity.NumHost
+	}
+	_, ok := s.hosts[n]
+	return ok
 }
 
 // denies reports whether a rule denies the packet on ingress, rather than

@@ -107,7 +107,7 @@ func (b Block) selects(p Peer, _ *facts, doubt bool) bool {
 // isWorld reports whether nothing but its address says who the peer is.
 func (p Peer) isWorld() bool { return p.Identity.Reserved == worldName }
 
-const worldName = "world"
+const worldName, hostName = "world", "host"
 
 // covers reports whether a block lies in prefix and outside the exceptions.
 // doubt is the answer for one of which only a part does, or that is not known.

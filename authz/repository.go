@@ -189,7 +189,7 @@ func (r *Repository) Compile(subject identity.Identity, peers iter.Seq2[identity
 func (r *Repository) compile(subject identity.Identity, applied []application, own []identity.NamedPort) Set {
 	mode := r.enforcement(subject)
 	s := Set{Rules: []RuleRef{{}}, LocalHost: r.opts.LocalHost, Audit: mode == EnforceAudit,
-		compiled: &compiled{facts: r.facts, ports: r.ports.of, peers: map[identity.Numeric]shape{}, shapes: map[string]shape{}}}
+		compiled: &compiled{facts: r.facts, ports: r.ports.of, peers: map[identity.Numeric]shape{}, hosts: numbers{}, shapes: map[string]shape{}}}
 	if mode == EnforceNever {
 		return s
 	}

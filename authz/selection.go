@@ -63,8 +63,8 @@ type place struct {
 type placeKind uint8
 
 const (
-	atAll placeKind = iota
-	atReserved
+	atAll      placeKind = iota
+	atReserved           // value
 	atWorkloads
 	atNamespace // value
 	atAccount   // value
@@ -76,7 +76,7 @@ const (
 func (p Peer) places() []place {
 	id := p.Identity
 	if id.Reserved != "" {
-		return []place{{kind: atAll}, {kind: atReserved}}
+		return []place{{kind: atAll}, {kind: atReserved, value: id.Reserved}}
 	}
 	h := id.Hash()
 	out := append(make([]place, 0, 5+len(id.Labels)), place{kind: atAll}, place{kind: atWorkloads}, place{kind: atIdentity, value: string(h[:])},
@@ -89,7 +89,7 @@ func (p Peer) places() []place {
 
 // selectorPlaces returns where a selector looks. A workload's labels, namespace
 // and account are always known, so doubt changes nothing here.
-func selectorPlaces(s PeerSelector) (out []place) {
+func selectorPlaces(s PeerSelector) []place {
 	switch s := s.(type) {
 	case Selector:
 		best := place{kind: atWorkloads}
@@ -113,21 +113,28 @@ func selectorPlaces(s PeerSelector) (out []place) {
 		if best.kind == atWorkloads {
 			return []place{best}
 		}
-		for _, v := range values {
-			best.value = v
-			if !slices.Contains(out, best) {
-				out = append(out, best)
-			}
-		}
-		return out
-	case Entities, BlockGroup, Nodes, DNSName:
-		return []place{{kind: atReserved}}
+		return placesAt(best, values)
+	case Entities:
+		return placesAt(place{kind: atReserved}, s)
+	case Nodes:
+		return placesAt(place{kind: atReserved}, nodeIdentities)
+	case BlockGroup, DNSName:
+		return []place{{kind: atReserved, value: worldName}}
 	case Block:
 		if !s.Bound {
-			return []place{{kind: atReserved}}
+			return []place{{kind: atReserved, value: worldName}}
 		}
 	}
 	return []place{{kind: atAll}}
+}
+
+func placesAt(at place, values []string) (out []place) {
+	for _, v := range values {
+		if at.value = v; !slices.Contains(out, at) {
+			out = append(out, at)
+		}
+	}
+	return out
 }
 
 // looksAtNamespaces reports whether labels of namespaces say whom the selector

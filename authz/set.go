@@ -51,6 +51,7 @@ type compiled struct {
 
 	any      map[abi.PolicyKey]abi.Policy
 	peers    map[identity.Numeric]shape // none of them empty
+	hosts    numbers                    // of the subject's own node, beside the reserved one
 	shapes   map[string]shape           // by the picks, for peers without named ports
 	names    bool                       // a rule names ports of peers
 	anyNames bool                       // one for every peer does
@@ -180,6 +181,9 @@ func (c *compiled) put(n identity.Numeric, p Peer, picks []pick) shape {
 	if n == NoPeer {
 		return nil // the wildcard is nobody's number
 	}
+	if p.Identity.Reserved == hostName {
+		c.hosts[n] = struct{}{}
+	}
 	sh := c.shape(p, picks)
 	if len(sh) == 0 {
 		delete(c.peers, n)
@@ -189,17 +193,20 @@ func (c *compiled) put(n identity.Numeric, p Peer, picks []pick) shape {
 	return sh
 }
 
-// RemovePeer removes the entries of a numeric identity that nobody bears any
+// RemovePeer removes the entries of numeric identities that nobody bears any
 // more and returns their keys, with 0 in the place of the set's number.
-func (s Set) RemovePeer(n identity.Numeric) (keys []abi.PolicyKey) {
+func (s Set) RemovePeer(numbers ...identity.Numeric) (keys []abi.PolicyKey) {
 	if s.compiled == nil {
 		return nil
 	}
-	for k := range s.peers[n] {
-		k.Identity = uint32(n)
-		keys = append(keys, k)
+	for _, n := range numbers {
+		for k := range s.peers[n] {
+			k.Identity = uint32(n)
+			keys = append(keys, k)
+		}
+		delete(s.peers, n)
+		delete(s.hosts, n)
 	}
-	delete(s.peers, n)
 	return keys
 }
 

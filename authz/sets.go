@@ -92,6 +92,9 @@ func (x *Sets) Compile(s *Subject) Set {
 			picks[n] = nil
 		}
 	}
+	for n := range x.peersAt[place{kind: atReserved, value: hostName}] {
+		picks[n] = nil
+	}
 	for i, r := range c.rules {
 		for _, sel := range x.selectionsOf(r.Rule) {
 			sel.users[s], s.uses[sel] = struct{}{}, struct{}{}
@@ -176,7 +179,7 @@ func (x *Sets) AddPeer(n identity.Numeric, p Peer) (out []Delta) {
 		switch {
 		case s.stale:
 			entries = s.set.AddPeer(n, p)
-		case len(picks[s]) > 0 || s.set.anyNames:
+		case len(picks[s]) > 0 || s.set.anyNames || p.Identity.Reserved == hostName:
 			entries = s.set.enter(n, p, picks[s])
 		}
 		if len(entries) > 0 {
