@@ -79,8 +79,20 @@ func genRule(r *rand.Rand, i int) Rule {
 	}
 	if rule.AnyPeer = r.IntN(4) == 0; !rule.AnyPeer {
 		for range r.IntN(3) {
-			rule.Peers = append(rule.Peers, genSelector(r))
+			var s PeerSelector = genSelector(r)
+			if r.IntN(8) == 0 {
+				s = AllBut{s}
+			}
+			rule.Peers = append(rule.Peers, s)
 		}
+	}
+	if r.IntN(8) == 0 {
+		rule.Action, rule.AnyPeer, rule.Peers = Limit, true, nil
+		for range r.IntN(4) {
+			a, b := oneOf(r, genPorts), oneOf(r, genPorts)
+			rule.Ports = append(rule.Ports, PortRange{Proto: oneOf(r, []uint8{ProtoTCP, ProtoUDP}), First: min(a, b), Last: max(a, b)})
+		}
+		return rule
 	}
 	if rule.AnyPort = r.IntN(5) == 0; !rule.AnyPort {
 		for range r.IntN(4) {

@@ -50,7 +50,7 @@ func TestLocalHost(t *testing.T) {
 				}
 				continue
 			}
-			if b.NeedsEvidence || (b.Verdict == abi.VerdictPass) == denied.deniesEverybody(subject, proto, port) {
+			if b.NeedsEvidence && b.Verdict == abi.VerdictPass || (b.Verdict == abi.VerdictPass) == denied.deniesHost(subject, proto, port) {
 				t.Fatalf("%d/%d: %+v, without %+v", proto, port, b, a)
 			}
 			if b.Verdict == abi.VerdictPass && a.Verdict != abi.VerdictPass {
@@ -58,7 +58,7 @@ func TestLocalHost(t *testing.T) {
 			}
 			if b.Verdict != abi.VerdictPass {
 				kept++
-				if on.Rules[b.Rule].Action != Deny || b.Rule == 0 {
+				if on.Rules[b.Rule].Action == Allow {
 					t.Fatalf("%+v is kept out by %+v", b, on.Rules[b.Rule])
 				}
 			}
@@ -70,9 +70,9 @@ func TestLocalHost(t *testing.T) {
 	}
 }
 
-// deniesEverybody reports whether a rule denies the packet on ingress to
-// everybody: generated rules name workloads, and the host is none.
-func (o oracle) deniesEverybody(subject identity.Identity, proto uint8, port uint16) bool {
+// deniesHost reports whether a rule denies the packet on ingress to the host,
+// or a limit does to everybody.
+func (o oracle) deniesHost(subject identity.Identity, proto uint8, port uint16) bool {
 	if o.mode == EnforceNever {
 		return false
 	}
@@ -80,12 +80,18 @@ func (o oracle) deniesEverybody(subject identity.Identity, proto uint8, port uin
 		_, maybe := o.chosen(p.Subject, subject)
 		for _, r := range p.Rules {
 			now, _ := o.covers(r, abi.DirIngress, proto, port, o.own)
-			if maybe && r.Action == Deny && r.AnyPeer && now {
+			host := r.AnyPeer
+			for _, s := range r.Peers {
+				_, picked := o.picked(s, identity.Identity{Reserved: "host"})
+				host = host || picked
+			}
+			if maybe && r.Action == Deny && host && now {
 				return true
 			}
 		}
 	}
-	return false
+	outside, _ := o.limits(subject, abi.DirIngress, proto, port)
+	return outside
 }
 
 // A rule that denies the host by name keeps it out, though the packet needs no

@@ -115,6 +115,12 @@ func (o oracle) judge(subject identity.Identity, dir abi.Direction, peer identit
 		called = o.own
 	}
 	enforced, denies := o.mode == EnforceAlways, false
+	if outside, limited := o.limits(subject, dir, proto, port); limited {
+		denies = true
+		if outside {
+			return false, false
+		}
+	}
 	// What holds for this peer, for the luckiest and for the unluckiest.
 	var this, best, worst struct{ allow, deny bool }
 	for _, p := range o.specs() {
@@ -126,7 +132,7 @@ func (o oracle) judge(subject identity.Identity, dir abi.Direction, peer identit
 			enforced = true
 		}
 		for _, r := range p.Rules {
-			if r.Direction != dir || r.Action == Allow && !surely {
+			if r.Direction != dir || r.Action == Limit || r.Action == Allow && !surely {
 				continue
 			}
 			denies = denies || r.Action == Deny
@@ -136,8 +142,8 @@ func (o oracle) judge(subject identity.Identity, dir abi.Direction, peer identit
 			}
 			named := false
 			for _, s := range r.Peers {
-				surely, maybe := o.chosen(s.(Selector), peer)
-				named = named || peer.TrustDomain == o.trustDomain && (surely || r.Action == Deny && maybe)
+				surely, maybe := o.picked(s, peer)
+				named = named || surely || r.Action == Deny && maybe
 			}
 			hit := now && (r.AnyPeer || named)
 			some := possibly && (r.AnyPeer || len(r.Peers) > 0)
@@ -159,6 +165,41 @@ func (o oracle) judge(subject identity.Identity, dir abi.Direction, peer identit
 	}
 	verdict := func(allow, deny bool) bool { return !deny && (allow || byDefault) }
 	return verdict(this.allow, this.deny), verdict(best.allow, best.deny) != verdict(worst.allow, worst.deny)
+}
+
+// picked is chosen, for peers.
+func (o oracle) picked(s PeerSelector, peer identity.Identity) (surely, maybe bool) {
+	if but, ok := s.(AllBut); ok {
+		surely, maybe := o.picked(but.PeerSelector, peer)
+		return !maybe, !surely
+	}
+	if peer.TrustDomain != o.trustDomain {
+		return false, false
+	}
+	return o.chosen(s.(Selector), peer)
+}
+
+// limits returns whether the subject is limited, and whether the port is
+// outside: of every limit that surely holds, or of one that may be the only one.
+func (o oracle) limits(subject identity.Identity, dir abi.Direction, proto uint8, port uint16) (outside, limited bool) {
+	var sure, within, someOut bool
+	for _, p := range o.specs() {
+		surely, maybe := o.chosen(p.Subject, subject)
+		for _, r := range p.Rules {
+			if !maybe || r.Direction != dir || r.Action != Limit {
+				continue
+			}
+			limited = true
+			in, _ := o.covers(r, dir, proto, port, nil)
+			sure = sure || surely
+			within = within || surely && in
+			someOut = someOut || !surely && !in
+		}
+	}
+	if proto != 6 && proto != 17 {
+		return false, limited
+	}
+	return sure && !within || !sure && someOut, limited
 }
 
 // byNumber reports whether the rule speaks of the port whatever names there are.

@@ -45,7 +45,7 @@ func Peers(ids iter.Seq2[identity.Numeric, identity.Identity]) iter.Seq2[identit
 }
 
 // PeerSelector selects peers. The kinds are Selector (workloads by their
-// labels), Entities, Block, BlockGroup, Nodes, Service and DNSName. All are
+// labels), Entities, Block, BlockGroup, Nodes, Service, DNSName and AllBut. All are
 // immutable once they are part of a policy.
 type PeerSelector interface {
 	// Key is equal for two selectors that select the same peers by the same

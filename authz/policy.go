@@ -67,16 +67,22 @@ func (p *Policy) Enforceable() error {
 // Action is what a rule does with the packets that it matches.
 type Action uint8
 
-// The actions. Deny wins over Allow, whatever the order.
+// The actions. Deny wins over Allow, whatever the order. Limit allows nothing:
+// TCP and UDP outside the ports of all Limit rules that speak of a subject in a
+// direction are denied, whoever the peer is; other protocols are not touched.
 const (
 	Deny Action = iota
 	Allow
+	Limit
 )
 
-// String returns "deny" or "allow".
+// String returns "deny", "allow" or "limit".
 func (a Action) String() string {
-	if a == Allow {
+	switch a {
+	case Allow:
 		return "allow"
+	case Limit:
+		return "limit"
 	}
 	return "deny"
 }
@@ -99,7 +105,8 @@ type Rule struct {
 	Evidence identity.Evidence
 	// L7: what the rule allows is allowed as far as the rules inside the
 	// protocol go, which somebody else judges. It is so for a packet if any of
-	// the rules that allow it says so.
+	// the rules that allow it says so. In a Limit rule it is said of whatever is
+	// allowed at its ports.
 	L7 bool
 
 	Path string // where in the document, for flow records and traces
@@ -171,7 +178,7 @@ func (p *Policy) Validate() error {
 }
 
 func (r Rule) validate() error {
-	if r.Direction >= abi.DirMax || r.Action > Allow {
+	if r.Direction >= abi.DirMax || r.Action > Limit {
 		return fmt.Errorf("unknown direction %d or action %d", r.Direction, r.Action)
 	}
 	if r.AnyPeer && r.Peers != nil || r.AnyPort && r.Ports != nil {
@@ -187,6 +194,11 @@ func (r Rule) validate() error {
 	}
 	if r.Action == Deny && (r.L7 || r.Evidence != identity.EvidenceNone) {
 		return fmt.Errorf("it denies, and asks for evidence or L7")
+	}
+	if r.Action == Limit {
+		if err := r.validateLimit(); err != nil {
+			return err
+		}
 	}
 	for _, s := range r.Peers {
 		if s == nil {

@@ -196,6 +196,7 @@ func (r *Repository) compile(subject identity.Identity, applied []application, o
 	// Always: under default deny, whatever the policies say.
 	deny := [abi.DirMax]bool{mode == EnforceAlways, mode == EnforceAlways}
 	var lone [abi.DirMax]bool // a rule speaks of the direction
+	var limited [abi.DirMax]limits
 	for _, a := range applied {
 		deny[abi.DirIngress] = deny[abi.DirIngress] || a.spec.DenyIngress
 		deny[abi.DirEgress] = deny[abi.DirEgress] || a.spec.DenyEgress
@@ -205,10 +206,19 @@ func (r *Repository) compile(subject identity.Identity, applied []application, o
 				continue // it allows nothing where it is not sure to be meant
 			}
 			lone[rule.Direction] = lone[rule.Direction] || rule.restricts()
-			s.addRule(RuleRef{Policy: a.policy.Ref, Path: rule.Path, Direction: rule.Direction, Action: rule.Action}, rule, !a.sure, own)
+			ref := RuleRef{Policy: a.policy.Ref, Path: rule.Path, Direction: rule.Direction, Action: rule.Action}
+			switch l := &limited[rule.Direction]; {
+			case rule.Action != Limit:
+				s.addRule(ref, rule, !a.sure, own)
+			case a.sure:
+				l.sure = append(l.sure, limit{rule, ref})
+			default:
+				l.unsure = append(l.unsure, limit{rule, ref})
+			}
 		}
 	}
 	for dir := range abi.DirMax {
+		limited[dir].rules(func(ref RuleRef, r *Rule, unsure bool) { s.addRule(ref, r, unsure, nil) })
 		// Rules that restrict, without a default deny: all but what they name
 		// passes.
 		if lone[dir] && !deny[dir] {
@@ -223,4 +233,4 @@ func (r *Repository) compile(subject identity.Identity, applied []application, o
 }
 
 // restricts reports whether less passes with the rule than without any.
-func (r *Rule) restricts() bool { return r.Action == Deny || r.demands() }
+func (r *Rule) restricts() bool { return r.Action != Allow || r.demands() }
