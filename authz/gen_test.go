@@ -3,7 +3,11 @@ package authz
 import (
 	"fmt"
 	"iter"
+	"maps"
 	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"strings"
 
 	"portcullis/bpf/abi"
 	"portcullis/identity"
@@ -18,6 +22,14 @@ var (
 	genPorts      = []uint16{0, 1, 79, 80, 81, 443, 5000, 8191, 8192, 65534, 65535}
 	genProtos     = []uint8{ProtoTCP, ProtoUDP, ProtoICMP, ProtoICMPv6, ProtoSCTP}
 	genNames      = []string{"http", "dns"}
+	genEvidence   = []identity.Evidence{identity.EvidenceNone, identity.EvidenceWatch, identity.EvidenceLease, identity.EvidenceSVID}
+	genReserved   = []string{"host", "remote-node", "kube-apiserver", "world", "health", "ingress"}
+	genDNS        = []string{"a.test", "b.test", "x.a.test"}
+	genServices   = []ServiceName{{"default", "web"}, {"default", "db"}, {"empire", "web"}}
+	// No union of some of these is another one, so a block that is not in one
+	// of them is not in all of them together either.
+	genPrefixes = prefixList("0.0.0.0/0 10.0.0.0/8 10.1.0.0/16 10.1.2.0/24 10.1.2.3/32 10.200.0.0/16 192.0.2.0/24 ::/0 2001:db8::/32 2001:db8:1::/48 2001:db8:1::5/128")
+	genEdges    = edges(genPrefixes)
 )
 
 const genTrustDomain = "test"
@@ -38,11 +50,102 @@ func genIdentity(r *rand.Rand) identity.Identity {
 	return identity.New(td, oneOf(r, genNamespaces), oneOf(r, genAccounts), labels)
 }
 
+func prefixList(s string) (out []netip.Prefix) {
+	for _, f := range strings.Fields(s) {
+		out = append(out, netip.MustParsePrefix(f))
+	}
+	return out
+}
+
+// edges are the first address of each prefix, and the one after its last.
+func edges(prefixes []netip.Prefix) (out []netip.Addr) {
+	for _, p := range prefixes {
+		out = append(out, p.Addr())
+		last := p.Addr().AsSlice()
+		for i := p.Bits(); i < len(last)*8; i++ {
+			last[i/8] |= 0x80 >> (i % 8)
+		}
+		if after, _ := netip.AddrFromSlice(last); after.Next().IsValid() {
+			out = append(out, after.Next())
+		}
+	}
+	return out
+}
+
+// genLabels are a selector of what has nothing but labels.
+func genLabels(r *rand.Rand, a Attribute) (out Selector) {
+	for range r.IntN(3) {
+		q := Requirement{Attribute: a, Key: oneOf(r, genKeys), Operator: Operator(1 + r.IntN(4))}
+		if q.Operator.TakesValues() {
+			q.Values = []string{oneOf(r, genValues)}
+		}
+		out = append(out, q)
+	}
+	return out
+}
+
+func genLabelMap(r *rand.Rand) map[string]string {
+	return map[string]string{oneOf(r, genKeys): oneOf(r, genValues)}
+}
+
+// genExcept are some prefixes within one.
+func genExcept(r *rand.Rand, in netip.Prefix) (out []netip.Prefix) {
+	for range r.IntN(3) {
+		if p := oneOf(r, genPrefixes); p.Overlaps(in) && p.Bits() > in.Bits() {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+func genPeerSelector(r *rand.Rand) PeerSelector {
+	switch r.IntN(10) {
+	case 0:
+		return Entities{oneOf(r, genReserved), oneOf(r, genReserved)}
+	case 1, 2:
+		p := oneOf(r, genPrefixes)
+		return Block{Prefix: p, Except: genExcept(r, p), Bound: r.IntN(2) == 0}
+	case 3:
+		return BlockGroup{Name: oneOf(r, []string{"g", "h", "nobody-speaks-of-it"}), Except: genExcept(r, genPrefixes[0])}
+	case 4:
+		return oneOf(r, []PeerSelector{BlockGroup{Labels: genLabels(r, GroupLabel)}, Nodes(genLabels(r, NodeLabel)), Service{Labels: genLabels(r, ServiceLabel)}})
+	case 5:
+		at := oneOf(r, genServices)
+		return Service{Namespace: at.Namespace, Name: at.Name}
+	case 6:
+		return oneOf(r, []PeerSelector{DNSName{Name: oneOf(r, genDNS)}, DNSName{Pattern: "*.test"}, DNSName{Pattern: "*"}})
+	}
+	return genSelector(r)
+}
+
+func genPeer(r *rand.Rand) Peer {
+	p := Peer{Identity: genIdentity(r)}
+	if r.IntN(2) == 0 {
+		p.Identity = identity.Identity{Reserved: oneOf(r, genReserved)}
+	}
+	switch r.IntN(4) {
+	case 0:
+	case 1:
+		a := oneOf(r, genEdges)
+		p.Block = netip.PrefixFrom(a, a.BitLen())
+	default:
+		p.Block = oneOf(r, genPrefixes)
+	}
+	if p.Identity.Reserved == worldName && r.IntN(2) == 0 {
+		p.Names = []string{oneOf(r, genDNS)}
+	}
+	if r.IntN(3) > 0 {
+		p.Node = genLabelMap(r)
+	}
+	return p
+}
+
 func genSelector(r *rand.Rand) Selector {
 	s := Selector{}
 	for range r.IntN(3) {
 		q := oneOf(r, []Requirement{
 			InNamespace(oneOf(r, genNamespaces)), HasServiceAccount(oneOf(r, genAccounts)),
+			{Attribute: Cluster, Operator: In, Values: []string{oneOf(r, []string{"default", "other"})}},
 			NamespaceHasLabel("team", oneOf(r, genValues)), NamespaceHasLabel(nameLabel, oneOf(r, genNamespaces)),
 			Label(oneOf(r, genKeys), oneOf(r, genValues)), Label(oneOf(r, genKeys), oneOf(r, genValues)),
 		})
@@ -77,17 +180,21 @@ func genRule(r *rand.Rand, i int) Rule {
 	if r.IntN(4) == 0 {
 		rule.Action = Deny
 	}
+	if rule.Action == Allow && r.IntN(3) == 0 {
+		rule.Evidence, rule.L7 = oneOf(r, genEvidence), r.IntN(3) == 0
+	}
 	if rule.AnyPeer = r.IntN(4) == 0; !rule.AnyPeer {
-		for range r.IntN(3) {
-			var s PeerSelector = genSelector(r)
+		rule.Peers = []PeerSelector{}
+		for range r.IntN(4) {
+			s := genPeerSelector(r)
 			if r.IntN(8) == 0 {
 				s = AllBut{s}
 			}
 			rule.Peers = append(rule.Peers, s)
 		}
 	}
-	if r.IntN(8) == 0 {
-		rule.Action, rule.AnyPeer, rule.Peers = Limit, true, nil
+	if r.IntN(10) == 0 {
+		rule.Action, rule.AnyPeer, rule.Peers, rule.Evidence = Limit, true, nil, identity.EvidenceNone
 		for range r.IntN(4) {
 			a, b := oneOf(r, genPorts), oneOf(r, genPorts)
 			rule.Ports = append(rule.Ports, PortRange{Proto: oneOf(r, []uint8{ProtoTCP, ProtoUDP}), First: min(a, b), Last: max(a, b)})
@@ -120,6 +227,7 @@ func genPolicy(r *rand.Rand, i int) *Policy {
 			s.Subject = genSelector(r)
 		}
 		s.DenyIngress, s.DenyEgress = r.IntN(3) > 0, r.IntN(3) == 0
+		s.Nodes = r.IntN(20) == 0 && len(s.Subject) == 0
 		for j := range r.IntN(4) {
 			s.Rules = append(s.Rules, genRule(r, j))
 		}
@@ -128,45 +236,134 @@ func genPolicy(r *rand.Rand, i int) *Policy {
 	return p
 }
 
-// world is a generated repository with the identities that a node knows.
-type world struct {
-	*Repository
-	alloc *identity.Allocator
-	// named ports of the workloads behind each identity, one list for each
-	named map[identity.Numeric][][]identity.NamedPort
+// known is what a world was told beside policies.
+type known struct {
+	namespaces map[string]map[string]string
+	groups     map[string]blockGroup
+	services   map[ServiceName]Backends
 }
 
-func genWorld(r *rand.Rand) world {
-	opts := Options{TrustDomain: genTrustDomain, EnforceIn: map[string]Enforcement{}}
+type binding struct {
+	id    identity.Identity
+	ports []identity.NamedPort
+}
+
+// world is a generated repository with the peers that a node knows.
+type world struct {
+	*Repository
+	known
+	peers    map[identity.Numeric]Peer
+	bindings map[uint64]binding
+}
+
+func genWorld(r *rand.Rand) *world {
+	opts := Options{TrustDomain: genTrustDomain, EnforceIn: map[string]Enforcement{}, LocalHost: r.IntN(3) == 0}
 	if r.IntN(4) == 0 {
 		opts.Enforce = Enforcement(r.IntN(4))
 	}
 	if r.IntN(4) == 0 {
 		opts.EnforceIn[oneOf(r, genNamespaces)] = Enforcement(r.IntN(4))
 	}
-	w := world{NewRepository(opts), identity.NewAllocator(), map[identity.Numeric][][]identity.NamedPort{}}
-	for i := range 1 + r.IntN(5) {
-		if err := w.Put(genPolicy(r, i)); err != nil {
-			panic(err)
-		}
+	w := &world{NewRepository(opts), known{map[string]map[string]string{}, map[string]blockGroup{}, map[ServiceName]Backends{}},
+		map[identity.Numeric]Peer{}, map[uint64]binding{}}
+	for range 1 + r.IntN(5) {
+		w.changePolicy(r)
 	}
-	for _, ns := range genNamespaces {
-		switch r.IntN(4) {
-		case 0: // nobody speaks of it
-		case 1:
-			w.SetNamespaceLabels(ns, map[string]string{})
-		default:
-			w.SetNamespaceLabels(ns, map[string]string{"team": oneOf(r, genValues)})
-		}
+	for range 12 {
+		w.changeFact(r)
 	}
-	for i := range 8 {
-		id := genIdentity(r)
-		n, _ := w.alloc.Acquire(id)
-		ports := genNamed(r)
-		w.AddPorts(uint64(i+1), id, ports)
-		w.named[n] = append(w.named[n], ports)
+	for i := range 10 {
+		w.peers[identity.Numeric(300+i)] = genPeer(r)
+		w.changePorts(r)
 	}
 	return w
 }
 
-func (w world) peers() iter.Seq2[identity.Numeric, Peer] { return Peers(w.alloc.All) }
+func (w *world) changePolicy(r *rand.Rand) {
+	p := genPolicy(r, r.IntN(6))
+	if r.IntN(6) == 0 {
+		w.Delete(p.Ref)
+	} else if err := w.Put(p); err != nil {
+		panic(err)
+	}
+}
+
+func (w *world) changeFact(r *rand.Rand) {
+	switch r.IntN(3) {
+	case 0:
+		ns := oneOf(r, genNamespaces)
+		labels := oneOf(r, []map[string]string{nil, {}, {"team": "a"}, {"team": "b"}})
+		w.SetNamespaceLabels(ns, labels)
+		if labels == nil {
+			delete(w.namespaces, ns)
+		} else {
+			w.namespaces[ns] = labels
+		}
+	case 1:
+		name := oneOf(r, []string{"g", "h"})
+		if r.IntN(4) == 0 {
+			w.DeleteBlockGroup(name)
+			delete(w.groups, name)
+			return
+		}
+		g := blockGroup{labels: genLabelMap(r)}
+		for range r.IntN(4) {
+			g.blocks = append(g.blocks, oneOf(r, genPrefixes))
+		}
+		w.SetBlockGroup(name, g.labels, g.blocks)
+		w.groups[name] = g
+	case 2:
+		at := oneOf(r, genServices)
+		if r.IntN(4) == 0 {
+			w.SetService(at, nil)
+			delete(w.services, at)
+			return
+		}
+		b := Backends{Labels: genLabelMap(r)}
+		if r.IntN(2) == 0 {
+			b.Selector = genLabelMap(r)
+		} else {
+			b.Blocks = []netip.Prefix{oneOf(r, genPrefixes), oneOf(r, genPrefixes)}
+		}
+		w.SetService(at, &b)
+		w.services[at] = b
+	}
+}
+
+// changePorts says that a binding of some peer comes or goes.
+func (w *world) changePorts(r *rand.Rand) {
+	stamp := uint64(1 + r.IntN(12))
+	if r.IntN(4) == 0 {
+		w.RemovePorts(stamp)
+		delete(w.bindings, stamp)
+		return
+	}
+	b := binding{genIdentity(r), genNamed(r)}
+	for _, p := range w.all() {
+		if p.Identity.Reserved == "" && r.IntN(3) > 0 {
+			b.id = p.Identity
+		}
+	}
+	w.AddPorts(stamp, b.id, b.ports)
+	w.bindings[stamp] = b
+}
+
+func (w *world) namedPorts(id identity.Identity) (out []identity.NamedPort) {
+	for _, b := range w.bindings {
+		if b.id.Equal(id) {
+			out = append(out, b.ports...)
+		}
+	}
+	return out
+}
+
+// all yields the peers in one order, so that a seed says everything.
+func (w *world) all() iter.Seq2[identity.Numeric, Peer] {
+	return func(yield func(identity.Numeric, Peer) bool) {
+		for _, n := range slices.Sorted(maps.Keys(w.peers)) {
+			if !yield(n, w.peers[n]) {
+				return
+			}
+		}
+	}
+}
