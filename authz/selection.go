@@ -39,9 +39,8 @@ func (s *selection) of(n identity.Numeric) (sure, maybe bool) {
 	return sure, sure || unsure
 }
 
-// put notes how the selector sees a peer, and reports whether that is new.
-func (s *selection) put(n identity.Numeric, sure, maybe bool) (changed bool) {
-	wasSure, wasMaybe := s.of(n)
+// put notes how the selector sees a number.
+func (s *selection) put(n identity.Numeric, sure, maybe bool) {
 	delete(s.sure, n)
 	delete(s.unsure, n)
 	switch {
@@ -50,7 +49,6 @@ func (s *selection) put(n identity.Numeric, sure, maybe bool) (changed bool) {
 	case maybe:
 		s.unsure[n] = struct{}{}
 	}
-	return wasSure != sure || wasMaybe != maybe
 }
 
 // place is where peers and selectors can meet: a selector selects nobody who

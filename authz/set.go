@@ -214,10 +214,13 @@ func (s Set) RemovePeer(numbers ...identity.Numeric) (keys []abi.PolicyKey) {
 // is only a doubt. One in doubt allows nothing, but demands what it demands.
 type pick int32
 
-func (c *compiled) newPick(rule int, doubt bool) (pick, bool) {
+// picked returns the pick of a rule whose selectors select a peer so.
+func (c *compiled) picked(rule int, sure, maybe bool) (pick, bool) {
 	r := c.rules[rule]
 	switch {
-	case r.Action == Deny || !doubt && !r.unsure:
+	case !maybe:
+		return 0, false
+	case r.Action == Deny || sure && !r.unsure:
 		return pick(rule << 1), true // a deny rule denies what it may have meant
 	case r.demands():
 		return pick(rule<<1 | 1), true
@@ -232,10 +235,7 @@ func (c *compiled) pick(p Peer) (picks []pick) {
 			return slices.ContainsFunc(r.Peers, func(s PeerSelector) bool { return s.selects(p, c.facts, doubt) })
 		}
 		sure := by(false)
-		if !sure && !by(true) {
-			continue
-		}
-		if pk, ok := c.newPick(i, !sure); ok {
+		if pk, ok := c.picked(i, sure, sure || by(true)); ok {
 			picks = append(picks, pk)
 		}
 	}

@@ -99,12 +99,12 @@ func (x *Sets) Compile(s *Subject) Set {
 		for _, sel := range x.selectionsOf(r.Rule) {
 			sel.users[s], s.uses[sel] = struct{}{}, struct{}{}
 			c.bySelection[sel] = append(c.bySelection[sel], i)
-			if pk, ok := c.newPick(i, false); ok {
+			if pk, ok := c.picked(i, true, true); ok {
 				for n := range sel.sure {
 					picks[n] = addPick(picks[n], pk)
 				}
 			}
-			if pk, ok := c.newPick(i, true); ok {
+			if pk, ok := c.picked(i, false, true); ok {
 				for n := range sel.unsure {
 					picks[n] = addPick(picks[n], pk)
 				}
@@ -148,12 +148,14 @@ func (x *Sets) AddPeer(n identity.Numeric, p Peer) (out []Delta) {
 	if n == NoPeer {
 		return nil
 	}
+	old, known := x.peers[n]
+	if known && old.equal(p) {
+		return nil // it is in every set
+	}
 	x.version++
-	if old, known := x.peers[n]; known {
-		if !old.equal(p) {
-			x.changePeer(n, old, p)
-			return nil
-		}
+	if known {
+		x.changePeer(n, old, p)
+		return nil
 	}
 	x.enter(n, p)
 	picks := map[*Subject][]pick{}
@@ -168,7 +170,7 @@ func (x *Sets) AddPeer(n identity.Numeric, p Peer) (out []Delta) {
 				continue
 			}
 			for _, rule := range s.set.bySelection[sel] {
-				if pk, ok := s.set.newPick(rule, !sure); ok {
+				if pk, ok := s.set.picked(rule, sure, maybe); ok {
 					picks[s] = addPick(picks[s], pk)
 				}
 			}
@@ -210,31 +212,40 @@ func (x *Sets) RemovePeer(n identity.Numeric) (out []Delta) {
 }
 
 func (x *Sets) changePeer(n identity.Numeric, old, p Peer) {
-	type seen struct{ sure, maybe bool }
-	was := map[*selection]seen{}
-	for sel := range x.meeting(old) {
-		sure, maybe := sel.of(n)
-		was[sel] = seen{sure, maybe}
-		sel.put(n, false, false)
+	met := map[*selection]struct{}{}
+	for _, seen := range []Peer{old, p} {
+		for sel := range x.meeting(seen) {
+			met[sel] = struct{}{}
+		}
 	}
 	x.leave(n, old)
 	x.enter(n, p)
-	for sel := range x.meeting(p) {
-		sure, maybe := sel.meets(p, x.repo.facts)
-		sel.put(n, sure, maybe)
-		if was[sel] != (seen{sure, maybe}) {
-			x.outdate(sel, x.repo.facts)
-		}
-		delete(was, sel)
-	}
-	for sel, w := range was {
-		if w.maybe {
-			x.outdate(sel, x.repo.facts)
-		}
+	for sel := range met {
+		x.see(sel, n, x.repo.facts)
 	}
 	for s := range x.subjects {
 		if !s.stale && s.set.names {
 			s.makeStale(x.repo.facts)
+		}
+	}
+}
+
+// see looks at a peer with a selection again. Where rules pick it otherwise
+// than before, subjects are stale, and mean what they did with the facts before.
+func (x *Sets) see(sel *selection, n identity.Numeric, before *facts) {
+	wasSure, wasMaybe := sel.of(n)
+	sure, maybe := sel.meets(x.peers[n], x.repo.facts)
+	if sure == wasSure && maybe == wasMaybe {
+		return
+	}
+	sel.put(n, sure, maybe)
+	for s := range sel.users {
+		if !s.stale && slices.ContainsFunc(s.set.bySelection[sel], func(rule int) bool {
+			was, wasPicked := s.set.picked(rule, wasSure, wasMaybe)
+			is, picked := s.set.picked(rule, sure, maybe)
+			return wasPicked != picked || was != is
+		}) {
+			s.makeStale(before)
 		}
 	}
 }
@@ -299,23 +310,20 @@ func (x *Sets) selectionsOf(r *Rule) []*selection {
 				}
 				x.selectionsAt[at][sel] = struct{}{}
 			}
-			x.evaluate(sel)
+			x.evaluate(sel, x.repo.facts)
 		}
 		out[i] = sel
 	}
 	return out
 }
 
-// evaluate looks at every peer that the selection can meet, and reports
-// whether it sees any of them otherwise than before.
-func (x *Sets) evaluate(sel *selection) (changed bool) {
+// evaluate looks at every peer that the selection can meet.
+func (x *Sets) evaluate(sel *selection, before *facts) {
 	for _, at := range sel.places {
 		for n := range x.peersAt[at] {
-			sure, maybe := sel.meets(x.peers[n], x.repo.facts)
-			changed = sel.put(n, sure, maybe) || changed
+			x.see(sel, n, before)
 		}
 	}
-	return changed
 }
 
 // drop says that a subject uses a selection no more.
@@ -340,12 +348,6 @@ func (s *Subject) makeStale(before *facts) {
 	if !s.stale {
 		s.stale = true
 		s.set.facts = before
-	}
-}
-
-func (x *Sets) outdate(sel *selection, before *facts) {
-	for s := range sel.users {
-		s.makeStale(before)
 	}
 }
 
@@ -389,13 +391,9 @@ func (x *Sets) namespaceChanged(namespace string, before *facts) {
 	}
 	x.version++
 	for n := range x.peersAt[place{kind: atNamespace, value: namespace}] {
-		p := x.peers[n]
-		for sel := range x.meeting(p) {
-			if !sel.namespaces {
-				continue
-			}
-			if sure, maybe := sel.meets(p, x.repo.facts); sel.put(n, sure, maybe) {
-				x.outdate(sel, before)
+		for sel := range x.meeting(x.peers[n]) {
+			if sel.namespaces {
+				x.see(sel, n, before)
 			}
 		}
 	}
@@ -418,8 +416,8 @@ func (x *Sets) factsChanged(before *facts, looks func(PeerSelector) bool) {
 	}
 	x.version++
 	for _, sel := range x.selections {
-		if looks(sel.selector) && x.evaluate(sel) {
-			x.outdate(sel, before)
+		if looks(sel.selector) {
+			x.evaluate(sel, before)
 		}
 	}
 }
