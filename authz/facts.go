@@ -109,14 +109,14 @@ func (r *Repository) SetService(at ServiceName, b *Backends) {
 	f := *r.facts
 	f.services = with(f.services, at, b)
 	r.learn(&f, func(x PeerSelector) bool {
-		s, ok := x.(Service)
+		s, ok := innermost(x).(Service)
 		return ok && (s.Name == "" || s.Name == at.Name) && (s.Namespace == "" || s.Namespace == at.Namespace)
 	})
 }
 
 func (r *Repository) learnGroup(name string, f *facts) {
 	r.learn(f, func(x PeerSelector) bool {
-		g, ok := x.(BlockGroup)
+		g, ok := innermost(x).(BlockGroup)
 		return ok && (g.Name == "" || g.Name == name)
 	})
 }
@@ -140,7 +140,7 @@ func (r *Repository) Blocks(bound bool) []netip.Prefix {
 		}
 	}
 	for s := range r.peerSelectors() {
-		switch s := s.(type) {
+		switch s := innermost(s).(type) {
 		case Block:
 			if s.Bound || !bound {
 				add(s.Prefix)

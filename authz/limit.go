@@ -100,3 +100,15 @@ func (a AllBut) validate() error {
 func (a AllBut) selects(p Peer, f *facts, doubt bool) bool {
 	return !a.PeerSelector.selects(p, f, !doubt)
 }
+
+// innermost returns the selector that hangs on something, out of those that
+// turn it round.
+func innermost(s PeerSelector) PeerSelector {
+	for {
+		a, ok := s.(AllBut)
+		if !ok {
+			return s
+		}
+		s = a.PeerSelector
+	}
+}

@@ -138,9 +138,6 @@ func placesAt(at place, values []string) (out []place) {
 // looksAtNamespaces reports whether labels of namespaces say whom the selector
 // selects.
 func looksAtNamespaces(s PeerSelector) bool {
-	if a, ok := s.(AllBut); ok {
-		s = a.PeerSelector
-	}
-	labels, ok := s.(Selector)
+	labels, ok := innermost(s).(Selector)
 	return ok && slices.ContainsFunc(labels, func(r Requirement) bool { return r.Attribute == NamespaceLabel && r.Key != nameLabel })
 }
