@@ -16,12 +16,13 @@ import (
 // peers apart. A numeric identity is the name of one Peer.
 type Peer struct {
 	Identity identity.Identity
-	// Block is the block of addresses in which the peer is seen: one of
-	// Repository.Blocks, or a single address. Rules on addresses mean the
-	// block as a whole: what only part of it may do is denied to all of it.
-	// Zero: not known, so no rule on addresses allows the peer anything, and
-	// each denies it what it would deny.
+	// Block is the block of addresses in which the peer is seen, and Holes the
+	// blocks within it in which it is not: one of Repository.Regions, or a
+	// single address. Rules on addresses mean all of it: what only part of it
+	// may do is denied to the whole. Zero: not known, so no rule on addresses
+	// allows the peer anything, and each denies it what it would deny.
 	Block netip.Prefix
+	Holes []netip.Prefix
 	// Node is the labels of the node, if the peer is one; nil: not known.
 	Node map[string]string
 	// Names are the DNS names that the peer's address was learnt from, in
@@ -101,7 +102,7 @@ func (b Block) validate() error {
 }
 
 func (b Block) selects(p Peer, _ *facts, doubt bool) bool {
-	return (b.Bound || p.isWorld()) && covers(b.Prefix, b.Except, p.Block, doubt)
+	return (b.Bound || p.isWorld()) && covers(b.Prefix, b.Except, p, doubt)
 }
 
 // isWorld reports whether nothing but its address says who the peer is.
@@ -109,19 +110,28 @@ func (p Peer) isWorld() bool { return p.Identity.Reserved == worldName }
 
 const worldName, hostName = "world", "host"
 
-// covers reports whether a block lies in prefix and outside the exceptions.
-// doubt is the answer for one of which only a part does, or that is not known.
-func covers(prefix netip.Prefix, except []netip.Prefix, block netip.Prefix, doubt bool) bool {
-	if !block.IsValid() {
+// covers reports whether where the peer is seen lies in prefix and outside the
+// exceptions. doubt is the answer if only a part does, or if it is not known.
+func covers(prefix netip.Prefix, except []netip.Prefix, p Peer, doubt bool) bool {
+	if !p.Block.IsValid() {
 		return doubt
 	}
-	if !prefix.Overlaps(block) || !doubt && block.Bits() < prefix.Bits() {
+	if !prefix.Overlaps(p.Block) {
 		return false
 	}
-	return !slices.ContainsFunc(except, func(e netip.Prefix) bool {
-		return e.Overlaps(block) && (!doubt || e.Bits() <= block.Bits())
+	hole := func(x netip.Prefix) bool { // it is not seen anywhere in x
+		return slices.ContainsFunc(p.Holes, func(h netip.Prefix) bool { return within(x, h) })
+	}
+	if doubt {
+		return !hole(prefix) && !slices.ContainsFunc(except, func(e netip.Prefix) bool { return within(p.Block, e) })
+	}
+	return within(p.Block, prefix) && !slices.ContainsFunc(except, func(e netip.Prefix) bool {
+		return e.Overlaps(p.Block) && (within(p.Block, e) || !hole(e))
 	})
 }
+
+// within reports whether all of x is in y.
+func within(x, y netip.Prefix) bool { return y.Overlaps(x) && y.Bits() <= x.Bits() }
 
 // BlockGroup is the blocks of a group of addresses that is an object of its
 // own (Repository.SetBlockGroup): the one of a name, or those that have
@@ -154,10 +164,10 @@ func (g BlockGroup) selects(p Peer, f *facts, doubt bool) bool {
 	}
 	if g.Name != "" {
 		group, known := f.groups[g.Name]
-		return !known && doubt || group.covers(g.Except, p.Block, doubt)
+		return !known && doubt || group.covers(g.Except, p, doubt)
 	}
 	for _, group := range f.groups {
-		if g.Labels.meets(labelsOf(group.labels)) && group.covers(g.Except, p.Block, doubt) {
+		if g.Labels.meets(labelsOf(group.labels)) && group.covers(g.Except, p, doubt) {
 			return true
 		}
 	}
@@ -170,8 +180,8 @@ type blockGroup struct {
 	blocks []netip.Prefix
 }
 
-func (g blockGroup) covers(except []netip.Prefix, block netip.Prefix, doubt bool) bool {
-	return slices.ContainsFunc(g.blocks, func(p netip.Prefix) bool { return covers(p, except, block, doubt) })
+func (g blockGroup) covers(except []netip.Prefix, peer Peer, doubt bool) bool {
+	return slices.ContainsFunc(g.blocks, func(p netip.Prefix) bool { return covers(p, except, peer, doubt) })
 }
 
 // Nodes selects nodes (this one and others) by their labels, as NodeLabel. An
@@ -241,7 +251,7 @@ type Backends struct {
 
 func (b Backends) selects(at ServiceName, p Peer, f *facts, doubt bool) bool {
 	if len(b.Selector) == 0 {
-		return p.isWorld() && slices.ContainsFunc(b.Blocks, func(x netip.Prefix) bool { return covers(x, nil, p.Block, doubt) })
+		return p.isWorld() && slices.ContainsFunc(b.Blocks, func(x netip.Prefix) bool { return covers(x, nil, p, doubt) })
 	}
 	s := Selector{InNamespace(at.Namespace)}
 	for k, v := range b.Selector {

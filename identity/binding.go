@@ -86,6 +86,13 @@ const (
 	EvidenceLocal = Evidence(abi.EvidenceLocal)
 )
 
+// Meets reports whether a binding known by e has what is demanded. Local
+// evidence is this node's own word for its own workload: stronger than any word
+// of another node's, and yet no proof by the workload's SVID.
+func (e Evidence) Meets(demand Evidence) bool {
+	return e >= demand && !(demand == EvidenceSVID && e == EvidenceLocal)
+}
+
 // String returns the word that the command line and flow records use.
 func (e Evidence) String() string { return abi.Evidence(e).String() }
 
