@@ -111,6 +111,9 @@ enum pc_endpoint_flag {
 	 * closed gate are dropped. A change of this flag needs a new policy set. */
 	PC_EP_AUDIT = 16,
 	PC_EP_FORWARDS = 32, /* it also sends and receives under the addresses in `sources` */
+	/* What its own node sends it passes, whatever policy does not allow: only
+	 * DENY drops it. Who else calls a port fares as without this flag. */
+	PC_EP_ADMIT_HOST = 64,
 };
 
 /* Map `endpoints`: ifindex (u32) of the host side of the veth -> this.
@@ -163,9 +166,11 @@ struct pc_binding {
 	__u32 pad;
 };
 
-/* Map `slots`: array, mmapable. All but `lease` is written before `stamp` is
- * published and never again while it stands; revoking is one aligned 8-byte
- * store of 0 to `stamp` (I1, I2). A slot counts only for a packet whose peer
+/* Map `slots`: array, mmapable. All but `lease` and `identity` is written before
+ * `stamp` is published and never again while it stands; revoking is one aligned
+ * 8-byte store of 0 to `stamp` (I1, I2). `identity` is stored in place when
+ * policies begin or cease to tell the address from others: another number that
+ * says something true of the same binding, so its flows live on. A slot counts only for a packet whose peer
  * is `ip` and whose stamp, taken from a binding or a judgement, is `stamp`.
  * An emptied slot is not filled again for a second: on a CPU that reorders
  * loads, a program's second read of the stamp then still comes before the new
@@ -175,9 +180,10 @@ struct pc_slot {
 	struct pc_addr ip;
 	__u64 installed;    /* BOOTTIME of the installation */
 	__u64 generation;
-	__u32 identity;	    /* numeric */
-	__u32 lease;	    /* index into `leases`; the one word stored in place */
-	__u32 ifindex;	    /* of a local endpoint's veth; 0: remote, must enter by an uplink */
+	__u32 identity;	    /* numeric; stored in place by one aligned store */
+	__u32 lease;	    /* index into `leases`; stored in place likewise */
+	__u32 ifindex;	    /* of a local endpoint's veth; 0: remote, must enter by an uplink; or,
+			     * with PC_LEASE_LOCAL, an address of this node itself */
 	__u8 evidence;	    /* enum pc_evidence */
 	__u8 pad[3];
 	__u64 pad2;	    /* to a cache line */
@@ -214,6 +220,9 @@ struct pc_range_key {
 	struct pc_addr addr;
 } __attribute__((packed));
 
+/* A number stands for a region of addresses: a prefix without some longer ones.
+ * User space puts longer prefixes first and removes shorter ones first, so that
+ * an address has at no time a number of a region that it is not in. */
 enum pc_range_flag {
 	PC_RANGE_KNOWN = 1, /* an IP in it needs a binding; never world (I5) */
 	PC_RANGE_HOLDABLE = 2, /* and it has an owner who can be asked */
@@ -248,7 +257,11 @@ struct pc_range {
  * and `evidence` are those of the entry that decides: peer's if it has DENY or
  * ALLOW, else any's. A peer known by its range only (world, CIDR identities)
  * has evidence none: it satisfies the default, and nothing that asks for more
- * by number.
+ * by number. Evidence local is no svid: it satisfies every demand but that.
+ *
+ * A number is given to another identity or region no sooner than a second after
+ * the last slot or range ceased to name it, and its entries stay that long: a
+ * program may look it up that long after it has read it.
  */
 struct pc_policy_key {
 	__u32 prefixlen;   /* 72: all protocols; 80: one protocol; 80 + n: n bits of its port */

@@ -62,6 +62,7 @@ const (
 	EPStrictTcp      EndpointFlag = 8
 	EPAudit          EndpointFlag = 16
 	EPForwards       EndpointFlag = 32
+	EPAdmitHost      EndpointFlag = 64
 )
 
 // EndpointState is enum pc_endpoint_state.

@@ -106,7 +106,7 @@ inline_always int nd_to_link(struct __sk_buff *skb, struct pc_life *l)
 	peer_identify(skb, l);
 	if (l->peer.kind == PEER_BOUND) {
 		s = slot_find(l->peer.slot, l->peer.stamp);
-		return s && (l->peer.identity == PC_ID_HOST || READ_ONCE(s->ifindex));
+		return s && (l->peer.host || READ_ONCE(s->ifindex));
 	}
 	return l->peer.kind == PEER_MISSING && !l->peer.holdable;
 }

@@ -73,11 +73,18 @@ inline_always int from_uplink(struct __sk_buff *skb, const struct pc_life *l)
 	return l->reinjected || (ifindex && bpf_map_lookup_elem(&uplinks, &ifindex));
 }
 
+/* Is the slot of an address of this node's own? Its number does not say, for
+ * policies may tell the node's addresses apart. */
+inline_always int slot_is_host(__u32 lease, __u32 ifindex)
+{
+	return lease == PC_LEASE_LOCAL && !ifindex;
+}
+
 /* A source address proves nothing by itself: did the packet come from where
  * the slot's holder is? (to_workload only) */
-inline_always int slot_origin(struct __sk_buff *skb, const struct pc_life *l, __u32 identity, __u32 ifindex)
+inline_always int slot_origin(struct __sk_buff *skb, const struct pc_life *l, __u32 ifindex)
 {
-	if (identity == PC_ID_HOST) {
+	if (l->peer.host) {
 		/* Only what this node generated itself is `host`. A forwarded
 		 * packet with the node's address (masquerade) is nobody's, and
 		 * re-injected packets look like local ones but are not. */
@@ -120,6 +127,7 @@ inline_always int peer_from_slot(struct pc_life *l, struct pc_slot *s, __u32 ind
 {
 	int live;
 
+	l->peer.host = 0;
 	l->peer.slot = index;
 	l->peer.stamp = stamp;
 	l->peer.identity = READ_ONCE(s->identity);
@@ -131,7 +139,7 @@ inline_always int peer_from_slot(struct pc_life *l, struct pc_slot *s, __u32 ind
 /* A packet with a node's address that it does not come from, or with a local
  * endpoint's that came in by another device: who marked it? `how`: what it is
  * without a mark. */
-inline_always int peer_by_mark(struct __sk_buff *skb, struct pc_life *l, __u32 identity, __u32 ifindex, int how)
+inline_always int peer_by_mark(struct __sk_buff *skb, struct pc_life *l, __u32 ifindex, int how)
 {
 	__u32 mark = mark_of(skb), index;
 	const struct pc_endpoint *ep;
@@ -145,7 +153,7 @@ inline_always int peer_by_mark(struct __sk_buff *skb, struct pc_life *l, __u32 i
 	ep = mark_sender(mark);
 	if (!ep)
 		return how;
-	if (identity != PC_ID_HOST)
+	if (!l->peer.host)
 		return ifindex && READ_ONCE(ep->ifindex) == ifindex ? PEER_BOUND : how;
 	/* A reply keeps the binding that was called. */
 	if (!(l->how & CT_FORWARD))
@@ -229,13 +237,15 @@ inline_always int peer_look_up(struct __sk_buff *skb, struct pc_life *l)
 	peer->identity = READ_ONCE(s->identity);
 	peer->evidence = READ_ONCE(s->evidence);
 	ifindex = READ_ONCE(s->ifindex);
-	live = lease_live(READ_ONCE(s->lease), l->now);
+	live = READ_ONCE(s->lease);
+	peer->host = slot_is_host(live, ifindex);
+	live = lease_live(live, l->now);
 	if (!slot_still(s, peer->stamp))
 		return PEER_CHANGED;
 	if (l->dir == PC_DIR_INGRESS) {
-		origin = slot_origin(skb, l, peer->identity, ifindex);
+		origin = slot_origin(skb, l, ifindex);
 		if (origin != PEER_BOUND && endpoint_mark_mask) {
-			origin = peer_by_mark(skb, l, peer->identity, ifindex, origin);
+			origin = peer_by_mark(skb, l, ifindex, origin);
 			if (peer->mark)
 				return origin;
 		}
@@ -259,6 +269,7 @@ separate int peer_identify(struct __sk_buff *skb, struct pc_life *l)
 	l->peer.kind = kind;
 	if (kind == PEER_BOUND)
 		return kind;
+	l->peer.host = 0;
 	l->peer.evidence = PC_EVIDENCE_NONE;
 	if (kind != PEER_RANGE)
 		l->peer.identity = PC_ID_UNKNOWN;

@@ -75,7 +75,7 @@ separate int judge_anew(struct __sk_buff *skb, struct pc_life *l)
 		return PC_REASON_NO_ENDPOINT;
 
 	/* Another binding than before, and allowed by itself: another flow. */
-	restart = known && forward && j->stamp && !l->no_evidence && j->stamp != l->peer.stamp;
+	restart = known && forward && j->stamp && l->peer.kind && j->stamp != l->peer.stamp;
 	if (!known || restart) {
 		l->flow = PC_FLOW_NEW;
 		l->report = 1;
@@ -99,7 +99,7 @@ separate int judge_anew(struct __sk_buff *skb, struct pc_life *l)
 	if (reason) {
 		j->flags |= PC_JUDGED_AUDIT;
 		j->evidence = reason;
-	} else if (!l->no_evidence) {
+	} else if (l->peer.kind) { /* it was asked who the peer is, and so it counts */
 		j->slot = l->peer.slot;
 		if (l->peer.mark) {
 			j->flags |= PC_JUDGED_BY_MARK;

@@ -23,6 +23,7 @@ struct pc_peer {
 	__u8 kind;     /* enum pc_peer_kind */
 	__u8 evidence; /* enum pc_evidence */
 	__u8 holdable; /* its owner can be asked */
+	__u8 host;     /* bound: it is this node itself */
 	__u16 mark;    /* it is not who its address says, but this endpoint */
 };
 

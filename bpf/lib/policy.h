@@ -46,12 +46,45 @@ inline_always struct pc_entry policy_entry(__u32 set, __u32 identity, int dir, _
 	return e;
 }
 
+/* Is the binding known well enough? A local one is known by this node's own
+ * word: that is no proof by the workload's SVID. */
+inline_always int evidence_meets(__u8 have, __u8 need)
+{
+	return have >= need && !(need == PC_EVIDENCE_SVID && have == PC_EVIDENCE_LOCAL);
+}
+
+/* PC_EP_ADMIT_HOST: can the flow have come from the endpoint's own node? Asked
+ * before its peer is looked for, so that nobody else's packet costs that. A
+ * reply is one if its flow was judged as the node's. */
+inline_always int host_possible(const struct __sk_buff *skb, const struct pc_life *l, int dir)
+{
+	if (dir != PC_DIR_INGRESS || !(l->ep_flags & PC_EP_ADMIT_HOST))
+		return 0;
+	if (l->dir == PC_DIR_INGRESS)
+		return !skb->ingress_ifindex && !l->reinjected;
+	return !!l->expect;
+}
+
+/* The peer is known: does its packet come from the endpoint's own node? */
+inline_always int host_admitted(const struct __sk_buff *skb, const struct pc_life *l, int dir)
+{
+	return l->peer.host && (!l->expect || l->peer.stamp == l->expect) && host_possible(skb, l, dir);
+}
+
+inline_always int needs_peer(__u8 flags)
+{
+	return flags & (PC_POLICY_ALLOW | PC_POLICY_PEER_ALLOW);
+}
+
 /* The decision of abi.h, "policy". Sets l->rule, l->no_evidence, l->need.
- * NONE: the endpoint's policy lets the flow pass for this peer. */
+ * NONE: the endpoint's policy lets the flow pass for this peer. Of the entry for
+ * everybody what is still asked for after the peer was looked for lies in l: the
+ * stack is full. */
 inline_always int policy_judge(struct __sk_buff *skb, struct pc_life *l, int dir, int forward)
 {
 	__u16 port = policy_port(&l->p, forward);
 	struct pc_entry any, peer;
+	__u8 flags;
 
 	l->need = PC_EVIDENCE_NONE;
 	if (!endpoint_enforces(l, dir)) {
@@ -59,21 +92,21 @@ inline_always int policy_judge(struct __sk_buff *skb, struct pc_life *l, int dir
 		return PC_REASON_NONE;
 	}
 	any = policy_entry(l->policy, PC_ID_ANY, dir, l->p.proto, port);
+	flags = any.flags;
 	l->rule = any.rule;
-	if (any.flags & PC_POLICY_DENY) {
-		l->no_evidence = 1;
+	l->need = any.evidence;
+	l->no_evidence = 1;
+	if (flags & PC_POLICY_DENY)
 		return PC_REASON_POLICY_DENIED;
-	}
-	if ((any.flags & PC_POLICY_ALLOW) && !(any.flags & PC_POLICY_PEER_DENY) && !any.evidence) {
-		l->no_evidence = 1;
+	if ((flags & PC_POLICY_ALLOW) && !(flags & PC_POLICY_PEER_DENY) && !l->need)
 		return PC_REASON_NONE;
-	}
-	if (!(any.flags & (PC_POLICY_ALLOW | PC_POLICY_PEER_ALLOW))) {
-		l->no_evidence = 1;
+	if (!needs_peer(flags) && !host_possible(skb, l, dir))
 		return PC_REASON_POLICY_DENIED;
-	}
 
 	peer_identify(skb, l);
+	if (!needs_peer(flags) && !host_admitted(skb, l, dir))
+		return PC_REASON_POLICY_DENIED;
+	l->no_evidence = !needs_peer(flags);
 	/* I4: a reply counts only from the binding to which the flow was
 	 * opened, even if the new one would be allowed too. */
 	if (l->expect && l->peer.kind != PEER_SPOOFED && l->peer.kind != PEER_NOBODY &&
@@ -96,20 +129,31 @@ inline_always int policy_judge(struct __sk_buff *skb, struct pc_life *l, int dir
 	}
 	peer = policy_entry(l->policy, l->peer.identity, dir, l->p.proto, port);
 	if (peer.flags & PC_POLICY_DENY) {
-		l->rule = peer.rule;
+		if (needs_peer(flags))
+			l->rule = peer.rule;
 		return PC_REASON_POLICY_DENIED;
 	}
-	if (peer.flags & PC_POLICY_ALLOW)
-		any = peer;
-	else if (!(any.flags & PC_POLICY_ALLOW))
-		return PC_REASON_POLICY_DENIED;
-	l->rule = any.rule;
-	l->need = any.evidence;
+	if (peer.flags & PC_POLICY_ALLOW) {
+		l->rule = peer.rule;
+		l->need = peer.evidence;
+	} else if (!(flags & PC_POLICY_ALLOW)) {
+		if (!host_admitted(skb, l, dir))
+			return PC_REASON_POLICY_DENIED;
+		l->rule = 0;
+	}
+	if (host_admitted(skb, l, dir)) {
+		/* Where the packet came in says that it is the node's own: no
+		 * lease stands for it. Its judgement is bound to the node's
+		 * address all the same. */
+		l->no_evidence = 1;
+		l->need = PC_EVIDENCE_NONE;
+		return PC_REASON_NONE;
+	}
 	/* A range is a fact of configuration, not of a binding: the default
 	 * strength does not apply to it, one that is asked for by number does. */
 	if (!l->need && l->peer.kind == PEER_BOUND)
 		l->need = default_evidence;
-	return l->peer.evidence < l->need ? PC_REASON_EVIDENCE_TOO_WEAK : PC_REASON_NONE;
+	return evidence_meets(l->peer.evidence, l->need) ? PC_REASON_NONE : PC_REASON_EVIDENCE_TOO_WEAK;
 }
 
 #endif
