@@ -54,6 +54,20 @@ func (l *loop) adoptSlots() error {
 	for _, w := range l.stored {
 		known[w.identity.Hash()] = w.identity
 	}
+	numbers := map[identity.Numeric]bool{}
+	for _, s := range l.dp.Slots() {
+		numbers[identity.Numeric(s.Identity)] = true
+	}
+	there, err := l.dp.Ranges()
+	if err != nil {
+		return err
+	}
+	for _, r := range there {
+		numbers[identity.Numeric(r.Identity)] = true
+	}
+	if err := l.store.loadRegions(func(n identity.Numeric) bool { return numbers[n] }); err != nil {
+		return err
+	}
 	for i, s := range l.dp.Slots() {
 		id, ok := known[s.Cold.IdentityHash]
 		named := ports[holderOf(s)]
@@ -64,6 +78,7 @@ func (l *loop) adoptSlots() error {
 			if err := l.dp.ZeroSlot(i, s.Stamp, datapath.AddrFrom(s.IP)); err != nil {
 				return err
 			}
+			l.ids.Reserve(identity.Numeric(s.Identity), int64(l.now()))
 			l.log.Info("a binding of an earlier agent is not taken over", zap.Stringer("ip", datapath.AddrFrom(s.IP)))
 		}
 	}
@@ -83,7 +98,8 @@ func (l *loop) forgetStrangers() {
 		wanted[e.Hash] = true
 		holders[holder{e.Binding.Owner, e.Binding.UID}] = true
 	}
-	if err := l.store.forget(func(h identity.Hash) bool { return wanted[h] }, func(of holder) bool { return holders[of] }); err != nil {
+	if err := l.store.forget(func(h identity.Hash) bool { return wanted[h] }, func(of holder) bool { return holders[of] },
+		func(n identity.Numeric) bool { _, ok := l.ids.Lookup(n); return ok }); err != nil {
 		l.log.Warn("rewrite what is remembered of remote workloads", zap.Error(err))
 		return
 	}
@@ -103,13 +119,13 @@ func (l *loop) adoptSlot(slot uint32, s datapath.Slot, id identity.Identity, por
 		return fmt.Errorf("slot %d: %s does not speak for its IP any more", slot, owner)
 	}
 	n := identity.Numeric(s.Identity)
-	if err := l.ids.Restore(n, id); err != nil {
+	if err := l.ids.Restore(n, id, l.store.region(n, id.Hash())); err != nil {
 		return err
 	}
 	b := identity.Binding{IP: datapath.AddrFrom(s.IP), Generation: identity.Generation(s.Generation), UID: s.Cold.UID, Identity: id, Owner: cString(s.Cold.Owner[:]), Ports: ports}
 	if err := l.table.Restore(ipcache.Entry{Slot: slot, Stamp: s.Stamp, Lease: s.Lease, Binding: b, Hash: id.Hash(),
 		OwnerBoot: s.Cold.OwnerBoot, Evidence: identity.Evidence(s.Evidence)}); err != nil {
-		l.ids.Release(n)
+		l.release(n)
 		return err
 	}
 	l.names.addIdentity(n, id)
@@ -210,7 +226,7 @@ func (l *loop) adoptEndpoint(w workload, ep abi.Endpoint) error {
 		l.alarms.raise("policies-lost", fmt.Sprintf("%s is under policy in the kernel, and no policy in %s selects it: %s", e.fullName(), l.cfg.StateDir, then))
 	}
 	var err error
-	if e.numeric, err = l.acquire(e.identity); err == nil {
+	if e.numeric, err = l.acquireIn(e.identity, identity.Region{}); err == nil {
 		err = l.compile(e)
 	}
 	if err != nil {
@@ -251,11 +267,11 @@ func (l *loop) underPolicy(e *endpoint) bool {
 }
 
 // localStands reports whether every binding of the endpoint is installed, and
-// under the endpoint's number.
+// under the endpoint's identity.
 func (l *loop) localStands(e *endpoint) bool {
 	return !slices.ContainsFunc(e.ips, func(ip netip.Addr) bool {
 		entry, ok := l.table.Get(ip)
-		return !ok || entry.Lease != ipcache.LeaseLocal || entry.Binding.UID != e.uid || entry.Binding.Generation != e.generation || l.numerics[entry.Stamp] != e.numeric
+		return !ok || entry.Lease != ipcache.LeaseLocal || entry.Binding.UID != e.uid || entry.Binding.Generation != e.generation || !entry.Binding.Identity.Equal(e.identity)
 	})
 }
 

@@ -26,6 +26,16 @@ const (
 	ModeLease   Mode = "lease"
 )
 
+// LocalHost is whether a node reaches its own workloads, as the kubelet's probes
+// must.
+type LocalHost string
+
+// The kinds.
+const (
+	LocalHostAlways LocalHost = "always" // unless a policy denies it
+	LocalHostPolicy LocalHost = "policy" // where policies allow it
+)
+
 // Peer is another node: a hint of whom to ask for an IP, and what that node
 // may speak for. It grants nothing by itself.
 type Peer struct {
@@ -63,6 +73,8 @@ type Config struct {
 	Enforce   authz.Enforcement            // how far policy is enforced
 	EnforceIn map[string]authz.Enforcement // in a namespace, otherwise than Enforce says
 
+	AllowLocalHost LocalHost // whether the node reaches its own workloads
+
 	Relabel lease.RelabelMode // when a relabelled workload has its IPs again
 
 	TTL         time.Duration
@@ -96,7 +108,7 @@ func Default() Config {
 	return Config{
 		APISocket: "/run/portcullis/agent.sock", PinDir: "/sys/fs/bpf/portcullis", JournalDir: "/run/portcullis/journal",
 		StateDir: "/var/lib/portcullis",
-		AuditLog: "/var/log/portcullis/confirmations.jsonl", Evidence: ModeLease,
+		AuditLog: "/var/log/portcullis/confirmations.jsonl", Evidence: ModeLease, AllowLocalHost: LocalHostAlways,
 		TTL: 30 * time.Second, Heartbeat: 5 * time.Second, ReuseMargin: time.Second, AddWait: 3 * time.Second,
 		HoldTimeout: time.Second, IdleBinding: 5 * time.Minute,
 		HoldPerEndpoint: 64, HoldPerSource: 16, HoldTotal: 4096, Bindings: 65536, Conntrack: 131072,
@@ -154,6 +166,9 @@ func (c *Config) Validate() error {
 		}
 	default:
 		bad("--evidence %q: want lease, or classic", c.Evidence)
+	}
+	if c.AllowLocalHost != LocalHostAlways && c.AllowLocalHost != LocalHostPolicy {
+		bad("--allow-local-host %q: want always, or policy", c.AllowLocalHost)
 	}
 	if c.Relabel == lease.RelabelStrict && c.Evidence == ModeClassic {
 		bad("--relabel=strict has no leases to wait for with --evidence=classic: leave it out")

@@ -141,7 +141,7 @@ func (l *loop) hold(e *endpoint) {
 // enforce gives the programs on the device the endpoint and its policy, before
 // anything waits: from here on its packets are judged as its own.
 func (l *loop) enforce(e *endpoint) error {
-	numeric, err := l.acquire(e.identity)
+	numeric, err := l.acquireIn(e.identity, identity.Region{})
 	if err != nil {
 		return err
 	}
@@ -171,11 +171,13 @@ func (l *loop) enforce(e *endpoint) error {
 
 // meaning compiles the endpoint's policy.
 func (l *loop) meaning(e *endpoint) authz.Set {
-	set := l.repo.Compile(e.identity, authz.Peers(l.ids.All), e.ports...)
+	set := l.repo.Compile(e.identity, authz.PeersIn(l.ids.All, l.ids.Region), e.ports...)
 	if l.neverEnforced(e) {
 		return set // never means never; the alarm about lost policies stands
 	}
-	// Enforced without an entry is denied.
+	// Enforced without an entry is denied, to the node too: what denied it
+	// something may be lost.
+	set.LocalHost = set.LocalHost && e.lost&uint32(abi.EPEnforceIngress) == 0
 	set.EnforceIngress = set.EnforceIngress || e.lost&uint32(abi.EPEnforceIngress) != 0
 	set.EnforceEgress = set.EnforceEgress || e.lost&uint32(abi.EPEnforceEgress) != 0
 	return set
@@ -262,6 +264,9 @@ func (e *endpoint) abi() abi.Endpoint {
 	}
 	if len(e.sources) > 0 {
 		ep.Flags |= uint32(abi.EPForwards)
+	}
+	if e.policy.set.LocalHost {
+		ep.Flags |= uint32(abi.EPAdmitHost)
 	}
 	if e.policy.set.Audit {
 		ep.Flags |= uint32(abi.EPAudit)

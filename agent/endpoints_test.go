@@ -167,7 +167,15 @@ func TestDeregister(t *testing.T) {
 	if users := l.ids.Users(first.numeric); users != 0 {
 		t.Errorf("%d users of a number that nobody has", users)
 	}
-	if _, ok := l.ids.Lookup(identity.Numeric(first.numeric)); ok {
+	// The number rests, with what policy says of it, and then it is free.
+	l.dropNumbers()
+	if _, ok := l.ids.Lookup(first.numeric); !ok {
+		t.Error("its number is free at once")
+	}
+	l.ids.Acquire(first.identity)
+	l.ids.Release(first.numeric, int64(l.now())-int64(numberRest))
+	l.dropNumbers()
+	if _, ok := l.ids.Lookup(first.numeric); ok {
 		t.Error("its number still names it")
 	}
 }

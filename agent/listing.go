@@ -83,10 +83,13 @@ func (l *loop) endpointDetail(e *endpoint) string {
 
 func (l *loop) listIdentities(reserved bool) (out []*api.Identity) {
 	for n, id := range l.ids.All {
-		if id.Reserved != "" && !reserved {
+		if id.Reserved != "" && !reserved || l.ids.Users(n) == 0 {
 			continue
 		}
 		m := identityMessage(n, id)
+		if in := l.ids.Region(n); !in.IsZero() {
+			m.Text += " in " + in.String()
+		}
 		m.Users = uint32(l.ids.Users(n))
 		out = append(out, m)
 	}
@@ -120,9 +123,7 @@ func (l *loop) bindingMessage(e ipcache.Entry, now lease.Time, grants []*api.Gra
 		m.Local = true
 		m.Mode = string(l.cfg.Evidence)
 		if ep := l.byIP[b.IP]; ep != nil {
-			m.Workload.Namespace, m.Workload.Name, n = ep.namespace, ep.name, ep.numeric
-		} else {
-			n = identity.NumHost
+			m.Workload.Namespace, m.Workload.Name = ep.namespace, ep.name
 		}
 	case ipcache.LeaseClassic:
 		m.Mode = string(ModeClassic)
@@ -140,18 +141,23 @@ func (l *loop) bindingMessage(e ipcache.Entry, now lease.Time, grants []*api.Gra
 	return m
 }
 
-func (l *loop) policyMessage(p *authz.Policy, source bool) *api.Policy {
-	m := &api.Policy{Ref: api.FromRef(p.Ref), File: l.policyFiles[p.Ref].name}
-	if at := l.policyFiles[p.Ref].at; !at.IsZero() {
+// policyMessage tells of a policy; of a group, as of the policies that name it.
+func (l *loop) policyMessage(o api.Object, source bool) *api.Policy {
+	m := &api.Policy{Ref: api.FromRef(o.Ref), File: o.File}
+	if at := l.policyFiles[o.Ref].at; !at.IsZero() {
 		m.Imported = timestamppb.New(at)
 	}
+	policies := []*authz.Policy{o.Policy}
+	if o.Group != nil {
+		policies = slices.DeleteFunc(l.repo.List(), func(p *authz.Policy) bool { return !p.Names(o.Group) })
+	}
 	for _, e := range l.endpoints {
-		if l.repo.Selects(p, e.identity) {
+		if slices.ContainsFunc(policies, func(p *authz.Policy) bool { return l.repo.Selects(p, e.identity) }) {
 			m.Endpoints++
 		}
 	}
 	if source {
-		m.Source = p.Source
+		m.Source = o.Source
 	}
 	return m
 }

@@ -29,7 +29,7 @@ func (l *loop) installLocal(b identity.Binding, ifindex uint32) error {
 		return err
 	}
 	// The slot is a user of the number: it has one as long as it stands.
-	n, err := l.acquire(b.Identity)
+	n, err := l.acquire(b.Identity, b.IP)
 	if err != nil {
 		l.table.Free(e.Slot)
 		return err
@@ -49,6 +49,7 @@ func (l *loop) installLocal(b identity.Binding, ifindex uint32) error {
 	}
 	l.numerics[e.Stamp] = n
 	l.installedAt[e.Stamp] = l.now()
+	l.settled(n, b)
 	return nil
 }
 

@@ -68,10 +68,11 @@ type loop struct {
 	retryClose      map[identity.UID]bool // gates that could not be closed
 	leaving         bool                  // this agent is about to be replaced
 	retryPolicies   bool                  // an end of named ports that could not be applied
-	retryRelease    []identity.Numeric    // numbers whose entries could not be removed
 	nodeUIDs        map[identity.UID]netip.Addr
 	numerics        map[uint64]identity.Numeric // stamp -> the number that its slot speaks of
-	policyFiles     map[authz.Ref]importedFile
+	policyFiles     map[authz.Ref]importedFile  // of groups, too
+	groups          map[authz.Ref]*authz.Group
+	regions         regions
 
 	installedAt map[uint64]lease.Time // stamp -> when
 
@@ -145,11 +146,7 @@ func (l *loop) retry() {
 	for uid := range l.retryClose {
 		l.closeEndpoint(uid)
 	}
-	again := l.retryRelease
-	l.retryRelease = nil
-	for _, n := range again {
-		l.release(n)
-	}
+	l.dropNumbers()
 	if l.retryPolicies && l.applyPolicies() == nil {
 		l.retryPolicies = false
 		l.alarms.clear("policy-not-applied")

@@ -146,7 +146,7 @@ func (l *loop) write(w lease.Write) error {
 // install publishes a remote binding: the policy for its identity first, then
 // the slot, then the IP.
 func (l *loop) install(w lease.Install) error {
-	n, err := l.acquire(w.Binding.Identity)
+	n, err := l.acquire(w.Binding.Identity, w.Binding.IP)
 	if err != nil {
 		return err
 	}
@@ -171,6 +171,7 @@ func (l *loop) install(w lease.Install) error {
 	}
 	l.numerics[w.Stamp] = n
 	l.installedAt[w.Stamp] = l.now()
+	l.settled(n, w.Binding)
 	return nil
 }
 

@@ -3,6 +3,10 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -11,54 +15,6 @@ import (
 	"portcullis/bpf/abi"
 	"portcullis/identity"
 )
-
-// acquire returns the number of an identity. A number that was not in use
-// reaches every policy set first: nothing is ever published under a number
-// that policy does not know.
-func (l *loop) acquire(id identity.Identity) (identity.Numeric, error) {
-	n, fresh := l.ids.Acquire(id)
-	if !fresh {
-		return n, nil
-	}
-	for _, e := range l.endpoints {
-		entries := withSet(e.policy.set.AddPeer(n, authz.Peer{Identity: id}), e.policy.id)
-		if err := l.dp.PutPolicy(e.policy.id, entries); err != nil {
-			l.release(n)
-			return 0, fmt.Errorf("%w policy for identity %s: %w", errKernelRefuse, id, err)
-		}
-	}
-	l.names.addIdentity(n, id)
-	return n, nil
-}
-
-// release gives up one use of a number. With the last one its entries leave
-// every policy set first: only then may the number be given away again, since
-// a stale entry would admit whoever gets it. While one cannot be removed the
-// number stays in use, and is released again later.
-func (l *loop) release(n identity.Numeric) {
-	id, ok := l.ids.Lookup(n)
-	if !ok || id.Reserved != "" {
-		return
-	}
-	if l.ids.Users(n) > 1 {
-		l.ids.Release(n)
-		return
-	}
-	for _, e := range l.endpoints {
-		keys := e.policy.set.RemovePeer(n)
-		for i := range keys {
-			keys[i].Set = e.policy.id
-		}
-		if err := l.dp.DeletePolicy(keys); err != nil {
-			e.policy.set.AddPeer(n, authz.Peer{Identity: id}) // as it may stand in the kernel
-			l.retryRelease = append(l.retryRelease, n)
-			l.log.Warn("remove policy of an unused identity, to be tried again", zap.Stringer("identity", id), zap.Error(err))
-			return
-		}
-	}
-	l.ids.Release(n)
-	l.names.removeIdentity(n)
-}
 
 // addPorts tells policy which named ports the binding under a stamp brings.
 // Sets that this changes are switched before the binding is published.
@@ -101,17 +57,17 @@ func (l *loop) forgetPolicy(e *endpoint) {
 	}
 }
 
-// importPolicies adds or replaces policies, all or none: every endpoint's new
-// set is in the kernel before the first endpoint is switched to it, and the
-// repository goes back to what it was when one does not fit. They are stored
-// first: a policy that a restart would forget must not be counted on.
-func (l *loop) importPolicies(parsed []api.ParsedPolicy, st *staged) (replaced map[authz.Ref]bool, err error) {
+// importPolicies adds or replaces policies and groups of addresses, all or none:
+// every endpoint's new set is in the kernel before the first endpoint is switched
+// to it, and the repository goes back to what it was when one does not fit. They
+// are stored first: a policy that a restart would forget must not be counted on.
+func (l *loop) importPolicies(parsed []api.Object, st *staged) (replaced map[authz.Ref]bool, err error) {
 	undo := l.changePolicies()
 	replaced = map[authz.Ref]bool{}
-	for _, p := range parsed {
-		replaced[p.Ref] = undo.remember(p.Ref)
-		if err = l.store.putStaged(api.FromRef(p.Ref).Ref(), st); err == nil {
-			err = l.usePolicy(p.Policy, importedFile{name: p.File, at: st.at})
+	for _, o := range parsed {
+		replaced[o.Ref] = undo.remember(o.Ref)
+		if err = l.store.putStaged(api.FromRef(o.Ref).Ref(), st); err == nil {
+			err = l.use(o, st.at)
 		}
 		if err != nil {
 			break
@@ -134,20 +90,21 @@ func (l *loop) importPolicies(parsed []api.ParsedPolicy, st *staged) (replaced m
 	return replaced, nil
 }
 
-// deletePolicies removes policies, all or none.
+// deletePolicies removes policies and groups of addresses, all or none.
 func (l *loop) deletePolicies(refs []authz.Ref) error {
 	undo := l.changePolicies()
-	for e := range undo.lost {
-		e.lost = 0 // what is in force after it is meant, whatever was lost before
-	}
 	for _, ref := range refs {
 		undo.remember(ref)
-		l.repo.Delete(ref)
+		if l.forget(ref) {
+			for e := range undo.lost {
+				e.lost = 0 // what is in force after it is meant, whatever was lost before
+			}
+		}
 	}
 	err := l.applyPolicies()
 	for _, ref := range refs {
 		if err == nil {
-			err = l.removePolicy(ref)
+			err = l.remove(ref)
 		}
 	}
 	if err != nil {
@@ -157,26 +114,67 @@ func (l *loop) deletePolicies(refs []authz.Ref) error {
 	return nil
 }
 
-// putBack stores a policy that stood before, and puts it into the repository.
-func (l *loop) putBack(p *authz.Policy, f importedFile) error {
-	if err := l.store.putPolicy(api.FromRef(p.Ref).Ref(), policyRecord{File: f.name, Imported: f.at, Source: p.Source}); err != nil {
-		return err
+// object returns what stands under a name; false: nothing does.
+func (l *loop) object(ref authz.Ref) (api.Object, bool) {
+	o := api.Object{Ref: ref, File: l.policyFiles[ref].name}
+	if o.Policy = l.repo.Get(ref); o.Policy != nil {
+		o.Source = o.Policy.Source
+		return o, true
 	}
-	return l.usePolicy(p, f)
+	if o.Group = l.groups[ref]; o.Group != nil {
+		o.Source = o.Group.Source
+		return o, true
+	}
+	return o, false
 }
 
-// usePolicy puts a policy that is stored into the repository.
-func (l *loop) usePolicy(p *authz.Policy, f importedFile) error {
-	if err := l.repo.Put(p); err != nil {
+// objects returns the names of all that was imported: policies, then groups.
+func (l *loop) objects() (refs []authz.Ref) {
+	for _, p := range l.repo.List() {
+		refs = append(refs, p.Ref)
+	}
+	return append(refs, slices.SortedFunc(maps.Keys(l.groups), func(a, b authz.Ref) int { return strings.Compare(a.Name, b.Name) })...)
+}
+
+// putBack stores what stood before, and puts it into the repository.
+func (l *loop) putBack(o api.Object, at time.Time) error {
+	if err := l.store.putPolicy(api.FromRef(o.Ref).Ref(), policyRecord{File: o.File, Imported: at, Source: o.Source}); err != nil {
 		return err
 	}
-	l.policyFiles[p.Ref] = f
+	return l.use(o, at)
+}
+
+// use puts into the repository what is stored.
+func (l *loop) use(o api.Object, at time.Time) error {
+	if o.Group != nil {
+		l.groups[o.Ref] = o.Group
+		l.repo.SetBlockGroup(o.Group.Name, o.Group.Labels, o.Group.Blocks)
+	} else {
+		// Who enforces obeys all of a policy or none of it.
+		if err := o.Policy.Enforceable(); err != nil {
+			return err
+		}
+		if err := l.repo.Put(o.Policy); err != nil {
+			return err
+		}
+	}
+	l.policyFiles[o.Ref] = importedFile{name: o.File, at: at}
 	return nil
 }
 
-// removePolicy is the opposite.
-func (l *loop) removePolicy(ref authz.Ref) error {
-	l.repo.Delete(ref)
+// forget takes it out of the repository, and reports whether it was a policy.
+func (l *loop) forget(ref authz.Ref) (policy bool) {
+	if l.groups[ref] != nil {
+		delete(l.groups, ref)
+		l.repo.DeleteBlockGroup(ref.Name)
+		return false
+	}
+	return l.repo.Delete(ref)
+}
+
+// remove is the opposite of putBack.
+func (l *loop) remove(ref authz.Ref) error {
+	l.forget(ref)
 	delete(l.policyFiles, ref)
 	return l.store.deletePolicy(api.FromRef(ref).Ref())
 }
@@ -185,9 +183,9 @@ func (l *loop) removePolicy(ref authz.Ref) error {
 type policyUndo struct {
 	l   *loop
 	old []struct {
-		ref    authz.Ref
-		policy *authz.Policy // nil: there was none
-		file   importedFile
+		api.Object
+		there bool
+		at    time.Time
 	}
 	lost map[*endpoint]uint32
 }
@@ -213,13 +211,13 @@ func (u *policyUndo) done() {
 
 // remember notes what stands, and reports whether anything does.
 func (u *policyUndo) remember(ref authz.Ref) bool {
-	p := u.l.repo.Get(ref)
+	o, there := u.l.object(ref)
 	u.old = append(u.old, struct {
-		ref    authz.Ref
-		policy *authz.Policy
-		file   importedFile
-	}{ref, p, u.l.policyFiles[ref]})
-	return p != nil
+		api.Object
+		there bool
+		at    time.Time
+	}{o, there, u.l.policyFiles[ref].at})
+	return there
 }
 
 // run restores what stood and returns why it had to.
@@ -229,10 +227,10 @@ func (u *policyUndo) run(why error) error {
 		e.lost = lost
 	}
 	for _, o := range u.old {
-		if o.policy == nil {
-			errs = append(errs, u.l.removePolicy(o.ref))
+		if o.there {
+			errs = append(errs, u.l.putBack(o.Object, o.at))
 		} else {
-			errs = append(errs, u.l.putBack(o.policy, o.file))
+			errs = append(errs, u.l.remove(o.Ref))
 		}
 	}
 	errs = append(errs, u.l.applyPolicies())
@@ -240,14 +238,20 @@ func (u *policyUndo) run(why error) error {
 }
 
 // applyPolicies compiles every endpoint's policy and switches those whose
-// policy changed. A switch is one update of the endpoint; it bumps the policy
-// epoch, so that live connections are judged again.
+// policy changed, and the numbers of peers that policies tell apart otherwise
+// than before (see regions.go). A switch is one update of the endpoint; it bumps
+// the policy epoch, so that live connections are judged again.
 func (l *loop) applyPolicies() error {
+	change, err := l.prepareRegions()
+	if err != nil {
+		return fmt.Errorf("nothing was changed: %w", err)
+	}
 	next, same := map[*endpoint]policySet{}, map[*endpoint]authz.Set{}
 	undo := func() {
 		for e, p := range next {
 			l.forgetPolicy(&endpoint{policy: p, workload: e.workload})
 		}
+		l.abandonRegions(change)
 	}
 	for _, e := range l.endpoints {
 		set := l.meaning(e)
@@ -266,6 +270,11 @@ func (l *loop) applyPolicies() error {
 		e.policy.set = set // peers to come may fare otherwise
 	}
 	var errs []error
+	if err := l.switchRegions(change); err != nil {
+		l.retryPolicies = true
+		l.alarms.raise("policy-not-applied", fmt.Sprintf("addresses are not told apart as policies do: %v", err))
+		errs = append(errs, err)
+	}
 	for e, p := range next {
 		old := e.policy
 		e.policy = p

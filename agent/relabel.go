@@ -87,7 +87,7 @@ func (l *loop) relabel(uid identity.UID, change func(*workload)) (*endpoint, err
 func (l *loop) prepare(next *endpoint) (err error) {
 	next.after = max(next.after, next.generation)
 	next.state, next.generation, next.detail = abi.EPQuarantined, 0, ""
-	if next.numeric, err = l.acquire(next.identity); err != nil {
+	if next.numeric, err = l.acquireIn(next.identity, identity.Region{}); err != nil {
 		return err
 	}
 	if err = l.compile(next); err == nil {

@@ -194,8 +194,9 @@ func (s *server) ImportPolicies(ctx context.Context, r *api.ImportPoliciesReques
 func (s *server) ListPolicies(ctx context.Context, r *api.ListPoliciesRequest) (*api.ListPoliciesResponse, error) {
 	resp := &api.ListPoliciesResponse{}
 	err := s.ask(ctx, func() error {
-		for _, p := range s.l.repo.List() {
-			resp.Policies = append(resp.Policies, s.l.policyMessage(p, r.Source))
+		for _, ref := range s.l.objects() {
+			o, _ := s.l.object(ref)
+			resp.Policies = append(resp.Policies, s.l.policyMessage(o, r.Source))
 		}
 		return nil
 	})
@@ -205,11 +206,9 @@ func (s *server) ListPolicies(ctx context.Context, r *api.ListPoliciesRequest) (
 func (s *server) GetPolicy(ctx context.Context, r *api.GetPolicyRequest) (*api.GetPolicyResponse, error) {
 	resp := &api.GetPolicyResponse{}
 	err := s.ask(ctx, func() error {
-		for _, p := range s.l.repo.List() {
-			if p.Ref == api.ToRef(r.Ref) {
-				resp.Policy = s.l.policyMessage(p, true)
-				return nil
-			}
+		if o, ok := s.l.object(api.ToRef(r.Ref)); ok {
+			resp.Policy = s.l.policyMessage(o, true)
+			return nil
 		}
 		return fmt.Errorf("policy %s: %w; `portcullis policy get` lists them", api.ToRef(r.Ref), errNotFound)
 	})
@@ -220,8 +219,8 @@ func (s *server) DeletePolicies(ctx context.Context, r *api.DeletePoliciesReques
 	resp := &api.DeletePoliciesResponse{}
 	err := s.ask(ctx, func() error {
 		have := map[authz.Ref]bool{}
-		for _, p := range s.l.repo.List() {
-			have[p.Ref] = true
+		for _, ref := range s.l.objects() {
+			have[ref] = true
 		}
 		var refs []authz.Ref
 		var missing []string

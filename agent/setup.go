@@ -38,7 +38,10 @@ func (l *loop) openKernel() (err error) {
 	if l.lostBefore, err = l.lostSoFar(); err != nil {
 		return err
 	}
-	if err := l.setRanges(); err != nil {
+	if err := l.keepRanges(); err != nil {
+		return err
+	}
+	if err := l.setUplinks(); err != nil {
 		return err
 	}
 	reinject, turn := l.dp.Marks()
@@ -47,28 +50,6 @@ func (l *loop) openKernel() (err error) {
 	}
 	l.holds = hold.NewQueue(hold.Limits{PerEndpoint: l.cfg.HoldPerEndpoint, PerSource: l.cfg.HoldPerSource, Total: l.cfg.HoldTotal, Timeout: l.cfg.HoldTimeout}, l.dp.ReleaseHold)
 	return nil
-}
-
-// setRanges tells the kernel which IPs need a binding (I5), for whose binding
-// there is somebody to ask, and by which devices other nodes' packets come in.
-func (l *loop) setRanges() error {
-	ranges := map[netip.Prefix]abi.Range{}
-	own := abi.Range{Flags: uint32(abi.RangeKnown)}
-	for _, p := range l.cfg.Ranges {
-		ranges[p] = own
-	}
-	for _, ip := range l.cfg.NodeIPs {
-		ranges[netip.PrefixFrom(ip, ip.BitLen())] = own
-	}
-	for _, peer := range l.cfg.Peers {
-		for _, p := range peer.allRanges() {
-			ranges[p] = abi.Range{Flags: uint32(abi.RangeKnown | abi.RangeHoldable)}
-		}
-	}
-	if err := l.dp.SetRanges(ranges); err != nil {
-		return err
-	}
-	return l.setUplinks()
 }
 
 // setUplinks tells the kernel by which devices other nodes' packets come in.
@@ -100,16 +81,16 @@ func (l *loop) refreshUplinks() {
 // loadPolicies puts what was imported before into the repository, before any
 // endpoint is compiled: without its policies a workload would be open.
 func (l *loop) loadPolicies() error {
-	policies, imported, err := l.store.loadPolicies()
+	objects, imported, err := l.store.loadPolicies()
 	if err != nil {
 		return err
 	}
-	for i, p := range policies {
-		if err := l.repo.Put(p.Policy); err != nil {
+	for i, o := range objects {
+		if err := l.use(o, imported[i]); err != nil {
 			return err
 		}
-		l.policyFiles[p.Ref] = importedFile{name: p.File, at: imported[i]}
 	}
+	l.regions.world, l.regions.bound = l.repo.Regions(false), l.repo.Regions(true)
 	return nil
 }
 
@@ -162,6 +143,9 @@ func (l *loop) restoreTable() (err error) {
 		return err
 	}
 	if err := l.adoptSlots(); err != nil {
+		return err
+	}
+	if err := l.adoptRanges(); err != nil {
 		return err
 	}
 	// An index that no slot names may have an old deadline, on which the next

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -32,9 +33,11 @@ type store struct {
 	identities string // file; a line per identity, appended
 	policies   string // directory; a file per policy
 	ports      string // file; a line per remote workload with named ports, appended
+	regions    string // file; a line per number that says where its bearers are, appended
 	known      map[identity.Hash]bool
 	knownPorts map[holder][]identity.NamedPort
-	appended   int // bytes of the two appended files since they were rewritten
+	knownIn    map[identity.Numeric]regionRecord
+	appended   int // bytes of the three appended files since they were rewritten
 	boot       identity.BootID
 }
 
@@ -79,7 +82,7 @@ type workloadRecord struct {
 	After     identity.Generation  `json:"after,omitzero"`
 }
 
-// policyRecord is an imported policy as it is stored.
+// policyRecord is an imported policy, or a group of addresses, as it is stored.
 type policyRecord struct {
 	File     string    `json:"file"`
 	Imported time.Time `json:"imported"`
@@ -89,7 +92,8 @@ type policyRecord struct {
 func openStore(journalDir, stateDir string, boot identity.BootID) (*store, error) {
 	s := &store{workloads: filepath.Join(journalDir, "workloads"), identities: filepath.Join(journalDir, "identities"),
 		policies: filepath.Join(stateDir, "policies"), known: map[identity.Hash]bool{}, boot: boot,
-		ports: filepath.Join(journalDir, "ports"), knownPorts: map[holder][]identity.NamedPort{}}
+		ports: filepath.Join(journalDir, "ports"), knownPorts: map[holder][]identity.NamedPort{},
+		regions: filepath.Join(journalDir, "regions"), knownIn: map[identity.Numeric]regionRecord{}}
 	for _, dir := range []string{s.workloads, s.policies} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("store: %w", err)
@@ -208,16 +212,79 @@ func (s *store) loadPorts(keep func(holder) bool) (map[holder][]identity.NamedPo
 	return out, nil
 }
 
+// regionRecord is what is stored of a number that means an identity in a region
+// only.
+type regionRecord struct {
+	Number identity.Numeric `json:"number"`
+	Hash   string           `json:"identity"`
+	In     identity.Region  `json:"in,omitzero"`
+}
+
+// putRegion remembers what a number says of where its bearers are, before the
+// number is in the kernel's maps, which keep nothing of that. The last that was
+// put counts: numbers are given again.
+func (s *store) putRegion(n identity.Numeric, id identity.Identity, in identity.Region) error {
+	h := id.Hash()
+	r := regionRecord{Number: n, Hash: hex.EncodeToString(h[:]), In: in}
+	old, ok := s.knownIn[n]
+	if !ok && in.IsZero() || ok && old.Hash == r.Hash && old.In.Equal(in) {
+		return nil
+	}
+	if err := s.appendLine(s.regions, r); err != nil {
+		return err
+	}
+	s.knownIn[n] = r
+	return nil
+}
+
+// region returns where the bearers of an identity's number are.
+func (s *store) region(n identity.Numeric, h identity.Hash) identity.Region {
+	if r, ok := s.knownIn[n]; ok && r.Hash == hex.EncodeToString(h[:]) {
+		return r.In
+	}
+	return identity.Region{} // says nothing: no rule on addresses allows it anything
+}
+
+// loadRegions reads what is stored of numbers, and keeps only those that keep
+// wants.
+func (s *store) loadRegions(keep func(identity.Numeric) bool) error {
+	data, err := os.ReadFile(s.regions)
+	if err := ignoreMissing(err); err != nil {
+		return fmt.Errorf("store: %w", err)
+	}
+	out := map[identity.Numeric]regionRecord{}
+	for _, line := range strings.Split(string(data), "\n") {
+		var r regionRecord
+		if json.Unmarshal([]byte(line), &r) == nil && r.Number != 0 && keep(r.Number) {
+			out[r.Number] = r
+		}
+	}
+	var kept []byte
+	for _, n := range slices.Sorted(maps.Keys(out)) {
+		line, err := json.Marshal(out[n])
+		if err != nil {
+			return err
+		}
+		kept = append(append(kept, line...), '\n')
+	}
+	if err := writeFile(s.regions, kept, false); err != nil {
+		return err
+	}
+	s.knownIn = out
+	return nil
+}
+
 // forget drops what nobody holds any more, once much was appended: a peer may
 // have ever new workloads.
-func (s *store) forget(identities func(identity.Hash) bool, holders func(holder) bool) error {
+func (s *store) forget(identities func(identity.Hash) bool, holders func(holder) bool, numbers func(identity.Numeric) bool) error {
 	_, err1 := s.loadIdentities(identities)
 	_, err2 := s.loadPorts(holders)
-	if err := errors.Join(err1, err2); err != nil {
+	err3 := s.loadRegions(numbers)
+	if err := errors.Join(err1, err2, err3); err != nil {
 		return err // the files stand as they were
 	}
 	s.appended = 0
-	for _, path := range []string{s.identities, s.ports} {
+	for _, path := range []string{s.identities, s.ports, s.regions} {
 		if info, err := os.Stat(path); err == nil {
 			s.appended += int(info.Size())
 		}
@@ -286,7 +353,7 @@ const stagedPrefix = "staged-"
 
 // stage writes policies to the disk, which can take long: so it is not done by
 // the loop. It is safe for concurrent use. Whoever calls it discards.
-func (s *store) stage(parsed []api.ParsedPolicy) (*staged, error) {
+func (s *store) stage(parsed []api.Object) (*staged, error) {
 	st := &staged{at: time.Now(), files: map[string]string{}}
 	for _, p := range parsed {
 		f, err := os.CreateTemp(s.policies, stagedPrefix)
@@ -332,7 +399,7 @@ func (s *store) deletePolicy(ref string) error { return ignoreMissing(os.Remove(
 // loadPolicies returns the stored policies, parsed anew. One that cannot be
 // read, or is refused now, is an error: leaving it out would open what it
 // shuts.
-func (s *store) loadPolicies() (policies []api.ParsedPolicy, imported []time.Time, err error) {
+func (s *store) loadPolicies() (objects []api.Object, imported []time.Time, err error) {
 	files, err := filepath.Glob(filepath.Join(s.policies, "*.json"))
 	if err != nil {
 		return nil, nil, err
@@ -348,14 +415,14 @@ func (s *store) loadPolicies() (policies []api.ParsedPolicy, imported []time.Tim
 		for _, p := range problems {
 			errs = append(errs, fmt.Errorf("%s: %s: %s", file, p.Field, p.Text))
 		}
-		for _, p := range parsed {
-			policies, imported = append(policies, p), append(imported, r.Imported)
+		for _, o := range parsed {
+			objects, imported = append(objects, o), append(imported, r.Imported)
 		}
 	}
 	if len(errs) > 0 {
 		return nil, nil, fmt.Errorf("stored policies cannot be used; without them workloads would be open, so mend or remove the files and import the policies again: %w", errors.Join(errs...))
 	}
-	return policies, imported, nil
+	return objects, imported, nil
 }
 
 func writeJSON(path string, v any, durable bool) error {

@@ -1,6 +1,9 @@
 package authz
 
-import "net/netip"
+import (
+	"net/netip"
+	"slices"
+)
 
 // Group is a named group of blocks of addresses, which policies can speak of
 // (BlockGroup). It becomes known by Repository.SetBlockGroup.
@@ -10,4 +13,16 @@ type Group struct {
 	Source string // the document, verbatim
 	Labels map[string]string
 	Blocks []netip.Prefix // masked
+}
+
+// Names reports whether a rule of the policy speaks of the group.
+func (p *Policy) Names(g *Group) bool {
+	return slices.ContainsFunc(p.Specs, func(s Spec) bool {
+		return slices.ContainsFunc(s.Rules, func(r Rule) bool {
+			return slices.ContainsFunc(r.Peers, func(x PeerSelector) bool {
+				b, ok := x.(BlockGroup)
+				return ok && (b.Name == g.Name || b.Name == "" && b.Labels.meets(labelsOf(g.Labels)))
+			})
+		})
+	})
 }

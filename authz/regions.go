@@ -111,6 +111,11 @@ func (r Regions) Of(ip netip.Addr) identity.Region {
 	return identity.Region{}
 }
 
+// Equal reports whether both divide the addresses alike.
+func (r Regions) Equal(o Regions) bool {
+	return maps.EqualFunc(r.by, o.by, identity.Region.Equal)
+}
+
 // All yields every region but the zero one, in no order.
 func (r Regions) All() iter.Seq[identity.Region] { return maps.Values(r.by) }
 

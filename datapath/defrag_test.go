@@ -141,9 +141,9 @@ func TestCutAnewIsNotHost(t *testing.T) {
 
 	// Forged, as of another flow, and as of the node's own.
 	for i, port := range []uint16{7001, 7000} {
-		before := dropped(l, d, abi.DirIngress, abi.ReasonUnbound)
+		before := dropped(l, d, abi.DirIngress, abi.ReasonTranslated)
 		l.fragmented(node6, workload6, port, 5000, 2500)
-		l.eventually("a drop: unbound", func() bool { return dropped(l, d, abi.DirIngress, abi.ReasonUnbound) > before })
+		l.eventually("a drop: translated", func() bool { return dropped(l, d, abi.DirIngress, abi.ReasonTranslated) > before })
 		if n := counters(l, d)[datapath.CounterKey{Direction: abi.DirIngress, Verdict: abi.VerdictPass}].Packets; n < 5 && i == 0 {
 			t.Errorf("the node's own fragments: %d", n)
 		}

@@ -6,9 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"math"
-	"net/netip"
 	"slices"
-	"sync/atomic"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -31,6 +29,10 @@ func (d *Datapath) PutPolicy(set uint32, entries map[abi.PolicyKey]abi.Policy) e
 	for _, k := range keys {
 		if k.Set != set {
 			return fmt.Errorf("an entry of policy set %d was given for set %d", k.Set, set)
+		}
+		if entries[k].Flags&uint8(abi.PolicyL7) != 0 {
+			// The programs would let pass all that it allows at best.
+			return fmt.Errorf("policy set %d asks for rules inside a protocol (L7), which no program obeys", set)
 		}
 	}
 	if err := d.reapPolicy(d.Now()); err != nil {
@@ -178,121 +180,6 @@ func (d *Datapath) adoptPolicy() error {
 			if err := d.DeletePolicySet(set); err != nil {
 				return err
 			}
-		}
-	}
-	return nil
-}
-
-// SetRanges makes the ranges those given. Narrow before widen: prefixes become
-// known first, and cease to be last, so that no IP of a known range is taken
-// for one of the world meanwhile (I5). On failure what is done is done: an
-// agent that could not make its ranges known must not serve, and repeats it.
-func (d *Datapath) SetRanges(want map[netip.Prefix]abi.Range) error {
-	m := d.coll.Maps["ranges"]
-	desired := map[abi.RangeKey]abi.Range{}
-	for p, r := range want {
-		if !p.IsValid() {
-			return fmt.Errorf("range %v is not a prefix", p)
-		}
-		desired[rangeKey(p)] = r
-	}
-	actual := map[abi.RangeKey]abi.Range{}
-	var k abi.RangeKey
-	var v abi.Range
-	it := m.Iterate()
-	for it.Next(&k, &v) {
-		actual[k] = v
-	}
-	if err := it.Err(); err != nil {
-		return mapError("read ranges", "ranges", err)
-	}
-	known := func(r abi.Range) bool { return r.Flags&uint32(abi.RangeKnown) != 0 }
-	put := func(which bool) error {
-		for k, r := range desired {
-			if old, ok := actual[k]; known(r) == which && (!ok || old != r) {
-				if err := m.Put(&k, &r); err != nil {
-					return mapError("set ranges", "ranges", err)
-				}
-			}
-		}
-		return nil
-	}
-	remove := func(which bool) error {
-		for k, r := range actual {
-			if _, ok := desired[k]; !ok && known(r) == which {
-				if err := m.Delete(&k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-					return mapError("set ranges", "ranges", err)
-				}
-			}
-		}
-		return nil
-	}
-	// Flows that were judged by range are judged again (I5); also after a
-	// change that was made by half.
-	defer d.bumpRangeEpoch()
-	for _, step := range []func() error{
-		func() error { return put(true) }, func() error { return remove(false) },
-		func() error { return put(false) }, func() error { return remove(true) },
-	} {
-		if err := step(); err != nil {
-			return err
-		}
-	}
-	d.ranges.Store(int64(len(desired)))
-	return nil
-}
-
-func (d *Datapath) bumpRangeEpoch() { atomic.AddUint64(&d.state.at(0).RangeEpoch, 1) }
-
-// outsideRanges reports whether flows with the IP may have been judged by its
-// range. When it cannot tell, it says yes, which costs a judgement each.
-func (d *Datapath) outsideRanges(ip abi.Addr) bool {
-	var r abi.Range
-	err := d.coll.Maps["ranges"].Lookup(&abi.RangeKey{Prefixlen: 128, Addr: ip}, &r)
-	return err != nil || r.Flags&uint32(abi.RangeKnown) == 0
-}
-
-func rangeKey(p netip.Prefix) abi.RangeKey {
-	p = p.Masked()
-	k := abi.RangeKey{Prefixlen: uint32(p.Bits()), Addr: Addr(p.Addr())}
-	if p.Addr().Is4() {
-		k.Prefixlen += 96
-	}
-	return k
-}
-
-// SetUplinks makes the uplinks those given, by ifindex. Those that are none
-// any more go first. On failure fewer devices may be uplinks than asked for,
-// never more; it may be repeated.
-func (d *Datapath) SetUplinks(ifindices []int) error {
-	m := d.coll.Maps["uplinks"]
-	want := map[uint32]bool{}
-	for _, i := range ifindices {
-		if i <= 0 {
-			return fmt.Errorf("uplink %d is not an interface index", i)
-		}
-		want[uint32(i)] = true
-	}
-	var k uint32
-	var v abi.Uplink
-	var stale []uint32
-	it := m.Iterate()
-	for it.Next(&k, &v) {
-		if !want[k] {
-			stale = append(stale, k)
-		}
-	}
-	if err := it.Err(); err != nil {
-		return mapError("read uplinks", "uplinks", err)
-	}
-	for _, k := range stale {
-		if err := m.Delete(k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			return mapError("set uplinks", "uplinks", err)
-		}
-	}
-	for k := range want {
-		if err := m.Put(k, &abi.Uplink{}); err != nil {
-			return mapError("set uplinks", "uplinks", err)
 		}
 	}
 	return nil

@@ -121,6 +121,23 @@ func (d *Datapath) SwitchLease(slot uint32, stamp uint64, lease uint32) error {
 	return nil
 }
 
+// SwitchIdentity puts a standing binding under another number, by one store:
+// its stamp stays, so its flows live on. Both numbers must say something true of
+// it, and policy must know the new one before. ErrStaleStamp if the slot holds
+// another binding, which is not touched.
+func (d *Datapath) SwitchIdentity(slot uint32, stamp uint64, numeric uint32) error {
+	if slot == 0 || slot >= d.slots.n || stamp == 0 {
+		return fmt.Errorf("switch slot %d to identity %d: out of range", slot, numeric)
+	}
+	s := d.slots.at(slot)
+	if atomic.LoadUint64(&s.Stamp) != stamp {
+		return fmt.Errorf("switch slot %d to identity %d: %w", slot, numeric, ErrStaleStamp)
+	}
+	// One goroutine writes slots, so the stamp cannot change in between.
+	atomic.StoreUint32(&s.Identity, numeric)
+	return nil
+}
+
 // SetDeadline stores the deadline of a lease (CLOCK_BOOTTIME ns), one tick
 // early: see clockTick. 0 or less ends the lease. The reserved indices cannot
 // be set.

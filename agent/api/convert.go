@@ -125,10 +125,11 @@ var kinds = map[string]string{
 	"networkpolicy": "NetworkPolicy", "netpol": "NetworkPolicy",
 	"ciliumnetworkpolicy": "CiliumNetworkPolicy", "cnp": "CiliumNetworkPolicy",
 	"ciliumclusterwidenetworkpolicy": "CiliumClusterwideNetworkPolicy", "ccnp": "CiliumClusterwideNetworkPolicy",
+	"ciliumcidrgroup": "CiliumCIDRGroup", "ccg": "CiliumCIDRGroup",
 }
 
 // ParseRef parses KIND/NS/NAME or KIND/NAME. The case of the kind does not
-// matter; netpol, cnp and ccnp are short for the usual ones.
+// matter; netpol, cnp, ccnp and ccg (CiliumCIDRGroup) are short for the usual ones.
 func ParseRef(s string) (*PolicyRef, error) {
 	parts := strings.Split(s, "/")
 	if len(parts) < 2 || len(parts) > 3 || parts[0] == "" || parts[len(parts)-1] == "" {

@@ -16,10 +16,26 @@ type ParsedPolicy struct {
 	File string
 }
 
+// ParsedGroup is a group of addresses and the file that it stands in.
+type ParsedGroup struct {
+	*authz.Group
+	File string
+}
+
+// Object is what can be imported, stored and deleted by its name: a policy, or
+// a group of addresses.
+type Object struct {
+	authz.Ref
+	File   string
+	Source string // the document, verbatim
+	Policy *authz.Policy
+	Group  *authz.Group // one of both
+}
+
 // Parsed is what the files of one import say.
 type Parsed struct {
 	Policies []ParsedPolicy
-	Groups   []*authz.Group
+	Groups   []ParsedGroup
 	// Not is what can be judged, but not enforced yet.
 	Not []*PolicyProblem
 }
@@ -48,10 +64,8 @@ func Parse(files []*PolicyFile) (out Parsed, problems []*PolicyProblem) {
 			out.Policies = append(out.Policies, ParsedPolicy{Policy: p, File: f.GetName()})
 			out.Not = append(out.Not, fromProblems(p.NotEnforced)...)
 		}
-		out.Groups = append(out.Groups, parsed.Groups...)
 		for _, g := range parsed.Groups {
-			out.Not = append(out.Not, &PolicyProblem{File: f.GetName(), Policy: FromRef(g.Ref).Ref(),
-				Text: "not enforced yet: groups of addresses cannot be imported; write their blocks into toCIDRSet and fromCIDRSet"})
+			out.Groups = append(out.Groups, ParsedGroup{Group: g, File: f.GetName()})
 		}
 	}
 	if len(problems) > 0 {
@@ -62,12 +76,20 @@ func Parse(files []*PolicyFile) (out Parsed, problems []*PolicyProblem) {
 
 // ParsePolicies parses files and refuses what cannot be enforced yet, as the
 // agent's import does.
-func ParsePolicies(files []*PolicyFile) (policies []ParsedPolicy, problems []*PolicyProblem) {
+func ParsePolicies(files []*PolicyFile) (objects []Object, problems []*PolicyProblem) {
 	out, problems := Parse(files)
 	if problems = append(problems, out.Not...); len(problems) > 0 {
 		return nil, problems
 	}
-	return out.Policies, nil
+	// Groups first: whoever goes through them finds them before the policies
+	// that speak of them.
+	for _, g := range out.Groups {
+		objects = append(objects, Object{Ref: g.Ref, File: g.File, Source: g.Source, Group: g.Group})
+	}
+	for _, p := range out.Policies {
+		objects = append(objects, Object{Ref: p.Ref, File: p.File, Source: p.Source, Policy: p.Policy})
+	}
+	return objects, nil
 }
 
 func fromProblems(problems []authz.Problem) (out []*PolicyProblem) {

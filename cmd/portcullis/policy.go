@@ -85,7 +85,6 @@ meaning but is not enforced yet is valid; it is shown too, for import refuses it
 		for _, g := range parsed.Groups {
 			ref := api.FromRef(g.Ref)
 			res.Imported = append(res.Imported, &api.ImportedPolicy{Ref: ref})
-			not[ref.Ref()] = true
 		}
 		err = printImport(env, *o, res, "not valid", func(p *api.ImportedPolicy) string {
 			if not[p.GetRef().Ref()] {

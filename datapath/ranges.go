@@ -1,0 +1,182 @@
+package datapath
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"sync/atomic"
+
+	"github.com/cilium/ebpf"
+
+	"portcullis/bpf/abi"
+)
+
+// SetRanges makes the ranges those given. At no time is an IP of a known range
+// taken for one of the world (I5), nor for one of a region that it is not in:
+//
+//	put what is known         an IP is in its known range, whatever comes after
+//	put the rest, longest first    where a region has a hole, the hole is there first
+//	remove the rest, shortest first    what a region had as a hole goes after it
+//	remove what is not known any more
+//
+// On failure what is done is done: an agent that could not make its ranges known
+// must not serve, and repeats it.
+func (d *Datapath) SetRanges(want map[netip.Prefix]abi.Range) error {
+	desired := map[abi.RangeKey]abi.Range{}
+	for p, r := range want {
+		if !p.IsValid() {
+			return fmt.Errorf("range %v is not a prefix", p)
+		}
+		desired[rangeKey(p)] = r
+	}
+	actual, err := d.rangesInKernel()
+	if err != nil {
+		return err
+	}
+	steps := rangeSteps(actual, desired)
+	if len(steps) > 0 {
+		// Flows that were judged by range are judged again (I5); also after a
+		// change that was made by half.
+		defer d.bumpRangeEpoch()
+	}
+	m := d.coll.Maps["ranges"]
+	for _, s := range steps {
+		if s.remove {
+			if err := m.Delete(&s.key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+				return mapError("set ranges", "ranges", err)
+			}
+		} else if err := m.Put(&s.key, &s.value); err != nil {
+			return mapError("set ranges", "ranges", err)
+		}
+	}
+	d.ranges.Store(int64(len(desired)))
+	return nil
+}
+
+type rangeStep struct {
+	key    abi.RangeKey
+	value  abi.Range
+	remove bool
+}
+
+// rangeSteps is the way from one state of the map to another; see SetRanges.
+func rangeSteps(actual, desired map[abi.RangeKey]abi.Range) []rangeStep {
+	var steps []rangeStep
+	for k, r := range desired {
+		if old, ok := actual[k]; !ok || old != r {
+			steps = append(steps, rangeStep{key: k, value: r})
+		}
+	}
+	for k, r := range actual {
+		if _, ok := desired[k]; !ok {
+			steps = append(steps, rangeStep{key: k, value: r, remove: true})
+		}
+	}
+	turn := func(s rangeStep) int {
+		known := s.value.Flags&uint32(abi.RangeKnown) != 0
+		switch {
+		case !s.remove && known:
+			return 0
+		case !s.remove:
+			return 1
+		case !known:
+			return 2
+		}
+		return 3
+	}
+	slices.SortFunc(steps, func(a, b rangeStep) int {
+		shorter := cmp.Compare(a.key.Prefixlen, b.key.Prefixlen)
+		if !a.remove {
+			shorter = -shorter
+		}
+		return cmp.Or(cmp.Compare(turn(a), turn(b)), shorter)
+	})
+	return steps
+}
+
+// Ranges returns the ranges in the kernel: at the start, those of an earlier
+// agent.
+func (d *Datapath) Ranges() (map[netip.Prefix]abi.Range, error) {
+	actual, err := d.rangesInKernel()
+	if err != nil {
+		return nil, err
+	}
+	out := map[netip.Prefix]abi.Range{}
+	for k, r := range actual {
+		ip, bits := netip.AddrFrom16(k.Addr), int(k.Prefixlen)
+		if ip.Is4In6() && bits >= 96 {
+			ip, bits = ip.Unmap(), bits-96
+		}
+		out[netip.PrefixFrom(ip, bits)] = r
+	}
+	return out, nil
+}
+
+func (d *Datapath) rangesInKernel() (map[abi.RangeKey]abi.Range, error) {
+	actual := map[abi.RangeKey]abi.Range{}
+	var k abi.RangeKey
+	var v abi.Range
+	it := d.coll.Maps["ranges"].Iterate()
+	for it.Next(&k, &v) {
+		actual[k] = v
+	}
+	return actual, mapError("read ranges", "ranges", it.Err())
+}
+
+func (d *Datapath) bumpRangeEpoch() { atomic.AddUint64(&d.state.at(0).RangeEpoch, 1) }
+
+// outsideRanges reports whether flows with the IP may have been judged by its
+// range. When it cannot tell, it says yes, which costs a judgement each.
+func (d *Datapath) outsideRanges(ip abi.Addr) bool {
+	var r abi.Range
+	err := d.coll.Maps["ranges"].Lookup(&abi.RangeKey{Prefixlen: 128, Addr: ip}, &r)
+	return err != nil || r.Flags&uint32(abi.RangeKnown) == 0
+}
+
+func rangeKey(p netip.Prefix) abi.RangeKey {
+	p = p.Masked()
+	k := abi.RangeKey{Prefixlen: uint32(p.Bits()), Addr: Addr(p.Addr())}
+	if p.Addr().Is4() {
+		k.Prefixlen += 96
+	}
+	return k
+}
+
+// SetUplinks makes the uplinks those given, by ifindex. Those that are none
+// any more go first. On failure fewer devices may be uplinks than asked for,
+// never more; it may be repeated.
+func (d *Datapath) SetUplinks(ifindices []int) error {
+	m := d.coll.Maps["uplinks"]
+	want := map[uint32]bool{}
+	for _, i := range ifindices {
+		if i <= 0 {
+			return fmt.Errorf("uplink %d is not an interface index", i)
+		}
+		want[uint32(i)] = true
+	}
+	var k uint32
+	var v abi.Uplink
+	var stale []uint32
+	it := m.Iterate()
+	for it.Next(&k, &v) {
+		if !want[k] {
+			stale = append(stale, k)
+		}
+	}
+	if err := it.Err(); err != nil {
+		return mapError("read uplinks", "uplinks", err)
+	}
+	for _, k := range stale {
+		if err := m.Delete(k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return mapError("set uplinks", "uplinks", err)
+		}
+	}
+	for k := range want {
+		if err := m.Put(k, &abi.Uplink{}); err != nil {
+			return mapError("set uplinks", "uplinks", err)
+		}
+	}
+	return nil
+}
