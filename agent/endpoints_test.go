@@ -9,7 +9,6 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"portcullis/bpf/abi"
-	"portcullis/identity"
 	"portcullis/ipcache/lease"
 )
 

@@ -19,7 +19,7 @@ import (
 //	                                    everything else: the zero region
 //
 // Everything else is the zero region as long as no rule denies anything to
-// addresses: no rule speaks of it then. Otherwise there is a region of
+// addresses, or allows something to all but some: no rule speaks of it then. Otherwise there is a region of
 // everything, for each family. Regions is immutable and safe for concurrent use.
 type Regions struct {
 	by   map[netip.Prefix]identity.Region
@@ -37,13 +37,17 @@ func (r *Repository) Regions(bound bool) Regions {
 	return newRegions(blocks)
 }
 
-// deniesBlocks reports whether a rule denies something to addresses.
+// deniesBlocks reports whether a rule denies something to addresses, or allows
+// it to all but some.
 func (r *Repository) deniesBlocks(bound bool) bool {
 	for _, p := range r.policies {
 		for _, spec := range p.Specs {
 			for _, rule := range spec.Rules {
-				if rule.Action == Deny && slices.ContainsFunc(rule.Peers, func(s PeerSelector) bool { return speaksOfAddresses(s, bound) }) {
-					return true
+				for _, s := range rule.Peers {
+					_, but := s.(AllBut)
+					if (but || rule.Action == Deny) && speaksOfAddresses(innermost(s), bound) {
+						return true
+					}
 				}
 			}
 		}

@@ -40,6 +40,9 @@ func blockPolicy(r *rand.Rand, n int) *Policy {
 		if rule.Peers = []PeerSelector{b}; r.IntN(4) == 0 {
 			rule.Peers = []PeerSelector{BlockGroup{Name: "g", Except: b.Except}}
 		}
+		if r.IntN(4) == 0 {
+			rule.Peers = []PeerSelector{AllBut{rule.Peers[0]}}
+		}
 		rules = append(rules, rule)
 	}
 	return &Policy{Ref: Ref{"Test", "a", fmt.Sprint(n)}, Specs: []Spec{{DenyEgress: true, Rules: rules}}}
