@@ -38,7 +38,8 @@ const volatile __u32 hold_total = 4096;
  * loader that does not know how to give back). */
 const volatile __u32 hold_per_source = 0;
 
-/* Random per boot: nobody can choose an address that shares another's place. */
+/* Random, and another for each agent: nobody can choose an address that shares
+ * another's place, and what other programs remembered (recent.h) counts no more. */
 const volatile __u64 hold_key = 0x9e3779b97f4a7c15ULL;
 
 /* ns; when the hold reader has not ticked for this long nothing is held: a

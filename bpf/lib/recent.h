@@ -105,10 +105,12 @@ inline_always __u64 recent_sum(const struct pc_recent_key *k)
 
 /* As judgements are sealed, and for the same reason: a cell that one program
  * writes while it interrupts another's turn at it is a mixture of two, and does
- * not add up. */
+ * not add up. (So the seal is of what was to be written, and not of what stands
+ * in the cell then.) Nor does a cell that other programs left, which had other
+ * constants: each agent draws a hold_key of its own. */
 inline_always __u64 recent_seal(__u64 sum, const struct pc_recent *c, __u32 epoch)
 {
-	return sum + c->stamp * 0xe7037ed1a0b428dbULL + ((__u64)c->slot << 32 | c->ifindex) * 0x589965cc75374cc3ULL +
+	return sum + hold_key + c->stamp * 0xe7037ed1a0b428dbULL + ((__u64)c->slot << 32 | c->ifindex) * 0x589965cc75374cc3ULL +
 	       ((__u64)c->ingress << 32 | (__u32)c->by_range << 16 | c->mark) * 0x1d8e4e27c47d124fULL +
 	       c->now * 0xeb44accab455d165ULL + epoch * 0x9c6e6877736c46e3ULL;
 }
@@ -179,6 +181,7 @@ inline_always int recent_passes(struct __sk_buff *skb, int dir, __u64 now)
  * written. */
 separate int recent_store(struct __sk_buff *skb, struct pc_life *l)
 {
+	struct pc_recent mine;
 	struct pc_recent_key k;
 	struct pc_recent *c;
 	__u64 sum;
@@ -195,22 +198,29 @@ separate int recent_store(struct __sk_buff *skb, struct pc_life *l)
 	c = recent_cell(sum);
 	if (!c)
 		return 0;
+	mine.now = l->now;
+	mine.ifindex = skb->ifindex;
+	mine.ingress = skb->ingress_ifindex;
+	mine.stamp = l->j.stamp;
+	mine.slot = l->j.slot;
+	mine.by_range = !!(l->j.flags & PC_JUDGED_BY_RANGE);
+	mine.mark = (skb->mark & endpoint_mark_mask) >> endpoint_mark_shift;
+	mine.seal = recent_seal(sum, &mine, l->endpoint_epoch);
 	WRITE_ONCE(c->seal, 0);
-	c->now = l->now;
-	c->ifindex = skb->ifindex;
-	c->ingress = skb->ingress_ifindex;
-	c->stamp = l->j.stamp;
-	c->slot = l->j.slot;
-	c->by_range = !!(l->j.flags & PC_JUDGED_BY_RANGE);
-	c->mark = (skb->mark & endpoint_mark_mask) >> endpoint_mark_shift;
-	c->mac = k.mac;
-	c->ports = k.ports;
-	c->addr[0] = k.addr[0];
-	c->addr[1] = k.addr[1];
-	c->addr[2] = k.addr[2];
-	c->addr[3] = k.addr[3];
-	barrier();
-	WRITE_ONCE(c->seal, recent_seal(sum, c, l->endpoint_epoch));
+	WRITE_ONCE(c->now, mine.now);
+	WRITE_ONCE(c->ifindex, mine.ifindex);
+	WRITE_ONCE(c->ingress, mine.ingress);
+	WRITE_ONCE(c->stamp, mine.stamp);
+	WRITE_ONCE(c->slot, mine.slot);
+	WRITE_ONCE(c->by_range, mine.by_range);
+	WRITE_ONCE(c->mark, mine.mark);
+	WRITE_ONCE(c->mac, k.mac);
+	WRITE_ONCE(c->ports, k.ports);
+	WRITE_ONCE(c->addr[0], k.addr[0]);
+	WRITE_ONCE(c->addr[1], k.addr[1]);
+	WRITE_ONCE(c->addr[2], k.addr[2]);
+	WRITE_ONCE(c->addr[3], k.addr[3]);
+	WRITE_ONCE(c->seal, mine.seal);
 	return 1;
 }
 

@@ -115,3 +115,19 @@ func TestAuditMapFull(t *testing.T) {
 	g.want(g.from(g.pod, udp(f.pod, 2, f.world, 80)), audit, abi.ReasonMapFull)
 	g.want(g.to(g.pod, g.uplink, udp(f.world, 2, f.pod, 3)), audit, abi.ReasonPolicyDenied)
 }
+
+// TestAuditTranslated: a call of which nobody knows who makes it is remembered
+// under audit as one: its answer is an answer, and does not make the rest of the
+// call the answer to a flow that the workload opened.
+func TestAuditTranslated(t *testing.T) {
+	eachFamily(t, func(t *testing.T, f family) {
+		g, ep := wantPeer(t, f)
+		g.bind(f.node, abi.IDHost, local(0))
+		ep.Flags |= uint32(abi.EPAudit)
+		g.put("endpoints", g.pod, ep)
+		in := func(flags uint8) result { return g.to(g.pod, g.uplink, tcp(f.node, 40000, f.pod, 80, flags)) }
+		g.want(in(syn), audit, abi.ReasonTranslated)
+		g.pass(g.from(g.pod, tcp(f.pod, 80, f.node, 40000, syn|ack)))
+		g.want(in(ack), audit, abi.ReasonTranslated)
+	})
+}

@@ -83,6 +83,26 @@ func newGate(t testing.TB, opts ...option) *gate {
 	g := &gate{t: t, nextStamp: 1000, nextID: 1}
 	g.enterNamespace()
 
+	g.coll = load(t, nil, opts...)
+	t.Cleanup(g.coll.Close)
+	var err error
+	for name, r := range map[string]**ringbuf.Reader{"events": &g.events, "held": &g.held} {
+		if *r, err = ringbuf.NewReader(g.coll.Maps[name]); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { (*r).Close() })
+	}
+
+	g.put("uplinks", g.uplink, abi.Uplink{})
+	g.put("uplinks", g.uplink2, abi.Uplink{})
+	g.put("leases", uint32(abi.LeaseLocal), abi.Lease{Deadline: ^uint64(0)})
+	g.state(func(s *abi.State) { s.ReaderTick = boottime() + uint64(time.Hour) })
+	return g
+}
+
+// load loads the programs, with the given maps and new ones for the rest.
+func load(t testing.TB, maps map[string]*ebpf.Map, opts ...option) *ebpf.Collection {
+	t.Helper()
 	spec, err := ebpf.LoadCollectionSpecFromReader(bytes.NewReader(bpf.Object))
 	if err != nil {
 		t.Fatal(err)
@@ -99,27 +119,15 @@ func newGate(t testing.TB, opts ...option) *gate {
 			t.Fatal(err)
 		}
 	}
-	g.coll, err = ebpf.NewCollection(spec)
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: maps})
+	var ve *ebpf.VerifierError
+	if errors.As(err, &ve) {
+		t.Fatalf("%+v", ve)
+	}
 	if err != nil {
-		var ve *ebpf.VerifierError
-		if errors.As(err, &ve) {
-			t.Fatalf("%+v", ve)
-		}
 		t.Fatal(err)
 	}
-	t.Cleanup(g.coll.Close)
-	for name, r := range map[string]**ringbuf.Reader{"events": &g.events, "held": &g.held} {
-		if *r, err = ringbuf.NewReader(g.coll.Maps[name]); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { (*r).Close() })
-	}
-
-	g.put("uplinks", g.uplink, abi.Uplink{})
-	g.put("uplinks", g.uplink2, abi.Uplink{})
-	g.put("leases", uint32(abi.LeaseLocal), abi.Lease{Deadline: ^uint64(0)})
-	g.state(func(s *abi.State) { s.ReaderTick = boottime() + uint64(time.Hour) })
-	return g
+	return coll
 }
 
 func (g *gate) enterNamespace() {

@@ -3,9 +3,11 @@ package tests
 import (
 	"encoding/binary"
 	"runtime"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"portcullis/bpf/abi"
@@ -235,4 +237,35 @@ func TestRecentEnds(t *testing.T) {
 			g.pass(g.to(g.pod, g.uplink, tcp(f.peer, 1, f.pod, 80, syn)))
 		}
 	})
+}
+
+// TestRecentOfOthers: what other programs remembered counts for none that came
+// in their place: they may have had other constants.
+func TestRecentOfOthers(t *testing.T) {
+	runtime.LockOSThread()
+	f := families[0]
+	g, _ := wantPeer(t, f)
+	g.bind(f.peer, idClient)
+	maps := map[string]*ebpf.Map{}
+	for name, m := range g.coll.Maps {
+		if !strings.Contains(name, ".") {
+			maps[name] = m
+		}
+	}
+	old, next := g.coll, load(t, maps, constant("hold_key", uint64(1)))
+	t.Cleanup(next.Close)
+	send := func() result { return g.to(g.pod, g.uplink, tcp(f.peer, 1, f.pod, 80, ack)) }
+	g.withinTick(func(begun func()) {
+		g.coll = old
+		g.settle(begun, send)
+		k, _ := g.oneFlow()
+		if err := g.coll.Maps["conntrack"].Delete(k); err != nil {
+			t.Fatal(err)
+		}
+		g.coll = next
+		g.pass(send())
+	})
+	if n := len(g.flows()); n != 1 {
+		t.Errorf("%d flows: it passed by what the others remembered", n)
+	}
 }
