@@ -126,10 +126,11 @@ var kinds = map[string]string{
 	"ciliumnetworkpolicy": "CiliumNetworkPolicy", "cnp": "CiliumNetworkPolicy",
 	"ciliumclusterwidenetworkpolicy": "CiliumClusterwideNetworkPolicy", "ccnp": "CiliumClusterwideNetworkPolicy",
 	"ciliumcidrgroup": "CiliumCIDRGroup", "ccg": "CiliumCIDRGroup",
+	"policytree": "PolicyTree", "tree": "PolicyTree",
 }
 
 // ParseRef parses KIND/NS/NAME or KIND/NAME. The case of the kind does not
-// matter; netpol, cnp, ccnp and ccg (CiliumCIDRGroup) are short for the usual ones.
+// matter; netpol, cnp, ccnp, ccg (CiliumCIDRGroup) and tree are short for the usual ones.
 func ParseRef(s string) (*PolicyRef, error) {
 	parts := strings.Split(s, "/")
 	if len(parts) < 2 || len(parts) > 3 || parts[0] == "" || parts[len(parts)-1] == "" {

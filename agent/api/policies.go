@@ -8,6 +8,7 @@ import (
 	"portcullis/authz/dialect"
 	"portcullis/authz/dialect/cilium"
 	"portcullis/authz/dialect/k8s"
+	"portcullis/authz/dialect/tree"
 )
 
 // ParsedPolicy is a policy and the file that it stands in.
@@ -45,7 +46,7 @@ type Parsed struct {
 func Parse(files []*PolicyFile) (out Parsed, problems []*PolicyProblem) {
 	first := map[authz.Ref]string{}
 	for _, f := range files {
-		parsed, err := dialect.ParseFile(f.GetName(), f.GetContent(), append(cilium.Dialects(), k8s.Dialect)...)
+		parsed, err := dialect.ParseFile(f.GetName(), f.GetContent(), append(cilium.Dialects(), k8s.Dialect, tree.Dialect)...)
 		var found authz.Problems
 		switch {
 		case errors.As(err, &found):

@@ -23,6 +23,9 @@ const (
 // Dialect is one kind of policy document and its parser.
 type Dialect struct {
 	APIVersion, Kind string
+	// Is, if there is one, recognizes documents without apiVersion and kind by
+	// their shape. Else a document is known by these two.
+	Is func(*Value) bool
 	// Parse returns what the document says, or its problems.
 	Parse func(*Document) (Result, []authz.Problem)
 }
@@ -89,7 +92,12 @@ func parse(doc *Document, dialects []Dialect) (Result, []authz.Problem) {
 		return Result{}, doc.problems
 	}
 	version, kind := doc.root.text("apiVersion"), doc.root.text("kind")
-	i := slices.IndexFunc(dialects, func(d Dialect) bool { return d.APIVersion == version && d.Kind == kind })
+	i := slices.IndexFunc(dialects, func(d Dialect) bool {
+		if d.Is != nil {
+			return !doc.root.Has("apiVersion") && !doc.root.Has("kind") && d.Is(doc.root)
+		}
+		return d.APIVersion == version && d.Kind == kind
+	})
 	if i >= 0 {
 		return dialects[i].Parse(doc)
 	}
@@ -100,6 +108,9 @@ func parse(doc *Document, dialects []Dialect) (Result, []authz.Problem) {
 	var known []string
 	at := doc.root.field("kind")
 	for _, d := range dialects {
+		if d.Is != nil {
+			continue
+		}
 		known = append(known, d.APIVersion+" "+d.Kind)
 		if d.Kind == kind {
 			at = doc.root.field("apiVersion")

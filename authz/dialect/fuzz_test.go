@@ -1,6 +1,7 @@
 package dialect_test
 
 import (
+	"encoding/json"
 	"errors"
 	"os"
 	"path/filepath"
@@ -11,6 +12,7 @@ import (
 	"portcullis/authz/dialect"
 	"portcullis/authz/dialect/cilium"
 	"portcullis/authz/dialect/k8s"
+	"portcullis/authz/dialect/tree"
 )
 
 func seed(f *testing.F, more ...string) {
@@ -56,7 +58,7 @@ func checkParsed(t *testing.T, data string, dialects ...dialect.Dialect) {
 			t.Fatalf("source %q is not in the file", p.Source)
 		}
 		for _, s := range p.Specs {
-			if p.Kind != cilium.ClusterwideKind && (s.Nodes || len(s.Subject) == 0 || s.Subject[0].Attribute != authz.Namespace) {
+			if p.Namespace != "" && (s.Nodes || len(s.Subject) == 0 || s.Subject[0].Attribute != authz.Namespace) {
 				t.Fatalf("%s: the subject is not bound to a namespace: %v", p.Ref, s.Subject)
 			}
 			for _, r := range s.Rules {
@@ -74,8 +76,10 @@ func checkParsed(t *testing.T, data string, dialects ...dialect.Dialect) {
 
 // FuzzParseFile feeds any bytes to the whole way from file to policies.
 func FuzzParseFile(f *testing.F) {
-	seed(f, "---\n...\n", "a: &a [*a]", "{\"kind\": \"List\"}", "{apiVersion: v1, kind: List, items: [{apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {name: a}, spec: {podSelector: {}}}]}", "{apiVersion: cilium.io/v2, kind: CiliumNetworkPolicyList, items: [{metadata: {name: a}, spec: {endpointSelector: {}, ingress: [{}]}}]}", "\ufeff%YAML 1.1\n---\n", "? [a]\n: b", "a: !!binary x", "a\u2028---\u2028b")
-	f.Fuzz(func(t *testing.T, data string) { checkParsed(t, data, append(cilium.Dialects(), k8s.Dialect)...) })
+	seed(f, "---\n...\n", "a: &a [*a]", "{\"kind\": \"List\"}", "{apiVersion: v1, kind: List, items: [{apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {name: a}, spec: {podSelector: {}}}]}", "{apiVersion: cilium.io/v2, kind: CiliumNetworkPolicyList, items: [{metadata: {name: a}, spec: {endpointSelector: {}, ingress: [{}]}}]}", "\ufeff%YAML 1.1\n---\n", "? [a]\n: b", "a: !!binary x", `{"name": "root", "rules": [{"coverage": ["a"], "allow": ["b", "!c"]}]}`, "a\u2028---\u2028b")
+	f.Fuzz(func(t *testing.T, data string) {
+		checkParsed(t, data, append(cilium.Dialects(), k8s.Dialect, tree.Dialect)...)
+	})
 }
 
 // FuzzParseNetworkPolicy feeds any spec to the parser of NetworkPolicy.
@@ -94,5 +98,34 @@ func FuzzParseCiliumNetworkPolicy(f *testing.F) {
 		"{endpointSelector: {matchExpressions: [{key: a, operator: NotIn, values: [b]}]}, egress: [{}, {toEndpoints: [{matchExpressions: [{key: 'k8s:io.cilium.k8s.namespace.labels.x', operator: Exists}]}], toPorts: [{ports: [{port: Dns}, {port: '80', endPort: 90}]}]}]}")
 	f.Fuzz(func(t *testing.T, spec string) {
 		checkParsed(t, "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {name: p}\nspec:\n "+spec, cilium.Dialects()...)
+	})
+}
+
+// FuzzParsePolicyTree feeds any rules to the parser of policy trees.
+func FuzzParsePolicyTree(f *testing.F) {
+	seed(f, `[{"coverage": ["id.a"], "allow": ["id.b", "reserved:host", "!k8s:x=y", {"action": "deny", "matchLabels": [{"key": "a", "source": "any", "value": "b"}]}]}]`,
+		`[{"coverage": ["a"], "requires": ["b"]}, {"l4": [{"in-ports": [{"port": 80, "protocol": "tcp", "l7-parser": "http", "l7-rules": [{"expr": "Method(\"GET\") && !Path(\"/\")"}]}], "out-ports": [{"port": 53}]}]}]`,
+		`[{"coverage": ["../a"], "always-allow": ["root.b"]}], "children": {"a": {"name": "a", "rules": []}}`)
+	f.Fuzz(func(t *testing.T, rules string) {
+		checkParsed(t, `{"name": "root.x", "rules": `+rules+"}", tree.Dialect)
+	})
+}
+
+// FuzzExpression feeds any expression to the parser of the tree's l7-rules: it
+// is refused, or it is one that Portcullis does not enforce.
+func FuzzExpression(f *testing.F) {
+	for _, s := range []string{`Method("GET") && Path("/v1/")`, `!(Host("<a>.b") || HeaderRegexp("X", "a.*")) && PathRegexp("/")`, "Header(`A`, \"b\")", `((((`, `!!!`, `Path("\x`} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		text, err := json.Marshal(s)
+		if err != nil {
+			t.Skip()
+		}
+		doc := `{"rules": [{"coverage": ["a"], "l4": [{"in-ports": [{"port": 80, "protocol": "tcp", "l7-parser": "http", "l7-rules": [{"expr": ` + string(text) + `}]}]}]}]}`
+		r, err := dialect.ParseFile("f", []byte(doc), tree.Dialect)
+		if err == nil && r.Policies[0].Enforceable() == nil {
+			t.Fatal("nothing enforces it")
+		}
 	})
 }

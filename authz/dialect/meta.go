@@ -126,9 +126,18 @@ func (v *Value) IsNamespace(s string) bool {
 // LabelValue returns the value of a label.
 func (v *Value) LabelValue() (string, bool) {
 	s, ok := v.Text()
-	if ok && s != "" && !labelName.MatchString(s) {
-		v.Refuse("%s is not a label's value: want up to 63 letters, digits, -, _ and ., the first and last a letter or digit", quote(s))
+	if !ok || !v.IsLabelValue(s) {
 		return "", false
 	}
-	return s, ok
+	return s, true
+}
+
+// IsLabelValue reports whether s can be the value of a label; if not, it
+// refuses v, where the value stands.
+func (v *Value) IsLabelValue(s string) bool {
+	if s != "" && !labelName.MatchString(s) {
+		v.Refuse("%s is not a label's value: want up to 63 letters, digits, -, _ and ., the first and last a letter or digit", quote(s))
+		return false
+	}
+	return true
 }

@@ -420,17 +420,26 @@ func (v *Value) Pattern() (string, bool) {
 	if !ok {
 		return "", false
 	}
-	if v.doc.patterns += len(s); v.doc.patterns > maxPatterns {
-		if v.doc.patterns-len(s) <= maxPatterns {
-			v.Refuse("the document has more than %d characters of regular expressions: split it", maxPatterns)
+	told := v.doc.patterns > maxPatterns
+	if wrong := v.CheckPattern(s); wrong != "" {
+		if !told {
+			v.Refuse("%s", wrong)
 		}
 		return "", false
 	}
-	if _, err := syntax.Parse(s, syntax.Perl); err != nil {
-		v.Refuse("not a regular expression: %s", err.(*syntax.Error).Code)
-		return "", false
-	}
 	return s, true
+}
+
+// CheckPattern returns what is wrong with a regular expression that stands
+// within the value, or "".
+func (v *Value) CheckPattern(s string) string {
+	if v.doc.patterns += len(s); v.doc.patterns > maxPatterns {
+		return fmt.Sprintf("the document has more than %d characters of regular expressions: split it", maxPatterns)
+	}
+	if _, err := syntax.Parse(s, syntax.Perl); err != nil {
+		return "not a regular expression: " + string(err.(*syntax.Error).Code)
+	}
+	return ""
 }
 
 // Field returns a field that the object has, or nil.

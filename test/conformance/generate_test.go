@@ -65,7 +65,17 @@ func somePort(r *rand.Rand) authz.PortRange {
 	return authz.Port(proto, a)
 }
 
-// somePolicy goes beyond what files can say today: denials.
+// someLimit limits TCP and UDP.
+func someLimit(r *rand.Rand, rule authz.Rule) authz.Rule {
+	rule.Action, rule.AnyPeer, rule.Ports = authz.Limit, true, nil
+	for range 1 + r.IntN(3) {
+		a, b := pick(r, somePorts), pick(r, somePorts)
+		rule.Ports = append(rule.Ports, authz.PortRange{Proto: pick(r, []uint8{authz.ProtoTCP, authz.ProtoUDP}), First: min(a, b), Last: max(a, b)})
+	}
+	return rule
+}
+
+// somePolicy allows, denies and limits.
 func somePolicy(r *rand.Rand, n int) *authz.Policy {
 	spec := authz.Spec{DenyIngress: r.IntN(4) > 0, DenyEgress: r.IntN(2) == 0}
 	for i := range 1 + r.IntN(4) {
@@ -73,9 +83,17 @@ func somePolicy(r *rand.Rand, n int) *authz.Policy {
 		if r.IntN(5) == 0 {
 			rule.Action = authz.Deny
 		}
+		if r.IntN(8) == 0 {
+			spec.Rules = append(spec.Rules, someLimit(r, rule))
+			continue
+		}
 		if rule.AnyPeer = r.IntN(5) == 0; !rule.AnyPeer {
 			for range 1 + r.IntN(2) {
-				rule.Peers = append(rule.Peers, someSelector(r))
+				var s authz.PeerSelector = someSelector(r)
+				if r.IntN(6) == 0 {
+					s = authz.AllBut{PeerSelector: s}
+				}
+				rule.Peers = append(rule.Peers, s)
 			}
 		}
 		if rule.AnyPort = r.IntN(4) == 0; !rule.AnyPort {
