@@ -152,6 +152,9 @@ func (o oracle) picks(s PeerSelector, p Peer) reading {
 			}
 			return o.within(p.Block, g.blocks, s.Except)
 		}
+		if len(o.groups) == 0 {
+			return maybe
+		}
 		out := no
 		for _, g := range o.groups {
 			if chosen(s.Labels, in(g.labels)) == yes {
@@ -161,7 +164,7 @@ func (o oracle) picks(s PeerSelector, p Peer) reading {
 		return out
 	case Nodes:
 		switch p.Identity.Reserved {
-		case "host", "remote-node", "kube-apiserver":
+		case "remote-node", "kube-apiserver":
 			if p.Node == nil && len(s) > 0 {
 				return maybe
 			}

@@ -136,8 +136,8 @@ func within(x, y netip.Prefix) bool { return y.Overlaps(x) && y.Bits() <= x.Bits
 // BlockGroup is the blocks of a group of addresses that is an object of its
 // own (Repository.SetBlockGroup): the one of a name, or those that have
 // labels. It selects world only. Of a group by name that nobody has spoken of
-// the blocks are not known: an allow rule allows nobody by it, a deny rule
-// denies to all of world.
+// the blocks are not known, nor are those of any as long as nobody has spoken
+// of one: an allow rule allows nobody by it, a deny rule denies to all of world.
 type BlockGroup struct {
 	Name   string   // empty: by labels
 	Labels Selector // of the group, as GroupLabel
@@ -166,6 +166,9 @@ func (g BlockGroup) selects(p Peer, f *facts, doubt bool) bool {
 		group, known := f.groups[g.Name]
 		return !known && doubt || group.covers(g.Except, p, doubt)
 	}
+	if len(f.groups) == 0 {
+		return doubt
+	}
 	for _, group := range f.groups {
 		if g.Labels.meets(labelsOf(group.labels)) && group.covers(g.Except, p, doubt) {
 			return true
@@ -184,8 +187,8 @@ func (g blockGroup) covers(except []netip.Prefix, peer Peer, doubt bool) bool {
 	return slices.ContainsFunc(g.blocks, func(p netip.Prefix) bool { return covers(p, except, peer, doubt) })
 }
 
-// Nodes selects nodes (this one and others) by their labels, as NodeLabel. An
-// empty one selects every node.
+// Nodes selects nodes by their labels, as NodeLabel. An empty one selects every
+// node. The subject's own is not among them, as in Cilium: it is the entity host.
 type Nodes Selector
 
 // Key implements PeerSelector.
@@ -203,7 +206,7 @@ func (n Nodes) selects(p Peer, _ *facts, doubt bool) bool {
 	return Selector(n).meets(labelsOf(p.Node))
 }
 
-var nodeIdentities = []string{"host", "remote-node", "kube-apiserver"}
+var nodeIdentities = []string{"remote-node", "kube-apiserver"}
 
 // Service selects what stands behind services: those of a name, or those that
 // have labels. What is behind is said by Repository.SetService; behind one

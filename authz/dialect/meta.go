@@ -88,7 +88,8 @@ func (d *Document) metadata(ref authz.Ref) Meta {
 	}
 	// What kubectl adds, and what speaks of the object rather than of traffic.
 	for _, k := range []string{"annotations", "creationTimestamp", "managedFields", "resourceVersion",
-		"generation", "selfLink", "ownerReferences", "finalizers"} {
+		"generation", "generateName", "selfLink", "ownerReferences", "finalizers",
+		"deletionTimestamp", "deletionGracePeriodSeconds"} {
 		fields[k] = Accept
 	}
 	if m.Object(fields) {

@@ -121,6 +121,9 @@ metadata:
   finalizers: []
   generation: 1
   labels: {a: b}
+  generateName: p-
+  deletionTimestamp: "2026-01-01T00:00:00Z"
+  deletionGracePeriodSeconds: 0
   managedFields: [{apiVersion: v1, fieldsType: FieldsV1, fieldsV1: {"f:spec": {".": {}}}}]
   name: p
   namespace: default

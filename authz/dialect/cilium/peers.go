@@ -96,10 +96,16 @@ func (p *peers) denyUnbound(v *dialect.Value, names ...string) {
 		return
 	}
 	for _, n := range names {
-		if slices.Contains(unbound, n) {
-			v.NotEnforced("who is %s is not known yet, so it cannot be denied; deny its addresses by CIDR", n)
-			return
+		switch {
+		case slices.Contains(unbound, n):
+			v.NotEnforced("who is %s is not known yet, so it cannot be denied; deny the nodes that it is on by host and remote-node, and its other addresses by CIDR", n)
+		case n == "cluster":
+			// An API server outside looks like world.
+			v.NotEnforced("who is kube-apiserver, which cluster means too, is not known yet, so it cannot be denied; deny host, remote-node, and selectors of workloads (with io.kubernetes.pod.namespace Exists: all of them), and addresses of the API server outside by CIDR")
+		default:
+			continue
 		}
+		return
 	}
 }
 
@@ -162,7 +168,8 @@ func (p *peers) endpoint(v *dialect.Value) {
 	if len(names) > 0 {
 		p.add(authz.Entities(names))
 	}
-	if s.reserved {
+	// Who denies world too need not know them: they look like it, or are nobody.
+	if s.reserved || !slices.Contains(names, "world") {
 		p.denyUnbound(v, s.named...)
 	}
 }

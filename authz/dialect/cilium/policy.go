@@ -170,7 +170,7 @@ func (p *parser) rule(dir abi.Direction, action authz.Action, path string, v *di
 	if !v.Object(fields) {
 		return
 	}
-	if v.Has("toPorts") && v.Has("icmps") && v.Field("toPorts").Len() > 0 {
+	if v.Has("toPorts") && v.Has("icmps") && v.Field("toPorts").Len() > 0 && v.Field("icmps").Len() > 0 {
 		v.Field("icmps").Refuse("it cannot be combined with toPorts in one rule: write a rule for each")
 	}
 	r.Peers, r.AnyPeer = peers.result(ports.some)

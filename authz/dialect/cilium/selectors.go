@@ -114,7 +114,10 @@ func (out *endpoints) workload(at *dialect.Value, key string, r authz.Requiremen
 			return
 		}
 	case ofNamespace:
-		r.Attribute, r.Key, out.namespaced = authz.NamespaceLabel, label, true
+		r.Attribute, r.Key = authz.NamespaceLabel, label
+		// Clusterwide it leaves the question which namespaces are meant open:
+		// whoever is in one, and nobody else.
+		out.namespaced = out.namespaced || namespace != ""
 	case key == identity.ServiceAccountLabel:
 		r.Attribute = authz.ServiceAccount
 	case key == clusterLabel && r.Operator == authz.Exists:

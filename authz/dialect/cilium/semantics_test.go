@@ -125,6 +125,11 @@ func TestPeers(t *testing.T) {
 		{ccnp + all + "  egress: [{toEndpoints: [{}]}]", ".. XXXX XXXX"},
 		{ccnp + all + "  egress: [{toEndpoints: [{matchLabels: {app: b}}]}]", "X. XXXX XXXX"},
 		{ccnp + all + "  egress: [{toEndpoints: [{matchExpressions: [{key: app, operator: NotIn, values: [b]}]}]}]", ".X XXXX XXXX"},
+		{ccnp + all + "  egress: [{toEndpoints: [{matchExpressions: [{key: io.kubernetes.pod.namespace, operator: NotIn, values: [other]}]}]}]", ".X .... ...."},
+		// Labels of namespaces leave it at whoever is in one.
+		{ccnp + all + "  egress: [{toEndpoints: [{matchLabels: {io.cilium.k8s.namespace.labels.team: red}}]}]", "X. XXXX XXXX"},
+		{ccnp + all + "  egress: [{toEndpoints: [{matchExpressions: [{key: io.cilium.k8s.namespace.labels.team, operator: NotIn, values: [red]}]}]}]", ".X XXXX XXXX"},
+		{ccnp + all + "  egress: [{toEndpoints: [{matchExpressions: [{key: 'k8s:io.cilium.k8s.namespace.labels.team', operator: DoesNotExist}]}]}]", ".X XXXX XXXX"},
 		{ccnp + "  endpointSelector: {matchLabels: {io.kubernetes.pod.namespace: other}}\n  egress: [{}]", everybody},
 		{ccnp + "  endpointSelector: {matchLabels: {'reserved:health': ''}}\n  egress: [{}]", everybody},
 		{ccnp + "  nodeSelector: {}\n  egress: [{}]", everybody},
@@ -146,10 +151,15 @@ func TestPeers(t *testing.T) {
 		{ccg + "  externalCIDRs: [10.0.0.0/8]\n---\n" + out + "toCIDRSet: [{cidrGroupSelector: {matchLabels: {a: c}}}]", nobody},
 		{out + "toCIDRSet: [{cidrGroupRef: unknown}]", nobody},
 		{deny + "toCIDRSet: [{cidrGroupRef: unknown}]\n  egress: [{toEntities: [all]}]", ".. .... XXXX"},
+		{out + "toCIDRSet: [{cidrGroupSelector: {}}]", nobody},
+		{deny + "toCIDRSet: [{cidrGroupSelector: {matchLabels: {a: b}}}]\n  egress: [{toEntities: [all]}]", ".. .... XXXX"},
+		{ccg + "  externalCIDRs: [10.0.0.0/8]\n---\n" + deny + "toCIDRSet: [{cidrGroupSelector: {matchLabels: {a: b}}}]\n  egress: [{toEntities: [all]}]", ".. .... X..X"},
+		{ccg + "  externalCIDRs: [10.0.0.0/8]\n---\n" + deny + "toCIDRSet: [{cidrGroupSelector: {matchLabels: {a: c}}}]\n  egress: [{toEntities: [all]}]", everybody},
 
 		// Nodes, services, names.
-		{out + "toNodes: [{}]", "XX ...X XXXX"},
-		{out + "toNodes: [{matchLabels: {'node:zone': x}}]", "XX .XXX XXXX"},
+		{out + "toNodes: [{}]", "XX X..X XXXX"}, // not its own node
+		{out + "toNodes: [{matchLabels: {'node:zone': x}}]", nobody},
+		{out + "toNodes: [{matchLabels: {'node:zone': 'y'}}]", "XX X.XX XXXX"},
 		{out + "toNodes: [{matchExpressions: [{key: zone, operator: NotIn, values: [x]}]}]", "XX X.XX XXXX"},
 		{out + "toServices: [{k8sService: {serviceName: db, namespace: other}}]", "X. XXXX XXXX"},
 		{out + "toServices: [{k8sService: {serviceName: db}}]", nobody},
