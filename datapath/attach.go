@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -75,9 +74,11 @@ func (d *Datapath) clearName(ifname string, ifindex uint32) error {
 	}
 	name, err := nameOf(other)
 	switch {
-	case errors.Is(err, ErrNoDevice), err == nil && name == ifname:
-		// It went to another network namespace.
+	case errors.Is(err, ErrNoDevice): // it went just now
 		err = d.pins.removeLinks(ifname)
+	case err == nil && name == ifname:
+		// It has its former name again; its gate stays.
+		err = errors.New("devices change names with each other")
 	case err == nil:
 		err = d.MoveLinks(other, ifname, name)
 	}
@@ -113,9 +114,7 @@ func (d *Datapath) attachOne(ifname string, ifindex uint32, name string, at ebpf
 }
 
 // Guarded reports whether both programs are on the device of this network
-// namespace that has the index, and pinned under that name. The kernel is asked
-// about the device too: a link may be of one that went to another namespace and
-// kept its index.
+// namespace that has the index, and pinned under that name.
 func (d *Datapath) Guarded(ifname string, ifindex uint32) (bool, error) {
 	for _, hook := range hooks {
 		l, at, err := d.pins.link(ifname, hook.name)
@@ -125,25 +124,8 @@ func (d *Datapath) Guarded(ifname string, ifindex uint32) (bool, error) {
 		if l == nil {
 			return false, nil
 		}
-		info, err := l.Info()
 		l.Close()
-		if err != nil {
-			return false, fmt.Errorf("pinned link %s of %s: %w", hook.name, ifname, err)
-		}
 		if at != ifindex {
-			return false, nil
-		}
-		res, err := link.QueryPrograms(link.QueryOptions{Target: int(ifindex), Attach: hook.at})
-		if errors.Is(err, unix.ENODEV) {
-			return false, nil
-		}
-		if err != nil {
-			return false, fmt.Errorf("ask for the programs of %s: %w", ifname, err)
-		}
-		if !slices.ContainsFunc(res.Programs, func(p link.AttachedProgram) bool {
-			id, ok := p.LinkID()
-			return ok && id == info.ID
-		}) {
 			return false, nil
 		}
 	}

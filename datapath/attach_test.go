@@ -9,6 +9,7 @@ import (
 
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
 
 	"portcullis/bpf/abi"
 	"portcullis/datapath"
@@ -147,27 +148,66 @@ func TestRenamedDeviceKeepsItsGate(t *testing.T) {
 	}
 }
 
+// replaceElsewhere moves the workload's device to another network namespace,
+// where it keeps its index, and makes another of its name and index here.
+func (l *lab) replaceElsewhere() {
+	l.t.Helper()
+	other, err := netns.New()
+	l.must(err)
+	l.t.Cleanup(func() { other.Close() })
+	l.must(netns.Set(l.node))
+	dev, err := netlink.LinkByName("wl0")
+	l.must(err)
+	l.must(netlink.LinkSetNsFd(dev, int(other)))
+	l.in(other, func() {
+		if moved, err := netlink.LinkByName("wl0"); err != nil || moved.Attrs().Index != l.wl {
+			l.t.Fatalf("the device did not keep its index: %v, %v", moved, err)
+		}
+	})
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name, attrs.Index = "wl0", l.wl
+	l.must(netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "wl0p"}))
+}
+
 // A device that went to another network namespace keeps index and links there.
 // Here its name and index may be another device's, which is not guarded by them.
 func TestDeviceMovedAway(t *testing.T) {
 	l := newLab(t)
 	d := l.open()
 	l.must(d.Attach("wl0", uint32(l.wl)))
-	dev, err := netlink.LinkByName("wl0")
-	l.must(err)
-	l.must(netlink.LinkSetNsFd(dev, int(l.remote)))
-	if datapath.DeviceExists(uint32(l.wl)) {
-		t.Fatal("the device is still here")
-	}
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name, attrs.Index = "wl0", l.wl
-	l.must(netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "wl0p"}))
+	l.replaceElsewhere()
 	if ok, err := d.Guarded("wl0", uint32(l.wl)); err != nil || ok {
 		t.Errorf("guarded by another device's links: %v, %v", ok, err)
 	}
-	l.must(d.Detach("wl0", uint32(l.wl)))
+	for range 2 { // also when nobody has heard of the former one's end
+		l.must(d.Attach("wl0", uint32(l.wl)))
+		l.must(d.Detach("wl0", uint32(l.wl)+1000)) // a former one's end, which comes late
+		if ok, err := d.Guarded("wl0", uint32(l.wl)); err != nil || !ok {
+			t.Errorf("guarded %v, %v", ok, err)
+		}
+		l.must(d.Detach("wl0", uint32(l.wl)))
+	}
+}
+
+// The same while no agent runs: the next one finds the links dead, and gives the
+// new device neither them nor the former one's endpoint (I1).
+func TestDeviceMovedAwayMeanwhile(t *testing.T) {
+	l := newLab(t)
+	d := l.open()
+	ep := l.serve(d)
+	l.must(d.Close())
+	l.replaceElsewhere()
+	d = l.open()
+	if eps, err := d.Endpoints(); err != nil || len(eps) != 0 {
+		t.Errorf("adopted %v, %v", eps, err)
+	}
+	if live, _, err := d.Links(); err != nil || len(live) != 0 {
+		t.Errorf("links %v, %v", live, err)
+	}
+	if err := pinnedMap(l, "endpoints").Lookup(ep.Ifindex, &ep); err == nil {
+		t.Error("the element is still there")
+	}
 	l.must(d.Attach("wl0", uint32(l.wl)))
-	l.must(d.Detach("wl0", uint32(l.wl)+1000)) // a former one's end, which comes late
 	if ok, err := d.Guarded("wl0", uint32(l.wl)); err != nil || !ok {
 		t.Errorf("guarded %v, %v", ok, err)
 	}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
 )
 
 // pinDir is a pin directory. See the package comment for what is where.
@@ -163,7 +164,9 @@ func (p pinDir) devices() ([]string, error) {
 }
 
 // link opens a pinned link and returns the index of its device: 0 if that has
-// vanished. The link is nil if there is no pin.
+// vanished, also to another network namespace. (There it keeps links, and its
+// index too if it can: here another device may have that, which they do not
+// guard.) The link is nil if there is no pin.
 func (p pinDir) link(ifname, hook string) (link.Link, uint32, error) {
 	l, err := link.LoadPinnedLink(filepath.Join(p.device(ifname), hook), nil)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -182,7 +185,38 @@ func (p pinDir) link(ifname, hook string) (link.Link, uint32, error) {
 		l.Close()
 		return nil, 0, fmt.Errorf("pinned link %s of %s is not a tcx link", hook, ifname)
 	}
+	if tcx.Ifindex == 0 {
+		return l, 0, nil
+	}
+	here, err := atDevice(tcx.Ifindex, hook, info.ID)
+	if err != nil {
+		l.Close()
+		return nil, 0, fmt.Errorf("ask whose pinned link %s of %s is: %w", hook, ifname, err)
+	}
+	if !here {
+		return l, 0, nil
+	}
 	return l, tcx.Ifindex, nil
+}
+
+// atDevice reports whether the device that has the index in the calling thread's
+// network namespace has the link at a hook.
+func atDevice(ifindex uint32, hook string, id link.ID) (bool, error) {
+	at := ebpf.AttachTCXIngress
+	if hook == toWorkload {
+		at = ebpf.AttachTCXEgress
+	}
+	res, err := link.QueryPrograms(link.QueryOptions{Target: int(ifindex), Attach: at})
+	if errors.Is(err, unix.ENODEV) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	return slices.ContainsFunc(res.Programs, func(p link.AttachedProgram) bool {
+		have, ok := p.LinkID()
+		return ok && have == id
+	}), nil
 }
 
 // deviceOf returns the index of the device that has the name's links: 0 if
@@ -210,10 +244,8 @@ func (p pinDir) removeLinks(ifname string) error {
 	for _, hook := range []string{fromWorkload, toWorkload} {
 		// Without its pin a link goes some time later; detached it goes now.
 		// What is not a link (an error) is removed all the same.
-		if l, ifindex, err := p.link(ifname, hook); err == nil && l != nil {
-			if ifindex != 0 {
-				_ = l.Detach() // best effort: the pin goes below
-			}
+		if l, _, err := p.link(ifname, hook); err == nil && l != nil {
+			_ = l.Detach() // best effort: the pin goes below
 			l.Close()
 		}
 	}

@@ -104,17 +104,14 @@ func (p pinDir) judging() (sets []map[string]*ebpf.Map, err error) {
 	return sets, nil
 }
 
-// program returns the program under a link: 0 if there is none, or its device
-// is gone.
+// program returns the program under a link: 0 if there is none. Whether its
+// device is here does not matter: the caller may be in another network namespace.
 func (p pinDir) program(ifname, hook string) (ebpf.ProgramID, error) {
-	l, ifindex, err := p.link(ifname, hook)
+	l, _, err := p.link(ifname, hook)
 	if err != nil || l == nil {
 		return 0, err
 	}
 	defer l.Close()
-	if ifindex == 0 {
-		return 0, nil
-	}
 	info, err := l.Info()
 	if err != nil {
 		return 0, fmt.Errorf("pinned link %s of %s: %w", hook, ifname, err)
