@@ -39,7 +39,9 @@ type Repository struct {
 
 	list      []*Policy // those of policies, sorted; nil: not known
 	peerPorts int       // how many policies name ports of peers
-	sets      *Sets     // is told what changes; nil until NewSets
+
+	nsSubjects int   // how many select subjects by labels of namespaces
+	sets       *Sets // is told what changes; nil until NewSets
 }
 
 // NewRepository returns an empty repository.
@@ -79,7 +81,8 @@ func (r *Repository) replace(ref Ref, p *Policy) {
 		r.policies[ref] = p
 	}
 	r.list = nil
-	r.peerPorts += p.namesPeerPorts() - old.namesPeerPorts()
+	r.peerPorts += count(p, (*Policy).namesPeerPorts) - count(old, (*Policy).namesPeerPorts)
+	r.nsSubjects += count(p, (*Policy).looksAtNamespaces) - count(old, (*Policy).looksAtNamespaces)
 	r.sets.policyChanged(old, p)
 }
 
@@ -121,19 +124,27 @@ func (r *Repository) RemovePorts(stamp uint64) (changed bool) {
 	return true
 }
 
-// namesPeerPorts returns 1 if the policy names ports of peers, else 0.
-func (p *Policy) namesPeerPorts() int {
-	if p == nil {
+// count returns 1 if there is a policy of which that is so, else 0.
+func count(p *Policy, so func(*Policy) bool) int {
+	if p == nil || !so(p) {
 		return 0
 	}
-	for _, spec := range p.Specs {
-		for _, rule := range spec.Rules {
-			if rule.Direction == abi.DirEgress && slices.ContainsFunc(rule.Ports, func(p PortRange) bool { return p.Name != "" }) {
-				return 1
-			}
-		}
-	}
-	return 0
+	return 1
+}
+
+// namesPeerPorts reports whether the policy names ports of peers.
+func (p *Policy) namesPeerPorts() bool {
+	return slices.ContainsFunc(p.Specs, func(spec Spec) bool {
+		return slices.ContainsFunc(spec.Rules, func(rule Rule) bool {
+			return rule.Direction == abi.DirEgress && slices.ContainsFunc(rule.Ports, func(p PortRange) bool { return p.Name != "" })
+		})
+	})
+}
+
+// looksAtNamespaces reports whether labels of namespaces say whom the policy
+// speaks of.
+func (p *Policy) looksAtNamespaces() bool {
+	return slices.ContainsFunc(p.Specs, func(spec Spec) bool { return spec.Subject.looksAtNamespaces() })
 }
 
 // selects reports whether the spec speaks of the subject; sure is false

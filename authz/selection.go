@@ -76,13 +76,21 @@ func (p Peer) places() []place {
 	if id.Reserved != "" {
 		return []place{{kind: atAll}, {kind: atReserved, value: id.Reserved}}
 	}
-	h := id.Hash()
-	out := append(make([]place, 0, 5+len(id.Labels)), place{kind: atAll}, place{kind: atWorkloads}, place{kind: atIdentity, value: string(h[:])},
+	out := append(make([]place, 0, 5+len(id.Labels)), place{kind: atAll}, place{kind: atWorkloads},
 		place{kind: atNamespace, value: id.Namespace}, place{kind: atAccount, value: id.ServiceAccount})
 	for k, v := range id.Labels {
 		out = append(out, place{atLabel, k, v})
 	}
 	return out
+}
+
+// identityPlaces are where no selector is: a workload's, by its hash.
+func identityPlaces(id identity.Identity) []place {
+	if id.Reserved != "" {
+		return nil
+	}
+	h := id.Hash()
+	return []place{{kind: atIdentity, value: string(h[:])}}
 }
 
 // selectorPlaces returns where a selector looks. A workload's labels, namespace
@@ -139,5 +147,9 @@ func placesAt(at place, values []string) (out []place) {
 // selects.
 func looksAtNamespaces(s PeerSelector) bool {
 	labels, ok := innermost(s).(Selector)
-	return ok && slices.ContainsFunc(labels, func(r Requirement) bool { return r.Attribute == NamespaceLabel && r.Key != nameLabel })
+	return ok && labels.looksAtNamespaces()
+}
+
+func (s Selector) looksAtNamespaces() bool {
+	return slices.ContainsFunc(s, func(r Requirement) bool { return r.Attribute == NamespaceLabel && r.Key != nameLabel })
 }

@@ -53,6 +53,7 @@ type compiled struct {
 	peers    map[identity.Numeric]shape // none of them empty
 	hosts    numbers                    // of the subject's own node, beside the reserved one
 	shapes   map[string]shape           // by the picks, for peers without named ports
+	key      []byte                     // spare, for a key of shapes
 	names    bool                       // a rule names ports of peers
 	anyNames bool                       // one for every peer does
 
@@ -245,7 +246,7 @@ func (c *compiled) pick(p Peer) (picks []pick) {
 // shape returns the entries of a peer whom rules pick.
 func (c *compiled) shape(p Peer, picks []pick) shape {
 	var named []identity.NamedPort
-	if c.names {
+	if c.anyNames || c.names && slices.ContainsFunc(picks, func(pk pick) bool { return len(c.rules[pk>>1].names) > 0 }) {
 		named = c.ports(p.Identity)
 	}
 	if len(named) > 0 {
@@ -254,10 +255,11 @@ func (c *compiled) shape(p Peer, picks []pick) shape {
 	if len(picks) == 0 {
 		return nil
 	}
-	key := make([]byte, 0, 4*len(picks))
+	key := c.key[:0]
 	for _, pk := range picks {
 		key = append(key, byte(pk), byte(pk>>8), byte(pk>>16), byte(pk>>24))
 	}
+	c.key = key
 	sh, ok := c.shapes[string(key)]
 	if !ok {
 		if len(c.shapes) >= maxShapes {

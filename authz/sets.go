@@ -86,14 +86,14 @@ func (x *Sets) Compile(s *Subject) Set {
 	set := x.repo.compile(s.identity, s.applied, s.own)
 	c := set.compiled
 	c.version, c.bySelection = x.version, map[*selection][]int{}
-	picks := map[identity.Numeric][]pick{}
+	var picks []peerPick
 	if c.anyNames {
 		for n := range x.peers {
-			picks[n] = nil
+			picks = append(picks, newPeerPick(n, noPick))
 		}
 	}
 	for n := range x.peersAt[place{kind: atReserved, value: hostName}] {
-		picks[n] = nil
+		picks = append(picks, newPeerPick(n, noPick))
 	}
 	for i, r := range c.rules {
 		for _, sel := range x.selectionsOf(r.Rule) {
@@ -101,20 +101,48 @@ func (x *Sets) Compile(s *Subject) Set {
 			c.bySelection[sel] = append(c.bySelection[sel], i)
 			if pk, ok := c.picked(i, true, true); ok {
 				for n := range sel.sure {
-					picks[n] = addPick(picks[n], pk)
+					picks = append(picks, newPeerPick(n, pk))
 				}
 			}
 			if pk, ok := c.picked(i, false, true); ok {
 				for n := range sel.unsure {
-					picks[n] = addPick(picks[n], pk)
+					picks = append(picks, newPeerPick(n, pk))
 				}
 			}
 		}
 	}
-	for n, ps := range picks {
-		c.put(n, x.peers[n], ps)
-	}
+	x.putAll(c, picks)
 	return set
+}
+
+// peerPick says that a rule picks a peer: the number before the pick, so that
+// they sort by both.
+type peerPick uint64
+
+// noPick: no rule picks the peer, but the set is to know it.
+const noPick = pick(-1)
+
+func newPeerPick(n identity.Numeric, pk pick) peerPick { return peerPick(n)<<32 | peerPick(pk+1) }
+
+func (p peerPick) split() (identity.Numeric, pick) {
+	return identity.Numeric(p >> 32), pick(uint32(p)) - 1
+}
+
+// putAll enters peers with all their picks, in any order.
+func (x *Sets) putAll(c *compiled, all []peerPick) {
+	slices.Sort(all)
+	var picks []pick
+	for i, p := range all {
+		n, pk := p.split()
+		// Of two picks by one rule the first is the sure one.
+		if pk != noPick && (len(picks) == 0 || picks[len(picks)-1]>>1 != pk>>1) {
+			picks = append(picks, pk)
+		}
+		if i+1 == len(all) || all[i+1]>>32 != p>>32 {
+			c.put(n, x.peers[n], picks)
+			picks = picks[:0]
+		}
+	}
 }
 
 // addPick adds a rule's pick, of which there may be one already by another of
@@ -254,7 +282,7 @@ func (x *Sets) see(sel *selection, n identity.Numeric, before *facts) {
 
 func (x *Sets) enter(n identity.Numeric, p Peer) {
 	x.peers[n] = p
-	for _, at := range p.places() {
+	for _, at := range append(p.places(), identityPlaces(p.Identity)...) {
 		if x.peersAt[at] == nil {
 			x.peersAt[at] = numbers{}
 		}
@@ -264,7 +292,7 @@ func (x *Sets) enter(n identity.Numeric, p Peer) {
 
 func (x *Sets) leave(n identity.Numeric, p Peer) {
 	delete(x.peers, n)
-	for _, at := range p.places() {
+	for _, at := range append(p.places(), identityPlaces(p.Identity)...) {
 		delete(x.peersAt[at], n)
 		if len(x.peersAt[at]) == 0 {
 			delete(x.peersAt, at)
@@ -396,6 +424,9 @@ func (x *Sets) namespaceChanged(namespace string, before *facts) {
 				x.see(sel, n, before)
 			}
 		}
+	}
+	if x.repo.nsSubjects == 0 {
+		return
 	}
 	for s := range x.subjects {
 		if s.identity.Namespace != namespace {

@@ -43,8 +43,8 @@ func block(i int) netip.Prefix {
 	return netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(i), 0, 0}), 16)
 }
 
-// peers are every identity's number, and the world's blocks'.
-func (l load) peers() iter.Seq2[identity.Numeric, authz.Peer] {
+// allPeers are every identity's number, and the world's blocks'.
+func (l load) allPeers() iter.Seq2[identity.Numeric, authz.Peer] {
 	return func(yield func(identity.Numeric, authz.Peer) bool) {
 		for i := range l.identities {
 			if !yield(identity.Numeric(1000+i), authz.Peer{Identity: l.identity(i)}) {

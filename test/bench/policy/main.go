@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"flag"
 	"fmt"
+	"maps"
 	"os"
 	"runtime"
 	"text/tabwriter"
@@ -71,6 +72,11 @@ func run(context.Context) error {
 	if err != nil {
 		return err
 	}
+	start := time.Now()
+	for i := range l.endpoints {
+		n.repo.Compile(l.subject(i), maps.All(n.peers))
+	}
+	r.Full.Alone = since(start)
 	r.Changes = n.changes(*rounds)
 	if err := n.check(); err != nil {
 		return err
@@ -98,12 +104,14 @@ type node struct {
 	sets     *authz.Sets
 	subjects []*authz.Subject
 	inForce  map[*authz.Subject]authz.Set
+	peers    map[identity.Numeric]authz.Peer
 	next     identity.Numeric
 }
 
 // build compiles everything, and says what that takes.
 func (l load) build(f *full) (*node, error) {
-	n := &node{load: l, repo: authz.NewRepository(authz.Options{TrustDomain: trustDomain, LocalHost: true}), inForce: map[*authz.Subject]authz.Set{}, next: 1 << 20}
+	n := &node{load: l, repo: authz.NewRepository(authz.Options{TrustDomain: trustDomain, LocalHost: true}), inForce: map[*authz.Subject]authz.Set{},
+		peers: maps.Collect(l.allPeers()), next: 1 << 20}
 	n.sets = authz.NewSets(n.repo)
 	base := heap()
 	start := time.Now()
@@ -113,7 +121,7 @@ func (l load) build(f *full) (*node, error) {
 	f.Policies = since(start)
 	f.BeforeMiB = heap() - base
 	start = time.Now()
-	for num, p := range l.peers() {
+	for num, p := range n.peers {
 		n.sets.AddPeer(num, p)
 	}
 	f.Peers = since(start)
@@ -130,11 +138,6 @@ func (l load) build(f *full) (*node, error) {
 		f.Entries += set.Len()
 		f.Rules += len(set.Rules) - 1
 	}
-	start = time.Now()
-	for i := range l.endpoints {
-		n.repo.Compile(l.subject(i), l.peers())
-	}
-	f.Alone = since(start)
 	return n, nil
 }
 
@@ -160,7 +163,7 @@ func (n *node) settle() (compiled, changed, entries int) {
 // check compares every set with one that is compiled from nothing.
 func (n *node) check() error {
 	for i, s := range n.subjects {
-		if want := n.repo.Compile(n.subject(i), n.load.peers()); !want.Equal(n.inForce[s]) {
+		if want := n.repo.Compile(n.subject(i), maps.All(n.peers)); !want.Equal(n.inForce[s]) {
 			return fmt.Errorf("after all changes the set of %s is not what compiling from nothing makes", n.subject(i))
 		}
 	}
