@@ -119,7 +119,7 @@ func (l *loop) adoptSlot(slot uint32, s datapath.Slot, id identity.Identity, por
 		return fmt.Errorf("slot %d: %s does not speak for its IP any more", slot, owner)
 	}
 	n := identity.Numeric(s.Identity)
-	if err := l.ids.Restore(n, id, l.store.region(n, id.Hash())); err != nil {
+	if err := l.restore(n, id); err != nil {
 		return err
 	}
 	b := identity.Binding{IP: datapath.AddrFrom(s.IP), Generation: identity.Generation(s.Generation), UID: s.Cold.UID, Identity: id, Owner: cString(s.Cold.Owner[:]), Ports: ports}
@@ -128,7 +128,6 @@ func (l *loop) adoptSlot(slot uint32, s datapath.Slot, id identity.Identity, por
 		l.release(n)
 		return err
 	}
-	l.names.addIdentity(n, id)
 	l.repo.AddPorts(s.Stamp, id, ports) // no endpoint is compiled yet
 	l.numerics[s.Stamp], l.installedAt[s.Stamp] = n, lease.Time(s.Installed)
 	return nil

@@ -219,6 +219,10 @@ func newLoop(ctx context.Context, cfg Config, log *zap.Logger) (*loop, error) {
 		numerics: map[uint64]identity.Numeric{}, installedAt: map[uint64]lease.Time{}, policyFiles: map[authz.Ref]importedFile{}, groups: map[authz.Ref]*authz.Group{},
 		names: newDirectory(), monitors: newMonitors(), alarms: newAlarms()}
 
+	l.sets, l.bySubject = authz.NewSets(l.repo), map[*authz.Subject]*endpoint{}
+	for n, id := range l.ids.All {
+		l.sets.AddPeer(n, authz.Peer{Identity: id})
+	}
 	if err := l.open(ctx); err != nil {
 		return nil, errors.Join(err, l.close())
 	}

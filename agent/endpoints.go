@@ -48,7 +48,8 @@ type endpoint struct {
 	state     abi.EndpointState // what the kernel was told last
 	detail    string            // why it is not active
 	policy    policySet
-	lost      uint32 // directions (enforceFlags) denied because their policies are gone, see adopt.go
+	subject   *authz.Subject // of loop.sets
+	lost      uint32         // directions (enforceFlags) denied because their policies are gone, see adopt.go
 	// generation of its bindings; 0 until it was activated.
 	generation identity.Generation
 	created    time.Time
@@ -59,8 +60,9 @@ type endpoint struct {
 
 // policySet is an endpoint's policy as it stands in the kernel.
 type policySet struct {
-	id  uint32
-	set authz.Set
+	id   uint32
+	set  authz.Set
+	lost uint32 // endpoint.lost, as it counts there
 }
 
 // Errors of a registration.
@@ -152,7 +154,7 @@ func (l *loop) enforce(e *endpoint) error {
 	}
 	// The record first: an agent that dies after the next step must find it.
 	if err := l.store.putWorkload(e); err != nil {
-		l.forgetPolicy(e)
+		l.uncompile(e)
 		l.release(numeric)
 		return err
 	}
@@ -161,7 +163,7 @@ func (l *loop) enforce(e *endpoint) error {
 		err = l.dp.AddEndpoint(e.ifname, e.abi())
 	}
 	if err != nil {
-		l.forgetPolicy(e)
+		l.uncompile(e)
 		l.release(numeric)
 		l.forgetWorkload(e.uid)
 		return fmt.Errorf("%w the endpoint on %s: %w", errKernelRefuse, e.ifname, err)
@@ -171,7 +173,7 @@ func (l *loop) enforce(e *endpoint) error {
 
 // meaning compiles the endpoint's policy.
 func (l *loop) meaning(e *endpoint) authz.Set {
-	set := l.repo.Compile(e.identity, authz.PeersIn(l.ids.All, l.ids.Region), e.ports...)
+	set := l.sets.Compile(e.subject)
 	if l.neverEnforced(e) {
 		return set // never means never; the alarm about lost policies stands
 	}
@@ -193,11 +195,26 @@ func (l *loop) neverEnforced(e *endpoint) bool {
 
 // compile puts the endpoint's policy into the kernel, under a new set.
 func (l *loop) compile(e *endpoint) error {
-	e.policy = policySet{id: l.dp.State().NextPolicySet(), set: l.meaning(e)}
+	e.subject = l.sets.AddSubject(e.identity, e.ports...)
+	l.bySubject[e.subject] = e
+	e.policy = policySet{id: l.dp.State().NextPolicySet(), set: l.meaning(e), lost: e.lost}
 	if err := l.dp.PutPolicy(e.policy.id, e.policy.set.WithSet(e.policy.id)); err != nil {
+		l.forgetSubject(e)
 		return fmt.Errorf("%w the policy of %s: %w", errKernelRefuse, e.fullName(), err)
 	}
+	l.sets.Use(e.subject, e.policy.set)
 	return nil
+}
+
+// uncompile is compile's opposite.
+func (l *loop) uncompile(e *endpoint) {
+	l.forgetPolicy(e)
+	l.forgetSubject(e)
+}
+
+func (l *loop) forgetSubject(e *endpoint) {
+	l.sets.RemoveSubject(e.subject)
+	delete(l.bySubject, e.subject)
 }
 
 // claimIPs checks that the node may give these IPs away. That another workload
@@ -354,7 +371,7 @@ func (l *loop) deregister(uid identity.UID) (existed bool, err error) {
 	l.names.removeEndpoint(e)
 	l.forgetWorkload(uid)
 	l.stepOwner(lease.Delete{UID: uid})
-	l.forgetPolicy(e)
+	l.uncompile(e)
 	l.release(e.numeric)
 	l.holdIndexes.give(e.holdIndex, l.now())
 	select {

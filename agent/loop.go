@@ -57,11 +57,13 @@ type loop struct {
 	table    *ipcache.Table
 	ids      *identity.Allocator
 	repo     *authz.Repository
+	sets     *authz.Sets // of repo's policies: one for each endpoint
 	holds    *hold.Queue
 
 	endpoints       map[identity.UID]*endpoint
 	byIP            map[netip.Addr]*endpoint // active ones
 	byEndpointID    map[uint32]*endpoint
+	bySubject       map[*authz.Subject]*endpoint
 	byIfindex       map[uint32]*endpoint // until the device is gone, ended ones too
 	holdIndexes     *indexes
 	retryActivation map[identity.UID]identity.Generation

@@ -8,6 +8,7 @@ import (
 	"go.uber.org/zap"
 
 	"portcullis/authz"
+	"portcullis/bpf/abi"
 	"portcullis/identity"
 )
 
@@ -31,12 +32,8 @@ func (l *loop) acquireIn(id identity.Identity, in identity.Region) (identity.Num
 		return n, nil
 	}
 	err := l.store.putRegion(n, id, in)
-	for _, e := range l.endpoints {
-		if err != nil {
-			break
-		}
-		entries := withSet(e.policy.set.AddPeer(n, authz.PeerIn(id, in)), e.policy.id)
-		err = l.dp.PutPolicy(e.policy.id, entries)
+	if err == nil {
+		err = l.addPeer(n, authz.PeerIn(id, in))
 	}
 	if err != nil {
 		l.release(n) // unsettled: whoever wants it next begins anew
@@ -45,6 +42,29 @@ func (l *loop) acquireIn(id identity.Identity, in identity.Region) (identity.Num
 	l.ids.Settle(n)
 	l.names.addIdentity(n, id)
 	return n, nil
+}
+
+// addPeer puts what policy says of a number into every set in force.
+func (l *loop) addPeer(n identity.Numeric, p authz.Peer) error {
+	for _, d := range l.sets.AddPeer(n, p) {
+		set := l.bySubject[d.Subject].policy.id
+		if err := l.dp.PutPolicy(set, withSet(d.Add, set)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// restore takes over a number that an earlier agent has given. No endpoint is
+// compiled yet.
+func (l *loop) restore(n identity.Numeric, id identity.Identity) error {
+	in := l.store.region(n, id.Hash())
+	if err := l.ids.Restore(n, id, in); err != nil {
+		return err
+	}
+	l.sets.AddPeer(n, authz.PeerIn(id, in))
+	l.names.addIdentity(n, id)
+	return nil
 }
 
 // release gives up one use of a number; see dropNumbers.
@@ -59,15 +79,21 @@ func (l *loop) dropNumbers() {
 	if len(gone) == 0 {
 		return
 	}
-	for _, e := range l.endpoints {
-		keys := e.policy.set.RemovePeer(gone...)
-		for i := range keys {
-			keys[i].Set = e.policy.id
+	keys := map[uint32][]abi.PolicyKey{} // by set
+	for _, n := range gone {
+		for _, d := range l.sets.RemovePeer(n) {
+			set := l.bySubject[d.Subject].policy.id
+			for _, k := range d.Remove {
+				k.Set = set
+				keys[set] = append(keys[set], k)
+			}
 		}
-		if err := l.dp.DeletePolicy(keys); err != nil {
+	}
+	for _, k := range keys {
+		if err := l.dp.DeletePolicy(k); err != nil {
 			for _, n := range gone { // as it may stand in the kernel
 				if id, ok := l.ids.Lookup(n); ok {
-					e.policy.set.AddPeer(n, authz.PeerIn(id, l.ids.Region(n)))
+					l.sets.AddPeer(n, authz.PeerIn(id, l.ids.Region(n)))
 				}
 			}
 			l.log.Warn("remove policy of unused numbers, to be tried again", zap.Int("numbers", len(gone)), zap.Error(err))

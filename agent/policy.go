@@ -237,8 +237,8 @@ func (u *policyUndo) run(why error) error {
 	return errors.Join(errs...)
 }
 
-// applyPolicies compiles every endpoint's policy and switches those whose
-// policy changed, and the numbers of peers that policies tell apart otherwise
+// applyPolicies compiles the policy of each endpoint that a change touches and
+// switches those whose policy changed, and the numbers of peers that policies tell apart otherwise
 // than before (see regions.go). A switch is one update of the endpoint; it bumps
 // the policy epoch, so that live connections are judged again.
 func (l *loop) applyPolicies() error {
@@ -254,12 +254,15 @@ func (l *loop) applyPolicies() error {
 		l.abandonRegions(change)
 	}
 	for _, e := range l.endpoints {
+		if !e.subject.Stale() && e.policy.lost == e.lost {
+			continue // nothing that its policy is made of has changed
+		}
 		set := l.meaning(e)
 		if set.Equal(e.policy.set) {
 			same[e] = set
 			continue
 		}
-		p := policySet{id: l.dp.State().NextPolicySet(), set: set}
+		p := policySet{id: l.dp.State().NextPolicySet(), set: set, lost: e.lost}
 		next[e] = p
 		if err := l.dp.PutPolicy(p.id, set.WithSet(p.id)); err != nil {
 			undo()
@@ -267,7 +270,8 @@ func (l *loop) applyPolicies() error {
 		}
 	}
 	for e, set := range same {
-		e.policy.set = set // peers to come may fare otherwise
+		e.policy.set, e.policy.lost = set, e.lost // peers to come may fare otherwise
+		l.sets.Use(e.subject, set)
 	}
 	var errs []error
 	if err := l.switchRegions(change); err != nil {
@@ -287,6 +291,7 @@ func (l *loop) applyPolicies() error {
 			errs = append(errs, err)
 			continue
 		}
+		l.sets.Use(e.subject, p.set)
 		l.names.addEndpoint(e)
 		l.forgetPolicy(&endpoint{policy: old, workload: e.workload})
 	}

@@ -245,8 +245,7 @@ func (l *loop) adoptRanges() error {
 		}
 		if in := l.store.region(n, world.Hash()); in.Block != p {
 			err = fmt.Errorf("nothing is known of the number %d of block %s", n, p)
-		} else if err = l.ids.Restore(n, world, in); err == nil {
-			l.names.addIdentity(n, world)
+		} else if err = l.restore(n, world); err == nil {
 			l.regions.numbers[p] = n
 			continue
 		}

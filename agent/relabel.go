@@ -51,7 +51,7 @@ func (l *loop) relabel(uid identity.UID, change func(*workload)) (*endpoint, err
 	if err := l.dp.SetEndpoint(next.abi()); err != nil {
 		// It goes on as it was; a record that cannot be put back says another
 		// identity than the kernel, and is quarantined by the next agent.
-		l.forgetPolicy(&next)
+		l.uncompile(&next)
 		l.release(next.numeric)
 		return nil, errors.Join(fmt.Errorf("%w to close the gate of %s: %w", errKernelRefuse, e.fullName(), err), l.store.putWorkload(e))
 	}
@@ -60,6 +60,7 @@ func (l *loop) relabel(uid identity.UID, change func(*workload)) (*endpoint, err
 	// the endpoint as it is now.
 	former := *e
 	*e = next
+	l.bySubject[e.subject] = e
 	e.relabelled = l.now() // read after the gate was closed
 	l.endHolds(l.holds.DropEndpoint(e.id, abi.ReasonQuarantined))
 	l.zeroBinding(e.ips, uid)
@@ -75,7 +76,7 @@ func (l *loop) relabel(uid identity.UID, change func(*workload)) (*endpoint, err
 	default: // whoever waits goes on waiting
 	}
 	l.names.addEndpoint(e)
-	l.forgetPolicy(&former)
+	l.uncompile(&former)
 	l.release(former.numeric)
 	l.log.Info("endpoint relabelled", zap.String("workload", e.fullName()), zap.Stringer("uid", uid), zap.Stringer("from", former.identity), zap.Stringer("to", e.identity), zap.Stringer("mode", l.cfg.Relabel))
 	l.stepOwner(lease.Relabel{UID: uid, Identity: e.identity, Ports: e.ports})
@@ -96,7 +97,7 @@ func (l *loop) prepare(next *endpoint) (err error) {
 		if err = l.store.putWorkload(next); err == nil {
 			return nil
 		}
-		l.forgetPolicy(next)
+		l.uncompile(next)
 	}
 	l.release(next.numeric)
 	return err
