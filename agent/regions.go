@@ -2,13 +2,13 @@ package agent
 
 import (
 	"fmt"
-	"maps"
 	"net/netip"
 
 	"go.uber.org/zap"
 
 	"portcullis/authz"
 	"portcullis/bpf/abi"
+	"portcullis/datapath"
 	"portcullis/identity"
 )
 
@@ -173,41 +173,10 @@ func (l *loop) knownRanges() map[netip.Prefix]abi.Range {
 	return ranges
 }
 
-// foldRanges puts known ranges and the numbers of the world's blocks into one
-// table of prefixes. A block within a known range is left out: what covers its
-// IPs then is the known range, so no block makes one of them world (I5).
-func foldRanges(known map[netip.Prefix]abi.Range, world map[netip.Prefix]identity.Numeric) map[netip.Prefix]abi.Range {
-	out := maps.Clone(known)
-	for p, n := range world {
-		if !coveredBy(known, p) {
-			out[p] = abi.Range{Identity: uint32(n)}
-		}
-	}
-	// To the kernel IPv4 is a part of IPv6: no block there may cover it.
-	if all4 := netip.PrefixFrom(netip.IPv4Unspecified(), 0); len(world) > 0 {
-		if _, ok := out[all4]; !ok {
-			out[all4] = abi.Range{Identity: uint32(identity.NumWorld)}
-		}
-	}
-	return out
-}
-
-// coveredBy reports whether all of a prefix is in a known range.
-func coveredBy(known map[netip.Prefix]abi.Range, p netip.Prefix) bool {
-	for bits := p.Bits(); bits >= 0; bits-- {
-		if shorter, err := p.Addr().Prefix(bits); err == nil {
-			if _, ok := known[shorter]; ok {
-				return true
-			}
-		}
-	}
-	return false
-}
-
 // setRanges tells the kernel which IPs need a binding (I5), for whose binding
 // there is somebody to ask, and what blocks of the world policies tell apart.
 func (l *loop) setRanges() error {
-	return l.dp.SetRanges(foldRanges(l.knownRanges(), l.regions.numbers))
+	return l.dp.SetRanges(datapath.FoldRanges(l.knownRanges(), l.regions.numbers))
 }
 
 // keepRanges makes known what needs a binding, at the start, and leaves the
@@ -224,7 +193,7 @@ func (l *loop) keepRanges() error {
 			world[p] = identity.Numeric(r.Identity)
 		}
 	}
-	return l.dp.SetRanges(foldRanges(known, world))
+	return l.dp.SetRanges(datapath.FoldRanges(known, world))
 }
 
 // adoptRanges takes over the numbers of the world's blocks, all or none: a

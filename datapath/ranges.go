@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync/atomic"
@@ -12,6 +13,37 @@ import (
 
 	"portcullis/bpf/abi"
 )
+
+// FoldRanges puts known ranges and the numbers of the world's blocks into one
+// table of prefixes. A block within a known range is left out: what covers its
+// IPs then is the known range, so no block makes one of them world (I5).
+func FoldRanges[N ~uint32](known map[netip.Prefix]abi.Range, world map[netip.Prefix]N) map[netip.Prefix]abi.Range {
+	out := maps.Clone(known)
+	for p, n := range world {
+		if !coveredBy(known, p) {
+			out[p] = abi.Range{Identity: uint32(n)}
+		}
+	}
+	// To the kernel IPv4 is a part of IPv6: no block there may cover it.
+	if all4 := netip.PrefixFrom(netip.IPv4Unspecified(), 0); len(world) > 0 {
+		if _, ok := out[all4]; !ok {
+			out[all4] = abi.Range{Identity: uint32(abi.IDWorld)}
+		}
+	}
+	return out
+}
+
+// coveredBy reports whether all of a prefix is in a known range.
+func coveredBy(known map[netip.Prefix]abi.Range, p netip.Prefix) bool {
+	for bits := p.Bits(); bits >= 0; bits-- {
+		if shorter, err := p.Addr().Prefix(bits); err == nil {
+			if _, ok := known[shorter]; ok {
+				return true
+			}
+		}
+	}
+	return false
+}
 
 // SetRanges makes the ranges those given. At no time is an IP of a known range
 // taken for one of the world (I5), nor for one of a region that it is not in:
