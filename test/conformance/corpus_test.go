@@ -147,28 +147,21 @@ func (c netpolCase) repository(t *testing.T) *authz.Repository {
 }
 
 // peers are the pods and, behind them, the addresses outside, each as policies
-// see it: by who it is, and by the longest block that covers its address.
+// see it: by who it is, and by the region of its address.
 func (c netpolCase) peers(t *testing.T, r *authz.Repository) (out []authz.Peer) {
 	t.Helper()
-	seen := func(address string, bound bool) netip.Prefix {
+	seen := func(id identity.Identity, address string, bound bool) authz.Peer {
 		a, err := netip.ParseAddr(address)
 		if err != nil {
 			t.Fatalf("%s: %v", c.ID, err)
 		}
-		longest := netip.PrefixFrom(a, a.BitLen())
-		bits := -1
-		for _, b := range r.Blocks(bound) {
-			if b.Contains(a) && b.Bits() > bits {
-				longest, bits = b, b.Bits()
-			}
-		}
-		return longest
+		return authz.PeerIn(id, r.Regions(bound).Of(a))
 	}
 	for _, p := range c.Pods {
-		out = append(out, authz.Peer{Identity: identity.New(trustDomain, p.Namespace, "default", p.Labels), Block: seen(p.IP, true)})
+		out = append(out, seen(identity.New(trustDomain, p.Namespace, "default", p.Labels), p.IP, true))
 	}
 	for _, address := range c.Externals {
-		out = append(out, authz.Peer{Identity: identity.Identity{Reserved: "world"}, Block: seen(address, false)})
+		out = append(out, seen(identity.Identity{Reserved: "world"}, address, false))
 	}
 	return out
 }

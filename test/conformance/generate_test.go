@@ -3,6 +3,7 @@ package conformance
 import (
 	"fmt"
 	"math/rand/v2"
+	"net/netip"
 
 	"portcullis/authz"
 	"portcullis/bpf/abi"
@@ -75,6 +76,49 @@ func someLimit(r *rand.Rand, rule authz.Rule) authz.Rule {
 	return rule
 }
 
+// somePeers are workloads, or what is none.
+func somePeers(r *rand.Rand) authz.PeerSelector {
+	switch r.IntN(8) {
+	case 0, 1:
+		b := authz.Block{Prefix: someBlock(r), Bound: r.IntN(2) == 0}
+		b.Except = someExceptions(r, b.Prefix)
+		return b
+	case 2:
+		return authz.Entities{pick(r, []string{"world", "host", "remote-node"})}
+	case 3:
+		if r.IntN(2) == 0 {
+			return authz.BlockGroup{Name: pick(r, []string{"some", "unknown"})}
+		}
+		return authz.BlockGroup{Labels: authz.Selector{{Attribute: authz.GroupLabel, Key: "zone", Operator: authz.In, Values: []string{pick(r, someValues)}}}}
+	case 4:
+		return authz.AllBut{PeerSelector: authz.Block{Prefix: someBlock(r), Bound: r.IntN(2) == 0}}
+	}
+	return someSelector(r)
+}
+
+// someBlock is around some peer's address, or a neighbour's.
+func someBlock(r *rand.Rand) netip.Prefix {
+	p := pick(r, peers)
+	ip, bits := netip.MustParseAddr(p.v4), []int{0, 4, 8, 16, 24, 28, 30, 31, 32}
+	if r.IntN(2) == 0 {
+		ip, bits = netip.MustParseAddr(p.v6), []int{0, 8, 16, 32, 64, 112, 124, 126, 127, 128}
+	}
+	b, err := ip.Prefix(pick(r, bits))
+	if err != nil {
+		panic(err)
+	}
+	return b
+}
+
+func someExceptions(r *rand.Rand, within netip.Prefix) (out []netip.Prefix) {
+	for range r.IntN(12) {
+		if x := someBlock(r); x.Bits() > within.Bits() && within.Overlaps(x) && len(out) < 2 {
+			out = append(out, x)
+		}
+	}
+	return out
+}
+
 // somePolicy allows, denies and limits.
 func somePolicy(r *rand.Rand, n int) *authz.Policy {
 	spec := authz.Spec{DenyIngress: r.IntN(4) > 0, DenyEgress: r.IntN(2) == 0}
@@ -89,12 +133,15 @@ func somePolicy(r *rand.Rand, n int) *authz.Policy {
 		}
 		if rule.AnyPeer = r.IntN(5) == 0; !rule.AnyPeer {
 			for range 1 + r.IntN(2) {
-				var s authz.PeerSelector = someSelector(r)
-				if r.IntN(6) == 0 {
+				s := somePeers(r)
+				if _, nested := s.(authz.AllBut); !nested && r.IntN(6) == 0 {
 					s = authz.AllBut{PeerSelector: s}
 				}
 				rule.Peers = append(rule.Peers, s)
 			}
+		}
+		if rule.Action == authz.Allow && r.IntN(6) == 0 {
+			rule.Evidence = pick(r, []identity.Evidence{identity.EvidenceSVID, identity.EvidenceWatch, identity.EvidenceLease})
 		}
 		if rule.AnyPort = r.IntN(4) == 0; !rule.AnyPort {
 			for range 1 + r.IntN(3) {

@@ -2,6 +2,7 @@ package conformance
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"math"
 	"math/rand/v2"
@@ -16,6 +17,7 @@ import (
 	"portcullis/authz"
 	"portcullis/bpf"
 	"portcullis/bpf/abi"
+	"portcullis/datapath"
 	"portcullis/identity"
 )
 
@@ -52,7 +54,7 @@ type peer struct {
 	slot     *abi.Slot // nil: no binding; identity and IP are filled in
 	revoked  bool      // the slot's stamp is 0
 	from     uint32    // ingress ifindex
-	fixed    identity.Numeric
+	reserved string
 	inbound  known // as a source (to_workload)
 	outbound known // as a destination (from_workload)
 	holdable bool
@@ -72,11 +74,11 @@ var peers = []*peer{
 	{name: "revoked", v4: "10.9.0.9", v6: "fd00:9::9", slot: &abi.Slot{Lease: liveLease, Evidence: uint8(abi.EvidenceLease)}, revoked: true, from: uplink, inbound: missing, outbound: missing, holdable: true},
 	{name: "unbound", v4: "10.9.0.10", v6: "fd00:9::10", from: uplink, inbound: missing, outbound: missing, holdable: true},
 	{name: "unbound, no owner", v4: "10.8.0.3", v6: "fd00:8::3", from: uplink, inbound: missing, outbound: missing},
-	{name: "world", v4: "198.51.100.7", v6: "2001:db8::7", from: uplink, fixed: identity.NumWorld, inbound: ranged, outbound: ranged},
-	{name: "range", v4: "192.0.2.10", v6: "2001:db8:c::10", from: uplink, inbound: ranged, outbound: ranged},
-	{name: "host", v4: "10.1.0.1", v6: "fd00:1::1", slot: &abi.Slot{Lease: uint32(abi.LeaseLocal), Evidence: uint8(abi.EvidenceLocal)}, fixed: identity.NumHost},
-	{name: "forwarded as host", v4: "10.1.0.1", v6: "fd00:1::1", slot: &abi.Slot{Lease: uint32(abi.LeaseLocal), Evidence: uint8(abi.EvidenceLocal)}, from: uplink, fixed: identity.NumHost, inbound: nobody},
-	{name: "remote node", v4: "10.1.0.2", v6: "fd00:1::2", slot: &abi.Slot{Lease: liveLease, Evidence: uint8(abi.EvidenceLease)}, from: uplink, fixed: identity.NumRemoteNode},
+	{name: "world", v4: "198.51.100.7", v6: "2001:db8::7", from: uplink, reserved: "world", inbound: ranged, outbound: ranged},
+	{name: "range", v4: "192.0.2.10", v6: "2001:db8:c::10", from: uplink, reserved: "world", inbound: ranged, outbound: ranged},
+	{name: "host", v4: "10.1.0.1", v6: "fd00:1::1", slot: &abi.Slot{Lease: uint32(abi.LeaseLocal), Evidence: uint8(abi.EvidenceLocal)}, reserved: "host"},
+	{name: "forwarded as host", v4: "10.1.0.1", v6: "fd00:1::1", slot: &abi.Slot{Lease: uint32(abi.LeaseLocal), Evidence: uint8(abi.EvidenceLocal)}, from: uplink, reserved: "host", inbound: nobody},
+	{name: "remote node", v4: "10.1.0.2", v6: "fd00:1::2", slot: &abi.Slot{Lease: liveLease, Evidence: uint8(abi.EvidenceLease)}, from: uplink, reserved: "remote-node"},
 }
 
 var ranges = []struct {
@@ -85,7 +87,43 @@ var ranges = []struct {
 }{
 	{"10.9.0.0/16", abi.RangeKnown | abi.RangeHoldable}, {"fd00:9::/32", abi.RangeKnown | abi.RangeHoldable},
 	{"10.8.0.0/16", abi.RangeKnown}, {"fd00:8::/32", abi.RangeKnown},
-	{"192.0.2.0/24", 0}, {"2001:db8:c::/48", 0},
+}
+
+// numbers are the numbers of a round: of peers, in each family, and of the
+// world's blocks.
+type numbers struct {
+	who   map[*peer][2]identity.Numeric
+	world map[netip.Prefix]identity.Numeric
+}
+
+func (n numbers) of(p *peer, ip netip.Addr) identity.Numeric {
+	if ip.Is4() {
+		return n.who[p][0]
+	}
+	return n.who[p][1]
+}
+
+// number gives each peer the number of who it is, in the region in which
+// policies see it, as the agent does.
+func number(r *rand.Rand, repo *authz.Repository, alloc *identity.Allocator) numbers {
+	world, bound := repo.Regions(false), repo.Regions(true)
+	n := numbers{who: map[*peer][2]identity.Numeric{}, world: map[netip.Prefix]identity.Numeric{}}
+	for _, p := range peers {
+		id, in := identity.Identity{Reserved: p.reserved}, bound
+		if p.reserved == "" {
+			id = someIdentity(r)
+		}
+		if p.reserved == "world" {
+			in = world
+		}
+		v4, _ := alloc.AcquireIn(id, in.Of(netip.MustParseAddr(p.v4)))
+		v6, _ := alloc.AcquireIn(id, in.Of(netip.MustParseAddr(p.v6)))
+		n.who[p] = [2]identity.Numeric{v4, v6}
+	}
+	for in := range world.All() {
+		n.world[in.Block], _ = alloc.AcquireIn(identity.Identity{Reserved: "world"}, in)
+	}
+	return n
 }
 
 var ownV4, ownV6 = netip.MustParseAddr("10.7.0.1"), netip.MustParseAddr("fd00:7::1")
@@ -111,10 +149,14 @@ func (p *peer) expect(d authz.Decision, dir abi.Direction) (abi.Verdict, abi.Rea
 	case spoofed:
 		return abi.VerdictDrop, abi.ReasonSpoofed
 	case ranged:
+		if d.Verdict == abi.VerdictPass && d.LeastEvidence != identity.EvidenceNone {
+			return abi.VerdictDrop, abi.ReasonEvidenceTooWeak
+		}
 		return denied(d.Verdict)
 	case bound:
-		// d names no evidence; the default is a lease.
-		if d.Verdict == abi.VerdictPass && p.slot.Evidence < uint8(abi.EvidenceLease) {
+		// If d names no evidence, the default is a lease.
+		least := cmp.Or(d.LeastEvidence, identity.EvidenceLease)
+		if d.Verdict == abi.VerdictPass && !identity.Evidence(p.slot.Evidence).Meets(least) {
 			return abi.VerdictDrop, abi.ReasonEvidenceTooWeak
 		}
 		return denied(d.Verdict)
@@ -136,6 +178,7 @@ type kernel struct {
 	events, held *ringbuf.Reader
 	stamp        uint64
 	sets         [2]map[abi.PolicyKey]abi.Policy // in the map: this round's and the last
+	ranges       map[abi.RangeKey]bool           // in the map
 	sctp         bool                            // the object tells SCTP ports apart
 }
 
@@ -179,7 +222,7 @@ func (k *kernel) put(name string, key, value any) {
 }
 
 // install fills the maps for a round: the set, the endpoint, ranges, bindings.
-func (k *kernel) install(round uint32, set authz.Set, who map[*peer]identity.Numeric) {
+func (k *kernel) install(round uint32, set authz.Set, who numbers) {
 	k.Helper()
 	for key := range k.sets[round%2] {
 		if err := k.coll.Maps["policy"].Delete(key); err != nil {
@@ -197,22 +240,31 @@ func (k *kernel) install(round uint32, set authz.Set, who map[*peer]identity.Num
 	if set.EnforceEgress {
 		flags |= abi.EPEnforceEgress
 	}
+	if set.LocalHost {
+		flags |= abi.EPAdmitHost
+	}
 	k.put("endpoints", uint32(loopback), abi.Endpoint{
 		IP4: addr(ownV4), IP6: addr(ownV6), ID: round, Ifindex: loopback, State: uint32(abi.EPActive),
 		Flags: uint32(flags), Policy: round, HoldIndex: 1,
 	})
 	k.put("state", uint32(0), abi.State{ReaderTick: math.MaxUint64 / 2, RangeEpoch: uint64(round)})
+	known := map[netip.Prefix]abi.Range{}
 	for _, r := range ranges {
-		p := netip.MustParsePrefix(r.prefix)
-		bits := p.Bits()
+		known[netip.MustParsePrefix(r.prefix)] = abi.Range{Flags: uint32(r.flags)}
+	}
+	for key := range k.ranges {
+		if err := k.coll.Maps["ranges"].Delete(key); err != nil {
+			k.Fatal(err)
+		}
+	}
+	k.ranges = map[abi.RangeKey]bool{}
+	for p, v := range datapath.FoldRanges(known, who.world) {
+		key := abi.RangeKey{Prefixlen: uint32(p.Bits()), Addr: addr(p.Addr())}
 		if p.Addr().Is4() {
-			bits += 96
+			key.Prefixlen += 96
 		}
-		v := abi.Range{Flags: uint32(r.flags)}
-		if r.flags == 0 {
-			v.Identity = uint32(who[peerNamed("range")])
-		}
-		k.put("ranges", abi.RangeKey{Prefixlen: uint32(bits), Addr: addr(p.Addr())}, v)
+		k.put("ranges", key, v)
+		k.ranges[key] = true
 	}
 	slot := uint32(1)
 	for _, p := range peers {
@@ -222,7 +274,7 @@ func (k *kernel) install(round uint32, set authz.Set, who map[*peer]identity.Num
 			}
 			k.stamp++
 			s := *p.slot
-			s.Stamp, s.IP, s.Identity = k.stamp, addr(netip.MustParseAddr(ip)), uint32(who[p])
+			s.Stamp, s.IP, s.Identity = k.stamp, addr(netip.MustParseAddr(ip)), uint32(who.of(p, netip.MustParseAddr(ip)))
 			if p.revoked {
 				s.Stamp = 0
 			}
@@ -311,32 +363,38 @@ func TestKernelIsEvaluator(t *testing.T) {
 	seen := map[[2]string]int{}
 	sport, count := uint16(1024), 0
 	for round := uint32(2); round < 2+rounds; round++ { // 1 was the probe's
-		repo := authz.NewRepository(authz.Options{TrustDomain: trustDomain})
+		repo := authz.NewRepository(authz.Options{TrustDomain: trustDomain, LocalHost: r.IntN(2) == 0})
 		for i := range 1 + r.IntN(4) {
 			if err := repo.Put(somePolicy(r, i)); err != nil {
 				t.Fatal(err)
 			}
 		}
 		alloc := identity.NewAllocator()
-		who := map[*peer]identity.Numeric{}
-		for _, p := range peers {
-			if who[p] = p.fixed; p.fixed == 0 {
-				who[p], _ = alloc.Acquire(someIdentity(r))
-			}
-		}
+		repo.SetBlockGroup("some", map[string]string{"zone": "x"}, []netip.Prefix{someBlock(r), someBlock(r)})
+		who := number(r, repo, alloc)
 		for i, p := range peers {
-			if id, ok := alloc.Lookup(who[p]); ok {
+			if id, ok := alloc.Lookup(who.who[p][0]); ok && p.reserved == "" {
 				repo.AddPorts(uint64(i+1), id, someNamed(r))
 			}
 		}
-		set := repo.Compile(someIdentity(r), authz.Peers(alloc.All), someNamed(r)...)
+		set := repo.Compile(someIdentity(r), authz.PeersIn(alloc.All, alloc.Region), someNamed(r)...)
+		others := set // as it judges whoever is not the node itself
+		others.LocalHost = false
 		k.install(round, set, who)
 		for range packets {
 			p, dir := peers[r.IntN(len(peers))], abi.Direction(r.IntN(2))
 			pkt := somePacket(r, p, dir, k.sctp)
 			pkt.sport = sport
 			sport = max(sport+1, 1024)
-			d := set.Judge(dir, who[p], pkt.proto, pkt.policyPort())
+			far := pkt.src
+			if dir == abi.DirEgress {
+				far = pkt.dst
+			}
+			set := set
+			if p.inbound == nobody {
+				set = others
+			}
+			d := set.Judge(dir, who.of(p, far), pkt.proto, pkt.policyPort())
 			verdict, reason := p.expect(d, dir)
 			ret := k.run(dir, pkt, p.from)
 			ev := k.event(pkt)
@@ -348,7 +406,7 @@ func TestKernelIsEvaluator(t *testing.T) {
 			if ret != wantRet || ev.Verdict != uint8(verdict) || ev.Reason != uint8(reason) ||
 				ev.Flags&uint8(abi.EventNoEvidence) != 0 == d.NeedsEvidence || ev.Rule != p.rule(set, d, dir, pkt) {
 				t.Fatalf("round %d, %s, peer %q (%s), %+v:\nkernel %s, %s, rule %d, flags %d, returned %#x\nwant   %s, %s, %+v",
-					round, dir, p.name, who[p], pkt, abi.Verdict(ev.Verdict), abi.Reason(ev.Reason), ev.Rule, ev.Flags, ret, verdict, reason, d)
+					round, dir, p.name, who.of(p, far), pkt, abi.Verdict(ev.Verdict), abi.Reason(ev.Reason), ev.Rule, ev.Flags, ret, verdict, reason, d)
 			}
 			switch verdict {
 			case abi.VerdictHold:
@@ -360,6 +418,12 @@ func TestKernelIsEvaluator(t *testing.T) {
 				}
 			}
 			seen[[2]string{dir.String(), verdict.String() + " " + reason.String()}]++
+			if set.LocalHost && dir == abi.DirIngress && p.name == "host" && verdict == abi.VerdictPass && others.Judge(dir, who.of(p, far), pkt.proto, pkt.policyPort()).Verdict != verdict {
+				seen[[2]string{"host", "let in"}]++
+			}
+			if d.LeastEvidence == identity.EvidenceSVID && verdict == abi.VerdictDrop && p.name == "local" {
+				seen[[2]string{"local", "no svid"}]++
+			}
 			if pkt.proto == authz.ProtoSCTP {
 				seen[[2]string{"SCTP", verdict.String()}]++
 			}
@@ -382,6 +446,11 @@ func TestKernelIsEvaluator(t *testing.T) {
 			}
 		}
 	}
+	for _, what := range [][2]string{{"host", "let in"}, {"local", "no svid"}} {
+		if seen[what] == 0 {
+			t.Errorf("never: %s", what)
+		}
+	}
 	if seen[[2]string{"ingress", "drop spoofed"}] == 0 {
 		t.Error("ingress: never drop spoofed")
 	}
@@ -401,7 +470,7 @@ func (k *kernel) probe() {
 		{Direction: abi.DirIngress, Action: authz.Allow, AnyPeer: true, Ports: []authz.PortRange{authz.Port(authz.ProtoSCTP, 80)}}}}}}); err != nil {
 		k.Fatal(err)
 	}
-	k.install(1, repo.Compile(identity.New(trustDomain, "a", "x", nil), authz.Peers(identity.NewAllocator().All)), map[*peer]identity.Numeric{})
+	k.install(1, repo.Compile(identity.New(trustDomain, "a", "x", nil), authz.Peers(identity.NewAllocator().All)), numbers{})
 	p := packet{src: netip.MustParseAddr(peerNamed("world").v4), dst: ownV4, proto: authz.ProtoSCTP, sport: 1, dport: 80}
 	k.sctp = k.run(abi.DirIngress, p, uplink) == tcxNext
 	k.event(p)
