@@ -20,7 +20,8 @@ const (
 	maxDocuments = 10_000
 )
 
-// Dialect is one kind of policy document and its parser.
+// Dialect is one kind of policy document and its parser. One without APIVersion
+// and Kind takes every Kubernetes object that no other does.
 type Dialect struct {
 	APIVersion, Kind string
 	// Is, if there is one, recognizes documents without apiVersion and kind by
@@ -29,6 +30,8 @@ type Dialect struct {
 	// Parse returns what the document says, or its problems.
 	Parse func(*Document) (Result, []authz.Problem)
 }
+
+func (d Dialect) takesOthers() bool { return d.APIVersion == "" && d.Kind == "" }
 
 // Result is what files say: policies, and objects that policies speak of.
 type Result struct {
@@ -104,6 +107,9 @@ func parse(doc *Document, dialects []Dialect) (Result, []authz.Problem) {
 	if !doc.root.isMap() || kind == "" || version == "" {
 		doc.root.Refuse("not a Kubernetes object with apiVersion and kind")
 		return Result{}, doc.Problems()
+	}
+	if i = slices.IndexFunc(dialects, Dialect.takesOthers); i >= 0 && kind != "List" {
+		return dialects[i].Parse(doc)
 	}
 	var known []string
 	at := doc.root.field("kind")

@@ -32,13 +32,18 @@ type netpolCase struct {
 	ID, Description string
 	Namespaces      map[string]map[string]string
 	Pods            []struct {
-		Namespace, Name string
-		Labels          map[string]string
-		IP              string
+		Namespace, Name, IP string
+		Labels              map[string]string
+		Ports               []netpolPort
 	}
 	Policies  []object
 	Externals []string
 	Expect    map[string]table
+}
+
+type netpolPort struct {
+	Name, Protocol string
+	Port           uint16
 }
 
 func cases[T any](t *testing.T, name string) []T {

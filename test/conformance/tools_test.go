@@ -1,0 +1,269 @@
+package conformance
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"testing"
+
+	"portcullis/authz"
+	"portcullis/authz/dialect/cilium"
+	"portcullis/authz/dialect/k8s"
+	"portcullis/authz/tools"
+)
+
+// The tools read a case as its cluster's manifests, as a user has them, and
+// make its matrix.
+
+// toolTally counts how a corpus went by the tools.
+type toolTally struct{ cases, refused, cells, wrong, left int }
+
+func (n *toolTally) String() string {
+	return fmt.Sprintf("by the tools: %d cases, %d refused; %d cells, %d differences; %d cells cannot be said in manifests",
+		n.cases, n.refused, n.cells, n.wrong, n.left)
+}
+
+// manifests reads objects as the documents of one file.
+func manifests(t *testing.T, objects []object) (*tools.World, error) {
+	t.Helper()
+	var b strings.Builder
+	for _, o := range objects {
+		text, err := json.Marshal(o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprintf(&b, "---\n%s\n", text)
+	}
+	r := tools.NewReader(append(cilium.Dialects(), k8s.Dialect)...)
+	r.File("case", []byte(b.String()))
+	return r.World()
+}
+
+func namespaceObject(name string, labels map[string]string) object {
+	return object{"apiVersion": "v1", "kind": "Namespace", "metadata": object{"name": name, "labels": labels}}
+}
+
+// judgeWorld makes the matrix of the ports that are expected.
+func judgeWorld(t *testing.T, w *tools.World, opts authz.Options, expect map[string]table, externals []string) *tools.Matrix {
+	t.Helper()
+	j, err := tools.NewJudge(w, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o := tools.MatrixOptions{}
+	for _, name := range slices.Sorted(maps.Keys(expect)) {
+		p, err := tools.ParsePort(name)
+		if err != nil || p.String() != name {
+			t.Fatal(name, p, err)
+		}
+		o.Ports = append(o.Ports, p)
+	}
+	for _, name := range externals {
+		p, err := w.Party(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		o.Externals = append(o.Externals, p)
+	}
+	return j.Matrix(o)
+}
+
+func TestToolsNetworkPolicyCorpus(t *testing.T) {
+	var n toolTally
+	for _, c := range cases[netpolCase](t, "netpol.jsonl.gz") {
+		n.cases++
+		objects := slices.Clone(c.Policies)
+		for name, labels := range c.Namespaces {
+			objects = append(objects, namespaceObject(name, labels))
+		}
+		for _, p := range c.Pods {
+			objects = append(objects, object{"apiVersion": "v1", "kind": "Pod",
+				"metadata": object{"namespace": p.Namespace, "name": p.Name, "labels": p.Labels},
+				"spec":     object{"containers": []object{{"ports": c.ports(p.Ports)}}},
+				"status":   object{"phase": "Running", "podIP": p.IP, "podIPs": []object{{"ip": p.IP}}}})
+		}
+		w, err := manifests(t, objects)
+		if n.skip(t, c.ID, err) {
+			continue
+		}
+		m := judgeWorld(t, w, authz.Options{}, c.Expect, c.Externals)
+		at := make([]int, len(c.Pods)) // in the matrix
+		for i, p := range c.Pods {
+			if at[i] = slices.Index(m.Workloads, p.Namespace+"/"+p.Name); at[i] < 0 {
+				t.Fatalf("%s: %s/%s is not in the matrix", c.ID, p.Namespace, p.Name)
+			}
+		}
+		for name, want := range c.Expect {
+			got := m.Ports[name]
+			for i := range c.Pods {
+				for k := range c.Pods {
+					if i != k { // the diagonal is undefined upstream
+						where := fmt.Sprintf("%s (%s): %s: %s -> %s", c.ID, c.Description, name, m.Workloads[at[i]], m.Workloads[at[k]])
+						n.cell(t, got.Ingress[at[i]][at[k]], want.Ingress[i][k], "%s: ingress", where)
+						n.cell(t, got.Egress[at[i]][at[k]], want.Egress[i][k], "%s: egress", where)
+						n.cell(t, got.Combined[at[i]][at[k]], want.Combined[i][k], "%s: combined", where)
+					}
+				}
+				for x := range c.Externals {
+					n.cell(t, got.FromExternal[x][at[i]], want.FromExternal[x][i], "%s: %s: from %s to %s", c.ID, name, c.Externals[x], m.Workloads[at[i]])
+					n.cell(t, got.ToExternal[at[i]][x], want.ToExternal[x][i], "%s: %s: from %s to %s", c.ID, name, m.Workloads[at[i]], c.Externals[x])
+				}
+			}
+		}
+	}
+	t.Logf("NetworkPolicy %v", &n)
+	if n.cases != 95 || n.cells < 60_000 {
+		t.Error("fewer cases or cells than there are")
+	}
+}
+
+// skip reports, and counts, a case that is refused.
+func (n *toolTally) skip(t *testing.T, id string, err error) bool {
+	t.Helper()
+	var problems authz.Problems
+	switch {
+	case err == nil:
+		return false
+	case !errors.As(err, &problems):
+		t.Fatalf("%s: %v", id, err)
+	}
+	n.refused++
+	t.Logf("%s refused: %v", id, problems[0])
+	return true
+}
+
+func (n *toolTally) cell(t *testing.T, got, want byte, format string, args ...any) {
+	t.Helper()
+	if want == '-' {
+		return
+	}
+	if n.cells++; got != want {
+		n.wrong++
+		t.Errorf("%s: %c, want %c", fmt.Sprintf(format, args...), got, want)
+	}
+}
+
+// ports are those of a pod's container.
+func (c netpolCase) ports(ports []netpolPort) (out []object) {
+	for _, p := range ports {
+		out = append(out, object{"name": p.Name, "containerPort": p.Port, "protocol": p.Protocol})
+	}
+	return out
+}
+
+func TestToolsCiliumCorpus(t *testing.T) {
+	var n toolTally
+	for _, c := range cases[cnpCase](t, "cnp.jsonl.gz") {
+		n.cases++
+		objects := []object{c.Object}
+		namespaces := map[string]map[string]string{}
+		var pods []int      // entities that are workloads
+		var titles []string // of each entity, as it is asked for; empty: it cannot be
+		for i, e := range c.Entities {
+			if !e.Managed {
+				titles = append(titles, e.external())
+				continue
+			}
+			pods = append(pods, i)
+			pod := cnpIdentity(e.Labels)
+			name := fmt.Sprintf("pod-%d", i)
+			titles = append(titles, pod.Namespace+"/"+name)
+			if namespaces[pod.Namespace] == nil {
+				namespaces[pod.Namespace] = map[string]string{}
+			}
+			for _, l := range e.Labels {
+				if rest, ok := strings.CutPrefix(l, "k8s:io.cilium.k8s.namespace.labels."); ok {
+					key, value, _ := strings.Cut(rest, "=")
+					namespaces[pod.Namespace][key] = value
+				}
+			}
+			var ports []netpolPort
+			for _, p := range c.own() {
+				ports = append(ports, netpolPort{Name: p.Name, Port: p.Port, Protocol: p.Protocol})
+			}
+			objects = append(objects, object{"apiVersion": "v1", "kind": "Pod", "metadata": object{"namespace": pod.Namespace, "name": name, "labels": podLabels(pod.Labels)},
+				"spec": object{"serviceAccountName": pod.ServiceAccount, "containers": []object{{"ports": netpolCase{}.ports(ports)}}}})
+		}
+		for name, labels := range namespaces {
+			objects = append(objects, namespaceObject(name, labels))
+		}
+		w, err := manifests(t, objects)
+		if n.skip(t, c.ID, err) {
+			continue
+		}
+		n.compare(t, c, w, titles)
+	}
+	t.Logf("CiliumNetworkPolicy %v", &n)
+	if n.cases != 64 || n.refused > 0 || n.cells < 45_000 {
+		t.Error("fewer cases or cells than there are")
+	}
+}
+
+// podLabels are those labels of an entity that a pod can have.
+func podLabels(labels map[string]string) map[string]string {
+	out := maps.Clone(labels)
+	maps.DeleteFunc(out, func(key, _ string) bool { return strings.HasPrefix(key, "io.cilium.k8s.namespace.labels.") })
+	return out
+}
+
+// external is how the tools are asked for an entity that is no workload.
+func (e cnpEntity) external() string {
+	last := "" // the longest prefix comes last
+	for _, l := range e.Labels {
+		switch source, rest, _ := strings.Cut(l, ":"); {
+		case source == "cidr":
+			last = strings.ReplaceAll(rest, "-", ":")
+		case source == "fqdn":
+			return l
+		case source == "reserved" && last == "":
+			last = l
+		}
+	}
+	return last
+}
+
+// compare compares every cell of a case that has a workload on one side.
+func (n *toolTally) compare(t *testing.T, c cnpCase, w *tools.World, titles []string) {
+	t.Helper()
+	var externals []string
+	for i, e := range c.Entities {
+		if !e.Managed && titles[i] != "" && !slices.Contains(externals, titles[i]) {
+			externals = append(externals, titles[i])
+		}
+	}
+	m := judgeWorld(t, w, authz.Options{LocalHost: true}, c.Expect, externals)
+	for name, want := range c.Expect {
+		got := m.Ports[name]
+		for s, subject := range c.Entities {
+			if !subject.Managed {
+				continue
+			}
+			own := slices.Index(m.Workloads, titles[s])
+			for p, peer := range c.Entities {
+				at, out := slices.Index(m.Workloads, titles[p]), slices.Index(m.Externals, titles[p])
+				var in, eg byte
+				switch {
+				case at >= 0:
+					in, eg = got.Ingress[at][own], got.Egress[own][at]
+				case out >= 0:
+					in, eg = got.FromExternal[out][own], got.ToExternal[own][out]
+				default:
+					n.left += 2
+					continue
+				}
+				for _, x := range []struct {
+					side      string
+					got, want byte
+				}{{"ingress", in, want.Ingress[p][s]}, {"egress", eg, want.Egress[s][p]}} {
+					if decisions[c.ID].reason == clusterUnnamed && x.want == 'X' && x.got == '.' && peer.inCluster() {
+						continue // see decisions
+					}
+					n.cell(t, x.got, x.want, "%s (%s): %s: %s of %s, peer %s", c.ID, c.File, name, x.side, subject.Key, peer.Key)
+				}
+			}
+		}
+	}
+}
