@@ -41,12 +41,15 @@ type Parsed struct {
 	Not []*PolicyProblem
 }
 
+// Dialects returns the parsers of every kind of policy that there is.
+func Dialects() []dialect.Dialect { return append(cilium.Dialects(), k8s.Dialect, tree.Dialect) }
+
 // Parse parses files, in every dialect that there is. Any problem means that
 // nothing of them is to be used. Who enforces uses ParsePolicies.
 func Parse(files []*PolicyFile) (out Parsed, problems []*PolicyProblem) {
 	first := map[authz.Ref]string{}
 	for _, f := range files {
-		parsed, err := dialect.ParseFile(f.GetName(), f.GetContent(), append(cilium.Dialects(), k8s.Dialect, tree.Dialect)...)
+		parsed, err := dialect.ParseFile(f.GetName(), f.GetContent(), Dialects()...)
 		var found authz.Problems
 		switch {
 		case errors.As(err, &found):

@@ -80,7 +80,7 @@ func ParseFile(name string, data []byte, dialects ...Dialect) (Result, error) {
 			break
 		}
 	}
-	if last == 0 && len(problems) == 0 {
+	if last == 0 && len(problems) == 0 && !slices.ContainsFunc(dialects, Dialect.takesOthers) {
 		problems = authz.Problems{{File: name, Message: "the file contains no policy"}}
 	}
 	if len(problems) > 0 {
@@ -99,7 +99,7 @@ func parse(doc *Document, dialects []Dialect) (Result, []authz.Problem) {
 		if d.Is != nil {
 			return !doc.root.Has("apiVersion") && !doc.root.Has("kind") && d.Is(doc.root)
 		}
-		return d.APIVersion == version && d.Kind == kind
+		return d.APIVersion == version && d.Kind == kind && !d.takesOthers()
 	})
 	if i >= 0 {
 		return dialects[i].Parse(doc)

@@ -135,8 +135,7 @@ func (w *World) Ports(most int) (out []Port, more int) {
 		for _, r := range spec.Rules {
 			for _, p := range r.Ports {
 				switch {
-				case p.Name != "":
-					seen[Port{Proto: p.Proto, Name: p.Name}] = true
+				case p.Name != "": // it stands for numbers that pods name
 				case p.First == 0 && p.Last == 0xffff:
 				case p.Proto == authz.ProtoICMP || p.Proto == authz.ProtoICMPv6:
 					seen[Port{Proto: p.Proto, Number: p.First &^ 0xff}] = true

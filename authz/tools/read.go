@@ -86,8 +86,6 @@ func (r *Reader) other(doc *dialect.Document) {
 			version, kind, strings.Join(r.kinds(), ", "))
 	case known:
 		root.Refuse("a %s of the version %q is not known: it is read as %s", kind, version, strings.Join(r.versions(kind), " or "))
-	case strings.HasSuffix(kind, "List") && root.Field("items") != nil:
-		root.Refuse("a list of the kind %s is not known: write it as apiVersion v1, kind List, as kubectl get -o yaml does", kind)
 	default:
 		r.ignored[version+" "+kind]++
 	}

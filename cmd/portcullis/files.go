@@ -79,7 +79,7 @@ func expand(name string) ([]string, error) {
 	}
 	var paths []string
 	for _, e := range entries {
-		if ext := filepath.Ext(e.Name()); !e.IsDir() && (ext == ".yaml" || ext == ".yml" || ext == ".json") {
+		if !e.IsDir() && isManifest(e.Name()) {
 			paths = append(paths, filepath.Join(name, e.Name()))
 		}
 	}
@@ -87,4 +87,9 @@ func expand(name string) ([]string, error) {
 		return nil, fmt.Errorf("%s holds no *.yaml, *.yml or *.json file", name)
 	}
 	return paths, nil
+}
+
+func isManifest(name string) bool {
+	ext := filepath.Ext(name)
+	return ext == ".yaml" || ext == ".yml" || ext == ".json"
 }

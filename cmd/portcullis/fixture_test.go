@@ -248,7 +248,7 @@ func (w *wire) ImportPolicies(_ context.Context, r *api.ImportPoliciesRequest) (
 	return res, nil
 }
 
-const policySource = "# kept as it was\nkind: NetworkPolicy\n"
+const policySource = "# kept as it was\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: deny, namespace: default}\nspec: {podSelector: {}, policyTypes: [Ingress]}\n"
 
 func policy(source bool) *api.Policy {
 	p := &api.Policy{Ref: &api.PolicyRef{Kind: "NetworkPolicy", Namespace: "default", Name: "deny"}, File: "deny.yaml", Imported: ago(75), Endpoints: 2}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -33,29 +34,49 @@ const (
 	outTable output = "table"
 	outJSON  output = "json"
 	outYAML  output = "yaml"
+	outHTML  output = "html"
 )
 
-func (o *output) String() string { return string(*o) }
-
-func (o *output) Type() string { return "format" }
-
-func (o *output) Set(s string) error {
-	switch output(s) {
-	case outTable, outJSON, outYAML:
-		*o = output(s)
-		return nil
-	}
-	return fmt.Errorf("there is no format %q: want table, json or yaml", s)
+// outputFlag is the flag of the output's form.
+type outputFlag struct {
+	value *output
+	forms []output
 }
 
-// addOutput gives a command its --output flag.
-func addOutput(cmd *cobra.Command) *output {
+func (f outputFlag) String() string { return string(*f.value) }
+
+func (f outputFlag) Type() string { return "format" }
+
+func (f outputFlag) Set(s string) error {
+	if !slices.Contains(f.forms, output(s)) {
+		return fmt.Errorf("there is no format %q: want %s", s, f.list())
+	}
+	*f.value = output(s)
+	return nil
+}
+
+// list is "table, json or yaml".
+func (f outputFlag) list() string {
+	var words []string
+	for _, o := range f.forms {
+		words = append(words, string(o))
+	}
+	last := len(words) - 1
+	return strings.Join(words[:last], ", ") + " or " + words[last]
+}
+
+// addOutput gives a command its --output flag: table, json, yaml, and what
+// further forms it has.
+func addOutput(cmd *cobra.Command, more ...output) *output {
 	o := outTable
-	cmd.Flags().VarP(&o, "output", "o", "table, json or yaml (PORTCULLIS_OUTPUT)")
-	err := cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(
-		[]cobra.Completion{string(outTable), string(outJSON), string(outYAML)}, cobra.ShellCompDirectiveNoFileComp))
-	if err != nil {
-		panic(err) // the flag stands two lines above
+	f := outputFlag{value: &o, forms: append([]output{outTable, outJSON, outYAML}, more...)}
+	cmd.Flags().VarP(f, "output", "o", f.list()+" (PORTCULLIS_OUTPUT)")
+	var words []cobra.Completion
+	for _, o := range f.forms {
+		words = append(words, string(o))
+	}
+	if err := cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(words, cobra.ShellCompDirectiveNoFileComp)); err != nil {
+		panic(err) // the flag stands a few lines above
 	}
 	return &o
 }

@@ -16,8 +16,9 @@ import (
 )
 
 func newPolicyCmd(env *Env) *cobra.Command {
-	return group("policy", "Policies of this node: import, look, delete",
-		newPolicyImportCmd(env), newPolicyValidateCmd(env), newPolicyGetCmd(env), newPolicyDeleteCmd(env))
+	return group("policy", "Policies: import, look, delete; who may call whom, and why",
+		newPolicyImportCmd(env), newPolicyValidateCmd(env), newPolicyGetCmd(env), newPolicyDeleteCmd(env),
+		newPolicyMatrixCmd(env), newPolicyTraceCmd(env), newPolicyDiffCmd(env))
 }
 
 func newPolicyImportCmd(env *Env) *cobra.Command {

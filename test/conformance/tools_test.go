@@ -19,11 +19,11 @@ import (
 // make its matrix.
 
 // toolTally counts how a corpus went by the tools.
-type toolTally struct{ cases, refused, cells, wrong, left int }
+type toolTally struct{ cases, refused, cells, wrong, left, traces int }
 
 func (n *toolTally) String() string {
-	return fmt.Sprintf("by the tools: %d cases, %d refused; %d cells, %d differences; %d cells cannot be said in manifests",
-		n.cases, n.refused, n.cells, n.wrong, n.left)
+	return fmt.Sprintf("by the tools, from manifests: %d cases, %d refused; %d cells, %d differences, %d cannot be said in manifests; %d cells traced to their rules",
+		n.cases, n.refused, n.cells, n.wrong, n.left, n.traces)
 }
 
 // manifests reads objects as the documents of one file.
@@ -46,14 +46,14 @@ func namespaceObject(name string, labels map[string]string) object {
 	return object{"apiVersion": "v1", "kind": "Namespace", "metadata": object{"name": name, "labels": labels}}
 }
 
-// judgeWorld makes the matrix of the ports that are expected.
-func judgeWorld(t *testing.T, w *tools.World, opts authz.Options, expect map[string]table, externals []string) *tools.Matrix {
+// judge makes the matrix of the ports that are expected.
+func (n *toolTally) judge(t *testing.T, w *tools.World, opts authz.Options, expect map[string]table, externals []string) *tools.Matrix {
 	t.Helper()
 	j, err := tools.NewJudge(w, opts)
 	if err != nil {
 		t.Fatal(err)
 	}
-	o := tools.MatrixOptions{}
+	o := tools.MatrixOptions{Reasons: true}
 	for _, name := range slices.Sorted(maps.Keys(expect)) {
 		p, err := tools.ParsePort(name)
 		if err != nil || p.String() != name {
@@ -68,7 +68,79 @@ func judgeWorld(t *testing.T, w *tools.World, opts authz.Options, expect map[str
 		}
 		o.Externals = append(o.Externals, p)
 	}
-	return j.Matrix(o)
+	m := j.Matrix(o)
+	n.trace(t, j, m, o)
+	return m
+}
+
+// trace holds one port of the matrix together with its traces: the verdicts are
+// the same, and they are what the rules that are said to match come to.
+func (n *toolTally) trace(t *testing.T, j *tools.Judge, m *tools.Matrix, o tools.MatrixOptions) {
+	t.Helper()
+	port := o.Ports[n.cases%len(o.Ports)]
+	table := m.Ports[port.String()]
+	parties := slices.Clone(o.Externals)
+	for i := range m.Workloads {
+		parties = append(parties, j.World().WorkloadParty(i))
+	}
+	for _, from := range parties {
+		for _, to := range parties {
+			var egress, ingress byte = '-', '-'
+			a, b := from.Workload, to.Workload
+			switch {
+			case a >= 0 && b >= 0:
+				egress, ingress = table.Egress[a][b], table.Ingress[a][b]
+			case a >= 0:
+				egress = table.ToExternal[a][slices.Index(m.Externals, to.Title)]
+			case b >= 0:
+				ingress = table.FromExternal[slices.Index(m.Externals, from.Title)][b]
+			default:
+				continue
+			}
+			trace := j.Trace(from, to, port)
+			n.side(t, trace, &trace.Egress, egress)
+			n.side(t, trace, &trace.Ingress, ingress)
+		}
+	}
+}
+
+// side compares one side of a trace with its cell.
+func (n *toolTally) side(t *testing.T, trace *tools.Trace, s *tools.TraceSide, want byte) {
+	t.Helper()
+	if want == '-' {
+		return
+	}
+	n.traces++
+	deny, allow, l7, under, decided := false, false, false, false, 0
+	for _, p := range s.Policies {
+		under = under || p.DefaultDeny
+		for _, r := range p.Rules {
+			if r.Decided {
+				decided++
+			}
+			if r.Decided && !r.Matches {
+				t.Errorf("a rule decides that does not match: %s", trace.Text())
+			}
+			deny = deny || r.Matches && r.Action == "deny"
+			allow = allow || r.Matches && r.Action == "allow"
+			l7 = l7 || r.Matches && strings.Contains(r.Needs, "L7")
+		}
+	}
+	got := byte('.')
+	switch {
+	case strings.Contains(s.Reason.Text, "its own node"):
+	case deny, under && !allow:
+		got = 'X'
+	case l7:
+		got = '7'
+	}
+	if got != want || s.Verdict != map[byte]string{'.': "allowed", 'X': "blocked", '7': "allowed through L7"}[want] {
+		t.Errorf("the matrix says %c, the trace's rules come to %c: %s", want, got, trace.Text())
+	}
+	// Where nobody is allowed anything, the peer is not looked at, nor who else denies it.
+	if (deny || allow && under) && decided != 1 && !strings.Contains(s.Reason.Text, "its own node") && !strings.HasPrefix(s.Evidence, "none") {
+		t.Errorf("%d rules decide: %s", decided, trace.Text())
+	}
 }
 
 func TestToolsNetworkPolicyCorpus(t *testing.T) {
@@ -89,7 +161,7 @@ func TestToolsNetworkPolicyCorpus(t *testing.T) {
 		if n.skip(t, c.ID, err) {
 			continue
 		}
-		m := judgeWorld(t, w, authz.Options{}, c.Expect, c.Externals)
+		m := n.judge(t, w, authz.Options{}, c.Expect, c.Externals)
 		at := make([]int, len(c.Pods)) // in the matrix
 		for i, p := range c.Pods {
 			if at[i] = slices.Index(m.Workloads, p.Namespace+"/"+p.Name); at[i] < 0 {
@@ -234,7 +306,7 @@ func (n *toolTally) compare(t *testing.T, c cnpCase, w *tools.World, titles []st
 			externals = append(externals, titles[i])
 		}
 	}
-	m := judgeWorld(t, w, authz.Options{LocalHost: true}, c.Expect, externals)
+	m := n.judge(t, w, authz.Options{LocalHost: true}, c.Expect, externals)
 	for name, want := range c.Expect {
 		got := m.Ports[name]
 		for s, subject := range c.Entities {

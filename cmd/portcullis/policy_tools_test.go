@@ -1,0 +1,103 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// fromClone runs a command line as one types it in a clone of the repository.
+func fromClone(t *testing.T, socket, args string) (got result) {
+	t.Helper()
+	t.Run(args, func(t *testing.T) {
+		t.Chdir("../..")
+		got = command(t.Context(), socket, "", strings.Fields(args)...)
+	})
+	return got
+}
+
+const deployment = "note: no pods are given of Deployment default/deathstar: one workload without an address stands for the pods of each\n"
+
+// The manual's examples.
+func TestPolicyTools(t *testing.T) {
+	const app, l4 = "-f docs/examples/starwars-app.yaml", "-f docs/examples/networkpolicy-L4.yaml"
+	for name, args := range map[string]string{
+		"policy-matrix.table": "policy matrix " + app + " " + l4 + " --ports TCP/80",
+		"policy-trace.table":  "policy trace --from default/xwing --to default/deathstar --port 80/TCP " + app + " " + l4,
+		"policy-diff.table":   "policy diff " + l4 + " " + app,
+		"policy-matrix.json":  "policy matrix -o json " + app + " " + l4 + " --ports TCP/80 --external reserved:host",
+		"policy-trace.json":   "policy trace -o json --from default/xwing --to default/deathstar --port 80/TCP " + app + " " + l4,
+		"policy-diff.json":    "policy diff -o json " + l4 + " " + app,
+	} {
+		got := fromClone(t, "/nonexistent", args)
+		if got.code != exitOK || got.stderr != deployment {
+			t.Errorf("%s: status %d, stderr %q", args, got.code, got.stderr)
+		}
+		if strings.HasSuffix(name, ".json") && !json.Valid([]byte(got.stdout)) {
+			t.Errorf("%s: not JSON", name)
+		}
+		golden(t, name, got.stdout)
+	}
+	got := fromClone(t, "/nonexistent", "policy matrix -o html "+app+" "+l4)
+	again := fromClone(t, "/nonexistent", "policy matrix -o html "+app+" "+l4)
+	if got.code != exitOK || !strings.HasPrefix(got.stdout, "<!doctype html>") || got.stdout != again.stdout {
+		t.Errorf("html: status %d, %q", got.code, got.stderr)
+	}
+}
+
+// What the running agent knows: its endpoint, whom it holds bindings of, its
+// policy. The other nodes' policies are not known.
+func TestPolicyToolsLive(t *testing.T) {
+	socket := serveWire(t, &wire{})
+	got := fromClone(t, socket, "policy matrix --live --ports TCP/80,TCP/http")
+	if got.code != exitOK || !strings.Contains(got.stderr, "endpoint 25 has no identity yet") || !strings.Contains(got.stderr, "by what this agent knows") {
+		t.Errorf("status %d, stderr %q", got.code, got.stderr)
+	}
+	golden(t, "policy-live.table", got.stdout)
+	got = fromClone(t, socket, "policy trace --live --from 10.1.0.3 --to default/deathstar --port http/TCP")
+	if got.code != exitOK || !strings.Contains(got.stdout, "under default deny by NetworkPolicy default/deny") || !strings.Contains(got.stdout, "on another node, whose policies are not known here") {
+		t.Errorf("%+v", got)
+	}
+	got = fromClone(t, socket, "policy diff --live -f docs/examples/networkpolicy-L4.yaml --ports TCP/80")
+	if got.code != exitOK || !strings.Contains(got.stdout, "default/deathstar -> default/deathstar: allowed, was blocked") {
+		t.Errorf("%+v", got)
+	}
+	if got := fromClone(t, socket, "policy diff --live -f a -f b"); got.code != exitUsage && got.code != exitFailed {
+		t.Errorf("%+v", got)
+	}
+	if got := fromClone(t, "/nonexistent", "policy matrix --live"); got.code != exitFailed || !strings.Contains(got.stderr, "the agent is not running") {
+		t.Errorf("%+v", got)
+	}
+}
+
+// Directories are read with all below them, and every problem of every file is
+// told.
+func TestManifestFiles(t *testing.T) {
+	dir := t.TempDir()
+	for name, text := range map[string]string{
+		"b.yaml": "{apiVersion: v1, kind: Pod, metadata: {name: b}}", "deep/er/a.json": `{"apiVersion":"v1","kind":"Pod","metadata":{"name":"a"}}`,
+		"deep/p.yml": netpol("p", "policyTypes: [Ingress]"), "readme.md": "not a manifest",
+	} {
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got := command(t.Context(), "/nonexistent", "{apiVersion: v1, kind: Pod, metadata: {name: c}}", "policy", "matrix", "-f", dir, "-f", "-", "-o", "json")
+	var m struct{ Workloads []string }
+	if err := json.Unmarshal([]byte(got.stdout), &m); err != nil || fmt.Sprint(m.Workloads) != "[default/a default/b default/c]" {
+		t.Errorf("%+v (%v)", got, err)
+	}
+	got = command(t.Context(), "/nonexistent", netpol("q", "shiny: 1")+"---\n{apiVersion: projectcalico.org/v3, kind: Tier, metadata: {name: a}}", "policy", "matrix", "-f", dir, "-f", "-")
+	for _, want := range []string{"standard input:4: document 1: spec.shiny: unknown field", "standard input:6: document 2: projectcalico.org/v3 Tier may be policy", "2 problems"} {
+		if got.code != exitFailed || got.stdout != "" || !strings.Contains(got.stderr, want) {
+			t.Errorf("no %q in %+v", want, got)
+		}
+	}
+}

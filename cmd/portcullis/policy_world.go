@@ -1,0 +1,140 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"portcullis/agent/api"
+	"portcullis/authz"
+	"portcullis/authz/tools"
+)
+
+// maxManifests bounds all manifests of one command together.
+const maxManifests = 64 << 20
+
+// judging are the flags of the commands that judge a cluster.
+type judging struct {
+	files     []string
+	live      bool
+	localHost bool
+}
+
+func addJudging(cmd *cobra.Command) *judging {
+	g := &judging{}
+	cmd.Flags().StringArrayVarP(&g.files, "filename", "f", nil, "manifests: a file, a directory (all below it), or - for the standard input (repeatable)")
+	cmd.Flags().BoolVar(&g.live, "live", false, "judge by what the running agent knows, and with its policies")
+	cmd.Flags().BoolVar(&g.localHost, "local-host", false, "a workload's own node gets in unless a rule denies it, as Cilium has it")
+	return g
+}
+
+func (g *judging) options() authz.Options { return authz.Options{LocalHost: g.localHost} }
+
+// manifests reads files into a world. What was left out, and every problem, is
+// written to standard error.
+func manifests(env *Env, names []string) (*tools.World, error) {
+	r := tools.NewReader(api.Dialects()...)
+	if err := eachManifest(env, names, r.File); err != nil {
+		return nil, err
+	}
+	w, err := r.World()
+	var problems authz.Problems
+	if errors.As(err, &problems) {
+		for _, p := range problems {
+			fmt.Fprintln(env.Stderr, p)
+		}
+		return nil, fmt.Errorf("nothing was judged: %s", plural(len(problems), "problem", "problems"))
+	}
+	return w, err
+}
+
+func notes(env *Env, w *tools.World) {
+	for _, n := range w.Notes {
+		fmt.Fprintln(env.Stderr, "note:", n)
+	}
+}
+
+// world is the cluster that a command is asked about.
+func (g *judging) world(ctx context.Context, env *Env) (*tools.World, error) {
+	switch {
+	case g.live && len(g.files) > 0:
+		return nil, usagef("name manifests with -f, or ask the agent with --live, not both")
+	case g.live:
+		return liveWorld(ctx, env)
+	case len(g.files) == 0:
+		return nil, usagef("name the manifests with -f PATH (repeatable; a directory or - will do), or ask the running agent with --live")
+	}
+	return manifests(env, g.files)
+}
+
+func liveWorld(ctx context.Context, env *Env) (w *tools.World, err error) {
+	err = ask(ctx, env, func(ctx context.Context, c *api.Client) error {
+		w, err = c.World(ctx)
+		return err
+	})
+	return w, err
+}
+
+// eachManifest reads what --filename names. Every file that cannot be read is
+// reported, not only the first.
+func eachManifest(env *Env, names []string, file func(name string, data []byte)) error {
+	var errs []error
+	left := int64(maxManifests)
+	add := func(name string, in io.Reader) {
+		if left < 0 {
+			return
+		}
+		b, err := io.ReadAll(io.LimitReader(in, left+1))
+		if left -= int64(len(b)); left < 0 {
+			err = fmt.Errorf("the files together exceed %d MiB: leave some out", maxManifests>>20)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("read %s: %w", name, err))
+			return
+		}
+		file(name, b)
+	}
+	for _, name := range names {
+		if name == "-" {
+			add("standard input", env.Stdin)
+			continue
+		}
+		paths, err := below(name)
+		errs = append(errs, err)
+		for _, path := range paths {
+			f, err := os.Open(path)
+			if err != nil {
+				errs = append(errs, err)
+				continue
+			}
+			add(path, f)
+			f.Close()
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// below returns the file, or every manifest in the directory and below, in the
+// order of their names.
+func below(name string) (paths []string, err error) {
+	info, err := os.Stat(name)
+	if err != nil || !info.IsDir() {
+		return []string{name}, err
+	}
+	err = filepath.WalkDir(name, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && !d.IsDir() && isManifest(path) {
+			paths = append(paths, path)
+		}
+		return err
+	})
+	if err == nil && len(paths) == 0 {
+		err = fmt.Errorf("%s holds no *.yaml, *.yml or *.json file", name)
+	}
+	return paths, err
+}
