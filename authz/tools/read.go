@@ -134,7 +134,7 @@ func (r *Reader) first(ref authz.Ref, twice func(string)) bool {
 func (r *Reader) File(name string, data []byte) {
 	r.world.Files = append(r.world.Files, name)
 	r.file = name
-	for part := range parts(name, data) {
+	for part := range parts(data) {
 		if len(r.problems) >= maxProblems {
 			return
 		}

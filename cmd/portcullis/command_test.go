@@ -226,7 +226,7 @@ func TestUsage(t *testing.T) {
 		"policy trace":                      "--from, --to and --port",
 		"policy diff --live":                "-f NEW",
 		"policy trace --from a/b --to c/d --port 80-90/TCP -f a":     "is a range",
-		"policy matrix -f ../../docs/examples --ports TCP/80,TCP":    "is not a port",
+		"policy matrix -f ../../docs/examples --ports TCP/80,TCP":    "is neither a number",
 		"policy trace -o html --from a/b --to c/d --port 1/TCP -f a": "want table, json or yaml",
 		"policy get deny":                "KIND/NAMESPACE/NAME",
 		"policy delete":                  "--all",

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"io"
 
 	"github.com/spf13/cobra"
@@ -32,7 +33,7 @@ The exit status is 0 whether anything changes or not.`,
 		if len(g.files) == 0 {
 			return usagef("name the file that is about to be applied with -f NEW: usage: %s", cmd.UseLine())
 		}
-		if err := a.check(); err != nil {
+		if err := errors.Join(a.check(), g.check()); err != nil {
 			return err
 		}
 		fresh, err := manifests(env, g.files[:1])

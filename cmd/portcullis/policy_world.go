@@ -11,6 +11,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"portcullis/agent"
 	"portcullis/agent/api"
 	"portcullis/authz"
 	"portcullis/authz/tools"
@@ -23,18 +24,30 @@ const maxManifests = 64 << 20
 type judging struct {
 	files     []string
 	live      bool
-	localHost bool
+	localHost string
+	enforce   authz.Enforcement
 }
 
 func addJudging(cmd *cobra.Command) *judging {
 	g := &judging{}
 	cmd.Flags().StringArrayVarP(&g.files, "filename", "f", nil, "manifests: a file, a directory (all below it), or - for the standard input (repeatable)")
 	cmd.Flags().BoolVar(&g.live, "live", false, "judge by what the running agent knows, and with its policies")
-	cmd.Flags().BoolVar(&g.localHost, "local-host", false, "a workload's own node gets in unless a rule denies it, as Cilium has it")
+	cmd.Flags().StringVar(&g.localHost, "allow-local-host", string(agent.LocalHostAlways), "as the agent's: whether a node reaches its own workloads: always (unless a policy denies it), or policy (where policies allow it)")
+	cmd.Flags().TextVar(&g.enforce, "enforce", authz.EnforceDefault, "as the agent's: default (on workloads that a policy selects), always, never, or audit")
 	return g
 }
 
-func (g *judging) options() authz.Options { return authz.Options{LocalHost: g.localHost} }
+// check reports what is wrong with the flags, before anything is read.
+func (g *judging) check() error {
+	if h := agent.LocalHost(g.localHost); h != agent.LocalHostAlways && h != agent.LocalHostPolicy {
+		return usagef("--allow-local-host %q: want always, or policy", g.localHost)
+	}
+	return nil
+}
+
+func (g *judging) options() authz.Options {
+	return authz.Options{LocalHost: agent.LocalHost(g.localHost) == agent.LocalHostAlways, Enforce: g.enforce}
+}
 
 // manifests reads files into a world. What was left out, and every problem, is
 // written to standard error.
@@ -62,6 +75,9 @@ func notes(env *Env, w *tools.World) {
 
 // world is the cluster that a command is asked about.
 func (g *judging) world(ctx context.Context, env *Env) (*tools.World, error) {
+	if err := g.check(); err != nil {
+		return nil, err
+	}
 	switch {
 	case g.live && len(g.files) > 0:
 		return nil, usagef("name manifests with -f, or ask the agent with --live, not both")
