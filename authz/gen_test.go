@@ -91,7 +91,7 @@ func genLabelMap(r *rand.Rand) map[string]string {
 // genExcept are some prefixes within one.
 func genExcept(r *rand.Rand, in netip.Prefix) (out []netip.Prefix) {
 	for range r.IntN(3) {
-		if p := oneOf(r, genPrefixes); p.Overlaps(in) && p.Bits() > in.Bits() {
+		if p := oneOf(r, genPrefixes); in.IsValid() && p.Overlaps(in) && p.Bits() > in.Bits() {
 			out = append(out, p)
 		}
 	}
@@ -130,6 +130,7 @@ func genPeer(r *rand.Rand) Peer {
 		p.Block = netip.PrefixFrom(a, a.BitLen())
 	default:
 		p.Block = oneOf(r, genPrefixes)
+		p.Holes = genExcept(r, p.Block)
 	}
 	if p.Identity.Reserved == worldName && r.IntN(2) == 0 {
 		p.Names = []string{oneOf(r, genDNS)}

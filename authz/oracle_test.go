@@ -101,21 +101,21 @@ func (o oracle) workload(s Selector, id identity.Identity) reading {
 	})
 }
 
-// within reads whether the block is in one of some prefixes and in none of
+// within reads whether where the peer is seen is in one of some prefixes and in none of
 // others, by trying an address of each part of it that they tell apart.
-func (o oracle) within(block netip.Prefix, some, none []netip.Prefix) reading {
+func (o oracle) within(peer Peer, some, none []netip.Prefix) reading {
 	if len(some) == 0 {
 		return no
 	}
-	if !block.IsValid() {
+	if !peer.Block.IsValid() {
 		return maybe
 	}
 	all, any := true, false
-	for _, a := range append([]netip.Addr{block.Addr()}, genEdges...) {
-		if !block.Contains(a) {
+	for _, a := range append([]netip.Addr{peer.Block.Addr()}, genEdges...) {
+		has := func(p netip.Prefix) bool { return p.Contains(a) }
+		if !has(peer.Block) || slices.ContainsFunc(peer.Holes, has) {
 			continue
 		}
-		has := func(p netip.Prefix) bool { return p.Contains(a) }
 		ok := slices.ContainsFunc(some, has) && !slices.ContainsFunc(none, has)
 		all, any = all && ok, any || ok
 	}
@@ -139,7 +139,7 @@ func (o oracle) picks(s PeerSelector, p Peer) reading {
 		}
 	case Block:
 		if world || s.Bound {
-			return o.within(p.Block, []netip.Prefix{s.Prefix}, s.Except)
+			return o.within(p, []netip.Prefix{s.Prefix}, s.Except)
 		}
 	case BlockGroup:
 		if !world {
@@ -150,7 +150,7 @@ func (o oracle) picks(s PeerSelector, p Peer) reading {
 			if !known {
 				return maybe
 			}
-			return o.within(p.Block, g.blocks, s.Except)
+			return o.within(p, g.blocks, s.Except)
 		}
 		if len(o.groups) == 0 {
 			return maybe
@@ -158,7 +158,7 @@ func (o oracle) picks(s PeerSelector, p Peer) reading {
 		out := no
 		for _, g := range o.groups {
 			if chosen(s.Labels, in(g.labels)) == yes {
-				out = max(out, o.within(p.Block, g.blocks, s.Except))
+				out = max(out, o.within(p, g.blocks, s.Except))
 			}
 		}
 		return out
@@ -178,7 +178,7 @@ func (o oracle) picks(s PeerSelector, p Peer) reading {
 			}
 			switch {
 			case len(b.Selector) == 0 && world:
-				out = max(out, o.within(p.Block, b.Blocks, nil))
+				out = max(out, o.within(p, b.Blocks, nil))
 			case len(b.Selector) > 0 && p.Identity.TrustDomain == genTrustDomain && p.Identity.Namespace == at.Namespace:
 				all := true
 				for k, v := range b.Selector {

@@ -31,7 +31,7 @@ type Peer struct {
 }
 
 func (p Peer) equal(o Peer) bool {
-	return p.Identity.Equal(o.Identity) && p.Block == o.Block && (p.Node == nil) == (o.Node == nil) && maps.Equal(p.Node, o.Node) && slices.Equal(p.Names, o.Names)
+	return p.Identity.Equal(o.Identity) && p.Block == o.Block && slices.Equal(p.Holes, o.Holes) && (p.Node == nil) == (o.Node == nil) && maps.Equal(p.Node, o.Node) && slices.Equal(p.Names, o.Names)
 }
 
 // Peers makes peers of identities, of which nothing else is known.
