@@ -91,7 +91,7 @@ func TestIPBlock(t *testing.T) {
 		pass  bool
 	}{
 		{pod, "10.9.0.1/32", true}, {pod, "10.1.0.1/32", false}, {pod, "10.2.3.4/32", false}, {pod, "192.0.2.1/32", false},
-		{pod, "10.9.0.0/16", true}, {pod, "10.0.0.0/7", false}, {pod, "2001:db8::1/128", true}, {pod, "2001:db9::1/128", false},
+		{pod, "10.9.0.0/16", true}, {pod, "10.0.0.0/8", false}, {pod, "10.0.0.0/7", false}, {pod, "2001:db8::1/128", true}, {pod, "2001:db9::1/128", false},
 		{x, "10.1.0.1/32", true}, {pod, "", false},
 		{identity.Identity{Reserved: "world"}, "10.9.0.1/32", true}, {identity.Identity{Reserved: "world"}, "10.1.0.0/16", false}, {identity.Identity{Reserved: "world"}, "", false},
 		{identity.Identity{Reserved: "host"}, "10.9.0.1/32", true}, {identity.Identity{Reserved: "remote-node"}, "10.1.9.1/32", false},
@@ -106,6 +106,31 @@ func TestIPBlock(t *testing.T) {
 		}
 		if d := set.Judge(abi.DirIngress, 1<<20, authz.ProtoTCP, 81); d.Verdict == abi.VerdictPass {
 			t.Errorf("%s in %s: port 81: %+v", c.peer, c.block, d)
+		}
+	}
+}
+
+// Of a pod in the block nothing but its region needs to be known.
+func TestIPBlockByRegion(t *testing.T) {
+	p, err := parse("  ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/8, except: [10.1.0.0/16]}}]}]")
+	if err != nil {
+		t.Fatal(err)
+	}
+	repo := authz.NewRepository(authz.Options{TrustDomain: "td"})
+	if err := repo.Put(p); err != nil {
+		t.Fatal(err)
+	}
+	for _, bound := range []bool{true, false} {
+		id := identity.Identity{Reserved: "world"}
+		if bound {
+			id = identity.New("td", "other", "sa", nil)
+		}
+		for ip, want := range map[string]bool{"10.0.0.1": true, "10.2.0.1": true, "10.1.0.1": false, "11.0.0.1": false, "2001:db8::1": false} {
+			peer := authz.PeerIn(id, repo.Regions(bound).Of(netip.MustParseAddr(ip)))
+			set := repo.Compile(identity.New("td", "default", "sa", nil), func(yield func(identity.Numeric, authz.Peer) bool) { yield(1<<20, peer) })
+			if d := set.Judge(abi.DirIngress, 1<<20, authz.ProtoTCP, 80); (d.Verdict == abi.VerdictPass) != want {
+				t.Errorf("%s at %s: %+v", id, ip, d)
+			}
 		}
 	}
 }
