@@ -49,18 +49,17 @@ func (d *Document) unwrap(budget *int, yield func(*Document) bool) bool {
 	if len(d.problems) > 0 {
 		return yield(d)
 	}
-	for _, item := range d.root.field("items").items {
+	items := d.root.field("items").items
+	for i, item := range items {
+		items[i] = nil // what has been read is let go
 		doc := &Document{File: d.File, Index: d.Index, Line: item.Line, root: item, patterns: d.patterns}
 		item.own(doc)
 		if kind != "" {
 			item.is("kind", kind)
 			item.is("apiVersion", d.root.text("apiVersion"))
 		}
-		if source, ok := item.render(); !ok || len(source) > *budget {
-			item.Refuse("the item is too large, or the list is with its aliases written out: split it")
-		} else {
-			doc.Source = source
-			*budget -= len(source)
+		if _, more := item.isList(); !more {
+			doc.render(budget)
 		}
 		if !doc.unwrap(budget, yield) {
 			return false
@@ -68,6 +67,17 @@ func (d *Document) unwrap(budget *int, yield func(*Document) bool) bool {
 		d.patterns = doc.patterns // the list is one document to its bounds
 	}
 	return true
+}
+
+// render makes the source of an item, as long as that is within the budget.
+func (d *Document) render(budget *int) {
+	source, ok := d.root.render()
+	if !ok || len(source) > *budget {
+		d.root.Refuse("the item is too large, or the list is with its aliases written out: split it")
+		return
+	}
+	d.Source = source
+	*budget -= len(source)
 }
 
 // own makes the value a part of the document.

@@ -6,6 +6,7 @@ import (
 	"io"
 	"regexp"
 	"regexp/syntax"
+	"runtime"
 	"strconv"
 	"strings"
 
@@ -56,11 +57,19 @@ type Value struct {
 // read parses the source. empty tells that there is nothing in it.
 func (d *Document) read() (empty bool) {
 	d.root = &Value{doc: d, Line: d.Line}
-	if marks(d.Source) > maxMarks {
+	n := marks(d.Source)
+	if n > maxMarks {
 		d.root.Refuse("the document is too large: split it")
 		return false
 	}
-	dec := yaml.NewDecoder(strings.NewReader(d.Source))
+	// Else garbage may be as much as what lives, which can be half of what a
+	// process is given for this.
+	collect := func() {
+		if n > manyMarks {
+			runtime.GC()
+		}
+	}
+	dec := yaml.NewDecoder(&collecting{strings.NewReader(d.Source), 0, collect})
 	var node, more yaml.Node
 	err := dec.Decode(&node)
 	switch {
@@ -79,8 +88,30 @@ func (d *Document) read() (empty bool) {
 		return false
 	}
 	d.anchors = strings.Contains(d.Source, "&")
+	collect()
 	d.root = d.convert(node.Content[0], Value{}, 0)
+	node = yaml.Node{}
+	collect()
 	return d.root.tag == "!!null" && len(d.problems) == 0
+}
+
+// manyMarks are so many that the reader's garbage counts.
+const manyMarks = 20_000
+
+// collecting has garbage collected each time that so many bytes were read.
+type collecting struct {
+	io.Reader
+	read    int
+	collect func()
+}
+
+func (c *collecting) Read(b []byte) (int, error) {
+	n, err := c.Reader.Read(b)
+	if c.read += n; c.read >= MaxFile/8 {
+		c.read = 0
+		c.collect()
+	}
+	return n, err
 }
 
 // marks counts what can begin a node: the reader spends some 200 bytes on

@@ -14,11 +14,23 @@ func (t *tree) l4(s *authz.Spec, v *dialect.Value, _ string) {
 	v.List(func(_ int, e *dialect.Value) {
 		ports := func(dir abi.Direction) func(*dialect.Value) {
 			return func(v *dialect.Value) {
+				var plain, inside []authz.PortRange
 				v.List(func(_ int, p *dialect.Value) {
-					r := authz.Rule{Direction: dir, Action: authz.Limit, AnyPeer: true, Path: p.RulePath()}
-					r.Ports, r.L7 = port(p)
-					s.Rules = append(s.Rules, r)
+					if ports, parsed := port(p); parsed {
+						inside = append(inside, ports...)
+					} else {
+						plain = append(plain, ports...)
+					}
 				})
+				limit := authz.Rule{Direction: dir, Action: authz.Limit, AnyPeer: true, Path: v.RulePath()}
+				if plain != nil {
+					limit.Ports = plain
+					s.Rules = append(s.Rules, limit)
+				}
+				if inside != nil {
+					limit.Ports, limit.L7 = inside, true
+					s.Rules = append(s.Rules, limit)
+				}
 				if v.IsList() && v.Len() == 0 {
 					v.Refuse(nothing)
 				}
