@@ -4,12 +4,14 @@ import (
 	"bytes"
 	_ "embed"
 	"errors"
+	"io"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -306,6 +308,28 @@ func TestUpgradeIsCutOff(t *testing.T) {
 			l.must(d.Close())
 			x.during(func() {})
 		})
+	}
+}
+
+// TestMissingSegments: a gap of the gate shows in what TCP sends again; else the
+// tests that say that there was none would say nothing.
+func TestMissingSegments(t *testing.T) {
+	l := newLab(t)
+	d := l.open()
+	ep := l.serve(d)
+	l.confirm(d, 1, remote4)
+	x := l.traffic()
+	shut := ep
+	shut.State = uint32(abi.EPClosed)
+	l.must(d.SetEndpoint(shut))
+	_, err := x.client.Write([]byte("lost"))
+	l.must(err)
+	l.eventually("it is sent again", func() bool { return tcpInfo(t, x.client.(syscall.Conn)).Total_retrans > 0 })
+	l.must(d.SetEndpoint(ep))
+	_, err = io.ReadFull(x.accepted, make([]byte, 4))
+	l.must(err)
+	if x.missing() < 1 {
+		t.Error("nothing is missing")
 	}
 }
 
