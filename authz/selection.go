@@ -135,10 +135,9 @@ func selectorPlaces(s PeerSelector) []place {
 }
 
 func placesAt(at place, values []string) (out []place) {
-	for _, v := range values {
-		if at.value = v; !slices.Contains(out, at) {
-			out = append(out, at)
-		}
+	for _, v := range slices.Compact(slices.Sorted(slices.Values(values))) {
+		at.value = v
+		out = append(out, at)
 	}
 	return out
 }
