@@ -213,7 +213,7 @@ func newLoop(ctx context.Context, cfg Config, log *zap.Logger) (*loop, error) {
 	}
 	l := &loop{cfg: cfg, log: log, boot: boot, started: time.Now(),
 		inbox: make(chan func(), inboxSize), ring: make(chan hold.Record, ringQueue), stopped: make(chan struct{}),
-		ids: identity.NewAllocator(), repo: authz.NewRepository(authz.Options{TrustDomain: cfg.TrustDomain, Enforce: cfg.Enforce, EnforceIn: cfg.EnforceIn, LocalHost: cfg.AllowLocalHost == LocalHostAlways}),
+		ids: identity.NewAllocator(), repo: authz.NewRepository(authz.Options{TrustDomain: cfg.TrustDomain, Cluster: cfg.ClusterName, Enforce: cfg.Enforce, EnforceIn: cfg.EnforceIn, LocalHost: cfg.AllowLocalHost == LocalHostAlways}),
 		endpoints: map[identity.UID]*endpoint{}, byIP: map[netip.Addr]*endpoint{}, byEndpointID: map[uint32]*endpoint{}, byIfindex: map[uint32]*endpoint{},
 		holdIndexes: newIndexes(maxEndpoints, cfg.ReuseMargin), retryActivation: map[identity.UID]identity.Generation{}, retryClose: map[identity.UID]bool{}, nodeUIDs: map[identity.UID]netip.Addr{},
 		numerics: map[uint64]identity.Numeric{}, installedAt: map[uint64]lease.Time{}, policyFiles: map[authz.Ref]importedFile{}, groups: map[authz.Ref]*authz.Group{},

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"time"
 
@@ -35,6 +36,8 @@ const (
 	LocalHostAlways LocalHost = "always" // unless a policy denies it
 	LocalHostPolicy LocalHost = "policy" // where policies allow it
 )
+
+var clusterName = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
 
 // Peer is another node: a hint of whom to ask for an IP, and what that node
 // may speak for. It grants nothing by itself.
@@ -73,6 +76,8 @@ type Config struct {
 	Enforce   authz.Enforcement            // how far policy is enforced
 	EnforceIn map[string]authz.Enforcement // in a namespace, otherwise than Enforce says
 
+	ClusterName string // as policies call the cluster
+
 	AllowLocalHost LocalHost // whether the node reaches its own workloads
 
 	Relabel lease.RelabelMode // when a relabelled workload has its IPs again
@@ -108,7 +113,7 @@ func Default() Config {
 	return Config{
 		APISocket: "/run/portcullis/agent.sock", PinDir: "/sys/fs/bpf/portcullis", JournalDir: "/run/portcullis/journal",
 		StateDir: "/var/lib/portcullis",
-		AuditLog: "/var/log/portcullis/confirmations.jsonl", Evidence: ModeLease, AllowLocalHost: LocalHostAlways,
+		AuditLog: "/var/log/portcullis/confirmations.jsonl", Evidence: ModeLease, AllowLocalHost: LocalHostAlways, ClusterName: "default",
 		TTL: 30 * time.Second, Heartbeat: 5 * time.Second, ReuseMargin: time.Second, AddWait: 3 * time.Second,
 		HoldTimeout: time.Second, IdleBinding: 5 * time.Minute,
 		HoldPerEndpoint: 64, HoldPerSource: 16, HoldTotal: 4096, Bindings: 65536, Conntrack: 131072,
@@ -166,6 +171,9 @@ func (c *Config) Validate() error {
 		}
 	default:
 		bad("--evidence %q: want lease, or classic", c.Evidence)
+	}
+	if !clusterName.MatchString(c.ClusterName) {
+		bad("--cluster-name %q: want the name that policies call the cluster by: up to 63 small letters, digits and -", c.ClusterName)
 	}
 	if c.AllowLocalHost != LocalHostAlways && c.AllowLocalHost != LocalHostPolicy {
 		bad("--allow-local-host %q: want always, or policy", c.AllowLocalHost)

@@ -43,6 +43,7 @@ func TestConfigValidate(t *testing.T) {
 		{"host bits", func(c *Config) { c.Ranges[0] = netip.MustParsePrefix("10.1.1.7/24") }, []string{"host bits"}},
 		{"the whole world", func(c *Config) { c.Ranges[0] = netip.MustParsePrefix("0.0.0.0/0") }, []string{"longer than /0"}},
 		{"more bindings than can be", func(c *Config) { c.Bindings = maxBindings + 1 }, []string{"--bindings"}},
+		{"a cluster that no policy can name", func(c *Config) { c.ClusterName = "" }, []string{"--cluster-name"}},
 		{"relative path", func(c *Config) { c.PinDir = "pins" }, []string{"--pin-dir"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

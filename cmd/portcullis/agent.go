@@ -97,6 +97,7 @@ func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (printC
 	f.BoolVar(&cfg.UnsafeClassic, "unsafe-classic", false, "accept that --evidence=classic takes new workloads for dead ones")
 	f.BoolVar(&cfg.FreshRanges, "fresh-ranges", false, "state that nobody ever served --range before: skips the wait after a start without a journal")
 	f.TextVar(&cfg.Enforce, "enforce", cfg.Enforce, "how far policy is enforced: default (on workloads that a policy selects), always, never, or audit (judge and record, let pass)")
+	f.StringVar(&cfg.ClusterName, "cluster-name", cfg.ClusterName, "name of the cluster, as policies have it in io.cilium.k8s.policy.cluster")
 	f.StringVar((*string)(&cfg.AllowLocalHost), "allow-local-host", string(cfg.AllowLocalHost), "whether this node reaches its own workloads, as the kubelet's probes must: always (unless a policy denies it), or policy (where policies allow it)")
 	f.StringArrayVar(&raw.enforceIn, "enforce-in", nil, "NAMESPACE=MODE: in that namespace, otherwise than --enforce says (repeat)")
 	f.DurationVar(&cfg.TTL, "ttl", cfg.TTL, "how long a lease holds without renewal")
