@@ -241,7 +241,7 @@ var decimal = regexp.MustCompile(`^(0|[1-9][0-9]{0,8})$`)
 // Number returns a whole number.
 func (v *Value) Number() (int, bool) {
 	if v.tag != "!!int" || !decimal.MatchString(v.scalar) {
-		v.Refuse("want a whole decimal number, not %s", v.what())
+		v.Refuse("want a whole decimal number of at most 9 digits, not %s", v.what())
 		return 0, false
 	}
 	n, err := strconv.Atoi(v.scalar)

@@ -55,7 +55,8 @@ func specs(doc *dialect.Document) func(*authz.Policy) dialect.Fields {
 			p.Specs = append(p.Specs, s.Spec)
 		}
 		return dialect.Fields{
-			"spec": one,
+			"description": func(v *dialect.Value) { v.Text() }, // as in examples of Cilium's; it belongs into spec
+			"spec":        one,
 			"specs": func(v *dialect.Value) {
 				v.List(func(_ int, v *dialect.Value) { one(v) })
 				if v.IsList() && v.Len() == 0 && !doc.Root().Has("spec") {

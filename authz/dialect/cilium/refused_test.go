@@ -73,6 +73,8 @@ func TestRefused(t *testing.T) {
 			"8 spec.endpointSelector.matchExpressions[0].key, 9 spec.endpointSelector.matchExpressions[1].key, 10 spec.endpointSelector.matchExpressions[2].key"},
 		{in + "fromEndpoints:\n    - matchLabels: {'reserved:hosts': ''}\n    - matchLabels: {'container:a': b}\n    - matchLabels: {'io.cilium.k8s.policy.x': c1}\n    - matchLabels: {'any:io.cilium.k8s.namespace.labels.': x}\n    - matchExpressions: [{key: 'x:a', operator: Exists}, {key: io.kubernetes.pod.namespace, operator: In, values: [A]}]\n    - app: x\n    - matchLabels: {io.kubernetes.pod.uid: x}",
 			`8 spec.ingress[0].fromEndpoints[0].matchLabels["reserved:hosts"], 9 spec.ingress[0].fromEndpoints[1].matchLabels["container:a"], 10 spec.ingress[0].fromEndpoints[2].matchLabels["io.cilium.k8s.policy.x"], 11 spec.ingress[0].fromEndpoints[3].matchLabels["any:io.cilium.k8s.namespace.labels."], 12 spec.ingress[0].fromEndpoints[4].matchExpressions[0].key, 12 spec.ingress[0].fromEndpoints[4].matchExpressions[1].key, 13 spec.ingress[0].fromEndpoints[5].app, 14 spec.ingress[0].fromEndpoints[6].matchLabels["io.kubernetes.pod.uid"]`},
+		{in + "fromEndpoints:\n    - matchExpressions: [{key: k8s.io.kubernetes.pod.namespace, operator: In, values: [a]}]\n    - matchLabels: {k8s.io.cilium.k8s.namespace.labels.a: b}\n    - matchLabels: {k8s.io/x: b, io.cilium/app: operator}",
+			`8 spec.ingress[0].fromEndpoints[0].matchExpressions[0].key, 9 spec.ingress[0].fromEndpoints[1].matchLabels["k8s.io.cilium.k8s.namespace.labels.a"]`},
 		{in + "fromEndpoints:\n    toPorts: [{ports: [{port: '80'}]}]", "7 spec.ingress[0].fromEndpoints"},
 
 		// Peers.
@@ -178,6 +180,7 @@ func TestNotEnforced(t *testing.T) {
 		{in + "{fromNodes: [{matchLabels: {'node:a': b, c: d}}], authentication: {mode: required}}", ""},
 		{in + "{authentication: {mode: disabled}, toPorts: [{ports: [{port: '80'}], rules: {}}]}", ""},
 		{in + "{fromRequires: [], fromGroups: []}", ""},
+		{strings.Replace(in, "metadata", "description: x\nmetadata", 1) + "{}", ""},
 		{out + "toPorts: [{ports: [{protocol: VRRP}, {port: '0', protocol: IGMP}, {protocol: TCP}]}]", ""},
 		{out + "icmps: [{fields: [{type: 8}, {type: '128', family: IPv6}, {type: EchoRequest, family: IPv6}]}]", ""},
 		{deny + "toCIDRSet: [{cidrGroupRef: g, except: [10.0.0.0/8]}, {cidrGroupSelector: {}}]", ""},

@@ -124,6 +124,10 @@ func (out *endpoints) workload(at *dialect.Value, key string, r authz.Requiremen
 		return // every workload is in a cluster
 	case key == clusterLabel:
 		r.Attribute = authz.Cluster
+	case strings.HasPrefix(key, "k8s.io.cilium.k8s."), strings.HasPrefix(key, "k8s.io.kubernetes.pod."):
+		// A slip that is seen in published policies.
+		at.Refuse("no workload has such a label: the source of a label is written with a colon, as in k8s:%s", identity.NamespaceLabel)
+		return
 	case strings.HasPrefix(key, "io.cilium."), strings.HasPrefix(key, "io.kubernetes.pod."):
 		// Cilium gives these a meaning; as a pod's label it would match nobody.
 		at.Refuse("not supported: of Cilium's own labels %s, %s, %s... and %s are",
