@@ -281,6 +281,8 @@ func (d *devices) ensure(ctx context.Context, ifname string) (uint32, error) {
 	}
 	if ok, err := d.dp.Guarded(ifname, dev.Ifindex); err == nil && ok {
 		d.note(dev.Ifindex, ifname)
+		delete(d.failed, dev.Ifindex) // to try it again would end what is registered now
+		d.settled()
 		return dev.Ifindex, nil
 	}
 	return dev.Ifindex, d.attach(ctx, ifname, dev.Ifindex)

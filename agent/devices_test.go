@@ -291,6 +291,13 @@ func TestDeviceThatCannotBeGuarded(t *testing.T) {
 	if !n.guarded(l, "wl0", n.device("wl0").Ifindex) || alarmed() {
 		t.Errorf("guarded %v, alarm %v", n.guarded(l, "wl0", n.device("wl0").Ifindex), alarmed())
 	}
+	// Guarded in spite of a failure, and registered: there is nothing to try again.
+	l.devices.failed[n.device("wl0").Ifindex] = "wl0"
+	e := n.run(l, app("wl0", "10.1.1.2"))
+	l.devices.retry(t.Context())
+	if l.endpoints[e.uid] != e {
+		t.Error("to try again ended a workload")
+	}
 }
 
 // A held packet that is not taken back is counted, whoever did not take it.
