@@ -81,6 +81,8 @@ func selector(s authz.PeerSelector) string {
 			return "what is behind service " + s.Namespace + "/" + s.Name
 		}
 		return "what is behind " + some("service", s.Labels)
+	case authz.AllBut:
+		return "everybody but " + selector(s.PeerSelector)
 	case authz.DNSName:
 		return "addresses learnt as " + s.Name + s.Pattern
 	}

@@ -28,7 +28,8 @@ func newPolicyImportCmd(env *Env) *cobra.Command {
 		Long: `Add or replace the policies in files, all or none.
 
 A FILE is YAML or JSON with NetworkPolicy, CiliumNetworkPolicy and
-CiliumClusterwideNetworkPolicy documents; a directory stands for its *.yaml,
+CiliumClusterwideNetworkPolicy documents, lists of them as kubectl prints, and
+policy trees of 2017; a directory stands for its *.yaml,
 *.yml and *.json files; - is the standard input.
 What is not supported, or not enforced yet, is refused with the path of its
 field, never ignored.`,
