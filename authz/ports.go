@@ -68,6 +68,9 @@ func (b portBook) remove(stamp uint64) (changed bool) {
 
 // of returns the named ports of all workloads of an identity, in any order.
 func (b portBook) of(id identity.Identity) (out []identity.NamedPort) {
+	if len(b.union) == 0 {
+		return nil
+	}
 	for p := range b.union[id.Hash()] {
 		out = append(out, p)
 	}

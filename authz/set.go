@@ -166,6 +166,9 @@ func (s Set) AddPeer(n identity.Numeric, p Peer) map[abi.PolicyKey]abi.Policy {
 
 // enter adds the entries of a peer whom rules pick.
 func (c *compiled) enter(n identity.Numeric, p Peer, picks []pick) map[abi.PolicyKey]abi.Policy {
+	if n == NoPeer {
+		return nil // the wildcard is nobody's number
+	}
 	sh := c.put(n, p, picks)
 	if len(sh) == 0 {
 		return nil
@@ -179,19 +182,20 @@ func (c *compiled) enter(n identity.Numeric, p Peer, picks []pick) map[abi.Polic
 }
 
 func (c *compiled) put(n identity.Numeric, p Peer, picks []pick) shape {
-	if n == NoPeer {
-		return nil // the wildcard is nobody's number
-	}
+	sh := c.shape(p, picks)
+	c.set(n, p, sh)
+	return sh
+}
+
+func (c *compiled) set(n identity.Numeric, p Peer, sh shape) {
 	if p.Identity.Reserved == hostName {
 		c.hosts[n] = struct{}{}
 	}
-	sh := c.shape(p, picks)
 	if len(sh) == 0 {
 		delete(c.peers, n)
 	} else {
 		c.peers[n] = sh
 	}
-	return sh
 }
 
 // RemovePeer removes the entries of numeric identities that nobody bears any
@@ -243,14 +247,17 @@ func (c *compiled) pick(p Peer) (picks []pick) {
 	return picks
 }
 
+// named reports whether ports of a peer whom rules pick count by their names.
+func (c *compiled) named(picks []pick) bool {
+	return c.anyNames || c.names && slices.ContainsFunc(picks, func(pk pick) bool { return len(c.rules[pk>>1].names) > 0 })
+}
+
 // shape returns the entries of a peer whom rules pick.
 func (c *compiled) shape(p Peer, picks []pick) shape {
-	var named []identity.NamedPort
-	if c.anyNames || c.names && slices.ContainsFunc(picks, func(pk pick) bool { return len(c.rules[pk>>1].names) > 0 }) {
-		named = c.ports(p.Identity)
-	}
-	if len(named) > 0 {
-		return c.newShape(named, picks)
+	if c.named(picks) {
+		if named := c.ports(p.Identity); len(named) > 0 {
+			return c.newShape(named, picks)
+		}
 	}
 	if len(picks) == 0 {
 		return nil

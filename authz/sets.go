@@ -2,6 +2,7 @@ package authz
 
 import (
 	"cmp"
+	"encoding/binary"
 	"iter"
 	"maps"
 	"slices"
@@ -31,6 +32,7 @@ type Sets struct {
 	keys         map[*Rule][]string // of the selectors of rules that were compiled
 	subjects     map[*Subject]struct{}
 	version      uint64 // of all that sets are made of
+	spare        []meeting
 }
 
 // Subject is one workload that has a set.
@@ -86,63 +88,94 @@ func (x *Sets) Compile(s *Subject) Set {
 	set := x.repo.compile(s.identity, s.applied, s.own)
 	c := set.compiled
 	c.version, c.bySelection = x.version, map[*selection][]int{}
-	var picks []peerPick
+	met := x.spare[:0]
 	if c.anyNames {
 		for n := range x.peers {
-			picks = append(picks, newPeerPick(n, noPick))
+			met = append(met, newMeeting(n, nobody))
 		}
 	}
 	for n := range x.peersAt[place{kind: atReserved, value: hostName}] {
-		picks = append(picks, newPeerPick(n, noPick))
+		met = append(met, newMeeting(n, nobody))
 	}
+	var all []*selection
 	for i, r := range c.rules {
 		for _, sel := range x.selectionsOf(r.Rule) {
-			sel.users[s], s.uses[sel] = struct{}{}, struct{}{}
-			c.bySelection[sel] = append(c.bySelection[sel], i)
-			if pk, ok := c.picked(i, true, true); ok {
+			if _, again := c.bySelection[sel]; !again {
+				sel.users[s], s.uses[sel] = struct{}{}, struct{}{}
 				for n := range sel.sure {
-					picks = append(picks, newPeerPick(n, pk))
+					met = append(met, newMeeting(n, len(all)<<1))
 				}
-			}
-			if pk, ok := c.picked(i, false, true); ok {
 				for n := range sel.unsure {
-					picks = append(picks, newPeerPick(n, pk))
+					met = append(met, newMeeting(n, len(all)<<1|1))
 				}
+				all = append(all, sel)
 			}
+			c.bySelection[sel] = append(c.bySelection[sel], i)
 		}
 	}
-	x.putAll(c, picks)
+	x.putAll(c, all, met)
+	x.spare = met
 	return set
 }
 
-// peerPick says that a rule picks a peer: the number before the pick, so that
-// they sort by both.
-type peerPick uint64
+// meeting says that a selection selects a peer: the number, then the
+// selection's index shifted by one bit for what is only a doubt. So they sort
+// by both.
+type meeting uint64
 
-// noPick: no rule picks the peer, but the set is to know it.
-const noPick = pick(-1)
+// nobody is no selection: the set is to know the peer all the same.
+const nobody = 1<<32 - 1
 
-func newPeerPick(n identity.Numeric, pk pick) peerPick { return peerPick(n)<<32 | peerPick(pk+1) }
-
-func (p peerPick) split() (identity.Numeric, pick) {
-	return identity.Numeric(p >> 32), pick(uint32(p)) - 1
+func newMeeting(n identity.Numeric, selection int) meeting {
+	return meeting(n)<<32 | meeting(uint32(selection))
 }
 
-// putAll enters peers with all their picks, in any order.
-func (x *Sets) putAll(c *compiled, all []peerPick) {
-	slices.Sort(all)
-	var picks []pick
-	for i, p := range all {
-		n, pk := p.split()
-		// Of two picks by one rule the first is the sure one.
-		if pk != noPick && (len(picks) == 0 || picks[len(picks)-1]>>1 != pk>>1) {
-			picks = append(picks, pk)
+// putAll enters peers by all their meetings with selections, in any order.
+func (x *Sets) putAll(c *compiled, all []*selection, met []meeting) {
+	slices.Sort(met)
+	type seen struct {
+		picks []pick
+		sh    shape
+		named bool
+	}
+	bySelections := map[string]seen{}
+	var key []byte
+	for i := 0; i < len(met); {
+		from, num := i, met[i]>>32
+		key = key[:0]
+		for ; i < len(met) && met[i]>>32 == num; i++ {
+			key = binary.NativeEndian.AppendUint32(key, uint32(met[i]))
 		}
-		if i+1 == len(all) || all[i+1]>>32 != p>>32 {
-			c.put(n, x.peers[n], picks)
-			picks = picks[:0]
+		n := identity.Numeric(num)
+		like, known := bySelections[string(key)]
+		if !known {
+			like.picks = c.picksOf(all, met[from:i])
+			if like.named = c.named(like.picks); !like.named {
+				like.sh = c.shape(x.peers[n], like.picks)
+			}
+			bySelections[string(key)] = like
+		}
+		if like.named {
+			c.put(n, x.peers[n], like.picks)
+		} else {
+			c.set(n, x.peers[n], like.sh)
 		}
 	}
+}
+
+// picksOf returns the picks of a peer by its meetings.
+func (c *compiled) picksOf(all []*selection, met []meeting) (picks []pick) {
+	for _, m := range met {
+		if uint32(m) == nobody {
+			continue
+		}
+		for _, rule := range c.bySelection[all[uint32(m)>>1]] {
+			if pk, ok := c.picked(rule, m&1 == 0, true); ok {
+				picks = addPick(picks, pk)
+			}
+		}
+	}
+	return picks
 }
 
 // addPick adds a rule's pick, of which there may be one already by another of

@@ -118,10 +118,16 @@ func (t trie) add(dir abi.Direction, id uint32, c cell, anyPort bool, ports []Po
 // the kernel finds the longest match only. One that says what the next
 // shorter one says is left out.
 func (t trie) fold() map[abi.PolicyKey]abi.Policy {
+	var lengths [abi.PolicyPrefixPort + 1]bool // that there are
+	for k := range t {
+		lengths[k.Prefixlen] = true
+	}
 	out := make(map[abi.PolicyKey]abi.Policy, len(t))
 	for k, c := range t {
 		for n := range shorter(k.Prefixlen) {
-			c = c.merge(t[truncate(k, n)])
+			if lengths[n] {
+				c = c.merge(t[truncate(k, n)])
+			}
 		}
 		if e, ok := c.entry(); ok {
 			out[k] = e
@@ -130,6 +136,9 @@ func (t trie) fold() map[abi.PolicyKey]abi.Policy {
 	var idle []abi.PolicyKey
 	for k, e := range out {
 		for n := range shorter(k.Prefixlen) {
+			if !lengths[n] {
+				continue
+			}
 			if s, ok := out[truncate(k, n)]; ok {
 				if s == e {
 					idle = append(idle, k)
