@@ -50,8 +50,10 @@ func (e cnpEntity) inCluster() bool {
 // Cilium's own engine and we say the same of every cell, of policies as they
 // stand in their files: each side alone, a peer to itself, and "allowed as far
 // as the rules inside the protocol go" apart from "allowed".
-func TestCiliumCorpus(t *testing.T) {
-	var n tally
+func TestCiliumCorpus(t *testing.T) { ciliumCorpus(t, nil) }
+
+func ciliumCorpus(t *testing.T, k *corpusKernel) {
+	n := tally{kernel: k}
 	seven, decided := 0, map[string]int{}
 	for _, c := range cases[cnpCase](t, "cnp.jsonl.gz") {
 		policies, err := load(t, []object{c.Object})
@@ -84,7 +86,11 @@ func TestCiliumCorpus(t *testing.T) {
 				proto, dport := port(t, name)
 				for p, peer := range c.Entities {
 					for dir, want := range map[abi.Direction]byte{abi.DirIngress: c.Expect[name].Ingress[p][s], abi.DirEgress: c.Expect[name].Egress[s][p]} {
-						got := character(set.Judge(dir, c.number(p), proto, dport))
+						d := set.Judge(dir, c.number(p), proto, dport)
+						if k != nil {
+							k.judge(set, dir, c.number(p), proto, dport, d.Verdict == abi.VerdictPass, c.ID+": "+name+", peer "+peer.Key)
+						}
+						got := character(d)
 						n.cells++
 						if set.Enforce(dir) {
 							n.policed++

@@ -93,7 +93,10 @@ func load(t *testing.T, objects []object) ([]*authz.Policy, error) {
 
 // tally counts how a corpus went. policed are the cells whose subject is
 // under policy: the others are trivial.
-type tally struct{ verbatim, cells, policed, wrong int }
+type tally struct {
+	verbatim, cells, policed, wrong int
+	kernel                          *corpusKernel // nil: the evaluator alone is asked
+}
 
 func (n *tally) String() string {
 	return fmt.Sprintf("%d cases verbatim; %d of %d cells agree, %d of them under policy", n.verbatim, n.cells-n.wrong, n.cells, n.policed)
@@ -104,6 +107,9 @@ func (n *tally) cell(t *testing.T, s authz.Set, dir abi.Direction, peer identity
 	t.Helper()
 	d := s.Judge(dir, peer, proto, port)
 	pass := d.Verdict == abi.VerdictPass
+	if n.kernel != nil {
+		n.kernel.judge(s, dir, peer, proto, port, pass, at)
+	}
 	if want == '-' {
 		return pass
 	}
@@ -174,8 +180,10 @@ func (c netpolCase) peers(t *testing.T, r *authz.Repository) (out []authz.Peer) 
 // Kubernetes' semantics: what the policies of each side say alone, what they
 // say together, and what they say of addresses outside, cell by cell. Only a
 // pod to itself is not compared: upstream leaves it open.
-func TestNetworkPolicyCorpus(t *testing.T) {
-	var n tally
+func TestNetworkPolicyCorpus(t *testing.T) { networkPolicyCorpus(t, nil) }
+
+func networkPolicyCorpus(t *testing.T, k *corpusKernel) {
+	n := tally{kernel: k}
 	combined, external, blocks := 0, 0, 0
 	for _, c := range cases[netpolCase](t, "netpol.jsonl.gz") {
 		r := c.repository(t)

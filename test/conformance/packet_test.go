@@ -13,7 +13,7 @@ import (
 type packet struct {
 	src, dst     netip.Addr
 	proto        uint8
-	sport, dport uint16 // of ICMP: identifier, and nothing
+	sport, dport uint16 // of ICMP: identifier; type << 8 | code, or 0 for an echo request
 }
 
 func (p packet) bytes() []byte {
@@ -37,7 +37,9 @@ func (p packet) bytes() []byte {
 		binary.BigEndian.PutUint16(l4[14:], 20)
 	default:
 		l4 = make([]byte, 8)
-		l4[0] = echoRequest(p.proto)
+		if l4[0] = echoRequest(p.proto); p.dport != 0 {
+			l4[0], l4[1] = byte(p.dport>>8), byte(p.dport)
+		}
 		binary.BigEndian.PutUint16(l4[4:], p.sport)
 	}
 	eth := make([]byte, 14)
