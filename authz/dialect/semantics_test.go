@@ -126,13 +126,12 @@ func TestSemantics(t *testing.T) {
 		{cnp + "  endpointSelector: {matchExpressions: [{key: app, operator: DoesNotExist}]}\n  ingress: [{}]", open},
 		{cnp + "  endpointSelector: {}\n  ingress: [{fromEndpoints: [{matchExpressions: [{key: 'any:zone', operator: DoesNotExist}]}]}]", "+++++ ----- ----- -----"},
 		{cnp + "  endpointSelector: {}\n  ingress: [{fromEndpoints: [{matchExpressions: [{key: 'k8s:io.kubernetes.pod.namespace', operator: Exists}]}]}]", "+++++ +++++ +++++ -----"},
-		{cnp + "  endpointSelector: {}\n  ingress: [{fromEndpoints: [{matchExpressions: [{key: io.kubernetes.pod.namespace, operator: NotIn, values: [default]}]}]}]", "----- ----- +++++ +++++"},
+		{cnp + "  endpointSelector: {}\n  ingress: [{fromEndpoints: [{matchExpressions: [{key: io.kubernetes.pod.namespace, operator: NotIn, values: [default]}]}]}]", "----- ----- +++++ -----"},
 		{cnp + "  endpointSelector: {}\n  ingress: [{fromEndpoints: [{matchExpressions: [{key: io.kubernetes.pod.namespace, operator: In, values: [other, default]}, {key: zone, operator: NotIn, values: [x]}]}]}]", "+++++ ----- +++++ -----"},
-		{cnp + "  endpointSelector: {}\n  ingress: [{fromEndpoints: [{matchExpressions: [{key: io.kubernetes.pod.namespace, operator: DoesNotExist}]}]}]", "----- ----- ----- +++++"},
 		{cnp + "  endpointSelector: {}\n  ingress: [{fromEndpoints: [{matchExpressions: [{key: io.cilium.k8s.policy.cluster, operator: Exists}]}]}]", "+++++ +++++ ----- -----"},
 		{cnp + "  endpointSelector: {}\n  ingress: [{fromEndpoints: [{matchExpressions: [{key: io.cilium.k8s.policy.serviceaccount, operator: NotIn, values: [one]}]}]}]", "----- +++++ ----- -----"},
 		{cnp + "  endpointSelector: {}\n  ingress: [{fromEndpoints: [{matchLabels: {'k8s:io.cilium.k8s.namespace.labels.team': red}}]}]", "----- ----- +++++ -----"},
-		{cnp + "  endpointSelector: {}\n  ingress: [{fromEndpoints: [{matchExpressions: [{key: io.cilium.k8s.namespace.labels.team, operator: DoesNotExist}]}]}]", "+++++ +++++ ----- +++++"},
+		{cnp + "  endpointSelector: {}\n  ingress: [{fromEndpoints: [{matchExpressions: [{key: io.cilium.k8s.namespace.labels.team, operator: DoesNotExist}]}]}]", "+++++ +++++ ----- -----"},
 		{cnp + "  endpointSelector: {}\n  ingress: [{fromEndpoints: [{matchLabels: {'io.cilium.k8s.namespace.labels.kubernetes.io/metadata.name': other}}]}]", "----- ----- +++++ -----"},
 
 		// Protocols, ranges, and the subject's own named ports: http is TCP 81

@@ -8,7 +8,8 @@
 // puts its subjects under policy; an empty list of peers names nobody.
 //
 // A selector of Cilium's looks at the labels of anybody. Here it becomes a
-// selector of workloads, and the names of those that are none but meet it too.
+// selector of workloads and, where it has reserved: labels, the names of those
+// that are none but meet it too.
 //
 // What Cilium 1.20 refuses is refused, and what cannot be judged. What can be
 // judged but has no datapath is in Policy.NotEnforced. The package is pure and

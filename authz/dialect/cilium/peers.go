@@ -142,11 +142,12 @@ func (p *peers) entity(v *dialect.Value) {
 // endpoint parses an element of fromEndpoints or toEndpoints.
 func (p *peers) endpoint(v *dialect.Value) {
 	s := parseEndpoints(v, p.namespace, false)
-	if !s.namespaced && !s.reserved {
-		// Without a word on namespaces it means the policy's own, and in a
-		// clusterwide policy whoever is in one.
+	if !s.reserved {
+		// Who lacks a label meets NotIn and DoesNotExist. It is meant only where
+		// the selector speaks of who is no workload: elsewhere it would let in
+		// world for a namespace that it leaves out.
 		s.named = nil
-		if p.namespace != "" {
+		if !s.namespaced && p.namespace != "" {
 			s.workloads = append(s.workloads, authz.InNamespace(p.namespace))
 		}
 	}
@@ -168,10 +169,7 @@ func (p *peers) endpoint(v *dialect.Value) {
 	if len(names) > 0 {
 		p.add(authz.Entities(names))
 	}
-	// Who denies world too need not know them: they look like it, or are nobody.
-	if s.reserved || !slices.Contains(names, "world") {
-		p.denyUnbound(v, s.named...)
-	}
+	p.denyUnbound(v, s.named...)
 }
 
 // node parses an element of fromNodes or toNodes.

@@ -75,6 +75,8 @@ func TestRefused(t *testing.T) {
 			`8 spec.ingress[0].fromEndpoints[0].matchLabels["reserved:hosts"], 9 spec.ingress[0].fromEndpoints[1].matchLabels["container:a"], 10 spec.ingress[0].fromEndpoints[2].matchLabels["io.cilium.k8s.policy.x"], 11 spec.ingress[0].fromEndpoints[3].matchLabels["any:io.cilium.k8s.namespace.labels."], 12 spec.ingress[0].fromEndpoints[4].matchExpressions[0].key, 12 spec.ingress[0].fromEndpoints[4].matchExpressions[1].key, 13 spec.ingress[0].fromEndpoints[5].app, 14 spec.ingress[0].fromEndpoints[6].matchLabels["io.kubernetes.pod.uid"]`},
 		{in + "fromEndpoints:\n    - matchExpressions: [{key: k8s.io.kubernetes.pod.namespace, operator: In, values: [a]}]\n    - matchLabels: {k8s.io.cilium.k8s.namespace.labels.a: b}\n    - matchLabels: {k8s.io/x: b, io.cilium/app: operator}",
 			`8 spec.ingress[0].fromEndpoints[0].matchExpressions[0].key, 9 spec.ingress[0].fromEndpoints[1].matchLabels["k8s.io.cilium.k8s.namespace.labels.a"]`},
+		{ccnp + "  endpointSelector: {matchExpressions: [{key: io.kubernetes.pod.namespace, operator: DoesNotExist}]}\n  egress: [{toEndpoints: [{matchExpressions: [{key: 'k8s:io.kubernetes.pod.namespace', operator: DoesNotExist}]}]}]",
+			"5 spec.endpointSelector.matchExpressions[0].key, 6 spec.egress[0].toEndpoints[0].matchExpressions[0].key"},
 		{in + "fromEndpoints:\n    toPorts: [{ports: [{port: '80'}]}]", "7 spec.ingress[0].fromEndpoints"},
 
 		// Peers.
@@ -169,7 +171,6 @@ func TestNotEnforced(t *testing.T) {
 		{in + "authentication: {mode: test-always-fail}", "7 spec.ingress[0].authentication.mode"},
 		{deny + "toEntities: [init, ingress, unmanaged, health, kube-apiserver]", "7 spec.egressDeny[0].toEntities[0], 7 spec.egressDeny[0].toEntities[1], 7 spec.egressDeny[0].toEntities[2], 7 spec.egressDeny[0].toEntities[3], 7 spec.egressDeny[0].toEntities[4]"},
 		{deny + "toEndpoints: [{matchLabels: {'reserved:health': ''}}]", "7 spec.egressDeny[0].toEndpoints[0]"},
-		{deny + "toEndpoints: [{matchExpressions: [{key: 'any:health', operator: Exists}, {key: io.kubernetes.pod.namespace, operator: DoesNotExist}]}]", "7 spec.egressDeny[0].toEndpoints[0]"},
 		{deny + "toEntities: [cluster]", "7 spec.egressDeny[0].toEntities[0]"},
 		{deny + "toNodes: [{}]", "7 spec.egressDeny[0].toNodes[0]"},
 		// Enforced.

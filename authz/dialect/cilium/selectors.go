@@ -114,10 +114,7 @@ func (out *endpoints) workload(at *dialect.Value, key string, r authz.Requiremen
 			return
 		}
 	case ofNamespace:
-		r.Attribute, r.Key = authz.NamespaceLabel, label
-		// Clusterwide it leaves the question which namespaces are meant open:
-		// whoever is in one, and nobody else.
-		out.namespaced = out.namespaced || namespace != ""
+		r.Attribute, r.Key, out.namespaced = authz.NamespaceLabel, label, true
 	case key == identity.ServiceAccountLabel:
 		r.Attribute = authz.ServiceAccount
 	case key == clusterLabel && r.Operator == authz.Exists:
@@ -147,6 +144,10 @@ func namespaces(at *dialect.Value, r authz.Requirement, namespace string, subjec
 		if !at.IsNamespace(name) {
 			return false
 		}
+	}
+	if r.Operator == authz.DoesNotExist {
+		at.Refuse("every workload is in a namespace: name who is none by reserved: labels or by entities")
+		return false
 	}
 	own := slices.Contains(r.Values, namespace)
 	switch {

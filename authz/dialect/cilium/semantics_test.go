@@ -116,17 +116,16 @@ func TestPeers(t *testing.T) {
 		{out + "toEndpoints: [{matchLabels: {'reserved:host': '', app: a}}]", nobody},
 		{out + "toEndpoints: [{matchExpressions: [{key: 'reserved:world', operator: DoesNotExist}]}]", ".. .... XXXX"},
 		{out + "toEndpoints: [{matchExpressions: [{key: 'reserved:host', operator: NotIn, values: ['']}, {key: app, operator: NotIn, values: [a]}]}]", "X. X... ...."},
-		// Without a namespace's name, as Cilium has it: what is no workload
-		// lacks the label too.
-		{out + "toEndpoints: [{matchExpressions: [{key: io.kubernetes.pod.namespace, operator: NotIn, values: [other]}]}]", ".X .... ...."},
-		{deny + "toEndpoints: [{matchExpressions: [{key: io.kubernetes.pod.namespace, operator: NotIn, values: [other]}]}]\n  egress: [{toEntities: [all]}]", "X. XXXX XXXX"},
+		// What is no workload lacks these labels too, and is not meant.
+		{out + "toEndpoints: [{matchExpressions: [{key: io.kubernetes.pod.namespace, operator: NotIn, values: [other]}]}]", ".X XXXX XXXX"},
+		{deny + "toEndpoints: [{matchExpressions: [{key: io.kubernetes.pod.namespace, operator: NotIn, values: [other]}]}]\n  egress: [{toEntities: [all]}]", "X. .... ...."},
+		{out + "toEndpoints: [{matchExpressions: [{key: io.cilium.k8s.namespace.labels.team, operator: DoesNotExist}]}]", ".X XXXX XXXX"},
 
 		// Clusterwide.
 		{ccnp + all + "  egress: [{toEndpoints: [{}]}]", ".. XXXX XXXX"},
 		{ccnp + all + "  egress: [{toEndpoints: [{matchLabels: {app: b}}]}]", "X. XXXX XXXX"},
 		{ccnp + all + "  egress: [{toEndpoints: [{matchExpressions: [{key: app, operator: NotIn, values: [b]}]}]}]", ".X XXXX XXXX"},
-		{ccnp + all + "  egress: [{toEndpoints: [{matchExpressions: [{key: io.kubernetes.pod.namespace, operator: NotIn, values: [other]}]}]}]", ".X .... ...."},
-		// Labels of namespaces leave it at whoever is in one.
+		{ccnp + all + "  egress: [{toEndpoints: [{matchExpressions: [{key: io.kubernetes.pod.namespace, operator: NotIn, values: [other]}]}]}]", ".X XXXX XXXX"},
 		{ccnp + all + "  egress: [{toEndpoints: [{matchLabels: {io.cilium.k8s.namespace.labels.team: red}}]}]", "X. XXXX XXXX"},
 		{ccnp + all + "  egress: [{toEndpoints: [{matchExpressions: [{key: io.cilium.k8s.namespace.labels.team, operator: NotIn, values: [red]}]}]}]", ".X XXXX XXXX"},
 		{ccnp + all + "  egress: [{toEndpoints: [{matchExpressions: [{key: 'k8s:io.cilium.k8s.namespace.labels.team', operator: DoesNotExist}]}]}]", ".X XXXX XXXX"},
