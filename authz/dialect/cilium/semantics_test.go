@@ -144,6 +144,10 @@ func TestPeers(t *testing.T) {
 		{out + "toCIDRSet: [{cidr: 0.0.0.0/0, except: [10.0.0.0/8]}]", "XX XXXX X.XX"},
 		{deny + "toCIDR: [8.8.8.8/32]\n  egress: [{toEntities: [all]}]", ".. .... .X.X"},
 		{deny + "toCIDRSet: [{cidr: 0.0.0.0/0, except: [8.0.0.0/8]}]\n  egress: [{toEntities: [all]}]", ".. .... X..X"},
+		// A wide denial holds within it, whatever narrower block is allowed.
+		{deny + "toCIDR: [10.0.0.0/8]\n  egress: [{toCIDR: [10.1.2.3/32]}, {toEntities: [all]}]", ".. .... X..X"},
+		{deny + "toCIDRSet: [{cidr: 10.0.0.0/8, except: [10.1.2.3/32]}]\n  egress: [{toEntities: [all]}]", ".. .... ...X"},
+		{out + "toCIDRSet: [{cidr: 10.0.0.0/8, except: [10.1.2.3/32]}, {cidr: 10.1.2.0/24}]", "XX XXXX .XXX"},
 		{ccg + "  externalCIDRs: [10.9.9.9/8]\n---\n" + out + "toCIDRSet: [{cidrGroupRef: g}]", "XX XXXX .XXX"},
 		{ccg + "  externalCIDRs: [0.0.0.0/0]\n---\n" + out + "toCIDRSet: [{cidrGroupRef: g, except: [10.0.0.0/8]}]", "XX XXXX X.XX"},
 		{ccg + "  externalCIDRs: [10.0.0.0/8]\n---\n" + out + "toCIDRSet: [{cidrGroupSelector: {matchLabels: {a: b}}}]", "XX XXXX .XXX"},
@@ -241,6 +245,16 @@ func TestPolicies(t *testing.T) {
 		{out + "{toEntities: [world], toPorts: [{ports: [{port: '80'}], " + dns + "}]}", everybody, "XX XXXX 7777"},
 		{out + "{toEntities: [world], toPorts: [{ports: [{port: '80', protocol: TCP}], serverNames: [a]}]}", everybody, "XX XXXX 7777"},
 		{out + "{toEntities: [world], toPorts: [{ports: [{port: '80', protocol: TCP}], rules: {}}]}", everybody, "XX XXXX ...."},
+		// What a broad rule requires holds where a narrow one is silent, and the other way round.
+		{out + "{toEntities: [world], authentication: {mode: required}}\n  - toPorts: [{ports: [{port: '80'}]}]", everybody, ".. .... EEEE"},
+		{out + "{toEntities: [all], authentication: {mode: required}}\n  - toEntities: [host]\n    toPorts: [{ports: [{port: '80'}]}]", everybody, "EE EEEE EEEE"},
+		{out + "{toEntities: [all], toPorts: [{ports: [{port: '81'}]}], authentication: {mode: required}}\n  - toEntities: [host]", everybody, "XX .XXX XXXX"},
+		{out + "{toEntities: [world], authentication: {mode: required}}\n  enableDefaultDeny: {egress: false}", everybody, ".. .... EEEE"},
+		// Rules inside a protocol stay where a rule without any allows the port too, and where nothing is denied by default.
+		{out + "{toEntities: [world], toPorts: [{ports: [{port: '80', protocol: TCP}], " + http + "}]}\n  - toEntities: [all]", everybody, ".. .... 7777"},
+		{out + "{toPorts: [{ports: [{port: '80', protocol: TCP}], " + http + "}]}\n  - toEntities: [host]\n  egressDeny: [{toEntities: [remote-node]}]", everybody, "77 7XX7 7777"},
+		{out + "{toEntities: [world], toPorts: [{ports: [{port: '80', protocol: TCP}], " + http + "}]}\n  enableDefaultDeny: {egress: false}", everybody, ".. .... 7777"},
+		{deny + "{toEntities: [world]}\n  enableDefaultDeny: {egress: false, ingress: true}", nobody, ".. .... XXXX"},
 	} {
 		if got := say(t, c.doc, abi.DirIngress, authz.ProtoTCP, 80); got != c.in {
 			t.Errorf("%s\n got in %s\nwant in %s", c.doc, got, c.in)
