@@ -202,6 +202,9 @@ func nodeLabels(v *dialect.Value, sources ...string) authz.Selector {
 	s := authz.Selector{}
 	v.LabelSelector(func(at *dialect.Value, r authz.Requirement) {
 		_, key, ok := splitLabel(at, r.Key, sources...)
+		if key == clusterLabel && r.Operator == authz.Exists {
+			return // every node is in a cluster
+		}
 		if ok && at.LabelKey(key) {
 			r.Attribute, r.Key = authz.NodeLabel, key
 			s = append(s, r)

@@ -162,6 +162,7 @@ func TestPeers(t *testing.T) {
 		// Nodes, services, names.
 		{out + "toNodes: [{}]", "XX X..X XXXX"}, // not its own node
 		{out + "toNodes: [{matchLabels: {'node:zone': x}}]", nobody},
+		{out + "toNodes: [{matchExpressions: [{key: io.cilium.k8s.policy.cluster, operator: Exists}]}]", "XX X..X XXXX"},
 		{out + "toNodes: [{matchLabels: {'node:zone': 'y'}}]", "XX X.XX XXXX"},
 		{out + "toNodes: [{matchExpressions: [{key: zone, operator: NotIn, values: [x]}]}]", "XX X.XX XXXX"},
 		{out + "toServices: [{k8sService: {serviceName: db, namespace: other}}]", "X. XXXX XXXX"},
