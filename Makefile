@@ -83,7 +83,7 @@ bench: need-go ## ns per packet by program test-run, beside the empty program in
 	@test/prepare strict
 	$(GO) test -count=1 -run '^$$' -bench . ./test/bench
 
-measure: build ## first contacts, IP reuse, storms, throughput and scale, measured with real agents (root, half an hour)
+measure: build ## first contacts, IP reuse, storms, throughput, scale and policy compilation, measured with real agents (root, half an hour)
 	@test/prepare strict
 	$(GO) run ./test/bench/contacts -portcullis bin/portcullis first
 	$(GO) run ./test/bench/contacts -portcullis bin/portcullis reuse
@@ -91,6 +91,7 @@ measure: build ## first contacts, IP reuse, storms, throughput and scale, measur
 	$(GO) run ./test/bench/contacts -portcullis bin/portcullis flood
 	$(GO) run ./test/bench/throughput -portcullis bin/portcullis
 	$(GO) run ./test/bench/scale -portcullis bin/portcullis
+	$(GO) run ./test/bench/policy
 
 prepare: ## check the kernel and mount the BPF file system where it is missing
 	@test/prepare strict

@@ -7,6 +7,9 @@
 //	                                                              |                  |
 //	                                                            Judge  == tested ==  BPF
 //
+// Sets keeps the sets of a node's subjects by what changes, and is tested to be
+// what compiling from nothing makes.
+//
 // It is pure: no I/O, no clock, no goroutines. It imports identity and bpf/abi
 // only, and never meets ipcache. A Policy is immutable once it is put; a
 // Repository and the sets that it makes belong to one loop; Judge is safe for

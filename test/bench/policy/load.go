@@ -74,7 +74,7 @@ func (l load) policy(i, version int) *authz.Policy {
 		allow(abi.DirIngress, "spec.ingress[0]", one(authz.Selector{authz.InNamespace(namespace(ns)), app(r.IntN(apps))}), web...),
 		allow(abi.DirIngress, "spec.ingress[1]", []authz.PeerSelector{authz.Selector{authz.InNamespace(other), app(r.IntN(apps))},
 			authz.Selector{authz.NamespaceHasLabel("team", fmt.Sprint("team-", r.IntN(20))), app(r.IntN(apps))}},
-			authz.PortRange{Proto: authz.ProtoTCP, First: 8000, Last: uint16(8090 + version%10)}),
+			authz.PortRange{Proto: authz.ProtoTCP, First: 8000, Last: uint16(8090 + version%7)}),
 		allow(abi.DirEgress, "spec.egress[0]", one(authz.Selector{authz.InNamespace(other)}), web...),
 		allow(abi.DirEgress, "spec.egress[1]", one(authz.Selector{authz.InNamespace(namespace(0)), app(0)}), authz.Port(authz.ProtoUDP, 53), authz.PortNamed(authz.ProtoTCP, "dns-tcp")),
 		allow(abi.DirEgress, "spec.egress[2]", []authz.PeerSelector{authz.Block{Prefix: block(r.IntN(blocks))}, authz.BlockGroup{Name: fmt.Sprint("group-", i%10)}}, web...),
@@ -84,7 +84,7 @@ func (l load) policy(i, version int) *authz.Policy {
 		kind, in = "CiliumClusterwideNetworkPolicy", ""
 		spec.Subject, spec.DenyIngress, spec.DenyEgress = nil, false, false
 		spec.Rules = []authz.Rule{
-			allow(abi.DirIngress, "spec.ingress[0]", one(authz.Selector{authz.InNamespace(other), app(0)}), authz.Port(authz.ProtoTCP, uint16(9000+version%10))),
+			allow(abi.DirIngress, "spec.ingress[0]", one(authz.Selector{authz.InNamespace(other), app(0)}), authz.Port(authz.ProtoTCP, uint16(9000+version%7))),
 			{Direction: abi.DirIngress, Action: authz.Deny, Peers: one(authz.Entities{"world"}), Ports: []authz.PortRange{authz.Port(authz.ProtoTCP, 22)}, Path: "spec.ingressDeny[0]"},
 		}
 	}
