@@ -25,7 +25,7 @@ func parse(doc string) (*authz.Policy, error) {
 
 func example(t *testing.T, name string) string {
 	t.Helper()
-	b, err := os.ReadFile(filepath.Join("testdata", name))
+	b, err := os.ReadFile(filepath.Join("../../../docs/examples", name))
 	if err != nil {
 		t.Fatal(err)
 	}
