@@ -1,19 +1,21 @@
 package tools_test
 
 import (
+	"encoding/json"
 	"errors"
+	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 
 	"portcullis/authz"
 	"portcullis/authz/tools"
 )
 
-// FuzzManifests feeds any file to the reader of manifests: it is refused with
-// problems, or it makes a world that can be judged, in as many rows and columns
-// as it has workloads.
-func FuzzManifests(f *testing.F) {
+func seed(f *testing.F) {
 	for _, pattern := range []string{"testdata/*.yaml", "../../docs/examples/*.yaml", "../dialect/testdata/*.yaml"} {
 		files, err := filepath.Glob(pattern)
 		if err != nil || len(files) == 0 {
@@ -37,14 +39,19 @@ func FuzzManifests(f *testing.F) {
 	} {
 		f.Add(s)
 	}
-	ports, err := tools.ParsePorts("TCP/80,UDP/53,ICMP/8")
-	if err != nil {
-		f.Fatal(err)
+	docs, list, jsonList := manyPods(2)
+	for _, s := range []string{docs, list, jsonList, cluster(2, 2), "items:\n- a\n-\n  b: \"x\n- y\"\nkind: List\napiVersion: v1\n", "{\"items\": [{\"kind\": \"Pod\"}], \"kind\": \"List\"}"} {
+		f.Add(s)
 	}
+}
+
+// FuzzManifests feeds any file to the whole way from manifests to every form of
+// the results: it is refused with problems, or it makes a world that can be
+// judged, in as many rows and columns as it has workloads.
+func FuzzManifests(f *testing.F) {
+	seed(f)
 	f.Fuzz(func(t *testing.T, data string) {
-		r := tools.NewReader(dialects()...)
-		r.File("f", []byte(data))
-		w, err := r.World()
+		w, err := read(data)
 		if err != nil {
 			var problems authz.Problems
 			if !errors.As(err, &problems) || len(problems) == 0 || w != nil {
@@ -52,16 +59,18 @@ func FuzzManifests(f *testing.F) {
 			}
 			return
 		}
-		j, err := tools.NewJudge(w, authz.Options{})
-		if err != nil {
-			t.Fatal(err)
-		}
 		if len(w.Workloads) > 20 {
-			return // long, and no other
+			return
 		}
-		m := j.Matrix(tools.MatrixOptions{Ports: ports})
+		j, err := tools.NewJudge(w, authz.Options{LocalHost: true})
+		if err != nil {
+			t.Fatal(err) // parsers make no invalid policies
+		}
+		o := tools.MatrixOptions{Externals: w.Externals(5), Reasons: true}
+		o.Ports, _ = w.Ports(3)
+		m := j.Matrix(o)
 		for port, table := range m.Ports {
-			if len(table.Combined) != len(w.Workloads) {
+			if len(table.Combined) != len(w.Workloads) || len(table.FromExternal) != len(o.Externals) {
 				t.Fatalf("%s: %d rows of %d", port, len(table.Combined), len(w.Workloads))
 			}
 			for _, row := range table.Combined {
@@ -69,6 +78,64 @@ func FuzzManifests(f *testing.F) {
 					t.Fatalf("%s: a row of %d of %d", port, len(row), len(w.Workloads))
 				}
 			}
+		}
+		if b, err := json.Marshal(m); err != nil || !json.Valid(b) {
+			t.Fatal(err)
+		}
+		if err := m.HTML(io.Discard, tools.Page{World: w, Externals: o.Externals}); err != nil {
+			t.Fatal(err)
+		}
+		m.Text()
+		for i := range w.Workloads {
+			trace := j.Trace(w.WorkloadParty(i), w.WorkloadParty(0), o.Ports[0])
+			trace.Text()
+			word := map[byte]string{'.': "allowed", 'X': "blocked", '7': "allowed through L7", '-': "not judged"}[m.Ports[o.Ports[0].String()].Combined[i][0]]
+			if trace.Verdict != word {
+				t.Fatalf("the matrix says %q: %s", word, trace.Text())
+			}
+		}
+		if c := tools.Compare(m, m); len(c.Changes) > 0 {
+			t.Fatal(c.Text())
+		}
+	})
+}
+
+// FuzzParts: a file that can be read in parts says in parts what it says as a
+// whole.
+func FuzzParts(f *testing.F) {
+	seed(f)
+	f.Fuzz(func(t *testing.T, data string) {
+		says := func(size int) ([]string, error) {
+			r := tools.NewReader(dialects()...)
+			r.ReadInPartsOf(size)
+			r.File("f", []byte(data))
+			w, err := r.World()
+			if err != nil {
+				return nil, err
+			}
+			var out []string
+			for _, x := range w.Workloads {
+				out = append(out, fmt.Sprint(x))
+			}
+			for _, p := range w.Policies {
+				out = append(out, fmt.Sprint(p.Ref, p.Specs))
+			}
+			for _, g := range w.Groups {
+				out = append(out, fmt.Sprint(g.Ref, g.Blocks))
+			}
+			out = append(out, fmt.Sprint(w.Namespaces, w.Nodes, w.Notes))
+			return out, nil
+		}
+		parts, err := says(64)
+		if err != nil {
+			return // what one part lacks is a problem
+		}
+		whole, err := says(1 << 30)
+		if err != nil {
+			t.Fatal("in parts it can be read, as a whole not: ", err)
+		}
+		if diff := cmp.Diff(whole, parts); diff != "" {
+			t.Fatal(diff)
 		}
 	})
 }

@@ -30,6 +30,7 @@ type Judge struct {
 	blocks   []netip.Prefix // that are told apart among workloads
 	byNode   bool           // policies tell nodes apart
 	hashes   []identity.Hash
+	byIP     []map[netip.Addr]identity.Numeric // of workloads
 	subjects map[string]*subject
 	of       []*subject // by workload; nil: not compiled yet
 	peers    []authz.Peer
@@ -80,6 +81,7 @@ func NewJudge(w *World, opts authz.Options) (*Judge, error) {
 	}
 	for i, x := range w.Workloads {
 		j.hashes = append(j.hashes, x.Identity.Hash())
+		j.byIP = append(j.byIP, map[netip.Addr]identity.Numeric{})
 		j.repo.AddPorts(uint64(i+1), x.Identity, named(x.Ports))
 	}
 	j.blocks = j.repo.Blocks(true)
@@ -158,6 +160,9 @@ func (j *Judge) peer(n identity.Numeric) authz.Peer { return j.peers[n-firstPeer
 // workload returns the number of a workload that is met by one of its
 // addresses. Those that no policy tells apart have one number.
 func (j *Judge) workload(i int, ip netip.Addr) identity.Numeric {
+	if n, ok := j.byIP[i][ip]; ok {
+		return n
+	}
 	p := authz.Peer{Identity: j.world.Workloads[i].Identity}
 	key := []byte("w")
 	key = append(key, j.hashes[i][:]...)
@@ -172,7 +177,9 @@ func (j *Judge) workload(i int, ip netip.Addr) identity.Numeric {
 			}
 		}
 	}
-	return j.number(string(key), p)
+	n := j.number(string(key), p)
+	j.byIP[i][ip] = n
+	return n
 }
 
 // numbersFor returns as whom a subject meets a party, in a family of addresses.

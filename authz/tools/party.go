@@ -67,15 +67,19 @@ func (w *World) Party(s string) (Party, error) {
 			if x.finished {
 				return p, fmt.Errorf("the pod %s has finished: nobody can call it", s)
 			}
-			i := slices.IndexFunc(w.Nodes, func(n Node) bool { return n.Name == x.node })
-			p.node, p.Is = &Node{Name: x.node}, "its node, whose network it uses: "+x.node
-			if i >= 0 {
-				p.node = &w.Nodes[i]
-			}
+			p.node, p.Is = w.node(x), "its node, whose network it uses: "+x.node
 			return p, nil
 		}
 	}
 	return p, fmt.Errorf("there is no workload %q: want NAMESPACE/POD, an address, a block, reserved:NAME or fqdn:NAME; there are %s", s, w.some())
+}
+
+// node returns the node of a pod.
+func (w *World) node(x *pod) *Node {
+	if i := slices.IndexFunc(w.Nodes, func(n Node) bool { return n.Name == x.node }); i >= 0 {
+		return &w.Nodes[i]
+	}
+	return &Node{Name: x.node}
 }
 
 // some names a few workloads.
@@ -121,6 +125,12 @@ func (w *World) at(p Party, ip netip.Addr) (Party, error) {
 	for i, n := range w.Nodes {
 		if slices.Contains(n.IPs, ip) {
 			p.node, p.Is = &w.Nodes[i], "node "+n.Name
+			return p, nil
+		}
+	}
+	for _, ref := range sorted(w.pods) {
+		if x := w.pods[ref]; x.hostNetwork && !x.finished && slices.Contains(x.ips, ip) {
+			p.node, p.Is = w.node(x), "node "+x.node+", for pod "+x.title()+" uses its network"
 			return p, nil
 		}
 	}

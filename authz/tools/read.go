@@ -23,11 +23,12 @@ type Reader struct {
 	file     string
 	seen     map[authz.Ref]string
 	ignored  map[string]int
+	partSize int
 }
 
 // NewReader returns a reader that understands policies of these dialects.
 func NewReader(dialects ...dialect.Dialect) *Reader {
-	r := &Reader{world: newWorld(), seen: map[authz.Ref]string{}, ignored: map[string]int{}}
+	r := &Reader{world: newWorld(), seen: map[authz.Ref]string{}, ignored: map[string]int{}, partSize: partSize}
 	r.dialects = slices.Concat(dialects, r.objects())
 	return r
 }
@@ -134,7 +135,7 @@ func (r *Reader) first(ref authz.Ref, twice func(string)) bool {
 func (r *Reader) File(name string, data []byte) {
 	r.world.Files = append(r.world.Files, name)
 	r.file = name
-	for part := range parts(data) {
+	for part := range parts(data, r.partSize) {
 		if len(r.problems) >= maxProblems {
 			return
 		}

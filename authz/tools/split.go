@@ -54,8 +54,11 @@ func (p part) shift(x *authz.Problem) {
 	}
 }
 
-// parts yields the parts of a file.
-func parts(data []byte) iter.Seq[part] {
+// maxItems bounds the items of one list that is read in parts.
+const maxItems = 100_000
+
+// parts yields the parts of a file, each of about so many bytes.
+func parts(data []byte, partSize int) iter.Seq[part] {
 	return func(yield func(part) bool) {
 		if len(data) <= partSize {
 			yield(part{data: data})
@@ -74,7 +77,7 @@ func parts(data []byte) iter.Seq[part] {
 				return
 			}
 			if len(doc) > partSize {
-				for p := range itemsOf(doc) {
+				for p := range itemsOf(doc, partSize) {
 					for i := range p.places {
 						p.places[i].shift += line
 					}
@@ -133,13 +136,13 @@ func blank(doc []byte) bool {
 
 // itemsOf yields a document, or if it is a list a part for each few of its
 // items.
-func itemsOf(doc []byte) iter.Seq[part] {
+func itemsOf(doc []byte, partSize int) iter.Seq[part] {
 	list := splitYAML(doc)
 	if text := bytes.TrimLeft(doc, " \t\r\n"); len(text) > 0 && text[0] == '{' {
 		list = splitJSON(doc)
 	}
 	return func(yield func(part) bool) {
-		if len(list.items) == 0 || len(list.head)+len(list.tail) > partSize {
+		if len(list.items) == 0 || len(list.items) > maxItems || len(list.head)+len(list.tail) > max(partSize, 1<<10) {
 			yield(part{data: doc, places: []place{{1, 0}}})
 			return
 		}
@@ -182,22 +185,15 @@ type itemText struct {
 // splitYAML splits a list as kubectl prints it: items in block style, under the
 // field items in the first column.
 func splitYAML(doc []byte) (list listText) {
-	lines := bytes.SplitAfter(doc, []byte("\n"))
-	head := -1
-	for i, line := range lines {
-		if string(bytes.TrimRight(line, " \r\n")) == "items:" {
-			head = i
-			break
-		}
-	}
-	if head < 0 {
-		return listText{}
-	}
-	indent, end, at := -1, len(lines), 0
-	for i, line := range lines {
+	indent, number, at, tail := -1, 0, 0, len(doc)
+	for line := range bytes.Lines(doc) {
 		start := at
 		at += len(line)
-		if i <= head {
+		number++
+		if list.head == "" {
+			if string(bytes.TrimRight(line, " \r\n")) == "items:" {
+				list.head = string(doc[:at])
+			}
 			continue
 		}
 		text := bytes.TrimLeft(line, " ")
@@ -207,26 +203,27 @@ func splitYAML(doc []byte) (list listText) {
 		if indent < 0 && isItem {
 			indent = depth
 		}
-		if indent < 0 && len(text) > 0 {
-			return listText{} // not in block style
+		if indent < 0 && len(text) > 0 || len(list.items) > maxItems {
+			return listText{} // not in block style, or no list of objects
 		}
 		switch {
 		case isItem && depth == indent:
-			list.items = append(list.items, itemText{line: i, text: doc[start:at]})
+			list.items = append(list.items, itemText{line: number - 1, text: doc[start:at]})
+			continue
 		case len(text) == 0, depth > indent:
 			if n := len(list.items); n > 0 {
 				last := &list.items[n-1].text
 				*last = doc[start-len(*last) : at]
 			}
-		default:
-			end = i
+			continue
 		}
-		if end < len(lines) {
-			break
-		}
+		tail, list.tailLine = start, number-1
+		break
 	}
-	list.head = string(bytes.Join(lines[:head+1], nil))
-	list.tail, list.tailLine = string(bytes.Join(lines[end:], nil)), end
+	if tail == len(doc) {
+		list.tailLine = number
+	}
+	list.tail = string(doc[tail:])
 	return list
 }
 
@@ -265,6 +262,9 @@ func splitJSON(doc []byte) (list listText) {
 				return listText{}
 			}
 			start := int(in.InputOffset()) - len(v)
+			if len(list.items) > maxItems {
+				return listText{}
+			}
 			line += bytes.Count(doc[at:start], []byte("\n"))
 			at = start
 			list.items = append(list.items, itemText{line: line, text: doc[start : start+len(v)]})

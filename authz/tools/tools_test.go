@@ -196,8 +196,10 @@ items:
 	if _, err := w.Party("default/done"); err == nil || !strings.Contains(err.Error(), "finished") {
 		t.Error(err)
 	}
-	if p := party(t, w, "kube-system/agent"); p.Workload >= 0 || !strings.Contains(p.Is, "n1") {
-		t.Error(p)
+	for _, name := range []string{"kube-system/agent", "192.168.0.1"} {
+		if p := party(t, w, name); p.Workload >= 0 || !strings.Contains(p.Is, "n1") {
+			t.Error(p)
+		}
 	}
 }
 

@@ -3,7 +3,6 @@ package tools
 import (
 	"fmt"
 	"net/netip"
-	"slices"
 	"strings"
 
 	"portcullis/authz"
@@ -168,14 +167,4 @@ func (j *Judge) has(r authz.Requirement, p authz.Peer) string {
 		return `""`
 	}
 	return value
-}
-
-// names returns the refs of policies, for people.
-func names(refs []authz.Ref) string {
-	words := make([]string, len(refs))
-	for i, r := range refs {
-		words[i] = r.String()
-	}
-	slices.Sort(words)
-	return list(words)
 }
