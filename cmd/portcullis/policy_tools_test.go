@@ -48,6 +48,29 @@ func TestPolicyTools(t *testing.T) {
 	}
 }
 
+// The examples that need no cluster, typed as they stand.
+func TestExamplesWithoutCluster(t *testing.T) {
+	text, err := os.ReadFile("../../docs/examples/README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	typed := 0
+	for line := range strings.Lines(string(text)) {
+		args, ok := strings.CutPrefix(strings.TrimSpace(line), "portcullis policy ")
+		if !ok {
+			continue
+		}
+		typed++
+		args, _, _ = strings.Cut(args, " > ")
+		if got := fromClone(t, "/nonexistent", "policy "+args); got.code != exitOK || got.stdout == "" {
+			t.Errorf("%s: %+v", args, got)
+		}
+	}
+	if typed != 5 {
+		t.Errorf("%d examples, want 5", typed)
+	}
+}
+
 // What the running agent knows: its endpoint, whom it holds bindings of, its
 // policy. The other nodes' policies are not known.
 func TestPolicyToolsLive(t *testing.T) {
