@@ -82,7 +82,7 @@ func FuzzManifests(f *testing.F) {
 		if b, err := json.Marshal(m); err != nil || !json.Valid(b) {
 			t.Fatal(err)
 		}
-		if err := m.HTML(io.Discard, tools.Page{World: w, Externals: o.Externals}); err != nil {
+		if err := m.HTML(io.Discard, tools.Page{Judge: j, Externals: o.Externals}); err != nil {
 			t.Fatal(err)
 		}
 		m.Text()

@@ -20,7 +20,7 @@ var pageScript string
 
 // Page is what a page says beside the matrix.
 type Page struct {
-	World     *World
+	Judge     *Judge
 	Externals []Party
 }
 
@@ -130,6 +130,7 @@ func (w *writer) say(format string, args ...any) {
 }
 
 func (m *Matrix) header(w *writer, page Page) {
+	world := page.Judge.World()
 	count := func(n int, one, many string) string {
 		if n == 1 {
 			return "1 " + one
@@ -137,19 +138,19 @@ func (m *Matrix) header(w *writer, page Page) {
 		return fmt.Sprint(n, " ", many)
 	}
 	w.say("<header>\n<h1>Who may call whom</h1>\n<p>%s, %s, %s at %s.</p>\n",
-		count(len(page.World.Policies), "policy", "policies"), count(len(m.Workloads), "workload", "workloads"),
+		count(len(world.Policies), "policy", "policies"), count(len(m.Workloads), "workload", "workloads"),
 		count(len(m.Externals), "other end", "other ends"), count(len(m.order), "port", "ports"))
 	w.say("<ul class=\"legend\" aria-label=\"Legend\"><li><span>.</span>allowed</li><li><span>X</span>blocked</li><li><span>7</span>allowed as far as rules inside the protocol go (L7)</li><li><span>-</span>not judged</li></ul>\n")
-	w.say("<details><summary>What was judged: %s</summary>\n<ul>\n", count(len(page.World.Files), "source", "sources"))
-	for _, f := range page.World.Files {
+	w.say("<details><summary>What was judged: %s</summary>\n<ul>\n", count(len(world.Files), "source", "sources"))
+	for _, f := range world.Files {
 		w.say("<li>%s</li>\n", f)
 	}
-	w.say("</ul></details>\n<details><summary>%s</summary>\n<table><thead><tr><th scope=\"col\">Policy</th><th scope=\"col\">From</th></tr></thead><tbody>\n", count(len(page.World.Policies), "policy", "policies"))
-	for _, p := range page.World.Policies {
-		w.say("<tr><td>%s</td><td>%s</td></tr>\n", p.Ref, p.File)
+	w.say("</ul></details>\n<details><summary>%s</summary>\n<table><thead><tr><th scope=\"col\">Policy</th><th scope=\"col\">From</th><th scope=\"col\">Workloads that it selects</th></tr></thead><tbody>\n", count(len(world.Policies), "policy", "policies"))
+	for _, p := range world.Policies {
+		w.say("<tr><td>%s</td><td>%s</td><td>%d</td></tr>\n", p.Ref, p.File, page.Judge.Selects(p))
 	}
 	w.say("</tbody></table></details>\n")
-	if notes := page.World.Notes; len(notes) > 0 {
+	if notes := world.Notes; len(notes) > 0 {
 		w.say("<details><summary>%s</summary>\n<ul>\n", count(len(notes), "note", "notes"))
 		for _, n := range notes {
 			w.say("<li>%s</li>\n", n)

@@ -93,6 +93,27 @@ func NewJudge(w *World, opts authz.Options) (*Judge, error) {
 	return j, nil
 }
 
+// Selects returns how many workloads, of those that are judged, a policy speaks
+// of.
+func (j *Judge) Selects(p Policy) (n int) {
+	for _, x := range j.world.Workloads {
+		if !x.Peer && j.repo.Selects(p.Policy, x.Identity) {
+			n++
+		}
+	}
+	return n
+}
+
+// Idle returns the policies that speak of no workload, which is seldom meant.
+func (j *Judge) Idle() (out []string) {
+	for _, p := range j.world.Policies {
+		if j.Selects(p) == 0 {
+			out = append(out, p.Ref.String())
+		}
+	}
+	return out
+}
+
 // World returns the judge's.
 func (j *Judge) World() *World { return j.world }
 

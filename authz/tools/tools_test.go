@@ -102,7 +102,8 @@ func TestForms(t *testing.T) {
 	w := world(t, example(t, "starwars-app.yaml"), example(t, "networkpolicy-L4.yaml"), example(t, "egress-policies.yaml"))
 	o := options(t, w, "TCP/80,TCP/http,UDP/53", "reserved:world", "192.0.2.1")
 	o.Reasons = true
-	m := judge(t, w).Matrix(o)
+	j := judge(t, w)
+	m := j.Matrix(o)
 	golden(t, "matrix.txt", m.Text())
 	b, err := json.MarshalIndent(m, "", "  ")
 	if err != nil {
@@ -110,12 +111,11 @@ func TestForms(t *testing.T) {
 	}
 	golden(t, "matrix.json", string(b)+"\n")
 	var page strings.Builder
-	if err := m.HTML(&page, tools.Page{World: w, Externals: o.Externals}); err != nil {
+	if err := m.HTML(&page, tools.Page{Judge: j, Externals: o.Externals}); err != nil {
 		t.Fatal(err)
 	}
 	golden(t, "matrix.html", page.String())
 
-	j := judge(t, w)
 	var traces strings.Builder
 	for _, x := range [][3]string{
 		{"default/xwing", "default/deathstar", "80/TCP"}, {"default/tiefighter", "default/deathstar", "TCP/80"},
@@ -378,9 +378,10 @@ func TestHostileNames(t *testing.T) {
 	}
 	o := options(t, w, "TCP/80", "fqdn:"+evil)
 	o.Reasons = true
-	m := judge(t, w).Matrix(o)
+	j := judge(t, w)
+	m := j.Matrix(o)
 	var page strings.Builder
-	if err := m.HTML(&page, tools.Page{World: w, Externals: o.Externals}); err != nil {
+	if err := m.HTML(&page, tools.Page{Judge: j, Externals: o.Externals}); err != nil {
 		t.Fatal(err)
 	}
 	s := page.String()

@@ -63,7 +63,7 @@ The exit status is 0 whether anything changes or not.`,
 }
 
 func (a *asked) diff(env *Env, g *judging, before, after *tools.World, form output) error {
-	notes(env, after)
+	note(env, after.Notes...)
 	// A port or an end that only policies of one of them name is judged too.
 	o, err := a.options(env, before.With(after), true)
 	if err != nil {

@@ -114,8 +114,7 @@ func (a *asked) matrix(env *Env, g *judging, w *tools.World, form output) error 
 	if err != nil {
 		return err
 	}
-	notes(env, w)
-	j, err := tools.NewJudge(w, g.options())
+	j, err := g.judge(env, w)
 	if err != nil {
 		return err
 	}
@@ -128,7 +127,7 @@ func (a *asked) matrix(env *Env, g *judging, w *tools.World, form output) error 
 	m := j.Matrix(o)
 	switch form {
 	case outHTML:
-		return m.HTML(env.Stdout, tools.Page{World: w, Externals: o.Externals})
+		return m.HTML(env.Stdout, tools.Page{Judge: j, Externals: o.Externals})
 	case outTable:
 		text := m.Text()
 		if n := m.Width(); n > wideLine {

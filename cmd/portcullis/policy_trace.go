@@ -47,8 +47,7 @@ are those of policy matrix. The exit status is 0 whatever the verdict is.`,
 		if err := errors.Join(errFrom, errTo); err != nil {
 			return err
 		}
-		notes(env, w)
-		j, err := tools.NewJudge(w, g.options())
+		j, err := g.judge(env, w)
 		if err != nil {
 			return err
 		}

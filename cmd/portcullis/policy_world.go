@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -26,6 +27,7 @@ type judging struct {
 	live      bool
 	localHost string
 	enforce   authz.Enforcement
+	cluster   string
 }
 
 func addJudging(cmd *cobra.Command) *judging {
@@ -34,6 +36,7 @@ func addJudging(cmd *cobra.Command) *judging {
 	cmd.Flags().BoolVar(&g.live, "live", false, "judge by what the running agent knows, and with its policies")
 	cmd.Flags().StringVar(&g.localHost, "allow-local-host", string(agent.LocalHostAlways), "as the agent's: whether a node reaches its own workloads: always (unless a policy denies it), or policy (where policies allow it)")
 	cmd.Flags().TextVar(&g.enforce, "enforce", authz.EnforceDefault, "as the agent's: default (on workloads that a policy selects), always, never, or audit")
+	cmd.Flags().StringVar(&g.cluster, "cluster-name", "", "as the agent's: name of the cluster, as policies have it in io.cilium.k8s.policy.cluster")
 	return g
 }
 
@@ -46,7 +49,7 @@ func (g *judging) check() error {
 }
 
 func (g *judging) options() authz.Options {
-	return authz.Options{LocalHost: agent.LocalHost(g.localHost) == agent.LocalHostAlways, Enforce: g.enforce}
+	return authz.Options{LocalHost: agent.LocalHost(g.localHost) == agent.LocalHostAlways, Enforce: g.enforce, Cluster: g.cluster}
 }
 
 // manifests reads files into a world. What was left out, and every problem, is
@@ -67,10 +70,23 @@ func manifests(env *Env, names []string) (*tools.World, error) {
 	return w, err
 }
 
-func notes(env *Env, w *tools.World) {
-	for _, n := range w.Notes {
+func note(env *Env, notes ...string) {
+	for _, n := range notes {
 		fmt.Fprintln(env.Stderr, "note:", n)
 	}
+}
+
+// judge tells what is to be known of the world, and makes its judge.
+func (g *judging) judge(env *Env, w *tools.World) (*tools.Judge, error) {
+	note(env, w.Notes...)
+	j, err := tools.NewJudge(w, g.options())
+	if err != nil {
+		return nil, err
+	}
+	if idle := j.Idle(); len(idle) > 0 {
+		note(env, "these policies select no workload: "+strings.Join(idle, ", "))
+	}
+	return j, nil
 }
 
 // world is the cluster that a command is asked about.
