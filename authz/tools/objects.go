@@ -88,12 +88,23 @@ func each(v *dialect.Value, item func(*dialect.Value)) {
 	}
 }
 
-// labelsOf returns a map of labels; none is not nil.
+// known is a map of labels that says that there are no others.
+func known(labels map[string]string) map[string]string {
+	if labels == nil {
+		return map[string]string{}
+	}
+	return labels
+}
+
+// labelsOf returns a map of labels; nil if there are none.
 func labelsOf(v *dialect.Value) map[string]string {
-	out := map[string]string{}
+	var out map[string]string
 	if v != nil {
 		v.Each(func(key string, f *dialect.Value) {
 			if s, ok := f.LabelValue(); ok && f.LabelKey(key) {
+				if out == nil {
+					out = map[string]string{}
+				}
 				out[key] = s
 			}
 		})
@@ -247,7 +258,7 @@ func (r *Reader) template(kind string, path ...string) func(*dialect.Document) {
 
 func (r *Reader) namespace(doc *dialect.Document) {
 	ref := name(doc.Root(), "Namespace", false)
-	labels := labelsOf(field(doc.Root(), "metadata", "labels"))
+	labels := known(labelsOf(field(doc.Root(), "metadata", "labels")))
 	if r.object(doc, ref) {
 		r.world.Namespaces[ref.Name] = labels
 	}
@@ -256,7 +267,7 @@ func (r *Reader) namespace(doc *dialect.Document) {
 func (r *Reader) node(doc *dialect.Document) {
 	root := doc.Root()
 	ref := name(root, "Node", false)
-	n := Node{Name: ref.Name, Labels: labelsOf(field(root, "metadata", "labels"))}
+	n := Node{Name: ref.Name, Labels: known(labelsOf(field(root, "metadata", "labels")))}
 	each(field(root, "status", "addresses"), func(v *dialect.Value) {
 		if kind := text(v, "type"); kind == "InternalIP" || kind == "ExternalIP" {
 			if f := field(v, "address"); f != nil {

@@ -184,7 +184,7 @@ func (r *Reader) World() (*World, error) {
 		kinds = append(kinds, fmt.Sprintf("%s (%d)", kind, n))
 	}
 	if slices.Sort(kinds); len(kinds) > 0 {
-		r.world.note("left out, for they are no policy and no workload: %s", strings.Join(kinds, ", "))
+		r.world.note("left out, for they are no policy and no workload: %s", list(kinds))
 	}
 	r.world.derive()
 	return r.world, nil

@@ -16,12 +16,13 @@ import (
 	"portcullis/authz/dialect"
 	"portcullis/authz/dialect/cilium"
 	"portcullis/authz/dialect/k8s"
+	"portcullis/authz/dialect/tree"
 	"portcullis/authz/tools"
 )
 
 var update = flag.Bool("update", false, "rewrite the golden files")
 
-func dialects() []dialect.Dialect { return append(cilium.Dialects(), k8s.Dialect) }
+func dialects() []dialect.Dialect { return append(cilium.Dialects(), k8s.Dialect, tree.Dialect) }
 
 // read makes a world of texts: the first is named a.yaml, and so on.
 func read(texts ...string) (*tools.World, error) {
@@ -358,6 +359,35 @@ func TestPorts(t *testing.T) {
 	}
 	if _, table := cells(t, w, "TCP/8080"); table.Combined[0] != ".X" {
 		t.Error(table.Combined)
+	}
+}
+
+// The policy trees of 2017 are judged beside the others.
+func TestTrees(t *testing.T) {
+	w := world(t, `
+apiVersion: v1
+kind: List
+items:
+- {apiVersion: v1, kind: Pod, metadata: {name: deathstar, labels: {id.empire.deathstar: ""}}}
+- {apiVersion: v1, kind: Pod, metadata: {name: xwing, labels: {id.spaceship: ""}}}
+- {apiVersion: v1, kind: Pod, metadata: {name: rock}}
+`, `{"name": "root", "rules": [{"coverage": ["id.empire.deathstar"], "allow": ["id.spaceship"]}, {"coverage": ["id.empire.deathstar"], "l4": [{"in-ports": [{"port": 80, "protocol": "tcp"}]}]}]}`)
+	if len(w.Policies) != 1 {
+		t.Fatal(w.Policies)
+	}
+	for port, want := range map[string]string{"TCP/80": "X.", "TCP/81": "XX", "UDP/80": "XX"} { // rock, xwing -> deathstar
+		_, table := cells(t, w, port)
+		if got := table.Combined[1][:1] + table.Combined[2][:1]; got != want {
+			t.Errorf("%s: %s, want %s", port, got, want)
+		}
+	}
+}
+
+// Policies that select nobody are told.
+func TestIdle(t *testing.T) {
+	w := world(t, "{apiVersion: v1, kind: Pod, metadata: {name: a}}\n---"+netpol+"metadata: {name: p}\nspec: {podSelector: {matchLabels: {app: typo}}}\n---"+netpol+"metadata: {name: q}\nspec: {podSelector: {}}")
+	if idle := judge(t, w).Idle(); !slices.Equal(idle, []string{"NetworkPolicy default/p"}) {
+		t.Error(idle)
 	}
 }
 

@@ -18,6 +18,13 @@ const (
 // manyCells is how many make the command say how far it is.
 const manyCells = 1 << 20
 
+// Bounds on a matrix, of which a cell is a few bytes, and on a page, of which a
+// cell is an element that a browser keeps.
+const (
+	maxCells = 64 << 20
+	maxPage  = 8 << 20
+)
+
 // wideLine is how many characters of a line make the command say that there
 // are other forms.
 const wideLine = 200
@@ -118,7 +125,16 @@ func (a *asked) matrix(env *Env, g *judging, w *tools.World, form output) error 
 	if err != nil {
 		return err
 	}
-	if n := len(w.Workloads); n*(n+len(o.Externals))*len(o.Ports) > manyCells {
+	n := len(w.Workloads)
+	pairs := n * (n + 2*len(o.Externals)) * len(o.Ports)
+	most := maxCells
+	if form == outHTML {
+		most = maxPage
+	}
+	if pairs > most {
+		return fmt.Errorf("%d workloads at %s make %d pairs, and at most %d are shown at once: name fewer --ports, or fewer files", n, plural(len(o.Ports), "port", "ports"), pairs, most)
+	}
+	if pairs > manyCells {
 		o.Progress = func(done int) {
 			fmt.Fprintf(env.Stderr, "judged %s (%d of %d)\n", o.Ports[done-1], done, len(o.Ports))
 		}
