@@ -232,14 +232,12 @@ func TestToolsCiliumCorpus(t *testing.T) {
 		n.cases++
 		objects := []object{c.Object}
 		namespaces := map[string]map[string]string{}
-		var pods []int      // entities that are workloads
 		var titles []string // of each entity, as it is asked for; empty: it cannot be
 		for i, e := range c.Entities {
 			if !e.Managed {
 				titles = append(titles, e.external())
 				continue
 			}
-			pods = append(pods, i)
 			pod := cnpIdentity(e.Labels)
 			name := fmt.Sprintf("pod-%d", i)
 			titles = append(titles, pod.Namespace+"/"+name)
