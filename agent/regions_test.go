@@ -113,6 +113,15 @@ func TestBlocksOfTheWorld(t *testing.T) {
 	verify("imported", false)
 	n.importPolicy(l, cidrGroup)
 	verify("with the group", true)
+	for _, ref := range l.objects() {
+		o, ok := l.object(ref)
+		if m := l.policyMessage(o, true); !ok || m.Endpoints != 1 || m.File != "p.yaml" || !strings.Contains(m.Source, "kind: "+ref.Kind) {
+			t.Errorf("%s is told as %v", ref, m)
+		}
+	}
+	if got := len(l.objects()); got != 2 {
+		t.Errorf("%d objects", got)
+	}
 	a = n.restartWith(&l, a, func() {})
 	verify("after a restart", true)
 	before, err := l.dp.Ranges()

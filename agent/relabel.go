@@ -60,8 +60,8 @@ func (l *loop) relabel(uid identity.UID, change func(*workload)) (*endpoint, err
 	// the endpoint as it is now.
 	former := *e
 	*e = next
-	l.bySubject[e.subject] = e
-	e.relabelled = l.now() // read after the gate was closed
+	l.bySubject[e.subject], l.bySubject[former.subject] = e, &former // each with its own set
+	e.relabelled = l.now()                                           // read after the gate was closed
 	l.endHolds(l.holds.DropEndpoint(e.id, abi.ReasonQuarantined))
 	l.zeroBinding(e.ips, uid)
 	for _, ip := range e.ips {

@@ -204,6 +204,9 @@ func TestFullMaps(t *testing.T) {
 	if err := d.PutPolicy(2, entry(3, 1, 1)); err == nil {
 		t.Error("an entry of another set was taken")
 	}
+	if err := d.PutPolicy(2, map[abi.PolicyKey]abi.Policy{{Prefixlen: 72, Set: 2, Identity: 5}: {Flags: uint8(abi.PolicyAllow | abi.PolicyL7)}}); err == nil {
+		t.Error("rules inside a protocol were accepted, which no program obeys")
+	}
 	if err := d.PutPolicy(0, nil); err == nil {
 		t.Error("set 0 was taken")
 	}

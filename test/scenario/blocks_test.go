@@ -101,15 +101,11 @@ func TestBlocks(t *testing.T) {
 	w.serveWorld()
 	traffic := w.live() // of a pair that none of these policies touches
 
-	if err := w.reachTo(w.stranger, inHole); err != nil {
-		t.Fatalf("without a policy the world is not reached: %v", err)
-	}
+	w.eventually("without a policy the world is reached", func() error { return w.reachTo(w.stranger, inHole) })
 	w.must(w.ImportPoliciesAt(t.Context(), owner, &api.PolicyFile{Name: "stranger.yaml", Content: []byte(outOfStranger)}))
 	world := func(when string) {
 		t.Helper()
-		if err := w.reachTo(w.stranger, inBlock); err != nil {
-			t.Errorf("%s: the block is not reached: %v", when, err)
-		}
+		w.eventually(when+": the block is reached", func() error { return w.reachTo(w.stranger, inBlock) })
 		for _, to := range []netip.AddrPort{inHole, elsewhere} {
 			if w.reachTo(w.stranger, to) == nil {
 				t.Errorf("%s: %s is reached", when, to)
@@ -186,7 +182,7 @@ func TestLocalHost(t *testing.T) {
 			return err
 		})
 	}
-	w.must(from(verifier))
+	w.eventually("the node reaches its workload", func() error { return from(verifier) })
 	if from(owner) == nil {
 		t.Error("another node gets in")
 	}
