@@ -76,6 +76,31 @@ inline_always int needs_peer(__u8 flags)
 	return flags & (PC_POLICY_ALLOW | PC_POLICY_PEER_ALLOW);
 }
 
+/* Why a peer that had to be known is not, or else NONE. I4: a reply counts only
+ * from the binding to which the flow was opened, even if the new one would be
+ * allowed too. */
+inline_always int peer_unknown(const struct pc_life *l)
+{
+	if (l->expect && l->peer.kind != PEER_SPOOFED && l->peer.kind != PEER_NOBODY &&
+	    l->peer.stamp != l->expect)
+		return PC_REASON_GENERATION_CHANGED;
+	switch (l->peer.kind) {
+	case PEER_BOUND:
+	case PEER_RANGE:
+		return PC_REASON_NONE;
+	case PEER_EXPIRED:
+		return PC_REASON_STALE_LEASE;
+	case PEER_CHANGED:
+		return PC_REASON_GENERATION_CHANGED;
+	case PEER_SPOOFED:
+		return PC_REASON_SPOOFED;
+	case PEER_NOBODY:
+		return PC_REASON_TRANSLATED;
+	default:
+		return PC_REASON_UNBOUND;
+	}
+}
+
 /* The decision of abi.h, "policy". Sets l->rule, l->no_evidence, l->need.
  * NONE: the endpoint's policy lets the flow pass for this peer. Of the entry for
  * everybody what is still asked for after the peer was looked for lies in l: the
@@ -85,6 +110,7 @@ inline_always int policy_judge(struct __sk_buff *skb, struct pc_life *l, int dir
 	__u16 port = policy_port(&l->p, forward);
 	struct pc_entry any, peer;
 	__u8 flags;
+	int reason;
 
 	l->need = PC_EVIDENCE_NONE;
 	if (!endpoint_enforces(l, dir)) {
@@ -107,26 +133,9 @@ inline_always int policy_judge(struct __sk_buff *skb, struct pc_life *l, int dir
 	if (!needs_peer(flags) && !host_admitted(skb, l, dir))
 		return PC_REASON_POLICY_DENIED;
 	l->no_evidence = !needs_peer(flags);
-	/* I4: a reply counts only from the binding to which the flow was
-	 * opened, even if the new one would be allowed too. */
-	if (l->expect && l->peer.kind != PEER_SPOOFED && l->peer.kind != PEER_NOBODY &&
-	    l->peer.stamp != l->expect)
-		return PC_REASON_GENERATION_CHANGED;
-	switch (l->peer.kind) {
-	case PEER_BOUND:
-	case PEER_RANGE:
-		break;
-	case PEER_EXPIRED:
-		return PC_REASON_STALE_LEASE;
-	case PEER_CHANGED:
-		return PC_REASON_GENERATION_CHANGED;
-	case PEER_SPOOFED:
-		return PC_REASON_SPOOFED;
-	case PEER_NOBODY:
-		return PC_REASON_TRANSLATED;
-	default:
-		return PC_REASON_UNBOUND;
-	}
+	reason = peer_unknown(l);
+	if (reason)
+		return reason;
 	peer = policy_entry(l->policy, l->peer.identity, dir, l->p.proto, port);
 	if (peer.flags & PC_POLICY_DENY) {
 		if (needs_peer(flags))
