@@ -79,6 +79,7 @@ var Table = []Row{
 
 	{Path: "test/bench", Kind: Tests},
 	{Path: "test/bench/contacts", Kind: Tests, Holds: "first contacts, IP reuse and storms, measured in a lab"},
+	{Path: "test/bench/policy", Kind: Tests, Holds: "compiling policies: all, and one change"},
 	{Path: "test/bench/rig", Kind: Tests, Holds: "what the measuring commands share"},
 	{Path: "test/bench/scale", Kind: Tests, Holds: "memory, CPU and map writes with many bindings"},
 	{Path: "test/bench/throughput", Kind: Tests, Holds: "connections, packets and streams with and without programs"},
