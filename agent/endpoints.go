@@ -34,6 +34,8 @@ type workload struct {
 	// after is the generation that a relabel ended: what is said here is not
 	// what others were told of that one, or of one before.
 	after identity.Generation
+	// attachment is the sandbox it was registered for; zero: none was named.
+	attachment attachment
 }
 
 func (w *workload) fullName() string { return w.namespace + "/" + w.name }
@@ -77,7 +79,7 @@ var (
 // admissible looks whether a workload may be registered, before its device is
 // touched. An endpoint means that it is registered already, as it is.
 func (l *loop) admissible(w *workload) (*endpoint, error) {
-	if e, ok := l.endpoints[w.uid]; ok {
+	if e, ok := l.endpoints[w.uid]; ok && !w.attachment.follows(e.attachment) {
 		if !sameWorkload(&e.workload, w) {
 			return nil, fmt.Errorf("uid %s is %w with other fields: relabel it, or deregister it first", w.uid, errConflict)
 		}
@@ -99,6 +101,9 @@ func (l *loop) register(w workload, ifindex uint32) (*endpoint, error) {
 	}
 	if stale := l.byIfindex[ifindex]; stale != nil {
 		return nil, fmt.Errorf("device %s is %w: it belongs to %s", w.ifname, errConflict, stale.fullName())
+	}
+	if _, err := l.deregister(w.uid); err != nil { // its former sandbox's, if there is one
+		return nil, err
 	}
 	holdIndex, ok := l.holdIndexes.take(l.now())
 	if !ok {
@@ -458,5 +463,6 @@ func (l *loop) sweepDevices() {
 
 func sameWorkload(a, b *workload) bool {
 	return a.namespace == b.namespace && a.name == b.name && a.identity.Equal(b.identity) &&
-		slices.Equal(a.ips, b.ips) && a.ifname == b.ifname && slices.Equal(a.ports, b.ports) && slices.Equal(a.sources, b.sources) && a.process.PID == b.process.PID
+		slices.Equal(a.ips, b.ips) && a.ifname == b.ifname && slices.Equal(a.ports, b.ports) && slices.Equal(a.sources, b.sources) &&
+		a.process.PID == b.process.PID && a.attachment == b.attachment
 }

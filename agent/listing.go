@@ -47,7 +47,7 @@ func (l *loop) listEndpoints(uid string) (out []*api.Endpoint) {
 			Identity: identityMessage(e.numeric, e.identity), Ips: ipTexts(e.ips), Mac: e.mac.String(), Ifname: e.ifname, Ifindex: e.ifindex,
 			Generation: uint64(e.generation), State: e.state.String(), Detail: l.endpointDetail(e),
 			IngressEnforced: e.policy.set.EnforceIngress, EgressEnforced: e.policy.set.EnforceEgress, PolicyEpoch: e.policy.id,
-			Ports: portMessages(e.ports), Created: timestamppb.New(e.created), Pid: uint32(e.process.PID)}
+			Ports: portMessages(e.ports), Created: timestamppb.New(e.created), Pid: uint32(e.process.PID), Attachment: e.attachment.message()}
 		if e.state == abi.EPQuarantined {
 			for _, ip := range e.ips {
 				m.Grants = append(m.Grants, grants[ip]...)

@@ -51,6 +51,12 @@ func parseRegistration(r *api.RegisterWorkloadRequest, trustDomain string) (work
 	if w.ips, err = parseIPs(r.Ips); err != nil {
 		errs = append(errs, err)
 	}
+	if w.attachment, err = parseAttachment(r.Attachment); err != nil {
+		errs = append(errs, err)
+	}
+	if r.IdentityByUid && (len(r.Labels) > 0 || r.ServiceAccount != "") {
+		bad("identity_by_uid: either that, or labels and service account")
+	}
 	if r.Mac != "" {
 		if w.mac, err = net.ParseMAC(r.Mac); err != nil || len(w.mac) != 6 {
 			bad("mac %q: want an Ethernet address", r.Mac)

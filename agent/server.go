@@ -57,8 +57,11 @@ func (s *server) RegisterWorkload(ctx context.Context, r *api.RegisterWorkloadRe
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
+	if r.IdentityByUid {
+		return nil, status.Error(codes.FailedPrecondition, errNoIdentities.Error()) // never under a guessed identity
+	}
 	started := time.Now()
-	e, activated, err := s.register(ctx, w)
+	e, activated, err := s.register(ctx, w, r.HostIfindex)
 	if err != nil {
 		return nil, asStatus(err)
 	}
@@ -76,8 +79,9 @@ func (s *server) RegisterWorkload(ctx context.Context, r *api.RegisterWorkloadRe
 }
 
 // register has the device put under the programs before the endpoint is made:
-// in between it is shut, and the loop need not wait for the kernel.
-func (s *server) register(ctx context.Context, w workload) (e *endpoint, activated <-chan struct{}, err error) {
+// in between it is shut, and the loop need not wait for the kernel. want is the
+// index that the device must have, 0 any.
+func (s *server) register(ctx context.Context, w workload, want uint32) (e *endpoint, activated <-chan struct{}, err error) {
 	if err := s.l.call(ctx, func() (err error) { e, err = s.l.admissible(&w); return err }); err != nil {
 		return nil, nil, err
 	}
@@ -86,6 +90,11 @@ func (s *server) register(ctx context.Context, w workload) (e *endpoint, activat
 		if ifindex, err = s.l.devices.enforce(ctx, w.ifname); err != nil {
 			return nil, nil, err
 		}
+	} else {
+		ifindex = e.ifindex
+	}
+	if want != 0 && ifindex != want {
+		return nil, nil, fmt.Errorf("%w: %s has index %d, not %d: another device has its name", errNoDevice, w.ifname, ifindex, want)
 	}
 	err = s.l.call(ctx, func() (err error) {
 		if e, err = s.l.register(w, ifindex); err == nil {
@@ -94,20 +103,6 @@ func (s *server) register(ctx context.Context, w workload) (e *endpoint, activat
 		return err
 	})
 	return e, activated, err
-}
-
-func (s *server) DeregisterWorkload(ctx context.Context, r *api.DeregisterWorkloadRequest) (*api.DeregisterWorkloadResponse, error) {
-	uid, err := identity.ParseUID(r.Uid)
-	if err != nil {
-		return nil, status.Error(codes.InvalidArgument, "uid: "+err.Error())
-	}
-	resp := &api.DeregisterWorkloadResponse{}
-	err = s.ask(ctx, func() (err error) {
-		resp.Leases = s.l.liveGrants(uid)
-		resp.Existed, err = s.l.deregister(uid)
-		return err
-	})
-	return resp, err
 }
 
 func (s *server) ListEndpoints(ctx context.Context, r *api.ListEndpointsRequest) (*api.ListEndpointsResponse, error) {

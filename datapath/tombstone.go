@@ -28,6 +28,13 @@ import (
 // while an agent runs, who is to be told instead: it would not notice. On any
 // other error the workload's gate may still be open.
 func Tombstone(dir string, ip netip.Addr, uid identity.UID) error {
+	return TombstoneDevice(dir, ip, uid, 0)
+}
+
+// TombstoneDevice is Tombstone for the endpoint behind one device alone, by its
+// index: a UID may have another sandbox by now, with the same IP even, whose
+// workload did not end. 0 is any device.
+func TombstoneDevice(dir string, ip netip.Addr, uid identity.UID, ifindex uint32) error {
 	if !ip.IsValid() || uid == (identity.UID{}) {
 		return errors.New("tombstone: an IP and a UID are needed")
 	}
@@ -53,7 +60,7 @@ func Tombstone(dir string, ip netip.Addr, uid identity.UID) error {
 		return err
 	}
 	for _, s := range sets {
-		if e := buryIn(s, ip.Unmap(), uid); e != nil {
+		if e := buryIn(s, ip.Unmap(), uid, ifindex); e != nil {
 			err = errors.Join(err, fmt.Errorf("tombstone for %v: %w", ip, e))
 		}
 	}
@@ -148,17 +155,17 @@ func mapsOf(id ebpf.ProgramID) (map[string]*ebpf.Map, error) {
 }
 
 // buryIn ends the workload in one set of maps, whatever their version.
-func buryIn(maps map[string]*ebpf.Map, ip netip.Addr, uid identity.UID) error {
+func buryIn(maps map[string]*ebpf.Map, ip netip.Addr, uid identity.UID, only uint32) error {
 	ips := []abi.Addr{Addr(ip)}
 	var closed []uint32
 	var err error
 	if m := maps["endpoints"]; m != nil {
-		ips, closed, err = closeEndpoints(m, ips[0], uid)
+		ips, closed, err = closeEndpoints(m, ips[0], uid, only)
 		err = errors.Join(err, raiseEndpointEpoch(maps["state"]))
 	}
 	if m := maps["slots"]; m != nil {
 		// Also after an error: each of the two is worth having alone.
-		err = errors.Join(err, zeroLocal(m, maps["slots_cold"], maps["bindings"], ips, closed, uid))
+		err = errors.Join(err, zeroLocal(m, maps["slots_cold"], maps["bindings"], ips, closed, uid, only))
 	}
 	return err
 }
@@ -182,7 +189,7 @@ func offsets(m *ebpf.Map, name string, members ...string) ([]uint32, error) {
 
 // closeEndpoints closes the workload's gates. It returns all IPs that it held,
 // and its devices.
-func closeEndpoints(m *ebpf.Map, ip abi.Addr, uid identity.UID) (ips []abi.Addr, ifindices []uint32, err error) {
+func closeEndpoints(m *ebpf.Map, ip abi.Addr, uid identity.UID, only uint32) (ips []abi.Addr, ifindices []uint32, err error) {
 	ips = []abi.Addr{ip}
 	at, err := offsets(m, "endpoints", "uid", "ip4.d", "ip6.d", "state")
 	if err != nil {
@@ -192,7 +199,7 @@ func closeEndpoints(m *ebpf.Map, ip abi.Addr, uid identity.UID) (ips []abi.Addr,
 	var found []element
 	err = mapError("read endpoints", "endpoints", eachEntry(m, func(k, v []byte) bool {
 		ip4, ip6 := fromBytes[abi.Addr](v[at[1]:at[1]+16]), fromBytes[abi.Addr](v[at[2]:at[2]+16])
-		if fromBytes[identity.UID](v[at[0]:at[0]+16]) == uid && (ip4 == ip || ip6 == ip) {
+		if fromBytes[identity.UID](v[at[0]:at[0]+16]) == uid && (ip4 == ip || ip6 == ip) && (only == 0 || fromBytes[uint32](k) == only) {
 			found = append(found, element{slices.Clone(k), slices.Clone(v)})
 			ips = append(ips, ip4, ip6)
 		}
@@ -236,7 +243,7 @@ func raiseEndpointEpoch(state *ebpf.Map) error {
 
 // zeroLocal zeroes the workload's slots: those of its devices, or that say its
 // UID, with one of its IPs.
-func zeroLocal(slots, cold, bindings *ebpf.Map, ips []abi.Addr, ifindices []uint32, uid identity.UID) error {
+func zeroLocal(slots, cold, bindings *ebpf.Map, ips []abi.Addr, ifindices []uint32, uid identity.UID, only uint32) error {
 	at, err := offsets(slots, "slots", "stamp", "ip.d", "ifindex")
 	if err != nil {
 		return err
@@ -251,7 +258,7 @@ func zeroLocal(slots, cold, bindings *ebpf.Map, ips []abi.Addr, ifindices []uint
 		stamp := (*uint64)(unsafe.Pointer(&s[at[0]]))
 		was, ifindex := atomic.LoadUint64(stamp), fromBytes[uint32](s[at[2]:at[2]+4])
 		ip := fromBytes[abi.Addr](s[at[1] : at[1]+16])
-		if was == 0 || ifindex == 0 || ip == (abi.Addr{}) || !slices.Contains(ips, ip) {
+		if was == 0 || ifindex == 0 || only != 0 && ifindex != only || ip == (abi.Addr{}) || !slices.Contains(ips, ip) {
 			continue
 		}
 		if !slices.Contains(ifindices, ifindex) && !describes(cold, i, was, uid) {

@@ -51,12 +51,13 @@ func TestTombstone(t *testing.T) {
 		}{{workload4, identity.UID{9}}, {remote4, workloadUID}, {netip.MustParseAddr("10.8.0.99"), workloadUID}} {
 			l.must(datapath.Tombstone(l.pins, other.ip, other.uid)) // not its: nothing to do
 		}
+		l.must(datapath.TombstoneDevice(l.pins, workload4, workloadUID, uint32(l.wl)+1)) // nor behind another device
 		if err := datapath.Tombstone(l.pins, workload4, identity.UID{}); err == nil {
 			t.Error("a tombstone without a UID was accepted")
 		}
 	})
 
-	l.must(datapath.Tombstone(l.pins, workload6, workloadUID)) // one of its IPs is enough
+	l.must(datapath.TombstoneDevice(l.pins, workload6, workloadUID, uint32(l.wl))) // one of its IPs is enough
 	l.shutIn(x)
 	l.must(datapath.Tombstone(l.pins, workload4, workloadUID)) // it may be repeated
 	d = l.open()

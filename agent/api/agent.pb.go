@@ -692,7 +692,13 @@ type RegisterWorkloadRequest struct {
 	// extra_sources are further addresses or prefixes under which the workload
 	// sends and receives: one that forwards for others. They must lie in no
 	// node's range; policy speaks of them as of the workload's own traffic.
-	ExtraSources  []string `protobuf:"bytes,13,rep,name=extra_sources,json=extraSources,proto3" json:"extra_sources,omitempty"`
+	ExtraSources []string    `protobuf:"bytes,13,rep,name=extra_sources,json=extraSources,proto3" json:"extra_sources,omitempty"`
+	Attachment   *Attachment `protobuf:"bytes,14,opt,name=attachment,proto3" json:"attachment,omitempty"` // not set: the caller has no sandboxes
+	// identity_by_uid: the caller knows neither labels nor service account; the
+	// agent finds them out by the uid. FAILED_PRECONDITION where it has no
+	// source that could tell them.
+	IdentityByUid bool   `protobuf:"varint,15,opt,name=identity_by_uid,json=identityByUid,proto3" json:"identity_by_uid,omitempty"`
+	HostIfindex   uint32 `protobuf:"varint,16,opt,name=host_ifindex,json=hostIfindex,proto3" json:"host_ifindex,omitempty"` // of host_ifname, as the caller saw it; 0: whatever has the name now
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -818,6 +824,218 @@ func (x *RegisterWorkloadRequest) GetExtraSources() []string {
 	return nil
 }
 
+func (x *RegisterWorkloadRequest) GetAttachment() *Attachment {
+	if x != nil {
+		return x.Attachment
+	}
+	return nil
+}
+
+func (x *RegisterWorkloadRequest) GetIdentityByUid() bool {
+	if x != nil {
+		return x.IdentityByUid
+	}
+	return false
+}
+
+func (x *RegisterWorkloadRequest) GetHostIfindex() uint32 {
+	if x != nil {
+		return x.HostIfindex
+	}
+	return 0
+}
+
+// Attachment names, in the container runtime's words, what a workload was
+// registered for: one pod (a uid) may have several sandboxes, one after the
+// other.
+type Attachment struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Container     string                 `protobuf:"bytes,1,opt,name=container,proto3" json:"container,omitempty"` // the sandbox's id; never reused
+	Ifname        string                 `protobuf:"bytes,2,opt,name=ifname,proto3" json:"ifname,omitempty"`       // of the device in the sandbox
+	Network       string                 `protobuf:"bytes,3,opt,name=network,proto3" json:"network,omitempty"`     // name of the network configuration
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Attachment) Reset() {
+	*x = Attachment{}
+	mi := &file_agent_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Attachment) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Attachment) ProtoMessage() {}
+
+func (x *Attachment) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Attachment.ProtoReflect.Descriptor instead.
+func (*Attachment) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *Attachment) GetContainer() string {
+	if x != nil {
+		return x.Container
+	}
+	return ""
+}
+
+func (x *Attachment) GetIfname() string {
+	if x != nil {
+		return x.Ifname
+	}
+	return ""
+}
+
+func (x *Attachment) GetNetwork() string {
+	if x != nil {
+		return x.Network
+	}
+	return ""
+}
+
+type CheckWorkloadRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Uid           string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
+	Attachment    *Attachment            `protobuf:"bytes,2,opt,name=attachment,proto3" json:"attachment,omitempty"`
+	Ips           []string               `protobuf:"bytes,3,rep,name=ips,proto3" json:"ips,omitempty"`
+	HostIfname    string                 `protobuf:"bytes,4,opt,name=host_ifname,json=hostIfname,proto3" json:"host_ifname,omitempty"`
+	HostIfindex   uint32                 `protobuf:"varint,5,opt,name=host_ifindex,json=hostIfindex,proto3" json:"host_ifindex,omitempty"`
+	Mac           string                 `protobuf:"bytes,6,opt,name=mac,proto3" json:"mac,omitempty"` // of the workload's side; empty: not asked about
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckWorkloadRequest) Reset() {
+	*x = CheckWorkloadRequest{}
+	mi := &file_agent_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckWorkloadRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckWorkloadRequest) ProtoMessage() {}
+
+func (x *CheckWorkloadRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckWorkloadRequest.ProtoReflect.Descriptor instead.
+func (*CheckWorkloadRequest) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *CheckWorkloadRequest) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *CheckWorkloadRequest) GetAttachment() *Attachment {
+	if x != nil {
+		return x.Attachment
+	}
+	return nil
+}
+
+func (x *CheckWorkloadRequest) GetIps() []string {
+	if x != nil {
+		return x.Ips
+	}
+	return nil
+}
+
+func (x *CheckWorkloadRequest) GetHostIfname() string {
+	if x != nil {
+		return x.HostIfname
+	}
+	return ""
+}
+
+func (x *CheckWorkloadRequest) GetHostIfindex() uint32 {
+	if x != nil {
+		return x.HostIfindex
+	}
+	return 0
+}
+
+func (x *CheckWorkloadRequest) GetMac() string {
+	if x != nil {
+		return x.Mac
+	}
+	return ""
+}
+
+type CheckWorkloadResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Problems      []string               `protobuf:"bytes,1,rep,name=problems,proto3" json:"problems,omitempty"` // none: all stands, and the endpoint is active
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckWorkloadResponse) Reset() {
+	*x = CheckWorkloadResponse{}
+	mi := &file_agent_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckWorkloadResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckWorkloadResponse) ProtoMessage() {}
+
+func (x *CheckWorkloadResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckWorkloadResponse.ProtoReflect.Descriptor instead.
+func (*CheckWorkloadResponse) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *CheckWorkloadResponse) GetProblems() []string {
+	if x != nil {
+		return x.Problems
+	}
+	return nil
+}
+
 type RelabelWorkloadRequest struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Uid            string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
@@ -831,7 +1049,7 @@ type RelabelWorkloadRequest struct {
 
 func (x *RelabelWorkloadRequest) Reset() {
 	*x = RelabelWorkloadRequest{}
-	mi := &file_agent_proto_msgTypes[8]
+	mi := &file_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -843,7 +1061,7 @@ func (x *RelabelWorkloadRequest) String() string {
 func (*RelabelWorkloadRequest) ProtoMessage() {}
 
 func (x *RelabelWorkloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[8]
+	mi := &file_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -856,7 +1074,7 @@ func (x *RelabelWorkloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RelabelWorkloadRequest.ProtoReflect.Descriptor instead.
 func (*RelabelWorkloadRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{8}
+	return file_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *RelabelWorkloadRequest) GetUid() string {
@@ -903,7 +1121,7 @@ type NamedPorts struct {
 
 func (x *NamedPorts) Reset() {
 	*x = NamedPorts{}
-	mi := &file_agent_proto_msgTypes[9]
+	mi := &file_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -915,7 +1133,7 @@ func (x *NamedPorts) String() string {
 func (*NamedPorts) ProtoMessage() {}
 
 func (x *NamedPorts) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[9]
+	mi := &file_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -928,7 +1146,7 @@ func (x *NamedPorts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NamedPorts.ProtoReflect.Descriptor instead.
 func (*NamedPorts) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{9}
+	return file_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *NamedPorts) GetPorts() []*NamedPort {
@@ -953,7 +1171,7 @@ type RelabelWorkloadResponse struct {
 
 func (x *RelabelWorkloadResponse) Reset() {
 	*x = RelabelWorkloadResponse{}
-	mi := &file_agent_proto_msgTypes[10]
+	mi := &file_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -965,7 +1183,7 @@ func (x *RelabelWorkloadResponse) String() string {
 func (*RelabelWorkloadResponse) ProtoMessage() {}
 
 func (x *RelabelWorkloadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[10]
+	mi := &file_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -978,7 +1196,7 @@ func (x *RelabelWorkloadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RelabelWorkloadResponse.ProtoReflect.Descriptor instead.
 func (*RelabelWorkloadResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{10}
+	return file_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *RelabelWorkloadResponse) GetGeneration() uint64 {
@@ -1041,7 +1259,7 @@ type NamedPort struct {
 
 func (x *NamedPort) Reset() {
 	*x = NamedPort{}
-	mi := &file_agent_proto_msgTypes[11]
+	mi := &file_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1053,7 +1271,7 @@ func (x *NamedPort) String() string {
 func (*NamedPort) ProtoMessage() {}
 
 func (x *NamedPort) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[11]
+	mi := &file_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1066,7 +1284,7 @@ func (x *NamedPort) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NamedPort.ProtoReflect.Descriptor instead.
 func (*NamedPort) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{11}
+	return file_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *NamedPort) GetName() string {
@@ -1103,7 +1321,7 @@ type RegisterWorkloadResponse struct {
 
 func (x *RegisterWorkloadResponse) Reset() {
 	*x = RegisterWorkloadResponse{}
-	mi := &file_agent_proto_msgTypes[12]
+	mi := &file_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1115,7 +1333,7 @@ func (x *RegisterWorkloadResponse) String() string {
 func (*RegisterWorkloadResponse) ProtoMessage() {}
 
 func (x *RegisterWorkloadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[12]
+	mi := &file_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1128,7 +1346,7 @@ func (x *RegisterWorkloadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterWorkloadResponse.ProtoReflect.Descriptor instead.
 func (*RegisterWorkloadResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{12}
+	return file_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *RegisterWorkloadResponse) GetGeneration() uint64 {
@@ -1168,14 +1386,15 @@ func (x *RegisterWorkloadResponse) GetEndpoint() uint32 {
 
 type DeregisterWorkloadRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Uid           string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
+	Uid           string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`               // empty: the workload of the attachment
+	Attachment    *Attachment            `protobuf:"bytes,2,opt,name=attachment,proto3" json:"attachment,omitempty"` // only if the workload was registered for it, or for none; not set: whatever it was
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DeregisterWorkloadRequest) Reset() {
 	*x = DeregisterWorkloadRequest{}
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1187,7 +1406,7 @@ func (x *DeregisterWorkloadRequest) String() string {
 func (*DeregisterWorkloadRequest) ProtoMessage() {}
 
 func (x *DeregisterWorkloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[13]
+	mi := &file_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1200,7 +1419,7 @@ func (x *DeregisterWorkloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeregisterWorkloadRequest.ProtoReflect.Descriptor instead.
 func (*DeregisterWorkloadRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{13}
+	return file_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *DeregisterWorkloadRequest) GetUid() string {
@@ -1208,6 +1427,13 @@ func (x *DeregisterWorkloadRequest) GetUid() string {
 		return x.Uid
 	}
 	return ""
+}
+
+func (x *DeregisterWorkloadRequest) GetAttachment() *Attachment {
+	if x != nil {
+		return x.Attachment
+	}
+	return nil
 }
 
 type DeregisterWorkloadResponse struct {
@@ -1220,7 +1446,7 @@ type DeregisterWorkloadResponse struct {
 
 func (x *DeregisterWorkloadResponse) Reset() {
 	*x = DeregisterWorkloadResponse{}
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1232,7 +1458,7 @@ func (x *DeregisterWorkloadResponse) String() string {
 func (*DeregisterWorkloadResponse) ProtoMessage() {}
 
 func (x *DeregisterWorkloadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[14]
+	mi := &file_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1245,7 +1471,7 @@ func (x *DeregisterWorkloadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeregisterWorkloadResponse.ProtoReflect.Descriptor instead.
 func (*DeregisterWorkloadResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{14}
+	return file_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *DeregisterWorkloadResponse) GetExisted() bool {
@@ -1274,7 +1500,7 @@ type Workload struct {
 
 func (x *Workload) Reset() {
 	*x = Workload{}
-	mi := &file_agent_proto_msgTypes[15]
+	mi := &file_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1286,7 +1512,7 @@ func (x *Workload) String() string {
 func (*Workload) ProtoMessage() {}
 
 func (x *Workload) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[15]
+	mi := &file_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1299,7 +1525,7 @@ func (x *Workload) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Workload.ProtoReflect.Descriptor instead.
 func (*Workload) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{15}
+	return file_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Workload) GetUid() string {
@@ -1337,7 +1563,7 @@ type Identity struct {
 
 func (x *Identity) Reset() {
 	*x = Identity{}
-	mi := &file_agent_proto_msgTypes[16]
+	mi := &file_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1349,7 +1575,7 @@ func (x *Identity) String() string {
 func (*Identity) ProtoMessage() {}
 
 func (x *Identity) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[16]
+	mi := &file_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1362,7 +1588,7 @@ func (x *Identity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Identity.ProtoReflect.Descriptor instead.
 func (*Identity) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{16}
+	return file_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Identity) GetNumeric() uint32 {
@@ -1416,7 +1642,7 @@ type ListIdentitiesRequest struct {
 
 func (x *ListIdentitiesRequest) Reset() {
 	*x = ListIdentitiesRequest{}
-	mi := &file_agent_proto_msgTypes[17]
+	mi := &file_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1428,7 +1654,7 @@ func (x *ListIdentitiesRequest) String() string {
 func (*ListIdentitiesRequest) ProtoMessage() {}
 
 func (x *ListIdentitiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[17]
+	mi := &file_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1441,7 +1667,7 @@ func (x *ListIdentitiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListIdentitiesRequest.ProtoReflect.Descriptor instead.
 func (*ListIdentitiesRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{17}
+	return file_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ListIdentitiesRequest) GetReserved() bool {
@@ -1460,7 +1686,7 @@ type ListIdentitiesResponse struct {
 
 func (x *ListIdentitiesResponse) Reset() {
 	*x = ListIdentitiesResponse{}
-	mi := &file_agent_proto_msgTypes[18]
+	mi := &file_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1472,7 +1698,7 @@ func (x *ListIdentitiesResponse) String() string {
 func (*ListIdentitiesResponse) ProtoMessage() {}
 
 func (x *ListIdentitiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[18]
+	mi := &file_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1485,7 +1711,7 @@ func (x *ListIdentitiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListIdentitiesResponse.ProtoReflect.Descriptor instead.
 func (*ListIdentitiesResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{18}
+	return file_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ListIdentitiesResponse) GetIdentities() []*Identity {
@@ -1504,7 +1730,7 @@ type ListEndpointsRequest struct {
 
 func (x *ListEndpointsRequest) Reset() {
 	*x = ListEndpointsRequest{}
-	mi := &file_agent_proto_msgTypes[19]
+	mi := &file_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1516,7 +1742,7 @@ func (x *ListEndpointsRequest) String() string {
 func (*ListEndpointsRequest) ProtoMessage() {}
 
 func (x *ListEndpointsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[19]
+	mi := &file_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1529,7 +1755,7 @@ func (x *ListEndpointsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEndpointsRequest.ProtoReflect.Descriptor instead.
 func (*ListEndpointsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{19}
+	return file_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ListEndpointsRequest) GetUid() string {
@@ -1548,7 +1774,7 @@ type ListEndpointsResponse struct {
 
 func (x *ListEndpointsResponse) Reset() {
 	*x = ListEndpointsResponse{}
-	mi := &file_agent_proto_msgTypes[20]
+	mi := &file_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1560,7 +1786,7 @@ func (x *ListEndpointsResponse) String() string {
 func (*ListEndpointsResponse) ProtoMessage() {}
 
 func (x *ListEndpointsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[20]
+	mi := &file_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1573,7 +1799,7 @@ func (x *ListEndpointsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEndpointsResponse.ProtoReflect.Descriptor instead.
 func (*ListEndpointsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{20}
+	return file_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ListEndpointsResponse) GetEndpoints() []*Endpoint {
@@ -1600,15 +1826,16 @@ type Endpoint struct {
 	PolicyEpoch     uint32                 `protobuf:"varint,13,opt,name=policy_epoch,json=policyEpoch,proto3" json:"policy_epoch,omitempty"`
 	Ports           []*NamedPort           `protobuf:"bytes,14,rep,name=ports,proto3" json:"ports,omitempty"`
 	Created         *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=created,proto3" json:"created,omitempty"`
-	Pid             uint32                 `protobuf:"varint,17,opt,name=pid,proto3" json:"pid,omitempty"`      // whose end is the workload's; 0: none
-	Grants          []*Grant               `protobuf:"bytes,16,rep,name=grants,proto3" json:"grants,omitempty"` // of a quarantined one: the leases on its IPs' last holders, which it waits for
+	Pid             uint32                 `protobuf:"varint,17,opt,name=pid,proto3" json:"pid,omitempty"`              // whose end is the workload's; 0: none
+	Attachment      *Attachment            `protobuf:"bytes,18,opt,name=attachment,proto3" json:"attachment,omitempty"` // not set: none was named
+	Grants          []*Grant               `protobuf:"bytes,16,rep,name=grants,proto3" json:"grants,omitempty"`         // of a quarantined one: the leases on its IPs' last holders, which it waits for
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Endpoint) Reset() {
 	*x = Endpoint{}
-	mi := &file_agent_proto_msgTypes[21]
+	mi := &file_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1620,7 +1847,7 @@ func (x *Endpoint) String() string {
 func (*Endpoint) ProtoMessage() {}
 
 func (x *Endpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[21]
+	mi := &file_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1633,7 +1860,7 @@ func (x *Endpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Endpoint.ProtoReflect.Descriptor instead.
 func (*Endpoint) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{21}
+	return file_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Endpoint) GetId() uint32 {
@@ -1748,6 +1975,13 @@ func (x *Endpoint) GetPid() uint32 {
 	return 0
 }
 
+func (x *Endpoint) GetAttachment() *Attachment {
+	if x != nil {
+		return x.Attachment
+	}
+	return nil
+}
+
 func (x *Endpoint) GetGrants() []*Grant {
 	if x != nil {
 		return x.Grants
@@ -1764,7 +1998,7 @@ type ListBindingsRequest struct {
 
 func (x *ListBindingsRequest) Reset() {
 	*x = ListBindingsRequest{}
-	mi := &file_agent_proto_msgTypes[22]
+	mi := &file_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1776,7 +2010,7 @@ func (x *ListBindingsRequest) String() string {
 func (*ListBindingsRequest) ProtoMessage() {}
 
 func (x *ListBindingsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[22]
+	mi := &file_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1789,7 +2023,7 @@ func (x *ListBindingsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBindingsRequest.ProtoReflect.Descriptor instead.
 func (*ListBindingsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{22}
+	return file_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ListBindingsRequest) GetIps() []string {
@@ -1808,7 +2042,7 @@ type ListBindingsResponse struct {
 
 func (x *ListBindingsResponse) Reset() {
 	*x = ListBindingsResponse{}
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1820,7 +2054,7 @@ func (x *ListBindingsResponse) String() string {
 func (*ListBindingsResponse) ProtoMessage() {}
 
 func (x *ListBindingsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[23]
+	mi := &file_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1833,7 +2067,7 @@ func (x *ListBindingsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBindingsResponse.ProtoReflect.Descriptor instead.
 func (*ListBindingsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{23}
+	return file_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ListBindingsResponse) GetBindings() []*Binding {
@@ -1866,7 +2100,7 @@ type Binding struct {
 
 func (x *Binding) Reset() {
 	*x = Binding{}
-	mi := &file_agent_proto_msgTypes[24]
+	mi := &file_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1878,7 +2112,7 @@ func (x *Binding) String() string {
 func (*Binding) ProtoMessage() {}
 
 func (x *Binding) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[24]
+	mi := &file_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1891,7 +2125,7 @@ func (x *Binding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Binding.ProtoReflect.Descriptor instead.
 func (*Binding) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{24}
+	return file_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Binding) GetIp() string {
@@ -1998,7 +2232,7 @@ type Grant struct {
 
 func (x *Grant) Reset() {
 	*x = Grant{}
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2010,7 +2244,7 @@ func (x *Grant) String() string {
 func (*Grant) ProtoMessage() {}
 
 func (x *Grant) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2023,7 +2257,7 @@ func (x *Grant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Grant.ProtoReflect.Descriptor instead.
 func (*Grant) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{25}
+	return file_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Grant) GetVerifier() string {
@@ -2069,7 +2303,7 @@ type ListSessionsRequest struct {
 
 func (x *ListSessionsRequest) Reset() {
 	*x = ListSessionsRequest{}
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2081,7 +2315,7 @@ func (x *ListSessionsRequest) String() string {
 func (*ListSessionsRequest) ProtoMessage() {}
 
 func (x *ListSessionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2094,7 +2328,7 @@ func (x *ListSessionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSessionsRequest.ProtoReflect.Descriptor instead.
 func (*ListSessionsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{26}
+	return file_agent_proto_rawDescGZIP(), []int{29}
 }
 
 type ListSessionsResponse struct {
@@ -2106,7 +2340,7 @@ type ListSessionsResponse struct {
 
 func (x *ListSessionsResponse) Reset() {
 	*x = ListSessionsResponse{}
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2118,7 +2352,7 @@ func (x *ListSessionsResponse) String() string {
 func (*ListSessionsResponse) ProtoMessage() {}
 
 func (x *ListSessionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2131,7 +2365,7 @@ func (x *ListSessionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSessionsResponse.ProtoReflect.Descriptor instead.
 func (*ListSessionsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{27}
+	return file_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ListSessionsResponse) GetSessions() []*Session {
@@ -2162,7 +2396,7 @@ type Session struct {
 
 func (x *Session) Reset() {
 	*x = Session{}
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2174,7 +2408,7 @@ func (x *Session) String() string {
 func (*Session) ProtoMessage() {}
 
 func (x *Session) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2187,7 +2421,7 @@ func (x *Session) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Session.ProtoReflect.Descriptor instead.
 func (*Session) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{28}
+	return file_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Session) GetPeer() string {
@@ -2276,7 +2510,7 @@ type ResetSessionRequest struct {
 
 func (x *ResetSessionRequest) Reset() {
 	*x = ResetSessionRequest{}
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2288,7 +2522,7 @@ func (x *ResetSessionRequest) String() string {
 func (*ResetSessionRequest) ProtoMessage() {}
 
 func (x *ResetSessionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2301,7 +2535,7 @@ func (x *ResetSessionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResetSessionRequest.ProtoReflect.Descriptor instead.
 func (*ResetSessionRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{29}
+	return file_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ResetSessionRequest) GetPeer() string {
@@ -2321,7 +2555,7 @@ type ResetSessionResponse struct {
 
 func (x *ResetSessionResponse) Reset() {
 	*x = ResetSessionResponse{}
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2333,7 +2567,7 @@ func (x *ResetSessionResponse) String() string {
 func (*ResetSessionResponse) ProtoMessage() {}
 
 func (x *ResetSessionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2346,7 +2580,7 @@ func (x *ResetSessionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResetSessionResponse.ProtoReflect.Descriptor instead.
 func (*ResetSessionResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{30}
+	return file_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ResetSessionResponse) GetExisted() bool {
@@ -2374,7 +2608,7 @@ type PolicyRef struct {
 
 func (x *PolicyRef) Reset() {
 	*x = PolicyRef{}
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2386,7 +2620,7 @@ func (x *PolicyRef) String() string {
 func (*PolicyRef) ProtoMessage() {}
 
 func (x *PolicyRef) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2399,7 +2633,7 @@ func (x *PolicyRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyRef.ProtoReflect.Descriptor instead.
 func (*PolicyRef) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{31}
+	return file_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *PolicyRef) GetKind() string {
@@ -2433,7 +2667,7 @@ type PolicyFile struct {
 
 func (x *PolicyFile) Reset() {
 	*x = PolicyFile{}
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2445,7 +2679,7 @@ func (x *PolicyFile) String() string {
 func (*PolicyFile) ProtoMessage() {}
 
 func (x *PolicyFile) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2458,7 +2692,7 @@ func (x *PolicyFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyFile.ProtoReflect.Descriptor instead.
 func (*PolicyFile) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{32}
+	return file_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *PolicyFile) GetName() string {
@@ -2489,7 +2723,7 @@ type PolicyProblem struct {
 
 func (x *PolicyProblem) Reset() {
 	*x = PolicyProblem{}
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2501,7 +2735,7 @@ func (x *PolicyProblem) String() string {
 func (*PolicyProblem) ProtoMessage() {}
 
 func (x *PolicyProblem) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2514,7 +2748,7 @@ func (x *PolicyProblem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyProblem.ProtoReflect.Descriptor instead.
 func (*PolicyProblem) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{33}
+	return file_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *PolicyProblem) GetFile() string {
@@ -2568,7 +2802,7 @@ type ImportPoliciesRequest struct {
 
 func (x *ImportPoliciesRequest) Reset() {
 	*x = ImportPoliciesRequest{}
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2580,7 +2814,7 @@ func (x *ImportPoliciesRequest) String() string {
 func (*ImportPoliciesRequest) ProtoMessage() {}
 
 func (x *ImportPoliciesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2593,7 +2827,7 @@ func (x *ImportPoliciesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportPoliciesRequest.ProtoReflect.Descriptor instead.
 func (*ImportPoliciesRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{34}
+	return file_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ImportPoliciesRequest) GetFiles() []*PolicyFile {
@@ -2613,7 +2847,7 @@ type ImportPoliciesResponse struct {
 
 func (x *ImportPoliciesResponse) Reset() {
 	*x = ImportPoliciesResponse{}
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2625,7 +2859,7 @@ func (x *ImportPoliciesResponse) String() string {
 func (*ImportPoliciesResponse) ProtoMessage() {}
 
 func (x *ImportPoliciesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2638,7 +2872,7 @@ func (x *ImportPoliciesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportPoliciesResponse.ProtoReflect.Descriptor instead.
 func (*ImportPoliciesResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{35}
+	return file_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ImportPoliciesResponse) GetImported() []*ImportedPolicy {
@@ -2665,7 +2899,7 @@ type ImportedPolicy struct {
 
 func (x *ImportedPolicy) Reset() {
 	*x = ImportedPolicy{}
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2677,7 +2911,7 @@ func (x *ImportedPolicy) String() string {
 func (*ImportedPolicy) ProtoMessage() {}
 
 func (x *ImportedPolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2690,7 +2924,7 @@ func (x *ImportedPolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportedPolicy.ProtoReflect.Descriptor instead.
 func (*ImportedPolicy) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{36}
+	return file_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ImportedPolicy) GetRef() *PolicyRef {
@@ -2716,7 +2950,7 @@ type ListPoliciesRequest struct {
 
 func (x *ListPoliciesRequest) Reset() {
 	*x = ListPoliciesRequest{}
-	mi := &file_agent_proto_msgTypes[37]
+	mi := &file_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2728,7 +2962,7 @@ func (x *ListPoliciesRequest) String() string {
 func (*ListPoliciesRequest) ProtoMessage() {}
 
 func (x *ListPoliciesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[37]
+	mi := &file_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2741,7 +2975,7 @@ func (x *ListPoliciesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListPoliciesRequest.ProtoReflect.Descriptor instead.
 func (*ListPoliciesRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{37}
+	return file_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ListPoliciesRequest) GetSource() bool {
@@ -2760,7 +2994,7 @@ type ListPoliciesResponse struct {
 
 func (x *ListPoliciesResponse) Reset() {
 	*x = ListPoliciesResponse{}
-	mi := &file_agent_proto_msgTypes[38]
+	mi := &file_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2772,7 +3006,7 @@ func (x *ListPoliciesResponse) String() string {
 func (*ListPoliciesResponse) ProtoMessage() {}
 
 func (x *ListPoliciesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[38]
+	mi := &file_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2785,7 +3019,7 @@ func (x *ListPoliciesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListPoliciesResponse.ProtoReflect.Descriptor instead.
 func (*ListPoliciesResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{38}
+	return file_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ListPoliciesResponse) GetPolicies() []*Policy {
@@ -2808,7 +3042,7 @@ type Policy struct {
 
 func (x *Policy) Reset() {
 	*x = Policy{}
-	mi := &file_agent_proto_msgTypes[39]
+	mi := &file_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2820,7 +3054,7 @@ func (x *Policy) String() string {
 func (*Policy) ProtoMessage() {}
 
 func (x *Policy) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[39]
+	mi := &file_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2833,7 +3067,7 @@ func (x *Policy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Policy.ProtoReflect.Descriptor instead.
 func (*Policy) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{39}
+	return file_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Policy) GetRef() *PolicyRef {
@@ -2880,7 +3114,7 @@ type GetPolicyRequest struct {
 
 func (x *GetPolicyRequest) Reset() {
 	*x = GetPolicyRequest{}
-	mi := &file_agent_proto_msgTypes[40]
+	mi := &file_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2892,7 +3126,7 @@ func (x *GetPolicyRequest) String() string {
 func (*GetPolicyRequest) ProtoMessage() {}
 
 func (x *GetPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[40]
+	mi := &file_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2905,7 +3139,7 @@ func (x *GetPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPolicyRequest.ProtoReflect.Descriptor instead.
 func (*GetPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{40}
+	return file_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *GetPolicyRequest) GetRef() *PolicyRef {
@@ -2924,7 +3158,7 @@ type GetPolicyResponse struct {
 
 func (x *GetPolicyResponse) Reset() {
 	*x = GetPolicyResponse{}
-	mi := &file_agent_proto_msgTypes[41]
+	mi := &file_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2936,7 +3170,7 @@ func (x *GetPolicyResponse) String() string {
 func (*GetPolicyResponse) ProtoMessage() {}
 
 func (x *GetPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[41]
+	mi := &file_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2949,7 +3183,7 @@ func (x *GetPolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPolicyResponse.ProtoReflect.Descriptor instead.
 func (*GetPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{41}
+	return file_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *GetPolicyResponse) GetPolicy() *Policy {
@@ -2969,7 +3203,7 @@ type DeletePoliciesRequest struct {
 
 func (x *DeletePoliciesRequest) Reset() {
 	*x = DeletePoliciesRequest{}
-	mi := &file_agent_proto_msgTypes[42]
+	mi := &file_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2981,7 +3215,7 @@ func (x *DeletePoliciesRequest) String() string {
 func (*DeletePoliciesRequest) ProtoMessage() {}
 
 func (x *DeletePoliciesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[42]
+	mi := &file_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2994,7 +3228,7 @@ func (x *DeletePoliciesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeletePoliciesRequest.ProtoReflect.Descriptor instead.
 func (*DeletePoliciesRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{42}
+	return file_agent_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *DeletePoliciesRequest) GetRefs() []*PolicyRef {
@@ -3020,7 +3254,7 @@ type DeletePoliciesResponse struct {
 
 func (x *DeletePoliciesResponse) Reset() {
 	*x = DeletePoliciesResponse{}
-	mi := &file_agent_proto_msgTypes[43]
+	mi := &file_agent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3032,7 +3266,7 @@ func (x *DeletePoliciesResponse) String() string {
 func (*DeletePoliciesResponse) ProtoMessage() {}
 
 func (x *DeletePoliciesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[43]
+	mi := &file_agent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3045,7 +3279,7 @@ func (x *DeletePoliciesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeletePoliciesResponse.ProtoReflect.Descriptor instead.
 func (*DeletePoliciesResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{43}
+	return file_agent_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *DeletePoliciesResponse) GetDeleted() []*PolicyRef {
@@ -3074,7 +3308,7 @@ type MonitorRequest struct {
 
 func (x *MonitorRequest) Reset() {
 	*x = MonitorRequest{}
-	mi := &file_agent_proto_msgTypes[44]
+	mi := &file_agent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3086,7 +3320,7 @@ func (x *MonitorRequest) String() string {
 func (*MonitorRequest) ProtoMessage() {}
 
 func (x *MonitorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[44]
+	mi := &file_agent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3099,7 +3333,7 @@ func (x *MonitorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MonitorRequest.ProtoReflect.Descriptor instead.
 func (*MonitorRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{44}
+	return file_agent_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *MonitorRequest) GetVerdicts() []string {
@@ -3178,7 +3412,7 @@ type MonitorResponse struct {
 
 func (x *MonitorResponse) Reset() {
 	*x = MonitorResponse{}
-	mi := &file_agent_proto_msgTypes[45]
+	mi := &file_agent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3190,7 +3424,7 @@ func (x *MonitorResponse) String() string {
 func (*MonitorResponse) ProtoMessage() {}
 
 func (x *MonitorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[45]
+	mi := &file_agent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3203,7 +3437,7 @@ func (x *MonitorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MonitorResponse.ProtoReflect.Descriptor instead.
 func (*MonitorResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{45}
+	return file_agent_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *MonitorResponse) GetEvent() isMonitorResponse_Event {
@@ -3257,7 +3491,7 @@ type LostEvents struct {
 
 func (x *LostEvents) Reset() {
 	*x = LostEvents{}
-	mi := &file_agent_proto_msgTypes[46]
+	mi := &file_agent_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3269,7 +3503,7 @@ func (x *LostEvents) String() string {
 func (*LostEvents) ProtoMessage() {}
 
 func (x *LostEvents) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[46]
+	mi := &file_agent_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3282,7 +3516,7 @@ func (x *LostEvents) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LostEvents.ProtoReflect.Descriptor instead.
 func (*LostEvents) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{46}
+	return file_agent_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *LostEvents) GetCount() uint64 {
@@ -3329,7 +3563,7 @@ type FlowEvent struct {
 
 func (x *FlowEvent) Reset() {
 	*x = FlowEvent{}
-	mi := &file_agent_proto_msgTypes[47]
+	mi := &file_agent_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3341,7 +3575,7 @@ func (x *FlowEvent) String() string {
 func (*FlowEvent) ProtoMessage() {}
 
 func (x *FlowEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[47]
+	mi := &file_agent_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3354,7 +3588,7 @@ func (x *FlowEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FlowEvent.ProtoReflect.Descriptor instead.
 func (*FlowEvent) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{47}
+	return file_agent_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *FlowEvent) GetTime() *timestamppb.Timestamp {
@@ -3526,7 +3760,7 @@ type FlowEnd struct {
 
 func (x *FlowEnd) Reset() {
 	*x = FlowEnd{}
-	mi := &file_agent_proto_msgTypes[48]
+	mi := &file_agent_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3538,7 +3772,7 @@ func (x *FlowEnd) String() string {
 func (*FlowEnd) ProtoMessage() {}
 
 func (x *FlowEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[48]
+	mi := &file_agent_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3551,7 +3785,7 @@ func (x *FlowEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FlowEnd.ProtoReflect.Descriptor instead.
 func (*FlowEnd) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{48}
+	return file_agent_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *FlowEnd) GetIp() string {
@@ -3667,7 +3901,7 @@ const file_agent_proto_rawDesc = "" +
 	"reinjected\x18\x04 \x01(\x04R\n" +
 	"reinjected\x12\x18\n" +
 	"\adropped\x18\x05 \x01(\x04R\adropped\x12\x1b\n" +
-	"\tnot_taken\x18\x06 \x01(\x04R\bnotTaken\"\x97\x04\n" +
+	"\tnot_taken\x18\x06 \x01(\x04R\bnotTaken\"\xa3\x05\n" +
 	"\x17RegisterWorkloadRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x12\n" +
@@ -3683,10 +3917,32 @@ const file_agent_proto_rawDesc = "" +
 	" \x01(\v2\x19.google.protobuf.DurationR\x04wait\x12!\n" +
 	"\ftrust_domain\x18\v \x01(\tR\vtrustDomain\x12\x10\n" +
 	"\x03pid\x18\f \x01(\rR\x03pid\x12#\n" +
-	"\rextra_sources\x18\r \x03(\tR\fextraSources\x1a9\n" +
+	"\rextra_sources\x18\r \x03(\tR\fextraSources\x12?\n" +
+	"\n" +
+	"attachment\x18\x0e \x01(\v2\x1f.portcullis.agent.v1.AttachmentR\n" +
+	"attachment\x12&\n" +
+	"\x0fidentity_by_uid\x18\x0f \x01(\bR\ridentityByUid\x12!\n" +
+	"\fhost_ifindex\x18\x10 \x01(\rR\vhostIfindex\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xde\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\\\n" +
+	"\n" +
+	"Attachment\x12\x1c\n" +
+	"\tcontainer\x18\x01 \x01(\tR\tcontainer\x12\x16\n" +
+	"\x06ifname\x18\x02 \x01(\tR\x06ifname\x12\x18\n" +
+	"\anetwork\x18\x03 \x01(\tR\anetwork\"\xd1\x01\n" +
+	"\x14CheckWorkloadRequest\x12\x10\n" +
+	"\x03uid\x18\x01 \x01(\tR\x03uid\x12?\n" +
+	"\n" +
+	"attachment\x18\x02 \x01(\v2\x1f.portcullis.agent.v1.AttachmentR\n" +
+	"attachment\x12\x10\n" +
+	"\x03ips\x18\x03 \x03(\tR\x03ips\x12\x1f\n" +
+	"\vhost_ifname\x18\x04 \x01(\tR\n" +
+	"hostIfname\x12!\n" +
+	"\fhost_ifindex\x18\x05 \x01(\rR\vhostIfindex\x12\x10\n" +
+	"\x03mac\x18\x06 \x01(\tR\x03mac\"3\n" +
+	"\x15CheckWorkloadResponse\x12\x1a\n" +
+	"\bproblems\x18\x01 \x03(\tR\bproblems\"\xde\x02\n" +
 	"\x16RelabelWorkloadRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12O\n" +
 	"\x06labels\x18\x02 \x03(\v27.portcullis.agent.v1.RelabelWorkloadRequest.LabelsEntryR\x06labels\x12,\n" +
@@ -3721,9 +3977,12 @@ const file_agent_proto_rawDesc = "" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x121\n" +
 	"\x06waited\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x06waited\x12\x16\n" +
 	"\x06detail\x18\x04 \x01(\tR\x06detail\x12\x1a\n" +
-	"\bendpoint\x18\x05 \x01(\rR\bendpoint\"-\n" +
+	"\bendpoint\x18\x05 \x01(\rR\bendpoint\"n\n" +
 	"\x19DeregisterWorkloadRequest\x12\x10\n" +
-	"\x03uid\x18\x01 \x01(\tR\x03uid\"N\n" +
+	"\x03uid\x18\x01 \x01(\tR\x03uid\x12?\n" +
+	"\n" +
+	"attachment\x18\x02 \x01(\v2\x1f.portcullis.agent.v1.AttachmentR\n" +
+	"attachment\"N\n" +
 	"\x1aDeregisterWorkloadResponse\x12\x18\n" +
 	"\aexisted\x18\x01 \x01(\bR\aexisted\x12\x16\n" +
 	"\x06leases\x18\x02 \x01(\rR\x06leases\"N\n" +
@@ -3747,7 +4006,7 @@ const file_agent_proto_rawDesc = "" +
 	"\x14ListEndpointsRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\"T\n" +
 	"\x15ListEndpointsResponse\x12;\n" +
-	"\tendpoints\x18\x01 \x03(\v2\x1d.portcullis.agent.v1.EndpointR\tendpoints\"\xdd\x04\n" +
+	"\tendpoints\x18\x01 \x03(\v2\x1d.portcullis.agent.v1.EndpointR\tendpoints\"\x9e\x05\n" +
 	"\bEndpoint\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\rR\x02id\x129\n" +
 	"\bworkload\x18\x02 \x01(\v2\x1d.portcullis.agent.v1.WorkloadR\bworkload\x129\n" +
@@ -3767,7 +4026,10 @@ const file_agent_proto_rawDesc = "" +
 	"\fpolicy_epoch\x18\r \x01(\rR\vpolicyEpoch\x124\n" +
 	"\x05ports\x18\x0e \x03(\v2\x1e.portcullis.agent.v1.NamedPortR\x05ports\x124\n" +
 	"\acreated\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12\x10\n" +
-	"\x03pid\x18\x11 \x01(\rR\x03pid\x122\n" +
+	"\x03pid\x18\x11 \x01(\rR\x03pid\x12?\n" +
+	"\n" +
+	"attachment\x18\x12 \x01(\v2\x1f.portcullis.agent.v1.AttachmentR\n" +
+	"attachment\x122\n" +
 	"\x06grants\x18\x10 \x03(\v2\x1a.portcullis.agent.v1.GrantR\x06grants\"'\n" +
 	"\x13ListBindingsRequest\x12\x10\n" +
 	"\x03ips\x18\x01 \x03(\tR\x03ips\"P\n" +
@@ -3917,11 +4179,12 @@ const file_agent_proto_rawDesc = "" +
 	"\x06labels\x18\x04 \x03(\tR\x06labels\x12\x1a\n" +
 	"\bworkload\x18\x05 \x01(\tR\bworkload\x12\x12\n" +
 	"\x04text\x18\x06 \x01(\tR\x04text\x12\x1a\n" +
-	"\bendpoint\x18\a \x01(\rR\bendpoint2\xa1\v\n" +
+	"\bendpoint\x18\a \x01(\rR\bendpoint2\x89\f\n" +
 	"\x05Agent\x12Q\n" +
 	"\x06Status\x12\".portcullis.agent.v1.StatusRequest\x1a#.portcullis.agent.v1.StatusResponse\x12o\n" +
 	"\x10RegisterWorkload\x12,.portcullis.agent.v1.RegisterWorkloadRequest\x1a-.portcullis.agent.v1.RegisterWorkloadResponse\x12u\n" +
-	"\x12DeregisterWorkload\x12..portcullis.agent.v1.DeregisterWorkloadRequest\x1a/.portcullis.agent.v1.DeregisterWorkloadResponse\x12l\n" +
+	"\x12DeregisterWorkload\x12..portcullis.agent.v1.DeregisterWorkloadRequest\x1a/.portcullis.agent.v1.DeregisterWorkloadResponse\x12f\n" +
+	"\rCheckWorkload\x12).portcullis.agent.v1.CheckWorkloadRequest\x1a*.portcullis.agent.v1.CheckWorkloadResponse\x12l\n" +
 	"\x0fRelabelWorkload\x12+.portcullis.agent.v1.RelabelWorkloadRequest\x1a,.portcullis.agent.v1.RelabelWorkloadResponse\x12f\n" +
 	"\rListEndpoints\x12).portcullis.agent.v1.ListEndpointsRequest\x1a*.portcullis.agent.v1.ListEndpointsResponse\x12i\n" +
 	"\x0eListIdentities\x12*.portcullis.agent.v1.ListIdentitiesRequest\x1a+.portcullis.agent.v1.ListIdentitiesResponse\x12c\n" +
@@ -3946,7 +4209,7 @@ func file_agent_proto_rawDescGZIP() []byte {
 	return file_agent_proto_rawDescData
 }
 
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 51)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 54)
 var file_agent_proto_goTypes = []any{
 	(*StatusRequest)(nil),              // 0: portcullis.agent.v1.StatusRequest
 	(*StatusResponse)(nil),             // 1: portcullis.agent.v1.StatusResponse
@@ -3956,144 +4219,153 @@ var file_agent_proto_goTypes = []any{
 	(*Alarm)(nil),                      // 5: portcullis.agent.v1.Alarm
 	(*HeldPackets)(nil),                // 6: portcullis.agent.v1.HeldPackets
 	(*RegisterWorkloadRequest)(nil),    // 7: portcullis.agent.v1.RegisterWorkloadRequest
-	(*RelabelWorkloadRequest)(nil),     // 8: portcullis.agent.v1.RelabelWorkloadRequest
-	(*NamedPorts)(nil),                 // 9: portcullis.agent.v1.NamedPorts
-	(*RelabelWorkloadResponse)(nil),    // 10: portcullis.agent.v1.RelabelWorkloadResponse
-	(*NamedPort)(nil),                  // 11: portcullis.agent.v1.NamedPort
-	(*RegisterWorkloadResponse)(nil),   // 12: portcullis.agent.v1.RegisterWorkloadResponse
-	(*DeregisterWorkloadRequest)(nil),  // 13: portcullis.agent.v1.DeregisterWorkloadRequest
-	(*DeregisterWorkloadResponse)(nil), // 14: portcullis.agent.v1.DeregisterWorkloadResponse
-	(*Workload)(nil),                   // 15: portcullis.agent.v1.Workload
-	(*Identity)(nil),                   // 16: portcullis.agent.v1.Identity
-	(*ListIdentitiesRequest)(nil),      // 17: portcullis.agent.v1.ListIdentitiesRequest
-	(*ListIdentitiesResponse)(nil),     // 18: portcullis.agent.v1.ListIdentitiesResponse
-	(*ListEndpointsRequest)(nil),       // 19: portcullis.agent.v1.ListEndpointsRequest
-	(*ListEndpointsResponse)(nil),      // 20: portcullis.agent.v1.ListEndpointsResponse
-	(*Endpoint)(nil),                   // 21: portcullis.agent.v1.Endpoint
-	(*ListBindingsRequest)(nil),        // 22: portcullis.agent.v1.ListBindingsRequest
-	(*ListBindingsResponse)(nil),       // 23: portcullis.agent.v1.ListBindingsResponse
-	(*Binding)(nil),                    // 24: portcullis.agent.v1.Binding
-	(*Grant)(nil),                      // 25: portcullis.agent.v1.Grant
-	(*ListSessionsRequest)(nil),        // 26: portcullis.agent.v1.ListSessionsRequest
-	(*ListSessionsResponse)(nil),       // 27: portcullis.agent.v1.ListSessionsResponse
-	(*Session)(nil),                    // 28: portcullis.agent.v1.Session
-	(*ResetSessionRequest)(nil),        // 29: portcullis.agent.v1.ResetSessionRequest
-	(*ResetSessionResponse)(nil),       // 30: portcullis.agent.v1.ResetSessionResponse
-	(*PolicyRef)(nil),                  // 31: portcullis.agent.v1.PolicyRef
-	(*PolicyFile)(nil),                 // 32: portcullis.agent.v1.PolicyFile
-	(*PolicyProblem)(nil),              // 33: portcullis.agent.v1.PolicyProblem
-	(*ImportPoliciesRequest)(nil),      // 34: portcullis.agent.v1.ImportPoliciesRequest
-	(*ImportPoliciesResponse)(nil),     // 35: portcullis.agent.v1.ImportPoliciesResponse
-	(*ImportedPolicy)(nil),             // 36: portcullis.agent.v1.ImportedPolicy
-	(*ListPoliciesRequest)(nil),        // 37: portcullis.agent.v1.ListPoliciesRequest
-	(*ListPoliciesResponse)(nil),       // 38: portcullis.agent.v1.ListPoliciesResponse
-	(*Policy)(nil),                     // 39: portcullis.agent.v1.Policy
-	(*GetPolicyRequest)(nil),           // 40: portcullis.agent.v1.GetPolicyRequest
-	(*GetPolicyResponse)(nil),          // 41: portcullis.agent.v1.GetPolicyResponse
-	(*DeletePoliciesRequest)(nil),      // 42: portcullis.agent.v1.DeletePoliciesRequest
-	(*DeletePoliciesResponse)(nil),     // 43: portcullis.agent.v1.DeletePoliciesResponse
-	(*MonitorRequest)(nil),             // 44: portcullis.agent.v1.MonitorRequest
-	(*MonitorResponse)(nil),            // 45: portcullis.agent.v1.MonitorResponse
-	(*LostEvents)(nil),                 // 46: portcullis.agent.v1.LostEvents
-	(*FlowEvent)(nil),                  // 47: portcullis.agent.v1.FlowEvent
-	(*FlowEnd)(nil),                    // 48: portcullis.agent.v1.FlowEnd
-	nil,                                // 49: portcullis.agent.v1.RegisterWorkloadRequest.LabelsEntry
-	nil,                                // 50: portcullis.agent.v1.RelabelWorkloadRequest.LabelsEntry
-	(*timestamppb.Timestamp)(nil),      // 51: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),        // 52: google.protobuf.Duration
+	(*Attachment)(nil),                 // 8: portcullis.agent.v1.Attachment
+	(*CheckWorkloadRequest)(nil),       // 9: portcullis.agent.v1.CheckWorkloadRequest
+	(*CheckWorkloadResponse)(nil),      // 10: portcullis.agent.v1.CheckWorkloadResponse
+	(*RelabelWorkloadRequest)(nil),     // 11: portcullis.agent.v1.RelabelWorkloadRequest
+	(*NamedPorts)(nil),                 // 12: portcullis.agent.v1.NamedPorts
+	(*RelabelWorkloadResponse)(nil),    // 13: portcullis.agent.v1.RelabelWorkloadResponse
+	(*NamedPort)(nil),                  // 14: portcullis.agent.v1.NamedPort
+	(*RegisterWorkloadResponse)(nil),   // 15: portcullis.agent.v1.RegisterWorkloadResponse
+	(*DeregisterWorkloadRequest)(nil),  // 16: portcullis.agent.v1.DeregisterWorkloadRequest
+	(*DeregisterWorkloadResponse)(nil), // 17: portcullis.agent.v1.DeregisterWorkloadResponse
+	(*Workload)(nil),                   // 18: portcullis.agent.v1.Workload
+	(*Identity)(nil),                   // 19: portcullis.agent.v1.Identity
+	(*ListIdentitiesRequest)(nil),      // 20: portcullis.agent.v1.ListIdentitiesRequest
+	(*ListIdentitiesResponse)(nil),     // 21: portcullis.agent.v1.ListIdentitiesResponse
+	(*ListEndpointsRequest)(nil),       // 22: portcullis.agent.v1.ListEndpointsRequest
+	(*ListEndpointsResponse)(nil),      // 23: portcullis.agent.v1.ListEndpointsResponse
+	(*Endpoint)(nil),                   // 24: portcullis.agent.v1.Endpoint
+	(*ListBindingsRequest)(nil),        // 25: portcullis.agent.v1.ListBindingsRequest
+	(*ListBindingsResponse)(nil),       // 26: portcullis.agent.v1.ListBindingsResponse
+	(*Binding)(nil),                    // 27: portcullis.agent.v1.Binding
+	(*Grant)(nil),                      // 28: portcullis.agent.v1.Grant
+	(*ListSessionsRequest)(nil),        // 29: portcullis.agent.v1.ListSessionsRequest
+	(*ListSessionsResponse)(nil),       // 30: portcullis.agent.v1.ListSessionsResponse
+	(*Session)(nil),                    // 31: portcullis.agent.v1.Session
+	(*ResetSessionRequest)(nil),        // 32: portcullis.agent.v1.ResetSessionRequest
+	(*ResetSessionResponse)(nil),       // 33: portcullis.agent.v1.ResetSessionResponse
+	(*PolicyRef)(nil),                  // 34: portcullis.agent.v1.PolicyRef
+	(*PolicyFile)(nil),                 // 35: portcullis.agent.v1.PolicyFile
+	(*PolicyProblem)(nil),              // 36: portcullis.agent.v1.PolicyProblem
+	(*ImportPoliciesRequest)(nil),      // 37: portcullis.agent.v1.ImportPoliciesRequest
+	(*ImportPoliciesResponse)(nil),     // 38: portcullis.agent.v1.ImportPoliciesResponse
+	(*ImportedPolicy)(nil),             // 39: portcullis.agent.v1.ImportedPolicy
+	(*ListPoliciesRequest)(nil),        // 40: portcullis.agent.v1.ListPoliciesRequest
+	(*ListPoliciesResponse)(nil),       // 41: portcullis.agent.v1.ListPoliciesResponse
+	(*Policy)(nil),                     // 42: portcullis.agent.v1.Policy
+	(*GetPolicyRequest)(nil),           // 43: portcullis.agent.v1.GetPolicyRequest
+	(*GetPolicyResponse)(nil),          // 44: portcullis.agent.v1.GetPolicyResponse
+	(*DeletePoliciesRequest)(nil),      // 45: portcullis.agent.v1.DeletePoliciesRequest
+	(*DeletePoliciesResponse)(nil),     // 46: portcullis.agent.v1.DeletePoliciesResponse
+	(*MonitorRequest)(nil),             // 47: portcullis.agent.v1.MonitorRequest
+	(*MonitorResponse)(nil),            // 48: portcullis.agent.v1.MonitorResponse
+	(*LostEvents)(nil),                 // 49: portcullis.agent.v1.LostEvents
+	(*FlowEvent)(nil),                  // 50: portcullis.agent.v1.FlowEvent
+	(*FlowEnd)(nil),                    // 51: portcullis.agent.v1.FlowEnd
+	nil,                                // 52: portcullis.agent.v1.RegisterWorkloadRequest.LabelsEntry
+	nil,                                // 53: portcullis.agent.v1.RelabelWorkloadRequest.LabelsEntry
+	(*timestamppb.Timestamp)(nil),      // 54: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),        // 55: google.protobuf.Duration
 }
 var file_agent_proto_depIdxs = []int32{
-	51, // 0: portcullis.agent.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
-	52, // 1: portcullis.agent.v1.StatusResponse.ttl:type_name -> google.protobuf.Duration
-	52, // 2: portcullis.agent.v1.StatusResponse.heartbeat:type_name -> google.protobuf.Duration
-	52, // 3: portcullis.agent.v1.StatusResponse.reuse_margin:type_name -> google.protobuf.Duration
-	51, // 4: portcullis.agent.v1.StatusResponse.certificate_expiry:type_name -> google.protobuf.Timestamp
-	52, // 5: portcullis.agent.v1.StatusResponse.startup_wait:type_name -> google.protobuf.Duration
+	54, // 0: portcullis.agent.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	55, // 1: portcullis.agent.v1.StatusResponse.ttl:type_name -> google.protobuf.Duration
+	55, // 2: portcullis.agent.v1.StatusResponse.heartbeat:type_name -> google.protobuf.Duration
+	55, // 3: portcullis.agent.v1.StatusResponse.reuse_margin:type_name -> google.protobuf.Duration
+	54, // 4: portcullis.agent.v1.StatusResponse.certificate_expiry:type_name -> google.protobuf.Timestamp
+	55, // 5: portcullis.agent.v1.StatusResponse.startup_wait:type_name -> google.protobuf.Duration
 	2,  // 6: portcullis.agent.v1.StatusResponse.sources:type_name -> portcullis.agent.v1.Source
 	3,  // 7: portcullis.agent.v1.StatusResponse.maps:type_name -> portcullis.agent.v1.Map
 	4,  // 8: portcullis.agent.v1.StatusResponse.counters:type_name -> portcullis.agent.v1.Counter
 	5,  // 9: portcullis.agent.v1.StatusResponse.alarms:type_name -> portcullis.agent.v1.Alarm
 	6,  // 10: portcullis.agent.v1.StatusResponse.held:type_name -> portcullis.agent.v1.HeldPackets
-	51, // 11: portcullis.agent.v1.Alarm.since:type_name -> google.protobuf.Timestamp
-	49, // 12: portcullis.agent.v1.RegisterWorkloadRequest.labels:type_name -> portcullis.agent.v1.RegisterWorkloadRequest.LabelsEntry
-	11, // 13: portcullis.agent.v1.RegisterWorkloadRequest.ports:type_name -> portcullis.agent.v1.NamedPort
-	52, // 14: portcullis.agent.v1.RegisterWorkloadRequest.wait:type_name -> google.protobuf.Duration
-	50, // 15: portcullis.agent.v1.RelabelWorkloadRequest.labels:type_name -> portcullis.agent.v1.RelabelWorkloadRequest.LabelsEntry
-	9,  // 16: portcullis.agent.v1.RelabelWorkloadRequest.ports:type_name -> portcullis.agent.v1.NamedPorts
-	52, // 17: portcullis.agent.v1.RelabelWorkloadRequest.wait:type_name -> google.protobuf.Duration
-	11, // 18: portcullis.agent.v1.NamedPorts.ports:type_name -> portcullis.agent.v1.NamedPort
-	52, // 19: portcullis.agent.v1.RelabelWorkloadResponse.waited:type_name -> google.protobuf.Duration
-	16, // 20: portcullis.agent.v1.RelabelWorkloadResponse.identity:type_name -> portcullis.agent.v1.Identity
-	52, // 21: portcullis.agent.v1.RegisterWorkloadResponse.waited:type_name -> google.protobuf.Duration
-	16, // 22: portcullis.agent.v1.ListIdentitiesResponse.identities:type_name -> portcullis.agent.v1.Identity
-	21, // 23: portcullis.agent.v1.ListEndpointsResponse.endpoints:type_name -> portcullis.agent.v1.Endpoint
-	15, // 24: portcullis.agent.v1.Endpoint.workload:type_name -> portcullis.agent.v1.Workload
-	16, // 25: portcullis.agent.v1.Endpoint.identity:type_name -> portcullis.agent.v1.Identity
-	11, // 26: portcullis.agent.v1.Endpoint.ports:type_name -> portcullis.agent.v1.NamedPort
-	51, // 27: portcullis.agent.v1.Endpoint.created:type_name -> google.protobuf.Timestamp
-	25, // 28: portcullis.agent.v1.Endpoint.grants:type_name -> portcullis.agent.v1.Grant
-	24, // 29: portcullis.agent.v1.ListBindingsResponse.bindings:type_name -> portcullis.agent.v1.Binding
-	15, // 30: portcullis.agent.v1.Binding.workload:type_name -> portcullis.agent.v1.Workload
-	16, // 31: portcullis.agent.v1.Binding.identity:type_name -> portcullis.agent.v1.Identity
-	52, // 32: portcullis.agent.v1.Binding.remaining:type_name -> google.protobuf.Duration
-	52, // 33: portcullis.agent.v1.Binding.age:type_name -> google.protobuf.Duration
-	25, // 34: portcullis.agent.v1.Binding.grants:type_name -> portcullis.agent.v1.Grant
-	52, // 35: portcullis.agent.v1.Grant.remaining:type_name -> google.protobuf.Duration
-	28, // 36: portcullis.agent.v1.ListSessionsResponse.sessions:type_name -> portcullis.agent.v1.Session
-	51, // 37: portcullis.agent.v1.Session.certificate_expiry:type_name -> google.protobuf.Timestamp
-	51, // 38: portcullis.agent.v1.Session.last_renewal:type_name -> google.protobuf.Timestamp
-	52, // 39: portcullis.agent.v1.Session.remaining:type_name -> google.protobuf.Duration
-	51, // 40: portcullis.agent.v1.Session.since:type_name -> google.protobuf.Timestamp
-	32, // 41: portcullis.agent.v1.ImportPoliciesRequest.files:type_name -> portcullis.agent.v1.PolicyFile
-	36, // 42: portcullis.agent.v1.ImportPoliciesResponse.imported:type_name -> portcullis.agent.v1.ImportedPolicy
-	33, // 43: portcullis.agent.v1.ImportPoliciesResponse.problems:type_name -> portcullis.agent.v1.PolicyProblem
-	31, // 44: portcullis.agent.v1.ImportedPolicy.ref:type_name -> portcullis.agent.v1.PolicyRef
-	39, // 45: portcullis.agent.v1.ListPoliciesResponse.policies:type_name -> portcullis.agent.v1.Policy
-	31, // 46: portcullis.agent.v1.Policy.ref:type_name -> portcullis.agent.v1.PolicyRef
-	51, // 47: portcullis.agent.v1.Policy.imported:type_name -> google.protobuf.Timestamp
-	31, // 48: portcullis.agent.v1.GetPolicyRequest.ref:type_name -> portcullis.agent.v1.PolicyRef
-	39, // 49: portcullis.agent.v1.GetPolicyResponse.policy:type_name -> portcullis.agent.v1.Policy
-	31, // 50: portcullis.agent.v1.DeletePoliciesRequest.refs:type_name -> portcullis.agent.v1.PolicyRef
-	31, // 51: portcullis.agent.v1.DeletePoliciesResponse.deleted:type_name -> portcullis.agent.v1.PolicyRef
-	47, // 52: portcullis.agent.v1.MonitorResponse.flow:type_name -> portcullis.agent.v1.FlowEvent
-	46, // 53: portcullis.agent.v1.MonitorResponse.lost:type_name -> portcullis.agent.v1.LostEvents
-	51, // 54: portcullis.agent.v1.FlowEvent.time:type_name -> google.protobuf.Timestamp
-	48, // 55: portcullis.agent.v1.FlowEvent.source:type_name -> portcullis.agent.v1.FlowEnd
-	48, // 56: portcullis.agent.v1.FlowEvent.destination:type_name -> portcullis.agent.v1.FlowEnd
-	52, // 57: portcullis.agent.v1.FlowEvent.binding_age:type_name -> google.protobuf.Duration
-	0,  // 58: portcullis.agent.v1.Agent.Status:input_type -> portcullis.agent.v1.StatusRequest
-	7,  // 59: portcullis.agent.v1.Agent.RegisterWorkload:input_type -> portcullis.agent.v1.RegisterWorkloadRequest
-	13, // 60: portcullis.agent.v1.Agent.DeregisterWorkload:input_type -> portcullis.agent.v1.DeregisterWorkloadRequest
-	8,  // 61: portcullis.agent.v1.Agent.RelabelWorkload:input_type -> portcullis.agent.v1.RelabelWorkloadRequest
-	19, // 62: portcullis.agent.v1.Agent.ListEndpoints:input_type -> portcullis.agent.v1.ListEndpointsRequest
-	17, // 63: portcullis.agent.v1.Agent.ListIdentities:input_type -> portcullis.agent.v1.ListIdentitiesRequest
-	22, // 64: portcullis.agent.v1.Agent.ListBindings:input_type -> portcullis.agent.v1.ListBindingsRequest
-	26, // 65: portcullis.agent.v1.Agent.ListSessions:input_type -> portcullis.agent.v1.ListSessionsRequest
-	29, // 66: portcullis.agent.v1.Agent.ResetSession:input_type -> portcullis.agent.v1.ResetSessionRequest
-	34, // 67: portcullis.agent.v1.Agent.ImportPolicies:input_type -> portcullis.agent.v1.ImportPoliciesRequest
-	37, // 68: portcullis.agent.v1.Agent.ListPolicies:input_type -> portcullis.agent.v1.ListPoliciesRequest
-	40, // 69: portcullis.agent.v1.Agent.GetPolicy:input_type -> portcullis.agent.v1.GetPolicyRequest
-	42, // 70: portcullis.agent.v1.Agent.DeletePolicies:input_type -> portcullis.agent.v1.DeletePoliciesRequest
-	44, // 71: portcullis.agent.v1.Agent.Monitor:input_type -> portcullis.agent.v1.MonitorRequest
-	1,  // 72: portcullis.agent.v1.Agent.Status:output_type -> portcullis.agent.v1.StatusResponse
-	12, // 73: portcullis.agent.v1.Agent.RegisterWorkload:output_type -> portcullis.agent.v1.RegisterWorkloadResponse
-	14, // 74: portcullis.agent.v1.Agent.DeregisterWorkload:output_type -> portcullis.agent.v1.DeregisterWorkloadResponse
-	10, // 75: portcullis.agent.v1.Agent.RelabelWorkload:output_type -> portcullis.agent.v1.RelabelWorkloadResponse
-	20, // 76: portcullis.agent.v1.Agent.ListEndpoints:output_type -> portcullis.agent.v1.ListEndpointsResponse
-	18, // 77: portcullis.agent.v1.Agent.ListIdentities:output_type -> portcullis.agent.v1.ListIdentitiesResponse
-	23, // 78: portcullis.agent.v1.Agent.ListBindings:output_type -> portcullis.agent.v1.ListBindingsResponse
-	27, // 79: portcullis.agent.v1.Agent.ListSessions:output_type -> portcullis.agent.v1.ListSessionsResponse
-	30, // 80: portcullis.agent.v1.Agent.ResetSession:output_type -> portcullis.agent.v1.ResetSessionResponse
-	35, // 81: portcullis.agent.v1.Agent.ImportPolicies:output_type -> portcullis.agent.v1.ImportPoliciesResponse
-	38, // 82: portcullis.agent.v1.Agent.ListPolicies:output_type -> portcullis.agent.v1.ListPoliciesResponse
-	41, // 83: portcullis.agent.v1.Agent.GetPolicy:output_type -> portcullis.agent.v1.GetPolicyResponse
-	43, // 84: portcullis.agent.v1.Agent.DeletePolicies:output_type -> portcullis.agent.v1.DeletePoliciesResponse
-	45, // 85: portcullis.agent.v1.Agent.Monitor:output_type -> portcullis.agent.v1.MonitorResponse
-	72, // [72:86] is the sub-list for method output_type
-	58, // [58:72] is the sub-list for method input_type
-	58, // [58:58] is the sub-list for extension type_name
-	58, // [58:58] is the sub-list for extension extendee
-	0,  // [0:58] is the sub-list for field type_name
+	54, // 11: portcullis.agent.v1.Alarm.since:type_name -> google.protobuf.Timestamp
+	52, // 12: portcullis.agent.v1.RegisterWorkloadRequest.labels:type_name -> portcullis.agent.v1.RegisterWorkloadRequest.LabelsEntry
+	14, // 13: portcullis.agent.v1.RegisterWorkloadRequest.ports:type_name -> portcullis.agent.v1.NamedPort
+	55, // 14: portcullis.agent.v1.RegisterWorkloadRequest.wait:type_name -> google.protobuf.Duration
+	8,  // 15: portcullis.agent.v1.RegisterWorkloadRequest.attachment:type_name -> portcullis.agent.v1.Attachment
+	8,  // 16: portcullis.agent.v1.CheckWorkloadRequest.attachment:type_name -> portcullis.agent.v1.Attachment
+	53, // 17: portcullis.agent.v1.RelabelWorkloadRequest.labels:type_name -> portcullis.agent.v1.RelabelWorkloadRequest.LabelsEntry
+	12, // 18: portcullis.agent.v1.RelabelWorkloadRequest.ports:type_name -> portcullis.agent.v1.NamedPorts
+	55, // 19: portcullis.agent.v1.RelabelWorkloadRequest.wait:type_name -> google.protobuf.Duration
+	14, // 20: portcullis.agent.v1.NamedPorts.ports:type_name -> portcullis.agent.v1.NamedPort
+	55, // 21: portcullis.agent.v1.RelabelWorkloadResponse.waited:type_name -> google.protobuf.Duration
+	19, // 22: portcullis.agent.v1.RelabelWorkloadResponse.identity:type_name -> portcullis.agent.v1.Identity
+	55, // 23: portcullis.agent.v1.RegisterWorkloadResponse.waited:type_name -> google.protobuf.Duration
+	8,  // 24: portcullis.agent.v1.DeregisterWorkloadRequest.attachment:type_name -> portcullis.agent.v1.Attachment
+	19, // 25: portcullis.agent.v1.ListIdentitiesResponse.identities:type_name -> portcullis.agent.v1.Identity
+	24, // 26: portcullis.agent.v1.ListEndpointsResponse.endpoints:type_name -> portcullis.agent.v1.Endpoint
+	18, // 27: portcullis.agent.v1.Endpoint.workload:type_name -> portcullis.agent.v1.Workload
+	19, // 28: portcullis.agent.v1.Endpoint.identity:type_name -> portcullis.agent.v1.Identity
+	14, // 29: portcullis.agent.v1.Endpoint.ports:type_name -> portcullis.agent.v1.NamedPort
+	54, // 30: portcullis.agent.v1.Endpoint.created:type_name -> google.protobuf.Timestamp
+	8,  // 31: portcullis.agent.v1.Endpoint.attachment:type_name -> portcullis.agent.v1.Attachment
+	28, // 32: portcullis.agent.v1.Endpoint.grants:type_name -> portcullis.agent.v1.Grant
+	27, // 33: portcullis.agent.v1.ListBindingsResponse.bindings:type_name -> portcullis.agent.v1.Binding
+	18, // 34: portcullis.agent.v1.Binding.workload:type_name -> portcullis.agent.v1.Workload
+	19, // 35: portcullis.agent.v1.Binding.identity:type_name -> portcullis.agent.v1.Identity
+	55, // 36: portcullis.agent.v1.Binding.remaining:type_name -> google.protobuf.Duration
+	55, // 37: portcullis.agent.v1.Binding.age:type_name -> google.protobuf.Duration
+	28, // 38: portcullis.agent.v1.Binding.grants:type_name -> portcullis.agent.v1.Grant
+	55, // 39: portcullis.agent.v1.Grant.remaining:type_name -> google.protobuf.Duration
+	31, // 40: portcullis.agent.v1.ListSessionsResponse.sessions:type_name -> portcullis.agent.v1.Session
+	54, // 41: portcullis.agent.v1.Session.certificate_expiry:type_name -> google.protobuf.Timestamp
+	54, // 42: portcullis.agent.v1.Session.last_renewal:type_name -> google.protobuf.Timestamp
+	55, // 43: portcullis.agent.v1.Session.remaining:type_name -> google.protobuf.Duration
+	54, // 44: portcullis.agent.v1.Session.since:type_name -> google.protobuf.Timestamp
+	35, // 45: portcullis.agent.v1.ImportPoliciesRequest.files:type_name -> portcullis.agent.v1.PolicyFile
+	39, // 46: portcullis.agent.v1.ImportPoliciesResponse.imported:type_name -> portcullis.agent.v1.ImportedPolicy
+	36, // 47: portcullis.agent.v1.ImportPoliciesResponse.problems:type_name -> portcullis.agent.v1.PolicyProblem
+	34, // 48: portcullis.agent.v1.ImportedPolicy.ref:type_name -> portcullis.agent.v1.PolicyRef
+	42, // 49: portcullis.agent.v1.ListPoliciesResponse.policies:type_name -> portcullis.agent.v1.Policy
+	34, // 50: portcullis.agent.v1.Policy.ref:type_name -> portcullis.agent.v1.PolicyRef
+	54, // 51: portcullis.agent.v1.Policy.imported:type_name -> google.protobuf.Timestamp
+	34, // 52: portcullis.agent.v1.GetPolicyRequest.ref:type_name -> portcullis.agent.v1.PolicyRef
+	42, // 53: portcullis.agent.v1.GetPolicyResponse.policy:type_name -> portcullis.agent.v1.Policy
+	34, // 54: portcullis.agent.v1.DeletePoliciesRequest.refs:type_name -> portcullis.agent.v1.PolicyRef
+	34, // 55: portcullis.agent.v1.DeletePoliciesResponse.deleted:type_name -> portcullis.agent.v1.PolicyRef
+	50, // 56: portcullis.agent.v1.MonitorResponse.flow:type_name -> portcullis.agent.v1.FlowEvent
+	49, // 57: portcullis.agent.v1.MonitorResponse.lost:type_name -> portcullis.agent.v1.LostEvents
+	54, // 58: portcullis.agent.v1.FlowEvent.time:type_name -> google.protobuf.Timestamp
+	51, // 59: portcullis.agent.v1.FlowEvent.source:type_name -> portcullis.agent.v1.FlowEnd
+	51, // 60: portcullis.agent.v1.FlowEvent.destination:type_name -> portcullis.agent.v1.FlowEnd
+	55, // 61: portcullis.agent.v1.FlowEvent.binding_age:type_name -> google.protobuf.Duration
+	0,  // 62: portcullis.agent.v1.Agent.Status:input_type -> portcullis.agent.v1.StatusRequest
+	7,  // 63: portcullis.agent.v1.Agent.RegisterWorkload:input_type -> portcullis.agent.v1.RegisterWorkloadRequest
+	16, // 64: portcullis.agent.v1.Agent.DeregisterWorkload:input_type -> portcullis.agent.v1.DeregisterWorkloadRequest
+	9,  // 65: portcullis.agent.v1.Agent.CheckWorkload:input_type -> portcullis.agent.v1.CheckWorkloadRequest
+	11, // 66: portcullis.agent.v1.Agent.RelabelWorkload:input_type -> portcullis.agent.v1.RelabelWorkloadRequest
+	22, // 67: portcullis.agent.v1.Agent.ListEndpoints:input_type -> portcullis.agent.v1.ListEndpointsRequest
+	20, // 68: portcullis.agent.v1.Agent.ListIdentities:input_type -> portcullis.agent.v1.ListIdentitiesRequest
+	25, // 69: portcullis.agent.v1.Agent.ListBindings:input_type -> portcullis.agent.v1.ListBindingsRequest
+	29, // 70: portcullis.agent.v1.Agent.ListSessions:input_type -> portcullis.agent.v1.ListSessionsRequest
+	32, // 71: portcullis.agent.v1.Agent.ResetSession:input_type -> portcullis.agent.v1.ResetSessionRequest
+	37, // 72: portcullis.agent.v1.Agent.ImportPolicies:input_type -> portcullis.agent.v1.ImportPoliciesRequest
+	40, // 73: portcullis.agent.v1.Agent.ListPolicies:input_type -> portcullis.agent.v1.ListPoliciesRequest
+	43, // 74: portcullis.agent.v1.Agent.GetPolicy:input_type -> portcullis.agent.v1.GetPolicyRequest
+	45, // 75: portcullis.agent.v1.Agent.DeletePolicies:input_type -> portcullis.agent.v1.DeletePoliciesRequest
+	47, // 76: portcullis.agent.v1.Agent.Monitor:input_type -> portcullis.agent.v1.MonitorRequest
+	1,  // 77: portcullis.agent.v1.Agent.Status:output_type -> portcullis.agent.v1.StatusResponse
+	15, // 78: portcullis.agent.v1.Agent.RegisterWorkload:output_type -> portcullis.agent.v1.RegisterWorkloadResponse
+	17, // 79: portcullis.agent.v1.Agent.DeregisterWorkload:output_type -> portcullis.agent.v1.DeregisterWorkloadResponse
+	10, // 80: portcullis.agent.v1.Agent.CheckWorkload:output_type -> portcullis.agent.v1.CheckWorkloadResponse
+	13, // 81: portcullis.agent.v1.Agent.RelabelWorkload:output_type -> portcullis.agent.v1.RelabelWorkloadResponse
+	23, // 82: portcullis.agent.v1.Agent.ListEndpoints:output_type -> portcullis.agent.v1.ListEndpointsResponse
+	21, // 83: portcullis.agent.v1.Agent.ListIdentities:output_type -> portcullis.agent.v1.ListIdentitiesResponse
+	26, // 84: portcullis.agent.v1.Agent.ListBindings:output_type -> portcullis.agent.v1.ListBindingsResponse
+	30, // 85: portcullis.agent.v1.Agent.ListSessions:output_type -> portcullis.agent.v1.ListSessionsResponse
+	33, // 86: portcullis.agent.v1.Agent.ResetSession:output_type -> portcullis.agent.v1.ResetSessionResponse
+	38, // 87: portcullis.agent.v1.Agent.ImportPolicies:output_type -> portcullis.agent.v1.ImportPoliciesResponse
+	41, // 88: portcullis.agent.v1.Agent.ListPolicies:output_type -> portcullis.agent.v1.ListPoliciesResponse
+	44, // 89: portcullis.agent.v1.Agent.GetPolicy:output_type -> portcullis.agent.v1.GetPolicyResponse
+	46, // 90: portcullis.agent.v1.Agent.DeletePolicies:output_type -> portcullis.agent.v1.DeletePoliciesResponse
+	48, // 91: portcullis.agent.v1.Agent.Monitor:output_type -> portcullis.agent.v1.MonitorResponse
+	77, // [77:92] is the sub-list for method output_type
+	62, // [62:77] is the sub-list for method input_type
+	62, // [62:62] is the sub-list for extension type_name
+	62, // [62:62] is the sub-list for extension extendee
+	0,  // [0:62] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }
@@ -4101,8 +4373,8 @@ func file_agent_proto_init() {
 	if File_agent_proto != nil {
 		return
 	}
-	file_agent_proto_msgTypes[8].OneofWrappers = []any{}
-	file_agent_proto_msgTypes[45].OneofWrappers = []any{
+	file_agent_proto_msgTypes[11].OneofWrappers = []any{}
+	file_agent_proto_msgTypes[48].OneofWrappers = []any{
 		(*MonitorResponse_Flow)(nil),
 		(*MonitorResponse_Lost)(nil),
 	}
@@ -4112,7 +4384,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   51,
+			NumMessages:   54,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -29,6 +29,7 @@ const (
 	Agent_Status_FullMethodName             = "/portcullis.agent.v1.Agent/Status"
 	Agent_RegisterWorkload_FullMethodName   = "/portcullis.agent.v1.Agent/RegisterWorkload"
 	Agent_DeregisterWorkload_FullMethodName = "/portcullis.agent.v1.Agent/DeregisterWorkload"
+	Agent_CheckWorkload_FullMethodName      = "/portcullis.agent.v1.Agent/CheckWorkload"
 	Agent_RelabelWorkload_FullMethodName    = "/portcullis.agent.v1.Agent/RelabelWorkload"
 	Agent_ListEndpoints_FullMethodName      = "/portcullis.agent.v1.Agent/ListEndpoints"
 	Agent_ListIdentities_FullMethodName     = "/portcullis.agent.v1.Agent/ListIdentities"
@@ -52,18 +53,24 @@ type AgentClient interface {
 	// network namespace and the veth. The agent attaches its programs with the
 	// endpoint quarantined before any wait, then activates it when no lease on
 	// an earlier binding of the IPs can be alive. A uid that is registered
-	// already with the same fields is not an error: its state is returned. An IP
-	// that another workload has is taken from it: its gate is closed first.
+	// already with the same fields is not an error: its state is returned. One
+	// that is registered with another sandbox (attachment.container) has a new
+	// one: the endpoint of the old one ends, and this is a new registration. An
+	// IP that another workload has is taken from it: its gate is closed first.
 	//
 	//	ALREADY_EXISTS       the uid is registered with other fields, or the device is another workload's
 	//	INVALID_ARGUMENT     a field is missing or malformed
-	//	FAILED_PRECONDITION  the IP is not in this node's ranges, or no such device or process
+	//	FAILED_PRECONDITION  the IP is not in this node's ranges, no such device or process, or an identity that this agent cannot find out
 	//	RESOURCE_EXHAUSTED   a map is full
 	RegisterWorkload(ctx context.Context, in *RegisterWorkloadRequest, opts ...grpc.CallOption) (*RegisterWorkloadResponse, error)
 	// DeregisterWorkload closes the endpoint's gate, ends its bindings and
 	// revokes them everywhere. It does not wait for the acknowledgements. A uid
-	// that is not registered is not an error.
+	// that is not registered is not an error, nor is one whose present sandbox
+	// is another than the request's: the call is late, and ends nothing.
 	DeregisterWorkload(ctx context.Context, in *DeregisterWorkloadRequest, opts ...grpc.CallOption) (*DeregisterWorkloadResponse, error)
+	// CheckWorkload tells what does not stand of a registration: the endpoint,
+	// its device, addresses, or the programs in the kernel. It changes nothing.
+	CheckWorkload(ctx context.Context, in *CheckWorkloadRequest, opts ...grpc.CallOption) (*CheckWorkloadResponse, error)
 	// RelabelWorkload gives a registered workload other labels. Its bindings end
 	// and are revoked everywhere; it gets new ones under its new identity at
 	// once (--relabel=prompt), or when no lease on the former ones can be alive
@@ -131,6 +138,16 @@ func (c *agentClient) DeregisterWorkload(ctx context.Context, in *DeregisterWork
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(DeregisterWorkloadResponse)
 	err := c.cc.Invoke(ctx, Agent_DeregisterWorkload_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *agentClient) CheckWorkload(ctx context.Context, in *CheckWorkloadRequest, opts ...grpc.CallOption) (*CheckWorkloadResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CheckWorkloadResponse)
+	err := c.cc.Invoke(ctx, Agent_CheckWorkload_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -266,18 +283,24 @@ type AgentServer interface {
 	// network namespace and the veth. The agent attaches its programs with the
 	// endpoint quarantined before any wait, then activates it when no lease on
 	// an earlier binding of the IPs can be alive. A uid that is registered
-	// already with the same fields is not an error: its state is returned. An IP
-	// that another workload has is taken from it: its gate is closed first.
+	// already with the same fields is not an error: its state is returned. One
+	// that is registered with another sandbox (attachment.container) has a new
+	// one: the endpoint of the old one ends, and this is a new registration. An
+	// IP that another workload has is taken from it: its gate is closed first.
 	//
 	//	ALREADY_EXISTS       the uid is registered with other fields, or the device is another workload's
 	//	INVALID_ARGUMENT     a field is missing or malformed
-	//	FAILED_PRECONDITION  the IP is not in this node's ranges, or no such device or process
+	//	FAILED_PRECONDITION  the IP is not in this node's ranges, no such device or process, or an identity that this agent cannot find out
 	//	RESOURCE_EXHAUSTED   a map is full
 	RegisterWorkload(context.Context, *RegisterWorkloadRequest) (*RegisterWorkloadResponse, error)
 	// DeregisterWorkload closes the endpoint's gate, ends its bindings and
 	// revokes them everywhere. It does not wait for the acknowledgements. A uid
-	// that is not registered is not an error.
+	// that is not registered is not an error, nor is one whose present sandbox
+	// is another than the request's: the call is late, and ends nothing.
 	DeregisterWorkload(context.Context, *DeregisterWorkloadRequest) (*DeregisterWorkloadResponse, error)
+	// CheckWorkload tells what does not stand of a registration: the endpoint,
+	// its device, addresses, or the programs in the kernel. It changes nothing.
+	CheckWorkload(context.Context, *CheckWorkloadRequest) (*CheckWorkloadResponse, error)
 	// RelabelWorkload gives a registered workload other labels. Its bindings end
 	// and are revoked everywhere; it gets new ones under its new identity at
 	// once (--relabel=prompt), or when no lease on the former ones can be alive
@@ -329,6 +352,9 @@ func (UnimplementedAgentServer) RegisterWorkload(context.Context, *RegisterWorkl
 }
 func (UnimplementedAgentServer) DeregisterWorkload(context.Context, *DeregisterWorkloadRequest) (*DeregisterWorkloadResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method DeregisterWorkload not implemented")
+}
+func (UnimplementedAgentServer) CheckWorkload(context.Context, *CheckWorkloadRequest) (*CheckWorkloadResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method CheckWorkload not implemented")
 }
 func (UnimplementedAgentServer) RelabelWorkload(context.Context, *RelabelWorkloadRequest) (*RelabelWorkloadResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method RelabelWorkload not implemented")
@@ -434,6 +460,24 @@ func _Agent_DeregisterWorkload_Handler(srv interface{}, ctx context.Context, dec
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(AgentServer).DeregisterWorkload(ctx, req.(*DeregisterWorkloadRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Agent_CheckWorkload_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CheckWorkloadRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).CheckWorkload(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_CheckWorkload_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).CheckWorkload(ctx, req.(*CheckWorkloadRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -647,6 +691,10 @@ var Agent_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "DeregisterWorkload",
 			Handler:    _Agent_DeregisterWorkload_Handler,
+		},
+		{
+			MethodName: "CheckWorkload",
+			Handler:    _Agent_CheckWorkload_Handler,
 		},
 		{
 			MethodName: "RelabelWorkload",

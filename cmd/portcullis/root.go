@@ -59,6 +59,7 @@ var commands = []func(*Env) *cobra.Command{
 	newPolicyCmd,
 	newMonitorCmd,
 	newDoctorCmd,
+	newCNICmd,
 	newVersionCmd,
 	newCompletionCmd,
 }
