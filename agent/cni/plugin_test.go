@@ -22,8 +22,8 @@ func TestVerbs(t *testing.T) {
 	for i, version := range []string{"0.3.1", "0.4.0", "1.0.0", "1.1.0"} {
 		t.Run(version, func(t *testing.T) {
 			p := n.pod(10 + i)
-			if p.hears(true); n.endpoints()[p.container] != nil {
-				t.Error("an endpoint before ADD")
+			if !p.hears(true) || n.endpoints()[p.container] != nil {
+				t.Error("the set-up is not as it should be before ADD")
 			}
 			for range 2 { // the second changes nothing
 				out, err := p.call("ADD", n.conf(version))
@@ -185,7 +185,7 @@ func TestOldSandbox(t *testing.T) {
 func TestQuarantine(t *testing.T) {
 	n := newNode(t, "--reuse-margin", "10s") // the later flag counts
 	conf := n.conf("1.1.0")
-	conf["addWait"] = "30s" // the margin counts from the agent's start, too
+	conf["addWait"] = "30s"
 	p := n.pod(40)
 	if _, err := p.call("ADD", conf); err != nil {
 		t.Fatal(err)
