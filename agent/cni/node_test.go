@@ -61,12 +61,11 @@ func TestMain(m *testing.M) {
 // node is a network namespace with a real agent in it, and the part of a
 // container runtime and of the plugins before this one.
 type node struct {
-	t      *testing.T
-	ns     netns.NsHandle
-	dir    string
-	pins   string
-	agent  *exec.Cmd // nil: none runs
-	agents int
+	t     *testing.T
+	ns    netns.NsHandle
+	dir   string
+	pins  string
+	agent *exec.Cmd // nil: none runs
 }
 
 func needRoot(t *testing.T) {
