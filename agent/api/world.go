@@ -98,6 +98,9 @@ func addPeers(w *tools.World, bindings []*Binding) error {
 		if name := b.GetWorkload().GetName(); name != "" {
 			x.Title = b.GetWorkload().GetNamespace() + "/" + name
 		}
+		if w.TrustDomain == "" {
+			w.TrustDomain = x.Identity.TrustDomain
+		}
 		byUID[uid] = len(w.Workloads)
 		w.Workloads = append(w.Workloads, x)
 	}

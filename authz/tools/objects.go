@@ -36,6 +36,7 @@ type template struct {
 	owner    authz.Ref
 	labels   map[string]string // of its pods
 	replicas int
+	finished bool // it makes no more
 	podSpec
 }
 
@@ -120,9 +121,13 @@ func name(v *dialect.Value, kind string, namespaced bool) authz.Ref {
 		v.Refuse("field metadata is missing")
 		return ref
 	}
-	meta.Require("name")
-	if f := field(meta, "name"); f != nil {
+	switch f, made := field(meta, "name"), text(meta, "generateName"); {
+	case f != nil:
 		ref.Name, _ = f.ObjectName()
+	case made != "": // the API server adds something
+		ref.Name = strings.TrimRight(made, "-")
+	default:
+		meta.Require("name")
 	}
 	if namespaced {
 		ref.Namespace = dialect.DefaultNamespace
@@ -243,6 +248,11 @@ func (r *Reader) template(kind string, path ...string) func(*dialect.Document) {
 		if f := field(root, "spec", "replicas"); f != nil {
 			t.replicas, _ = f.Number()
 		}
+		each(field(root, "status", "conditions"), func(c *dialect.Value) {
+			if what := text(c, "type"); kind == "Job" && (what == "Complete" || what == "Failed") && text(c, "status") == "True" {
+				t.finished = true
+			}
+		})
 		at := field(root, path...)
 		if at == nil {
 			root.Refuse("field %s is missing", strings.Join(path, "."))

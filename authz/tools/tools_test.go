@@ -179,20 +179,22 @@ items:
 - {apiVersion: apps/v1, kind: Deployment, metadata: {name: other}, spec: {template: {metadata: {labels: {app: other}}, spec: {serviceAccountName: special}}}}
 - {apiVersion: apps/v1, kind: StatefulSet, metadata: {name: idle}, spec: {replicas: 0, template: {metadata: {labels: {app: idle}}}}}
 - {apiVersion: batch/v1, kind: CronJob, metadata: {name: bare}, spec: {jobTemplate: {spec: {template: {metadata: {labels: {app: cron}}}}}}}
+- {apiVersion: batch/v1, kind: Job, metadata: {name: migrated}, spec: {template: {metadata: {labels: {app: m}}}}, status: {conditions: [{type: Complete, status: "True"}]}}
+- {apiVersion: batch/v1, kind: Job, metadata: {generateName: once-}, spec: {template: {metadata: {labels: {app: o}}}}}
 - {apiVersion: v1, kind: ConfigMap, metadata: {name: settings}}
 `)
 	var got []string
 	for _, x := range w.Workloads {
 		got = append(got, x.Title+" "+x.Kind+" "+x.Identity.ServiceAccount)
 	}
-	want := []string{"default/bare Pod default", "default/cronjob/bare CronJob default", "default/other Deployment special", "default/web-5d9-x Pod default"}
+	want := []string{"default/bare Pod default", "default/cronjob/bare CronJob default", "default/once Job default", "default/other Deployment special", "default/web-5d9-x Pod default"}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
 	}
 	wantNote(t, w, "2 finished pods")
 	wantNote(t, w, "pod kube-system/agent uses its node's network")
 	wantNote(t, w, "StatefulSet default/idle has no replicas")
-	wantNote(t, w, "of CronJob default/bare, Deployment default/other: one workload without an address")
+	wantNote(t, w, "of CronJob default/bare, Job default/once, Deployment default/other: one workload without an address")
 	wantNote(t, w, "v1 ConfigMap (1)")
 	if _, err := w.Party("default/done"); err == nil || !strings.Contains(err.Error(), "finished") {
 		t.Error(err)

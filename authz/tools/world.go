@@ -216,7 +216,7 @@ func (w *World) templateWorkloads(live map[authz.Ref]bool) {
 	for _, ref := range sorted(w.templates) {
 		t := w.templates[ref]
 		switch {
-		case live[ref], w.templates[t.owner] != nil:
+		case live[ref], w.templates[t.owner] != nil, t.finished:
 		case t.replicas == 0:
 			w.note("%s has no replicas: it is left out", ref)
 		case t.hostNetwork:
