@@ -141,7 +141,8 @@ func (l *loop) bindingMessage(e ipcache.Entry, now lease.Time, grants []*api.Gra
 	return m
 }
 
-// policyMessage tells of a policy; of a group, as of the policies that name it.
+// policyMessage tells of a policy; of a group, as of the policies that name it;
+// of a namespace, as of the workloads in it.
 func (l *loop) policyMessage(o api.Object, source bool) *api.Policy {
 	m := &api.Policy{Ref: api.FromRef(o.Ref), File: o.File}
 	if at := l.policyFiles[o.Ref].at; !at.IsZero() {
@@ -152,6 +153,12 @@ func (l *loop) policyMessage(o api.Object, source bool) *api.Policy {
 		policies = slices.DeleteFunc(l.repo.List(), func(p *authz.Policy) bool { return !p.Names(o.Group) })
 	}
 	for _, e := range l.endpoints {
+		if o.Namespace != nil {
+			if e.identity.Namespace == o.Namespace.Name {
+				m.Endpoints++
+			}
+			continue
+		}
 		if slices.ContainsFunc(policies, func(p *authz.Policy) bool { return l.repo.Selects(p, e.identity) }) {
 			m.Endpoints++
 		}

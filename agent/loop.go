@@ -72,8 +72,9 @@ type loop struct {
 	retryPolicies   bool                  // an end of named ports that could not be applied
 	nodeUIDs        map[identity.UID]netip.Addr
 	numerics        map[uint64]identity.Numeric // stamp -> the number that its slot speaks of
-	policyFiles     map[authz.Ref]importedFile  // of groups, too
+	policyFiles     map[authz.Ref]importedFile  // of groups and namespaces, too
 	groups          map[authz.Ref]*authz.Group
+	spaces          map[authz.Ref]*authz.NamespaceObject
 	regions         regions
 
 	installedAt map[uint64]lease.Time // stamp -> when

@@ -57,7 +57,7 @@ func (l *loop) forgetPolicy(e *endpoint) {
 	}
 }
 
-// importPolicies adds or replaces policies and groups of addresses, all or none:
+// importPolicies adds or replaces policies and what they speak of, all or none:
 // every endpoint's new set is in the kernel before the first endpoint is switched
 // to it, and the repository goes back to what it was when one does not fit. They
 // are stored first: a policy that a restart would forget must not be counted on.
@@ -90,7 +90,7 @@ func (l *loop) importPolicies(parsed []api.Object, st *staged) (replaced map[aut
 	return replaced, nil
 }
 
-// deletePolicies removes policies and groups of addresses, all or none.
+// deletePolicies removes policies and what they speak of, all or none.
 func (l *loop) deletePolicies(refs []authz.Ref) error {
 	undo := l.changePolicies()
 	for _, ref := range refs {
@@ -125,15 +125,22 @@ func (l *loop) object(ref authz.Ref) (api.Object, bool) {
 		o.Source = o.Group.Source
 		return o, true
 	}
+	if o.Namespace = l.spaces[ref]; o.Namespace != nil {
+		o.Source = o.Namespace.Source
+		return o, true
+	}
 	return o, false
 }
 
-// objects returns the names of all that was imported: policies, then groups.
+// objects returns the names of all that was imported: policies, groups of
+// addresses, namespaces.
 func (l *loop) objects() (refs []authz.Ref) {
 	for _, p := range l.repo.List() {
 		refs = append(refs, p.Ref)
 	}
-	return append(refs, slices.SortedFunc(maps.Keys(l.groups), func(a, b authz.Ref) int { return strings.Compare(a.Name, b.Name) })...)
+	byName := func(a, b authz.Ref) int { return strings.Compare(a.Name, b.Name) }
+	refs = append(refs, slices.SortedFunc(maps.Keys(l.groups), byName)...)
+	return append(refs, slices.SortedFunc(maps.Keys(l.spaces), byName)...)
 }
 
 // putBack stores what stood before, and puts it into the repository.
@@ -146,10 +153,14 @@ func (l *loop) putBack(o api.Object, at time.Time) error {
 
 // use puts into the repository what is stored.
 func (l *loop) use(o api.Object, at time.Time) error {
-	if o.Group != nil {
+	switch {
+	case o.Group != nil:
 		l.groups[o.Ref] = o.Group
 		l.repo.SetBlockGroup(o.Group.Name, o.Group.Labels, o.Group.Blocks)
-	} else {
+	case o.Namespace != nil:
+		l.spaces[o.Ref] = o.Namespace
+		l.repo.SetNamespaceLabels(o.Namespace.Name, o.Namespace.Labels)
+	default:
 		// Who enforces obeys all of a policy or none of it.
 		if err := o.Policy.Enforceable(); err != nil {
 			return err
@@ -167,6 +178,11 @@ func (l *loop) forget(ref authz.Ref) (policy bool) {
 	if l.groups[ref] != nil {
 		delete(l.groups, ref)
 		l.repo.DeleteBlockGroup(ref.Name)
+		return false
+	}
+	if l.spaces[ref] != nil {
+		delete(l.spaces, ref)
+		l.repo.SetNamespaceLabels(ref.Name, nil)
 		return false
 	}
 	return l.repo.Delete(ref)

@@ -127,10 +127,12 @@ var kinds = map[string]string{
 	"ciliumclusterwidenetworkpolicy": "CiliumClusterwideNetworkPolicy", "ccnp": "CiliumClusterwideNetworkPolicy",
 	"ciliumcidrgroup": "CiliumCIDRGroup", "ccg": "CiliumCIDRGroup",
 	"policytree": "PolicyTree", "tree": "PolicyTree",
+	"namespace": "Namespace", "ns": "Namespace",
 }
 
 // ParseRef parses KIND/NS/NAME or KIND/NAME. The case of the kind does not
-// matter; netpol, cnp, ccnp, ccg (CiliumCIDRGroup) and tree are short for the usual ones.
+// matter; netpol, cnp, ccnp, ccg (CiliumCIDRGroup), ns and tree are short for the usual
+// ones.
 func ParseRef(s string) (*PolicyRef, error) {
 	parts := strings.Split(s, "/")
 	if len(parts) < 2 || len(parts) > 3 || parts[0] == "" || parts[len(parts)-1] == "" {

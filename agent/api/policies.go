@@ -23,26 +23,37 @@ type ParsedGroup struct {
 	File string
 }
 
-// Object is what can be imported, stored and deleted by its name: a policy, or
-// a group of addresses.
+// ParsedNamespace is what is said of a namespace, and the file that says it.
+type ParsedNamespace struct {
+	*authz.NamespaceObject
+	File string
+}
+
+// Object is what can be imported, stored and deleted by its name: a policy, a
+// group of addresses, or a namespace's labels. One of the three is set.
 type Object struct {
 	authz.Ref
-	File   string
-	Source string // the document, verbatim
-	Policy *authz.Policy
-	Group  *authz.Group // one of both
+	File      string
+	Source    string // the document, verbatim
+	Policy    *authz.Policy
+	Group     *authz.Group
+	Namespace *authz.NamespaceObject
 }
 
 // Parsed is what the files of one import say.
 type Parsed struct {
 	Policies []ParsedPolicy
 	Groups   []ParsedGroup
+	Spaces   []ParsedNamespace
 	// Not is what can be judged, but not enforced yet.
 	Not []*PolicyProblem
 }
 
-// Dialects returns the parsers of every kind of policy that there is.
-func Dialects() []dialect.Dialect { return append(cilium.Dialects(), k8s.Dialect, tree.Dialect) }
+// Dialects returns the parsers of every kind of policy that there is, and of
+// what policies speak of.
+func Dialects() []dialect.Dialect {
+	return append(cilium.Dialects(), k8s.Dialect, k8s.Namespaces, tree.Dialect)
+}
 
 // Parse parses files, in every dialect that there is. Any problem means that
 // nothing of them is to be used. Who enforces uses ParsePolicies.
@@ -71,6 +82,9 @@ func Parse(files []*PolicyFile) (out Parsed, problems []*PolicyProblem) {
 		for _, g := range parsed.Groups {
 			out.Groups = append(out.Groups, ParsedGroup{Group: g, File: f.GetName()})
 		}
+		for _, n := range parsed.Namespaces {
+			out.Spaces = append(out.Spaces, ParsedNamespace{NamespaceObject: n, File: f.GetName()})
+		}
 	}
 	if len(problems) > 0 {
 		return Parsed{}, problems
@@ -85,8 +99,11 @@ func ParsePolicies(files []*PolicyFile) (objects []Object, problems []*PolicyPro
 	if problems = append(problems, out.Not...); len(problems) > 0 {
 		return nil, problems
 	}
-	// Groups first: whoever goes through them finds them before the policies
-	// that speak of them.
+	// Policies last: whoever goes through them finds what they speak of before
+	// them.
+	for _, n := range out.Spaces {
+		objects = append(objects, Object{Ref: n.Ref, File: n.File, Source: n.Source, Namespace: n.NamespaceObject})
+	}
 	for _, g := range out.Groups {
 		objects = append(objects, Object{Ref: g.Ref, File: g.File, Source: g.Source, Group: g.Group})
 	}

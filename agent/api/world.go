@@ -70,6 +70,9 @@ func worldOf(node string, endpoints []*Endpoint, bindings []*Binding, policies [
 			w.Policies = append(w.Policies, tools.Policy{Policy: x, File: p.GetFile()})
 		}
 		w.Groups = append(w.Groups, parsed.Groups...)
+		for _, n := range parsed.Namespaces {
+			w.Namespaces[n.Name] = n.Labels
+		}
 	}
 	return w, nil
 }

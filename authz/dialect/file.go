@@ -35,8 +35,9 @@ func (d Dialect) takesOthers() bool { return d.APIVersion == "" && d.Kind == "" 
 
 // Result is what files say: policies, and objects that policies speak of.
 type Result struct {
-	Policies []*authz.Policy
-	Groups   []*authz.Group
+	Policies   []*authz.Policy
+	Groups     []*authz.Group
+	Namespaces []*authz.NamespaceObject
 }
 
 // Refs returns the name of each object.
@@ -47,6 +48,9 @@ func (r Result) Refs() (refs []authz.Ref) {
 	for _, g := range r.Groups {
 		refs = append(refs, g.Ref)
 	}
+	for _, n := range r.Namespaces {
+		refs = append(refs, n.Ref)
+	}
 	return refs
 }
 
@@ -54,6 +58,7 @@ func (r Result) Refs() (refs []authz.Ref) {
 func (r *Result) Add(o Result) {
 	r.Policies = append(r.Policies, o.Policies...)
 	r.Groups = append(r.Groups, o.Groups...)
+	r.Namespaces = append(r.Namespaces, o.Namespaces...)
 }
 
 // ParseFile parses every document of a file, in YAML or JSON. It returns all

@@ -29,7 +29,8 @@ type Reader struct {
 // NewReader returns a reader that understands policies of these dialects.
 func NewReader(dialects ...dialect.Dialect) *Reader {
 	r := &Reader{world: newWorld(), seen: map[authz.Ref]string{}, ignored: map[string]int{}, partSize: partSize}
-	r.dialects = slices.Concat(dialects, r.objects())
+	// Its own first: of a Namespace it keeps more than a dialect does.
+	r.dialects = slices.Concat(r.objects(), dialects)
 	return r
 }
 

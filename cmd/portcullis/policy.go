@@ -85,8 +85,10 @@ meaning but is not enforced yet is valid; it is shown too, for import refuses it
 			not[ref.Ref()] = p.Enforceable() != nil
 		}
 		for _, g := range parsed.Groups {
-			ref := api.FromRef(g.Ref)
-			res.Imported = append(res.Imported, &api.ImportedPolicy{Ref: ref})
+			res.Imported = append(res.Imported, &api.ImportedPolicy{Ref: api.FromRef(g.Ref)})
+		}
+		for _, n := range parsed.Spaces {
+			res.Imported = append(res.Imported, &api.ImportedPolicy{Ref: api.FromRef(n.Ref)})
 		}
 		err = printImport(env, *o, res, "not valid", func(p *api.ImportedPolicy) string {
 			if not[p.GetRef().Ref()] {

@@ -1,0 +1,58 @@
+package agent
+
+import (
+	"testing"
+
+	"portcullis/authz"
+	"portcullis/bpf/abi"
+	"portcullis/identity"
+)
+
+const fromRedNamespaces = `
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: red}
+spec:
+  podSelector: {matchLabels: {app: a0}}
+  ingress: [{from: [{namespaceSelector: {matchLabels: {team: red}}}]}]
+`
+
+// What is imported of a namespace is what selectors see of it: not before, over
+// a restart, and not after it was deleted.
+func TestImportedNamespace(t *testing.T) {
+	n := newNode(t)
+	n.veth("a0")
+	n.veth("b0")
+	l := n.mustStart()
+	defer func() { n.crash(l) }()
+	a := n.run(l, app("a0", "10.1.1.2"))
+	n.run(l, app("b0", "10.1.1.3"))
+	n.importPolicy(l, fromRedNamespaces)
+	verify := func(when string, want bool) {
+		t.Helper()
+		number := identity.Numeric(n.slotOf(l, "10.1.1.3").Identity)
+		if d := a.policy.set.Judge(abi.DirIngress, number, authz.ProtoTCP, 80); (d.Verdict == abi.VerdictPass) != want {
+			t.Errorf("%s: %+v, want it to pass: %v", when, d, want)
+		}
+	}
+	namespace := func(team string) string {
+		return "apiVersion: v1\nkind: Namespace\nmetadata: {name: default, labels: {team: " + team + "}}\n"
+	}
+	ref := authz.Ref{Kind: "Namespace", Name: "default"}
+	verify("of a namespace that nobody spoke of", false)
+	n.importPolicy(l, namespace("red"))
+	verify("imported", true)
+	if o, there := l.object(ref); !there || o.Source != namespace("red") || len(l.objects()) != 2 {
+		t.Errorf("listed as %+v, %v", o, l.objects())
+	}
+	a = n.restartWith(&l, a, func() {})
+	verify("after a restart", true)
+	n.importPolicy(l, namespace("blue"))
+	verify("with another label", false)
+	n.importPolicy(l, namespace("red"))
+	verify("as before", true)
+	if err := l.deletePolicies([]authz.Ref{ref}); err != nil {
+		t.Fatal(err)
+	}
+	verify("deleted", false)
+}
