@@ -39,7 +39,7 @@ func seed(f *testing.F) {
 	} {
 		f.Add(s)
 	}
-	docs, list, jsonList := manyPods(2)
+	docs, list, jsonList := manyPods(2, 20)
 	for _, s := range []string{docs, list, jsonList, cluster(2, 2), "items:\n- a\n-\n  b: \"x\n- y\"\nkind: List\napiVersion: v1\n", "{\"items\": [{\"kind\": \"Pod\"}], \"kind\": \"List\"}"} {
 		f.Add(s)
 	}

@@ -11,10 +11,9 @@ import (
 	"portcullis/authz/dialect"
 )
 
-// padding makes an object some 2 KiB large.
-var padding = strings.Repeat("it says nothing. ", 128)
-
-func manyPods(n int) (yaml, list, jsonList string) {
+// manyPods are pods that say little at some length.
+func manyPods(n, length int) (yaml, list, jsonList string) {
+	padding := strings.Repeat("it says nothing. ", length/17+1)
 	var docs, items strings.Builder
 	var objects []any
 	for i := range n {
@@ -31,8 +30,8 @@ func manyPods(n int) (yaml, list, jsonList string) {
 
 // A dump of a cluster is larger than what a policy file may be.
 func TestLargeFiles(t *testing.T) {
-	const n = 1200
-	docs, list, jsonList := manyPods(n)
+	const n = 240
+	docs, list, jsonList := manyPods(n, 10_000)
 	indented := strings.ReplaceAll(list, "\n- ", "\n  - ")
 	indented = strings.ReplaceAll(indented, "\n  kind: Pod\n  metadata:\n    name", "\n    kind: Pod\n    metadata:\n      name")
 	indented = strings.ReplaceAll(indented, "\n    annotations:\n      text: |\n        ", "\n      annotations:\n        text: |\n          ")
@@ -49,16 +48,16 @@ func TestLargeFiles(t *testing.T) {
 	}
 	// Problems are where they are in the file.
 	for what, text := range map[string]string{"documents": docs, "list": list, "JSON list": jsonList} {
-		bad := strings.Replace(text, "p1111", "P1111", 1)
+		bad := strings.Replace(text, "p222", "P222", 1)
 		_, err := read(bad)
 		var problems authz.Problems
 		if !errors.As(err, &problems) || len(problems) != 1 {
 			t.Errorf("%s: %v", what, err)
 			continue
 		}
-		line := 1 + strings.Count(bad[:strings.Index(bad, "P1111")], "\n")
+		line := 1 + strings.Count(bad[:strings.Index(bad, "P222")], "\n")
 		p := problems[0]
-		if p.Line != line || what == "documents" && p.Document != 1112 || what != "documents" && (p.Document != 1 || p.Path != "items[1111].metadata.name") {
+		if p.Line != line || what == "documents" && p.Document != 223 || what != "documents" && (p.Document != 1 || p.Path != "items[222].metadata.name") {
 			t.Errorf("%s: %+v, want line %d", what, p, line)
 		}
 	}
@@ -71,7 +70,7 @@ func TestLargeFiles(t *testing.T) {
 		"flow style":        "apiVersion: v1\nkind: List\nitems: [" + strings.Repeat("{apiVersion: v1},", 100_000) + "]",
 		"within a quote":    strings.Replace(list, "name: p5\n", "name: \"p5\n- x\"\n", 1),
 		"an alias elsewhere": strings.Replace(strings.Replace(list, "name: p5\n", "name: &a p5\n", 1),
-			"name: p1100\n", "name: *a\n", 1),
+			"name: p220\n", "name: *a\n", 1),
 		"one object": "apiVersion: v1\nkind: Pod\nmetadata:\n  name: a\n  annotations: {a: " + strings.Repeat("x", dialect.MaxFile) + "}",
 	} {
 		if w, err := read(text); err == nil {
@@ -82,7 +81,7 @@ func TestLargeFiles(t *testing.T) {
 
 // A file in parts says what it says as a whole.
 func TestPartsAgree(t *testing.T) {
-	docs, list, jsonList := manyPods(300) // more than a part, less than a file
+	docs, list, jsonList := manyPods(60, 6_000) // more than a part, less than a file
 	for what, text := range map[string]string{"documents": docs, "list": list, "JSON list": jsonList} {
 		parsed := 0
 		for doc := range dialect.Documents("f", []byte(text)) {
@@ -91,7 +90,7 @@ func TestPartsAgree(t *testing.T) {
 			}
 			parsed++
 		}
-		if w, err := read(text); err != nil || len(w.Workloads) != parsed || parsed != 300 {
+		if w, err := read(text); err != nil || len(w.Workloads) != parsed || parsed != 60 {
 			t.Errorf("%s: %v, %d", what, err, parsed)
 		}
 	}
