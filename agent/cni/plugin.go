@@ -366,7 +366,7 @@ func asError(err error) error {
 	switch {
 	case errors.As(err, &unreachable):
 		return types.NewError(codeAgentDown, unreachable.Error(), "no workload starts without the agent")
-	case unsettled(err):
+	case unsettled(err) && status.Code(err) != codes.Internal: // that is an answer
 		return types.NewError(codeAgentDown, "the agent does not answer: "+status.Convert(err).Message(), "")
 	case status.Code(err) == codes.ResourceExhausted:
 		return types.NewError(types.ErrTryAgainLater, status.Convert(err).Message(), "")
