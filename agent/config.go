@@ -97,6 +97,7 @@ type Config struct {
 	// ConntrackPerEndpoint is how many flows one endpoint may open; 0: a
 	// quarter of Conntrack.
 	ConntrackPerEndpoint int
+	PolicyEntries        int // of the policies of all workloads, and while they change of the former ones too
 	Grants               int // leases that this node gives on its bindings, at a time
 	Sessions             int // with owners, at a time
 	HeldBytes            int // of the ring of held packets; a power of two
@@ -116,7 +117,7 @@ func Default() Config {
 		AuditLog: "/var/log/portcullis/confirmations.jsonl", Evidence: ModeLease, AllowLocalHost: LocalHostAlways, ClusterName: "default",
 		TTL: 30 * time.Second, Heartbeat: 5 * time.Second, ReuseMargin: time.Second, AddWait: 3 * time.Second,
 		HoldTimeout: time.Second, IdleBinding: 5 * time.Minute,
-		HoldPerEndpoint: 64, HoldPerSource: 16, HoldTotal: 4096, Bindings: 65536, Conntrack: 131072,
+		HoldPerEndpoint: 64, HoldPerSource: 16, HoldTotal: 4096, Bindings: 65536, Conntrack: 131072, PolicyEntries: 262144,
 		Grants: 65536, Sessions: 4093, HeldBytes: 8 << 20, EventBytes: 1 << 20,
 	}
 }
@@ -208,7 +209,7 @@ func (c *Config) validateSizes() (errs []error) {
 	if c.Bindings > maxBindings {
 		bad("--bindings %d: want at most %d", c.Bindings, maxBindings)
 	}
-	for flag, n := range map[string]int{"--hold-per-endpoint": c.HoldPerEndpoint, "--hold-per-source": c.HoldPerSource, "--hold-total": c.HoldTotal, "--bindings": c.Bindings, "--conntrack": c.Conntrack,
+	for flag, n := range map[string]int{"--hold-per-endpoint": c.HoldPerEndpoint, "--hold-per-source": c.HoldPerSource, "--hold-total": c.HoldTotal, "--bindings": c.Bindings, "--conntrack": c.Conntrack, "--policy-entries": c.PolicyEntries,
 		"--grants": c.Grants, "--sessions": c.Sessions} {
 		if n < 1 {
 			bad("%s %d: want at least 1", flag, n)

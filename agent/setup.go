@@ -26,7 +26,7 @@ import (
 
 // openKernel loads or adopts the datapath.
 func (l *loop) openKernel() (err error) {
-	l.dp, err = datapath.Open(datapath.Config{PinDir: l.cfg.PinDir, Bindings: l.cfg.Bindings, Conntrack: l.cfg.Conntrack, Endpoints: maxEndpoints,
+	l.dp, err = datapath.Open(datapath.Config{PinDir: l.cfg.PinDir, Bindings: l.cfg.Bindings, Conntrack: l.cfg.Conntrack, Policy: l.cfg.PolicyEntries, Endpoints: maxEndpoints,
 		Leases: l.cfg.leases(), HeldBytes: l.cfg.HeldBytes, EventBytes: l.cfg.EventBytes, ConntrackPerEndpoint: l.cfg.ConntrackPerEndpoint, MarkMask: l.cfg.MarkMask, EndpointMarkMask: l.cfg.EndpointMarkMask,
 		HoldPerEndpoint: l.cfg.HoldPerEndpoint, HoldPerSource: l.cfg.HoldPerSource, HoldTotal: l.cfg.HoldTotal, HoldTimeout: l.cfg.HoldTimeout, Classic: l.cfg.Evidence == ModeClassic, Log: l.log})
 	if err != nil {

@@ -20,7 +20,7 @@ type Config struct {
 	Conntrack  int // flows; default 131072
 	Endpoints  int // local workloads; hold indices are 1 to this. Default 1024
 	Leases     int // lease indices, the reserved ones included; default 4096
-	Policy     int // entries of all sets; default 65536
+	Policy     int // entries of all sets, former ones included; default 262144
 	Ranges     int // prefixes: known ranges, and blocks that policies name; default 65536
 	Sources    int // prefixes that endpoints forward for, of all; default 4096
 	HeldBytes  int // of the ring of held packets; a power of two; default 8 MiB
@@ -63,7 +63,7 @@ func (c Config) withDefaults() (Config, error) {
 		def  int
 	}{
 		{"bindings", &c.Bindings, 65536}, {"conntrack", &c.Conntrack, 131072}, {"endpoints", &c.Endpoints, 1024},
-		{"leases", &c.Leases, 4096}, {"policy", &c.Policy, 65536}, {"ranges", &c.Ranges, 65536}, {"sources", &c.Sources, 4096},
+		{"leases", &c.Leases, 4096}, {"policy", &c.Policy, 262144}, {"ranges", &c.Ranges, 65536}, {"sources", &c.Sources, 4096},
 		{"held bytes", &c.HeldBytes, 8 << 20}, {"event bytes", &c.EventBytes, 1 << 20},
 		{"hold per endpoint", &c.HoldPerEndpoint, 64}, {"hold per source", &c.HoldPerSource, 16}, {"hold total", &c.HoldTotal, 4096},
 	} {

@@ -112,6 +112,7 @@ func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (printC
 	f.IntVar(&cfg.Bindings, "bindings", cfg.Bindings, "size of the map of bindings")
 	f.IntVar(&cfg.Conntrack, "conntrack", cfg.Conntrack, "size of the map of connections")
 	f.IntVar(&cfg.ConntrackPerEndpoint, "conntrack-per-endpoint", 0, "connections that one workload may open (0: a quarter of --conntrack)")
+	f.IntVar(&cfg.PolicyEntries, "policy-entries", cfg.PolicyEntries, "entries of all workloads' policies; a change needs room for the former and the new ones of whom it touches")
 	f.IntVar(&cfg.Grants, "grants", cfg.Grants, "leases that this node gives on its addresses, at a time")
 	f.IntVar(&cfg.Sessions, "sessions", cfg.Sessions, "sessions with owners, at a time")
 	f.IntVar(&cfg.HeldBytes, "held-bytes", cfg.HeldBytes, "size of the ring of held packets; a power of two")
