@@ -7,7 +7,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"slices"
 	"time"
@@ -15,7 +14,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
-	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
 	"portcullis/agent/api"
@@ -71,7 +69,7 @@ func Run(signalled context.Context, cfg Config, log *zap.Logger) error {
 	if l.transport, err = newTransport(cfg, l, source, log); err != nil {
 		return err
 	}
-	l.source = source
+	l.useSource(source)
 	listener, err := api.Listen(cfg.APISocket)
 	if err != nil {
 		return err
@@ -125,26 +123,6 @@ func (l *loop) begin() {
 	l.pendingAdds = nil
 	l.stepOwner(lease.OwnerTick{})
 	l.stepVerifier(lease.VerifierTick{})
-}
-
-// reopenLog opens the confirmation log anew at each SIGHUP, for whoever has
-// moved it away, until ctx ends.
-func (l *loop) reopenLog(ctx context.Context) error {
-	hup := make(chan os.Signal, 1)
-	signal.Notify(hup, unix.SIGHUP)
-	defer signal.Stop(hup)
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-hup:
-		}
-		if err := l.audit.Reopen(); err != nil {
-			l.alarms.raise("confirmation-log", fmt.Sprintf("it could not be opened anew, the former file is written: %v", err))
-			continue
-		}
-		l.log.Info("the confirmation log was opened anew", zap.String("file", l.cfg.AuditLog))
-	}
 }
 
 // watchDevices tells of devices that come, change and vanish, and has what
@@ -217,7 +195,7 @@ func newLoop(ctx context.Context, cfg Config, log *zap.Logger) (*loop, error) {
 		endpoints: map[identity.UID]*endpoint{}, byIP: map[netip.Addr]*endpoint{}, byEndpointID: map[uint32]*endpoint{}, byIfindex: map[uint32]*endpoint{},
 		holdIndexes: newIndexes(maxEndpoints, cfg.ReuseMargin), retryActivation: map[identity.UID]identity.Generation{}, retryClose: map[identity.UID]bool{}, nodeUIDs: map[identity.UID]netip.Addr{},
 		numerics: map[uint64]identity.Numeric{}, installedAt: map[uint64]lease.Time{}, policyFiles: map[authz.Ref]importedFile{}, groups: map[authz.Ref]*authz.Group{}, spaces: map[authz.Ref]*authz.NamespaceObject{},
-		names: newDirectory(), monitors: newMonitors(), alarms: newAlarms()}
+		names: newDirectory(), peerSessions: map[identity.NodeName]*audit.Session{}, monitors: newMonitors(), alarms: newAlarms()}
 
 	l.sets, l.bySubject = authz.NewSets(l.repo), map[*authz.Subject]*endpoint{}
 	for n, id := range l.ids.All {
@@ -250,7 +228,7 @@ func (l *loop) open(ctx context.Context) error {
 	if err := os.MkdirAll(filepath.Dir(l.cfg.AuditLog), 0o750); err != nil {
 		return fmt.Errorf("confirmation log: %w", err)
 	}
-	if l.audit, err = audit.Open(l.cfg.AuditLog, l.cfg.Node, l.log); err != nil {
+	if err := l.openAudit(); err != nil {
 		return err
 	}
 	for _, step := range []func() error{l.openKernel, l.shutStrangers, l.loadPolicies, l.restoreTable,

@@ -69,6 +69,13 @@ type Config struct {
 	StateDir   string // imported policies; outlives a boot
 	AuditLog   string // the confirmation log
 
+	AuditSync       string        // none, interval or always
+	AuditRefuse     bool          // nothing is confirmed that cannot be written down
+	AuditMaxBytes   int           // of one of its files
+	AuditMaxAge     time.Duration // of one of its files
+	AuditKeep       int           // files beside the current one; 0: all
+	AuditCheckpoint time.Duration // between two signatures
+
 	Evidence      Mode
 	UnsafeClassic bool
 	FreshRanges   bool
@@ -114,7 +121,8 @@ func Default() Config {
 	return Config{
 		APISocket: "/run/portcullis/agent.sock", PinDir: "/sys/fs/bpf/portcullis", JournalDir: "/run/portcullis/journal",
 		StateDir: "/var/lib/portcullis",
-		AuditLog: "/var/log/portcullis/confirmations.jsonl", Evidence: ModeLease, AllowLocalHost: LocalHostAlways, ClusterName: "default",
+		AuditLog: "/var/log/portcullis/confirmations.jsonl", AuditSync: "interval", AuditMaxBytes: 64 << 20, AuditMaxAge: 24 * time.Hour, AuditKeep: 64, AuditCheckpoint: time.Minute,
+		Evidence: ModeLease, AllowLocalHost: LocalHostAlways, ClusterName: "default",
 		TTL: 30 * time.Second, Heartbeat: 5 * time.Second, ReuseMargin: time.Second, AddWait: 3 * time.Second,
 		HoldTimeout: time.Second, IdleBinding: 5 * time.Minute,
 		HoldPerEndpoint: 64, HoldPerSource: 16, HoldTotal: 4096, Bindings: 65536, Conntrack: 131072, PolicyEntries: 262144,
@@ -245,11 +253,34 @@ func (c *Config) validateTimes() (errs []error) {
 	if c.HoldTimeout <= 0 || c.HoldTimeout > 10*time.Second {
 		bad("--hold-timeout %v: want more than 0 and at most 10s", c.HoldTimeout)
 	}
+	errs = append(errs, c.validateAudit()...)
 	if c.AddWait < 0 {
 		bad("--add-wait %v: want 0 or more", c.AddWait)
 	}
 	if c.IdleBinding < leastIdle {
 		bad("--idle-binding %v: want at least %v, or bindings in use are given back", c.IdleBinding, leastIdle)
+	}
+	return errs
+}
+
+func (c *Config) validateAudit() (errs []error) {
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	switch c.AuditSync {
+	case "none", "interval", "always":
+	default:
+		bad("--audit-sync %q: want none, interval or always", c.AuditSync)
+	}
+	if c.AuditMaxBytes < 64<<10 {
+		bad("--audit-max-bytes %d: want at least 65536", c.AuditMaxBytes)
+	}
+	if c.AuditMaxAge < time.Minute {
+		bad("--audit-max-age %v: want at least 1m", c.AuditMaxAge)
+	}
+	if c.AuditKeep < 0 {
+		bad("--audit-keep %d: want 0 (all) or more", c.AuditKeep)
+	}
+	if c.AuditCheckpoint < time.Second || c.AuditCheckpoint > time.Hour {
+		bad("--audit-checkpoint %v: want 1s to 1h", c.AuditCheckpoint)
 	}
 	return errs
 }

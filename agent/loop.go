@@ -49,7 +49,10 @@ type loop struct {
 	storeKept int        // bytes that the store had when it was rewritten last
 	processes *processes // safe for concurrent use
 	devices   *devices   // set before run; what the loop calls of it is safe for concurrent use
-	audit     *audit.Log
+	audit     *audit.Log // safe for concurrent use
+	signer    *lateSigner
+
+	peerSessions map[identity.NodeName]*audit.Session // by certificate, of streams that are up
 
 	owner    lease.OwnerMachine
 	grants   grantBook // of the owner; nil in mode classic
@@ -155,6 +158,7 @@ func (l *loop) retry() {
 		l.alarms.clear("policy-not-applied")
 	}
 	l.alarmSVID()
+	l.alarmAudit()
 	l.alarms.expire()
 	l.compactJournal()
 	l.forgetStrangers()

@@ -146,6 +146,9 @@ func (l *loop) write(w lease.Write) error {
 // install publishes a remote binding: the policy for its identity first, then
 // the slot, then the IP.
 func (l *loop) install(w lease.Install) error {
+	if l.unrecorded() {
+		return errUnrecorded
+	}
 	n, err := l.acquire(w.Binding.Identity, w.Binding.IP)
 	if err != nil {
 		return err
@@ -179,14 +182,4 @@ func cold(stamp uint64, b identity.Binding, boot identity.BootID) abi.SlotCold {
 	c := abi.SlotCold{Stamp: stamp, UID: b.UID, OwnerBoot: boot, IdentityHash: b.Identity.Hash()}
 	copy(c.Owner[:len(c.Owner)-1], b.Owner)
 	return c
-}
-
-// confirmation writes a line of the confirmation log.
-func (l *loop) confirmation(e lease.LogEntry) {
-	if err := l.audit.Append(e); err != nil {
-		l.alarms.raise("confirmation-log", fmt.Sprintf("a line of the confirmation log is lost: %v", err))
-	}
-	if e.Kind == lease.LogRenewalGap {
-		l.alarms.raise("renewal-gap", fmt.Sprintf("the lease of %s ran out with bindings on it: is its agent alive, and reachable on port %d?", e.Peer, l.cfg.Listen.Port()))
-	}
 }

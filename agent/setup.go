@@ -201,7 +201,13 @@ func (l *loop) speaks(owner identity.NodeName, ip netip.Addr) bool { return l.no
 // behind, which holds the stream up: nothing is dropped.
 type sink struct{ l *loop }
 
-func (s sink) Owner(in lease.OwnerInput) { s.l.post(func() { s.l.stepOwner(in) }) }
+func (s sink) Owner(in lease.OwnerInput) {
+	s.l.post(func() {
+		if !s.l.refuseUnrecorded(in) {
+			s.l.stepOwner(in)
+		}
+	})
+}
 
 func (s sink) Verifier(in lease.VerifierInput) { s.l.post(func() { s.l.stepVerifier(in) }) }
 

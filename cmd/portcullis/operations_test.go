@@ -57,10 +57,14 @@ func TestOperationsExplainsLogAndAlarms(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	log, err := os.ReadFile("../../docs/audit.md")
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, k := range []lease.LogKind{lease.LogGrant, lease.LogConfirmed, lease.LogRefusal, lease.LogRevocation, lease.LogAcked, lease.LogExpiry,
 		lease.LogQuarantine, lease.LogActivation, lease.LogRelabel, lease.LogRelease, lease.LogRenewalGap, lease.LogSessionUp, lease.LogSessionDown} {
-		if !strings.Contains(string(text), "`"+string(k)+"`") {
-			t.Errorf("docs/operations.md does not explain the line %q of the confirmation log", k)
+		if !strings.Contains(string(log), "`"+string(k)+"`") {
+			t.Errorf("docs/audit.md does not explain the line %q of the confirmation log", k)
 		}
 	}
 	files, err := os.ReadDir("../../agent")

@@ -58,6 +58,7 @@ var commands = []func(*Env) *cobra.Command{
 	newSessionCmd,
 	newPolicyCmd,
 	newMonitorCmd,
+	newAuditCmd,
 	newDoctorCmd,
 	newCNICmd,
 	newVersionCmd,

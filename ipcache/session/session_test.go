@@ -109,8 +109,11 @@ func TestSessionsAndClose(t *testing.T) {
 		Stream: atVerifier, Role: session.RoleVerifier, Peer: "n1",
 		SPIFFEID: "spiffe://portcullis.lab/portcullis/node/n1", Remote: owner.Addr().String(),
 	}}
-	if d := cmp.Diff(want, got, cmpopts.IgnoreFields(session.Info{}, "Expires", "Opened")); d != "" {
+	if d := cmp.Diff(want, got, cmpopts.IgnoreFields(session.Info{}, "Serial", "Issuer", "Expires", "Opened")); d != "" {
 		t.Error(d)
+	}
+	if len(got[0].Serial) < 16 || !strings.Contains(got[0].Issuer, "portcullis.lab") {
+		t.Errorf("certificate %q of %q", got[0].Serial, got[0].Issuer)
 	}
 	if left := time.Until(got[0].Expires); left > time.Hour || left < 50*time.Minute {
 		t.Errorf("the session's certificates last %s", left)

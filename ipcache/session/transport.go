@@ -272,10 +272,22 @@ type Info struct {
 	Role     Role              // this node's
 	Peer     identity.NodeName // as authenticated
 	SPIFFEID string            // the peer's
+	Serial   string            // of the peer's certificate, hexadecimal
+	Issuer   string            // of the peer's certificate
 	Remote   string            // the peer's address
 	Expires  time.Time         // wall clock: when the stream ends at the latest
 	Opened   time.Time         // wall clock
 	Queued   int               // messages that wait to be sent
+}
+
+// Peer returns who is at the other end of a stream, false if it has ended.
+func (t *Transport) Peer(id lease.StreamID) (identity.NodeName, bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if s := t.streams[id]; s != nil {
+		return s.auth.node, true
+	}
+	return "", false
 }
 
 // Sessions returns the open streams, by number.
@@ -284,8 +296,9 @@ func (t *Transport) Sessions() []Info {
 	defer t.mu.Unlock()
 	out := make([]Info, 0, len(t.streams))
 	for _, s := range t.streams {
+		cert := s.auth.State.PeerCertificates[0] // never empty: see finish
 		out = append(out, Info{
-			Stream: s.id, Role: s.role, Peer: s.auth.node, SPIFFEID: s.auth.id.String(), Remote: s.auth.conn.RemoteAddr().String(),
+			Stream: s.id, Role: s.role, Peer: s.auth.node, SPIFFEID: s.auth.id.String(), Serial: cert.SerialNumber.Text(16), Issuer: cert.Issuer.String(), Remote: s.auth.conn.RemoteAddr().String(),
 			Expires: s.auth.expires, Opened: s.opened, Queued: len(s.queue),
 		})
 	}

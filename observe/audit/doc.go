@@ -1,24 +1,23 @@
-// Package audit writes the confirmation log (I6): one JSON line for each grant,
-// refusal, revocation, quarantine, release and renewal gap.
+// Package audit writes, verifies and reports the confirmation log (I6): one JSON
+// line for each grant, proof, refusal, revocation, quarantine, release and
+// renewal gap, in a chain of hashes that is signed at checkpoints. docs/audit.md
+// has the format and how to verify a log without this package.
 //
-// A line has these fields; what is empty is left out:
+//	loop ──Append──> queue (bounded) ──> writer ──> file ──full──> file.NNN
+//	                   │ full: counted      │ fails: tried again each second
+//	                   └────────> gap ──────┘ checkpoint: SHA-256 chain, signed
 //
-//	time        RFC 3339, UTC, nanoseconds: when the line was written
-//	node        whose agent wrote it
-//	kind        lease.LogKind
-//	peer        the other agent
-//	ip          whose binding it is about
-//	generation  decimal, as a string: many readers keep 53 bits of a number
-//	uid         of the workload
-//	identity    {trustDomain, namespace, serviceAccount, labels} or {reserved}
-//	evidence    lease, svid, ...
-//	reason      of a refusal, of a session's end
-//	duration    of a quarantine or gap, in seconds
+// The writer's goroutine is the only one that touches the disk, so that a disk
+// that stands still holds up nobody. A record that finds the queue full is
+// counted, told to the caller, and told in the log when it can be written again;
+// it is never silent.
 //
-// Each line is one write to a file opened for appending, so that lines of a
-// dying agent and its successor do not mix. A line that cannot be written is
-// counted, logged as an alarm, and told to the caller; it is never silent.
+//	record.go  the format, its canonical bytes and hash
+//	sign.go    checkpoints
+//	log.go     what the agent sees; writer.go, files.go: the disk
+//	verify.go  what an auditor sees
 //
-// It may import identity and ipcache/lease. A Log is safe for concurrent use and
-// has no goroutines.
+// It may import identity, ipcache/lease and go-spiffe. A Log is safe for
+// concurrent use and has one goroutine, which Close waits for. Verification has
+// none.
 package audit
