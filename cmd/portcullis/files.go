@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -20,32 +21,47 @@ func addFiles(cmd *cobra.Command) *[]string {
 	return cmd.Flags().StringArrayP("filename", "f", nil, "policy file, directory, or - for the standard input (repeatable)")
 }
 
-// readFiles reads what --filename names. Every file that cannot be read is
-// reported, not only the first.
+// readFiles reads what --filename names.
 func readFiles(env *Env, names []string) ([]*api.PolicyFile, error) {
 	if len(names) == 0 {
 		return nil, usagef("name the policy files with -f FILE (repeatable; a directory or - will do)")
 	}
 	var out []*api.PolicyFile
+	err := eachFile(env, names, false, maxPolicyBytes, "import them in several turns", func(name string, data []byte) {
+		out = append(out, &api.PolicyFile{Name: name, Content: data})
+	})
+	return out, err
+}
+
+// eachFile reads files, those in directories (deep: and below), and - for the
+// standard input. Every one that cannot be read is reported, not only the first.
+// All together may have so many bytes; instead says what to do with more.
+func eachFile(env *Env, names []string, deep bool, bytes int64, instead string, file func(name string, data []byte)) error {
 	var errs []error
-	total := 0
-	add := func(name string, r io.Reader) {
-		b, err := io.ReadAll(io.LimitReader(r, maxPolicyBytes+1))
+	left := bytes
+	read := func(name string, in io.Reader) {
+		if left < 0 {
+			return // said already
+		}
+		data, err := io.ReadAll(io.LimitReader(in, left+1))
+		if left -= int64(len(data)); left < 0 {
+			err = fmt.Errorf("the files together exceed %d MiB: %s", bytes>>20, instead)
+		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("read %s: %w", name, err))
 			return
 		}
-		total += len(b)
-		out = append(out, &api.PolicyFile{Name: name, Content: b})
+		file(name, data)
 	}
 	for _, name := range names {
 		if name == "-" {
-			add("standard input", env.Stdin)
+			read("standard input", env.Stdin)
 			continue
 		}
-		paths, err := expand(name)
+		paths, err := expand(name, deep)
 		if err != nil {
 			errs = append(errs, err)
+			continue
 		}
 		for _, path := range paths {
 			f, err := os.Open(path)
@@ -53,19 +69,16 @@ func readFiles(env *Env, names []string) ([]*api.PolicyFile, error) {
 				errs = append(errs, err)
 				continue
 			}
-			add(path, f)
+			read(path, f)
 			f.Close()
 		}
 	}
-	if total > maxPolicyBytes {
-		errs = append(errs, fmt.Errorf("the files together exceed %d MiB: import them in several turns", maxPolicyBytes>>20))
-	}
-	return out, errors.Join(errs...)
+	return errors.Join(errs...)
 }
 
-// expand returns the file, or the policy files of the directory, sorted; it
-// does not descend.
-func expand(name string) ([]string, error) {
+// expand returns the file, or the manifests in the directory (deep: and below),
+// in the order of their names.
+func expand(name string, deep bool) (paths []string, err error) {
 	info, err := os.Stat(name)
 	if err != nil {
 		return nil, err
@@ -73,20 +86,21 @@ func expand(name string) ([]string, error) {
 	if !info.IsDir() {
 		return []string{name}, nil
 	}
-	entries, err := os.ReadDir(name) // sorted
-	if err != nil {
-		return nil, err
-	}
-	var paths []string
-	for _, e := range entries {
-		if !e.IsDir() && isManifest(e.Name()) {
-			paths = append(paths, filepath.Join(name, e.Name()))
+	err = filepath.WalkDir(name, func(path string, d fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case d.IsDir() && path != name && !deep:
+			return fs.SkipDir
+		case !d.IsDir() && isManifest(path):
+			paths = append(paths, path)
 		}
+		return nil
+	})
+	if err == nil && len(paths) == 0 {
+		err = fmt.Errorf("%s holds no *.yaml, *.yml or *.json file", name)
 	}
-	if len(paths) == 0 {
-		return nil, fmt.Errorf("%s holds no *.yaml, *.yml or *.json file", name)
-	}
-	return paths, nil
+	return paths, err
 }
 
 func isManifest(name string) bool {

@@ -4,10 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"io/fs"
-	"os"
-	"path/filepath"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -56,7 +52,7 @@ func (g *judging) options() authz.Options {
 // written to standard error.
 func manifests(env *Env, names []string) (*tools.World, error) {
 	r := tools.NewReader(api.Dialects()...)
-	if err := eachManifest(env, names, r.File); err != nil {
+	if err := eachFile(env, names, true, maxManifests, "leave some out", r.File); err != nil {
 		return nil, err
 	}
 	w, err := r.World()
@@ -111,62 +107,4 @@ func liveWorld(ctx context.Context, env *Env) (w *tools.World, err error) {
 		return err
 	})
 	return w, err
-}
-
-// eachManifest reads what --filename names. Every file that cannot be read is
-// reported, not only the first.
-func eachManifest(env *Env, names []string, file func(name string, data []byte)) error {
-	var errs []error
-	left := int64(maxManifests)
-	add := func(name string, in io.Reader) {
-		if left < 0 {
-			return
-		}
-		b, err := io.ReadAll(io.LimitReader(in, left+1))
-		if left -= int64(len(b)); left < 0 {
-			err = fmt.Errorf("the files together exceed %d MiB: leave some out", maxManifests>>20)
-		}
-		if err != nil {
-			errs = append(errs, fmt.Errorf("read %s: %w", name, err))
-			return
-		}
-		file(name, b)
-	}
-	for _, name := range names {
-		if name == "-" {
-			add("standard input", env.Stdin)
-			continue
-		}
-		paths, err := below(name)
-		errs = append(errs, err)
-		for _, path := range paths {
-			f, err := os.Open(path)
-			if err != nil {
-				errs = append(errs, err)
-				continue
-			}
-			add(path, f)
-			f.Close()
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// below returns the file, or every manifest in the directory and below, in the
-// order of their names.
-func below(name string) (paths []string, err error) {
-	info, err := os.Stat(name)
-	if err != nil || !info.IsDir() {
-		return []string{name}, err
-	}
-	err = filepath.WalkDir(name, func(path string, d fs.DirEntry, err error) error {
-		if err == nil && !d.IsDir() && isManifest(path) {
-			paths = append(paths, path)
-		}
-		return err
-	})
-	if err == nil && len(paths) == 0 {
-		err = fmt.Errorf("%s holds no *.yaml, *.yml or *.json file", name)
-	}
-	return paths, err
 }
