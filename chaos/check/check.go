@@ -11,6 +11,7 @@ import (
 // Invariant is one of I1 to I6 of docs/invariants.md.
 type Invariant string
 
+// The invariants, by their titles there.
 const (
 	Safety        Invariant = "I1"
 	FallsShut     Invariant = "I2"

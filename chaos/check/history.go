@@ -43,6 +43,7 @@ type Run struct {
 // Direction of a rule, seen from the endpoint.
 type Direction string
 
+// The two directions.
 const (
 	Ingress Direction = "ingress"
 	Egress  Direction = "egress"
