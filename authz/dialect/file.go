@@ -143,11 +143,11 @@ func Documents(name string, data []byte) iter.Seq[*Document] {
 			yield(d)
 		}
 		switch {
-		case len(data) > MaxFile:
-			whole("the file has %d bytes; at most %d are accepted: split it", len(data), MaxFile)
-			return
 		case !utf8.Valid(data):
 			whole("the file is not UTF-8")
+			return
+		case len(data) > MaxFile:
+			whole("the file has %d bytes; at most %d are accepted: split it", len(data), MaxFile)
 			return
 		}
 		index := 0

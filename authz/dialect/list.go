@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"regexp"
 	"strings"
+	"unicode/utf8"
 )
 
 // maxRendered bounds the sources of the items of all lists in one document:
@@ -22,15 +23,37 @@ func (v *Value) isList() (item string, ok bool) {
 	return item, item == "" || v.Has("items")
 }
 
-// unwrap yields the document, or in the place of a list the items in it, each
-// a document of its own. An item's path begins at the list, and its source is
-// made from its values, for it can lean on anchors elsewhere in the file.
-func (d *Document) unwrap(budget *int, yield func(*Document) bool) bool {
-	kind, ok := d.root.isList()
-	if !ok || len(d.problems) > 0 {
-		return yield(d)
+// ListOf returns apiVersion and kind of a list whose items have been cut out:
+// head is its document up to the last field before the cut, items, which is
+// empty, and tail what is behind the cut. ok is false if it is not a list whose
+// items are read, or if anything in it is to be refused.
+func ListOf(head, tail string) (apiVersion, kind string, ok bool) {
+	// The head by itself, lest the cut be within a text that the tail ends.
+	for _, source := range []string{head, head + tail} {
+		d := &Document{Source: source, Line: 1}
+		if len(source) > MaxFile || !utf8.ValidString(source) || d.read() || len(d.problems) > 0 || !d.root.isMap() {
+			return "", "", false
+		}
+		items := d.root.field("items")
+		if items == nil || len(items.items) > 0 || items.tag != "!!seq" && (items.tag != "!!null" || items.scalar != "") ||
+			source == head && items != d.root.items[len(d.root.items)-1] {
+			return "", "", false
+		}
+		if source != head+tail {
+			continue
+		}
+		if _, ok = d.root.isList(); ok {
+			items.tag = "!!seq"
+			d.root.list()
+			apiVersion, kind, ok = d.root.text("apiVersion"), d.root.text("kind"), len(d.problems) == 0
+		}
 	}
-	d.root.Object(Fields{
+	return apiVersion, kind, ok
+}
+
+// list visits the fields of a list.
+func (v *Value) list() {
+	v.Object(Fields{
 		"apiVersion": Accept, "kind": Accept,
 		"metadata": func(v *Value) {
 			if c := v.field("continue"); c != nil && c.scalar != "" {
@@ -45,7 +68,18 @@ func (d *Document) unwrap(budget *int, yield func(*Document) bool) bool {
 			})
 		},
 	})
-	d.root.Require("items")
+	v.Require("items")
+}
+
+// unwrap yields the document, or in the place of a list the items in it, each
+// a document of its own. An item's path begins at the list, and its source is
+// made from its values, for it can lean on anchors elsewhere in the file.
+func (d *Document) unwrap(budget *int, yield func(*Document) bool) bool {
+	kind, ok := d.root.isList()
+	if !ok || len(d.problems) > 0 {
+		return yield(d)
+	}
+	d.root.list()
 	if len(d.problems) > 0 {
 		return yield(d)
 	}

@@ -2,7 +2,6 @@ package dialect
 
 import (
 	"errors"
-	"fmt"
 	"io"
 	"regexp"
 	"runtime"
@@ -15,6 +14,10 @@ import (
 // read parses the source. empty tells that there is nothing in it.
 func (d *Document) read() (empty bool) {
 	d.root = &Value{doc: d, Line: d.Line}
+	if directive(d.Source) {
+		d.root.Refuse("YAML directives, such as %%YAML and %%TAG, are not supported: remove the line")
+		return false
+	}
 	n := marks(d.Source)
 	if n > maxMarks {
 		d.root.Refuse("the document is too large: split it")
@@ -34,7 +37,7 @@ func (d *Document) read() (empty bool) {
 	case errors.Is(err, io.EOF):
 		return true
 	case err != nil:
-		d.root.Refuse("not YAML or JSON: %s", d.explain(err))
+		d.notYAML(err)
 		return false
 	}
 	if err := dec.Decode(&more); !errors.Is(err, io.EOF) {
@@ -82,18 +85,29 @@ func marks(source string) int {
 	return n
 }
 
-var yamlLine = regexp.MustCompile(`line (\d+)`)
-
-// explain puts the file's line numbers into the YAML reader's message.
-func (d *Document) explain(err error) string {
-	msg := strings.TrimPrefix(err.Error(), "yaml: ")
-	return yamlLine.ReplaceAllStringFunc(msg, func(m string) string {
-		n, err := strconv.Atoi(m[len("line "):])
-		if err != nil {
-			return m
+// directive reports whether the source begins with a directive. The document
+// that it is for begins behind a marker, and would be read without it.
+func directive(source string) bool {
+	for line := range strings.Lines(source) {
+		if text := strings.TrimSpace(line); text != "" && text[0] != '#' {
+			return line[0] == '%'
 		}
-		return fmt.Sprintf("line %d", n+d.Line-1)
-	})
+	}
+	return false
+}
+
+var yamlLine = regexp.MustCompile(`^line (\d+): `)
+
+// notYAML refuses what the YAML reader does, in the line that it names.
+func (d *Document) notYAML(err error) {
+	msg := strings.TrimPrefix(err.Error(), "yaml: ")
+	at := *d.root
+	if m := yamlLine.FindStringSubmatch(msg); m != nil {
+		if n, err := strconv.Atoi(m[1]); err == nil {
+			at.Line, msg = d.Line+n-1, msg[len(m[0]):]
+		}
+	}
+	at.Refuse("not YAML or JSON: %s", msg)
 }
 
 // convert makes a tree without aliases. It refuses what people and parsers

@@ -97,12 +97,26 @@ func TestRefusedFields(t *testing.T) {
 		{knp + "  podSelector: {matchLabels: {a: !!str 1, b: !x y}}", "5 spec.podSelector.matchLabels.a, 5 spec.podSelector.matchLabels.b"},
 		{knp + "  podSelector: {matchLabels: {1: a, on: b, ~: c, [x]: d}}", `5 spec.podSelector.matchLabels.1, 5 spec.podSelector.matchLabels.on, 5 spec.podSelector.matchLabels["~"], 5 spec.podSelector.matchLabels[""]`},
 		{"%YAML 1.1\n---\n" + knp + "  podSelector: {}", "1"},
+		{"# a\n\n%TAG ! x\n---\n" + knp + "  podSelector: {}", "1"},
 		// A line break that only YAML knows hides no document.
 		{"a: b\u2028---\u2028c: d", "1"},
 		{"a: b\u0085...\u0085c: d", "1"},
 	} {
 		if got := paths(t, c.doc); got != c.want {
 			t.Errorf("%s\n got %s\nwant %s", c.doc, got, c.want)
+		}
+	}
+}
+
+// What YAML does not let through is refused in the line that it names.
+func TestNotYAML(t *testing.T) {
+	for doc, want := range map[string]string{
+		"%YAML 1.1\n---\n" + knp + "  podSelector: {}":              "f:1: document 1: YAML directives, such as %YAML and %TAG, are not supported: remove the line",
+		knp + "  podSelector: {}\n---\na: b\nc: d\ne: @\n":          "f:9: document 2: not YAML or JSON: found character that cannot start any token",
+		knp + "  podSelector: {}\n  ingress:\n  - a: %\n  - b: c\n": "f:7: document 1: not YAML or JSON: found character that cannot start any token",
+	} {
+		if _, err := parse("f", doc); err == nil || err.Error() != want {
+			t.Errorf("%s\n got %v\nwant %s", doc, err, want)
 		}
 	}
 }

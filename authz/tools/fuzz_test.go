@@ -100,37 +100,41 @@ func FuzzManifests(f *testing.F) {
 	})
 }
 
+// says reads a file in parts of so many bytes and returns all that it says.
+func says(data string, size int) ([]string, error) {
+	r := tools.NewReader(dialects()...)
+	r.ReadInPartsOf(size)
+	r.File("f", []byte(data))
+	w, err := r.World()
+	if err != nil {
+		return nil, err
+	}
+	var out []string
+	for _, x := range w.Workloads {
+		out = append(out, fmt.Sprint(x))
+	}
+	for _, p := range w.Policies {
+		out = append(out, fmt.Sprint(p.Ref, p.Specs, p.Source))
+	}
+	for _, g := range w.Groups {
+		out = append(out, fmt.Sprint(g.Ref, g.Blocks))
+	}
+	return append(out, fmt.Sprint(w.Namespaces, w.Nodes, w.Notes)), nil
+}
+
 // FuzzParts: a file that can be read in parts says in parts what it says as a
 // whole.
 func FuzzParts(f *testing.F) {
 	seed(f)
+	for _, s := range nearLists() {
+		f.Add(s)
+	}
 	f.Fuzz(func(t *testing.T, data string) {
-		says := func(size int) ([]string, error) {
-			r := tools.NewReader(dialects()...)
-			r.ReadInPartsOf(size)
-			r.File("f", []byte(data))
-			w, err := r.World()
-			if err != nil {
-				return nil, err
-			}
-			var out []string
-			for _, x := range w.Workloads {
-				out = append(out, fmt.Sprint(x))
-			}
-			for _, p := range w.Policies {
-				out = append(out, fmt.Sprint(p.Ref, p.Specs))
-			}
-			for _, g := range w.Groups {
-				out = append(out, fmt.Sprint(g.Ref, g.Blocks))
-			}
-			out = append(out, fmt.Sprint(w.Namespaces, w.Nodes, w.Notes))
-			return out, nil
-		}
-		parts, err := says(64)
+		parts, err := says(data, 64)
 		if err != nil {
 			return // what one part lacks is a problem
 		}
-		whole, err := says(1 << 30)
+		whole, err := says(data, 1<<30)
 		if err != nil {
 			t.Fatal("in parts it can be read, as a whole not: ", err)
 		}

@@ -3,12 +3,15 @@ package tools
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"iter"
 	"regexp"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 
 	"portcullis/authz"
+	"portcullis/authz/dialect"
 )
 
 // A cluster's manifests are larger than the policy files that the dialects'
@@ -16,7 +19,10 @@ import (
 // in parts: some documents at a time, and of a List some items at a time.
 // Splitting needs no YAML parser and is not trusted to be one: each part is
 // parsed by itself, and what was cut in a place that is no border (within a
-// quoted text) does not parse.
+// quoted text) does not parse. What a list is, and which it is, the dialects'
+// reader says of the text around the items; each part of it has a head made of
+// that, so that nothing in the text can end what a cut left open. Only what is
+// bounded a document is bounded a part.
 
 // partSize is about how many bytes are parsed at once. One object may be larger,
 // up to what the dialects take.
@@ -60,11 +66,10 @@ const maxItems = 100_000
 // parts yields the parts of a file, each of about so many bytes.
 func parts(data []byte, partSize int) iter.Seq[part] {
 	return func(yield func(part) bool) {
-		if len(data) <= partSize {
+		if len(data) <= partSize || !utf8.Valid(data) {
 			yield(part{data: data})
 			return
 		}
-		data = bytes.TrimPrefix(data, []byte("\ufeff"))
 		var some part // documents that are parsed together
 		count := 0    // documents
 		flush := func() bool {
@@ -91,7 +96,7 @@ func parts(data []byte, partSize int) iter.Seq[part] {
 				}
 				some.data = append(some.data, doc...)
 			}
-			if !blank(doc) {
+			if !blank(unmarked(doc)) {
 				count++
 			}
 		}
@@ -124,10 +129,20 @@ func isMarker(line []byte) bool {
 	return (bytes.HasPrefix(line, []byte("---")) || bytes.HasPrefix(line, []byte("..."))) && (len(line) == 3 || bytes.IndexByte([]byte(" \t\r\n"), line[3]) >= 0)
 }
 
-// blank reports whether there is nothing but markers, comments and white space.
-func blank(doc []byte) bool {
-	for line := range bytes.Lines(doc) {
-		if line = bytes.TrimSpace(line); len(line) > 0 && line[0] != '#' && string(line) != "---" && string(line) != "..." {
+// unmarked returns the document without a marker that has its line for itself,
+// as the dialects' reader reads it.
+func unmarked(doc []byte) []byte {
+	line, rest, _ := bytes.Cut(doc, []byte("\n"))
+	if isMarker(line) && blank(line[3:]) {
+		return rest
+	}
+	return doc
+}
+
+// blank reports whether there is nothing but comments and white space.
+func blank(text []byte) bool {
+	for line := range bytes.Lines(text) {
+		if line = bytes.TrimSpace(line); len(line) > 0 && line[0] != '#' {
 			return false
 		}
 	}
@@ -137,30 +152,32 @@ func blank(doc []byte) bool {
 // itemsOf yields a document, or if it is a list a part for each few of its
 // items.
 func itemsOf(doc []byte, partSize int) iter.Seq[part] {
-	list := splitYAML(doc)
-	if text := bytes.TrimLeft(doc, " \t\r\n"); len(text) > 0 && text[0] == '{' {
-		list = splitJSON(doc)
+	text := unmarked(doc)
+	list := splitJSON(text)
+	if len(list.items) == 0 {
+		list = splitYAML(text)
 	}
+	above := bytes.Count(doc[:len(doc)-len(text)], []byte("\n"))
 	return func(yield func(part) bool) {
-		if len(list.items) == 0 || len(list.items) > maxItems || len(list.head)+len(list.tail) > max(partSize, 1<<10) {
+		if len(list.items) == 0 || len(list.items) > maxItems {
 			yield(part{data: doc, places: []place{{1, 0}}})
 			return
 		}
 		for from := 0; from < len(list.items); {
-			p := part{data: []byte(list.head), places: []place{{1, 0}}, items: from}
-			size, to := 0, from
+			p := part{data: []byte(list.head), items: from}
+			size, to, line := 0, from, strings.Count(list.head, "\n")
 			for to < len(list.items) && (to == from || size+len(list.items[to].text) <= partSize) {
-				size += len(list.items[to].text)
+				item := list.items[to]
+				size += len(item.text)
 				if to > from {
 					p.data = append(p.data, list.between...)
+					line += strings.Count(list.between, "\n")
 				}
-				line := bytes.Count(p.data, []byte("\n"))
-				p.places = append(p.places, place{line + 1, list.items[to].line - line})
-				p.data = append(p.data, list.items[to].text...)
+				p.places = append(p.places, place{line + 1, above + item.line - line})
+				p.data = append(p.data, item.text...)
+				line += bytes.Count(item.text, []byte("\n"))
 				to++
 			}
-			line := bytes.Count(p.data, []byte("\n"))
-			p.places = append(p.places, place{line + 1, list.tailLine - line})
 			p.data = append(p.data, list.tail...)
 			if !yield(p) {
 				return
@@ -170,10 +187,9 @@ func itemsOf(doc []byte, partSize int) iter.Seq[part] {
 	}
 }
 
-// listText is the text of a list. The head ends where the first item begins.
+// listText is the text of a list's items, and what makes a list of some of them.
 type listText struct {
 	head, between, tail string
-	tailLine            int // lines before the tail
 	items               []itemText
 }
 
@@ -182,59 +198,79 @@ type itemText struct {
 	text []byte
 }
 
+// otherBreaks are line breaks to YAML, and not to splitYAML.
+var otherBreaks = regexp.MustCompile("\r[^\n]|\u0085|\u2028|\u2029")
+
 // splitYAML splits a list as kubectl prints it: items in block style, under the
-// field items in the first column.
+// field items in the first column. What it takes for something else than it is
+// makes it find no list, or parts that do not parse.
 func splitYAML(doc []byte) (list listText) {
-	indent, number, at, tail := -1, 0, 0, len(doc)
-	for line := range bytes.Lines(doc) {
+	begin := firstItem(doc)
+	if begin < 0 || otherBreaks.Match(doc) {
+		return listText{}
+	}
+	indent, number, at, tail := -1, bytes.Count(doc[:begin], []byte("\n")), begin, len(doc)
+	for line := range bytes.Lines(doc[begin:]) {
 		start := at
 		at += len(line)
 		number++
-		if list.head == "" {
-			if string(bytes.TrimRight(line, " \r\n")) == "items:" {
-				list.head = string(doc[:at])
-			}
-			continue
-		}
 		text := bytes.TrimLeft(line, " ")
 		depth := len(line) - len(text)
 		text = bytes.TrimRight(text, " \r\n")
 		isItem := bytes.Equal(text, []byte("-")) || bytes.HasPrefix(text, []byte("- "))
+		comment := bytes.HasPrefix(text, []byte("#"))
 		if indent < 0 && isItem {
 			indent = depth
 		}
-		if indent < 0 && len(text) > 0 || len(list.items) > maxItems {
+		if indent < 0 && len(text) > 0 && !comment || len(list.items) > maxItems {
 			return listText{} // not in block style, or no list of objects
 		}
-		switch {
-		case isItem && depth == indent:
+		if isItem && depth == indent {
 			list.items = append(list.items, itemText{line: number - 1, text: doc[start:at]})
 			continue
-		case len(text) == 0, depth > indent:
-			if n := len(list.items); n > 0 {
-				last := &list.items[n-1].text
-				*last = doc[start-len(*last) : at]
-			}
-			continue
 		}
-		tail, list.tailLine = start, number-1
-		break
+		if len(text) > 0 && depth <= indent && !comment {
+			tail = start
+			break
+		}
+		if n := len(list.items); n > 0 {
+			last := &list.items[n-1].text
+			*last = doc[start-len(*last) : at]
+		}
 	}
-	if tail == len(doc) {
-		list.tailLine = number
+	head, behind := string(doc[:begin]), string(doc[tail:])
+	version, kind, ok := dialect.ListOf(head, behind)
+	if !ok || strings.Contains(head+behind, "&") { // an item may mean what stands there
+		return listText{}
 	}
-	list.tail = string(doc[tail:])
+	list.head = fmt.Sprintf("apiVersion: %q\nkind: %q\nitems:\n", version, kind)
 	return list
 }
 
-// splitJSON splits a list in JSON.
-func splitJSON(doc []byte) (list listText) {
+// firstItem returns where the line behind the field items begins, or -1.
+func firstItem(doc []byte) int {
+	at := 0
+	for line := range bytes.Lines(doc) {
+		if at += len(line); string(bytes.TrimRight(line, " \r\n")) == "items:" {
+			return at
+		}
+	}
+	return -1
+}
+
+// splitJSON splits a list in JSON. Comments can stand before it.
+func splitJSON(text []byte) (list listText) {
+	begin := bytes.IndexByte(text, '{')
+	if begin < 0 || !blank(bytes.TrimPrefix(text[:begin], []byte("\ufeff"))) {
+		return listText{}
+	}
+	doc := text[begin:]
 	in := json.NewDecoder(bytes.NewReader(doc))
 	if t, err := in.Token(); err != nil || t != json.Delim('{') {
 		return listText{}
 	}
-	var head []string
-	seen, at, line := false, 0, 0
+	var around []string
+	seen, at, line := false, 0, bytes.Count(text[:begin], []byte("\n"))
 	for in.More() {
 		key, err := in.Token()
 		if err != nil {
@@ -249,7 +285,7 @@ func splitJSON(doc []byte) (list listText) {
 			if err := in.Decode(&v); err != nil {
 				return listText{}
 			}
-			head = append(head, string(name)+": "+strings.ReplaceAll(string(v), "\n", " "))
+			around = append(around, string(name)+": "+strings.ReplaceAll(string(v), "\n", " "))
 			continue
 		}
 		if t, err := in.Token(); err != nil || t != json.Delim('[') || seen {
@@ -273,11 +309,18 @@ func splitJSON(doc []byte) (list listText) {
 			return listText{}
 		}
 	}
-	if _, err := in.Token(); err != nil || len(bytes.TrimSpace(doc[in.InputOffset():])) > 0 {
+	if _, err := in.Token(); err != nil {
 		return listText{}
 	}
-	list.head = "{" + strings.Join(append(head, `"items": [`), ", ")
+	behind := doc[in.InputOffset():]
+	if len(bytes.Trim(behind, " \t\r\n")) > 0 {
+		return listText{}
+	}
+	version, kind, ok := dialect.ListOf(string(text[:begin])+"{"+strings.Join(append(around, `"items": []`), ", ")+"}"+string(behind), "")
+	if !ok {
+		return listText{}
+	}
+	list.head = fmt.Sprintf(`{"apiVersion": %q, "kind": %q, "items": [`, version, kind)
 	list.between, list.tail = ",\n", "]}\n"
-	list.tailLine = bytes.Count(doc, []byte("\n"))
 	return list
 }
