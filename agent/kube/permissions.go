@@ -1,0 +1,45 @@
+package kube
+
+import "k8s.io/apimachinery/pkg/runtime/schema"
+
+// Permission is what an agent must be allowed to do in every namespace.
+type Permission struct {
+	schema.GroupResource
+	Verbs []string
+}
+
+// Permissions returns everything that a Source asks of the API server, beside
+// discovery, which whoever is authenticated may. A manifest that grants more
+// grants too much.
+func Permissions() (out []Permission) {
+	for _, r := range resources("") {
+		out = append(out, Permission{r.at.GroupResource(), []string{"list", "watch"}})
+	}
+	return out
+}
+
+// resource is what is watched.
+type resource struct {
+	at   schema.GroupVersionResource
+	kind string // of a policy or group; the core resources are known by their types
+	only string // a field selector; "": all
+	// added: by a CustomResourceDefinition, which may be missing.
+	added bool
+}
+
+func (r resource) name() string { return r.at.Resource }
+
+func resources(node string) []resource {
+	core := schema.GroupVersion{Version: "v1"}
+	cilium := schema.GroupVersion{Group: "cilium.io", Version: "v2"}
+	return []resource{
+		{at: core.WithResource("nodes")},
+		{at: core.WithResource("namespaces")},
+		// Not those of other nodes: who is behind their IPs their agents say.
+		{at: core.WithResource("pods"), only: "spec.nodeName=" + node},
+		{at: schema.GroupVersionResource{Group: "networking.k8s.io", Version: "v1", Resource: "networkpolicies"}, kind: "NetworkPolicy"},
+		{at: cilium.WithResource("ciliumnetworkpolicies"), kind: "CiliumNetworkPolicy", added: true},
+		{at: cilium.WithResource("ciliumclusterwidenetworkpolicies"), kind: "CiliumClusterwideNetworkPolicy", added: true},
+		{at: cilium.WithResource("ciliumcidrgroups"), kind: "CiliumCIDRGroup", added: true},
+	}
+}
