@@ -44,9 +44,12 @@ func (l *loop) acquireIn(id identity.Identity, in identity.Region) (identity.Num
 	return n, nil
 }
 
-// addPeer puts what policy says of a number into every set in force.
+// addPeer puts what policy says of a number into every set in force: all of it,
+// and not what is new alone. The number may be known from an attempt that failed
+// half-way, or from one to drop it, and what is missing then may be a denial.
 func (l *loop) addPeer(n identity.Numeric, p authz.Peer) error {
-	for _, d := range l.sets.AddPeer(n, p) {
+	l.sets.AddPeer(n, p)
+	for _, d := range l.sets.Entries(n) {
 		set := l.bySubject[d.Subject].policy.id
 		if err := l.dp.PutPolicy(set, withSet(d.Add, set)); err != nil {
 			return err

@@ -250,6 +250,24 @@ func (x *Sets) AddPeer(n identity.Numeric, p Peer) (out []Delta) {
 	return out
 }
 
+// Entries returns all that the sets in force say of a number. Of a peer that is
+// known AddPeer adds nothing, whether the kernel took what it added or not: who
+// is not sure of that writes this.
+func (x *Sets) Entries(n identity.Numeric) (out []Delta) {
+	for s := range x.subjects {
+		if s.set.compiled == nil || len(s.set.peers[n]) == 0 {
+			continue
+		}
+		d := Delta{Subject: s, Add: make(map[abi.PolicyKey]abi.Policy, len(s.set.peers[n]))}
+		for k, v := range s.set.peers[n] {
+			k.Identity = uint32(n)
+			d.Add[k] = v
+		}
+		out = append(out, d)
+	}
+	return out
+}
+
 // RemovePeer says that nobody bears a number any more, and returns what has to
 // leave the sets in force before it may be given away again.
 func (x *Sets) RemovePeer(n identity.Numeric) (out []Delta) {

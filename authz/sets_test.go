@@ -152,6 +152,17 @@ func (n *node) check(what string) {
 		if !maps.Equal(s.kernel, s.set.WithSet(0)) {
 			n.Fatalf("after %s: subject %s: in the kernel %+v, in force %+v", what, s.id, s.kernel, s.set.WithSet(0))
 		}
+		entries := maps.Clone(s.set.any)
+		for num := range n.peers {
+			for _, d := range n.sets.Entries(num) {
+				if d.Subject == s.Subject {
+					maps.Copy(entries, d.Add)
+				}
+			}
+		}
+		if !maps.Equal(entries, s.kernel) {
+			n.Fatalf("after %s: subject %s: entries %+v, in the kernel %+v", what, s.id, entries, s.kernel)
+		}
 		if next := n.sets.Compile(s.Subject); !next.Equal(now) {
 			n.Fatalf("after %s: subject %s would have %+v, should have %+v", what, s.id, next.WithSet(0), now.WithSet(0))
 		}

@@ -1,0 +1,82 @@
+package agent
+
+import (
+	"errors"
+	"testing"
+
+	"portcullis/authz"
+	"portcullis/bpf/abi"
+	"portcullis/datapath"
+)
+
+const allButB = `
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: all-but-b}
+spec:
+  endpointSelector: {}
+  ingress: [{fromEntities: [all]}]
+  ingressDeny: [{fromEndpoints: [{matchLabels: {app: b0}}]}]
+`
+
+// fillPolicy takes all the room of the policy map; the function gives it back.
+func (n *node) fillPolicy(l *loop) (clear func()) {
+	n.t.Helper()
+	const nobodys = 1 << 30
+	var keys []abi.PolicyKey
+	for i := uint32(0); ; i++ {
+		k := abi.PolicyKey{Prefixlen: uint32(abi.PolicyPrefixPort), Set: nobodys, Identity: i}
+		err := l.dp.PutPolicy(nobodys, map[abi.PolicyKey]abi.Policy{k: {Flags: uint8(abi.PolicyDeny)}})
+		if errors.Is(err, datapath.ErrMapFull) {
+			break
+		}
+		if err != nil {
+			n.t.Fatal(err)
+		}
+		keys = append(keys, k)
+	}
+	return func() {
+		n.t.Helper()
+		if err := l.dp.DeletePolicy(keys); err != nil {
+			n.t.Fatal(err)
+		}
+	}
+}
+
+// A number of which policy could not be told is not in use with a part of it:
+// what denies its bearers something would be missing.
+func TestNumberThatDidNotFit(t *testing.T) {
+	n := newNode(t)
+	n.cfg.PolicyEntries = 64
+	n.veth("a0")
+	n.veth("c0")
+	l := n.mustStart()
+	defer n.crash(l)
+	both := []*endpoint{n.run(l, app("a0", "10.1.1.2")), n.run(l, app("c0", "10.1.1.4"))}
+	n.importPolicy(l, allButB)
+	clear := n.fillPolicy(l)
+	w := app("b0", "10.1.2.3")
+	id, ip := w.identity, w.ips[0]
+	if _, err := l.acquire(id, ip); !errors.Is(err, datapath.ErrMapFull) {
+		t.Fatalf("there is no room, and the number was given: %v", err)
+	}
+	clear()
+	number, err := l.acquire(id, ip)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range both {
+		if got, want := l.dp.PolicySets()[e.policy.id], e.policy.set.Len(); got != want {
+			t.Errorf("%s has %d entries in the kernel, should have %d", e.name, got, want)
+		}
+		if d := e.policy.set.Judge(abi.DirIngress, number, authz.ProtoTCP, 80); d.Verdict != abi.VerdictDrop {
+			t.Errorf("%s lets the number in: %+v", e.name, d)
+		}
+	}
+	// And it leaves no entry when it goes.
+	l.release(number)
+	l.ids.Idle(int64(l.now()))
+	if gone := l.sets.RemovePeer(number); len(gone) != len(both) {
+		t.Errorf("it leaves %d sets, was in %d", len(gone), len(both))
+	}
+}
