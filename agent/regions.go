@@ -36,7 +36,7 @@ type regions struct {
 	// behind: slots or ranges may have other numbers than they should. former
 	// are numbers that a change which was made by half has left in ranges.
 	behind bool
-	former []identity.Numeric
+	former map[identity.Numeric]bool // each with one use, however often it was tried
 }
 
 // regionOf returns where an identity is seen at an address.
@@ -128,23 +128,25 @@ func (l *loop) switchRegions(c *regionChange) error {
 		l.numerics[s.stamp] = s.to
 		l.release(s.from)
 	}
-	former := append(l.regions.former, values(l.regions.numbers)...)
+	former := l.regions.former
+	if former == nil {
+		former = map[identity.Numeric]bool{}
+	}
+	for _, n := range l.regions.numbers {
+		if former[n] {
+			l.release(n)
+		}
+		former[n] = true
+	}
 	l.regions.former, l.regions.numbers = nil, c.numbers
 	if err := l.setRanges(); err != nil {
 		l.regions.behind, l.regions.former = true, former
 		return err
 	}
-	for _, n := range former {
+	for n := range former {
 		l.release(n)
 	}
 	return nil
-}
-
-func values[K comparable, V any](m map[K]V) (out []V) {
-	for _, v := range m {
-		out = append(out, v)
-	}
-	return out
 }
 
 // settled looks, when a binding was published, whether its number is still the
@@ -181,6 +183,9 @@ func (l *loop) setRanges() error {
 
 // keepRanges makes known what needs a binding, at the start, and leaves the
 // world's blocks of an earlier agent as they are: its policies are in force.
+// What was known stays so until this one applies its own, or its addresses would
+// get the number of the block around them, whose region they may not be in: a
+// block within a known range is in policies only.
 func (l *loop) keepRanges() error {
 	known := l.knownRanges()
 	there, err := l.dp.Ranges()
@@ -189,8 +194,12 @@ func (l *loop) keepRanges() error {
 	}
 	world := map[netip.Prefix]identity.Numeric{}
 	for p, r := range there {
-		if r.Flags&uint32(abi.RangeKnown) == 0 {
+		_, still := known[p]
+		switch {
+		case r.Flags&uint32(abi.RangeKnown) == 0:
 			world[p] = identity.Numeric(r.Identity)
+		case !still:
+			known[p] = r
 		}
 	}
 	return l.dp.SetRanges(datapath.FoldRanges(known, world))

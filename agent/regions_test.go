@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -247,4 +248,80 @@ func TestNotEnforcedIsRefused(t *testing.T) {
 			t.Error("the agent uses it")
 		}
 	}
+}
+
+// While ranges cannot be written, what is to be released then does not grow; and
+// then all of it is.
+func TestRangesThatCannotBeWritten(t *testing.T) {
+	n := newNode(t)
+	n.veth("a0")
+	l := n.mustStart()
+	defer n.crash(l)
+	n.run(l, app("a0", "10.1.1.2"))
+	n.importPolicy(l, blockPolicy)
+	good := l.cfg.Ranges
+	l.cfg.Ranges = append(slices.Clone(good), netip.Prefix{}) // no prefix: SetRanges refuses
+	if err := l.deletePolicies([]authz.Ref{{Kind: "CiliumNetworkPolicy", Namespace: "default", Name: "out"}}); err == nil {
+		t.Fatal("a failure is not told")
+	}
+	if !strings.Contains(l.alarmText("policy-not-applied"), "told apart") {
+		t.Error("no alarm")
+	}
+	for range 20 {
+		l.retry()
+	}
+	if got, most := len(l.regions.former), len(l.regions.numbers); got > most {
+		t.Errorf("%d numbers are to be released, of %d blocks", got, most)
+	}
+	l.cfg.Ranges = good
+	l.retry()
+	if l.regions.behind || l.retryPolicies || len(l.regions.former) != 0 || l.alarmText("policy-not-applied") != "" {
+		t.Errorf("not made good: %+v, alarm %q", l.regions, l.alarmText("policy-not-applied"))
+	}
+	for p, number := range l.regions.numbers {
+		if users := l.ids.Users(number); users != 1 {
+			t.Errorf("the number of %s has %d users", p, users)
+		}
+	}
+	if err := l.deletePolicies([]authz.Ref{{Kind: "CiliumNetworkPolicy", Namespace: "default", Name: "out"}}); err != nil {
+		t.Fatal(err)
+	}
+	for number := range l.ids.All {
+		if id, _ := l.ids.Lookup(number); id.Reserved == "world" && number != identity.NumWorld && l.ids.Users(number) != 0 {
+			t.Errorf("number %d of %s is still used", number, l.ids.Region(number))
+		}
+	}
+}
+
+// An agent that starts with other ranges leaves the world's blocks as they are.
+// So an address of a range that is known no more must not fall into the block
+// around it: that may be of others only.
+func TestRangeKnownNoMore(t *testing.T) {
+	n := newNode(t)
+	l := n.mustStart()
+	defer n.crash(l)
+	n.importPolicy(l, strings.Replace(blockPolicy, "198.51.0.0/16, except: [198.51.100.0/24]", "10.0.0.0/8, except: [10.1.2.0/25]", 1))
+	peers := l.cfg.Peers
+	l.cfg.Peers = nil // 10.1.2.0/24
+	verify := func(when string) {
+		t.Helper()
+		for _, ip := range []string{"10.1.2.7", "10.1.2.200", "10.3.0.1"} {
+			number, known := n.worldAt(l, ip)
+			if !known && !l.ids.Region(number).Contains(netip.MustParseAddr(ip)) {
+				t.Errorf("%s: %s has the number of %s", when, ip, l.ids.Region(number))
+			}
+		}
+	}
+	verify("before")
+	if err := l.keepRanges(); err != nil {
+		t.Fatal(err)
+	}
+	verify("at the start")
+	l.regions.behind = true
+	l.applyRegions()
+	verify("when policies are applied")
+	if _, known := n.worldAt(l, "10.1.2.7"); known {
+		t.Error("its range is known still")
+	}
+	l.cfg.Peers = peers
 }
