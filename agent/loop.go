@@ -72,7 +72,7 @@ type loop struct {
 	retryActivation map[identity.UID]identity.Generation
 	retryClose      map[identity.UID]bool // gates that could not be closed
 	leaving         bool                  // this agent is about to be replaced
-	retryPolicies   bool                  // an end of named ports that could not be applied
+	retryPolicies   bool                  // policies could not be applied to all that they touch
 	nodeUIDs        map[identity.UID]netip.Addr
 	numerics        map[uint64]identity.Numeric // stamp -> the number that its slot speaks of
 	policyFiles     map[authz.Ref]importedFile  // of groups and namespaces, too

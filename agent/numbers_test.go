@@ -2,11 +2,15 @@ package agent
 
 import (
 	"errors"
+	"os"
+	"strings"
 	"testing"
 
+	"portcullis/agent/api"
 	"portcullis/authz"
 	"portcullis/bpf/abi"
 	"portcullis/datapath"
+	"portcullis/identity"
 )
 
 const allButB = `
@@ -78,5 +82,46 @@ func TestNumberThatDidNotFit(t *testing.T) {
 	l.ids.Idle(int64(l.now()))
 	if gone := l.sets.RemovePeer(number); len(gone) != len(both) {
 		t.Errorf("it leaves %d sets, was in %d", len(gone), len(both))
+	}
+}
+
+// An import that did not go through leaves the policy that stood, whatever else
+// fails then.
+func TestUndoOfAnImport(t *testing.T) {
+	n := newNode(t)
+	n.cfg.PolicyEntries = 64
+	n.veth("a0")
+	l := n.mustStart()
+	defer n.crash(l)
+	e := n.run(l, app("a0", "10.1.1.2"))
+	n.importPolicy(l, denyIngress)
+	set := e.policy.id
+	parsed, problems := api.ParsePolicies([]*api.PolicyFile{{Name: "p.yaml", Content: []byte(strings.Replace(denyIngress, "spec: {", "spec: {ingress: [{}], ", 1))}})
+	if len(problems) > 0 {
+		t.Fatal(problems)
+	}
+	st, err := l.store.stage(parsed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer st.discard()
+	clear := n.fillPolicy(l)
+	// And the disk takes nothing.
+	blocked := l.store.policyPath(api.FromRef(parsed[0].Ref).Ref()) + newSuffix
+	if err := os.Mkdir(blocked, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.importPolicies(parsed, st); !errors.Is(err, datapath.ErrMapFull) {
+		t.Fatalf("there is no room for it: %v", err)
+	}
+	if got := l.repo.Get(parsed[0].Ref); got == nil || got.Source != strings.TrimSpace(denyIngress)+"\n" && got.Source != denyIngress {
+		t.Errorf("the repository has %+v", got)
+	}
+	clear()
+	if err := l.applyPolicies(); err != nil {
+		t.Fatal(err)
+	}
+	if d := e.policy.set.Judge(abi.DirIngress, identity.NumWorld, authz.ProtoTCP, 80); d.Verdict != abi.VerdictDrop || e.policy.id != set {
+		t.Errorf("later the refused policy is in force: %+v", d)
 	}
 }

@@ -143,12 +143,11 @@ func (l *loop) objects() (refs []authz.Ref) {
 	return append(refs, slices.SortedFunc(maps.Keys(l.spaces), byName)...)
 }
 
-// putBack stores what stood before, and puts it into the repository.
+// putBack puts what stood before into the repository, and stores it. If that
+// fails a restart finds the other; until then what was refused is not in force.
 func (l *loop) putBack(o api.Object, at time.Time) error {
-	if err := l.store.putPolicy(api.FromRef(o.Ref).Ref(), policyRecord{File: o.File, Imported: at, Source: o.Source}); err != nil {
-		return err
-	}
-	return l.use(o, at)
+	return errors.Join(l.use(o, at),
+		l.store.putPolicy(api.FromRef(o.Ref).Ref(), policyRecord{File: o.File, Imported: at, Source: o.Source}))
 }
 
 // use puts into the repository what is stored.
@@ -249,7 +248,11 @@ func (u *policyUndo) run(why error) error {
 			errs = append(errs, u.l.remove(o.Ref))
 		}
 	}
-	errs = append(errs, u.l.applyPolicies())
+	if err := u.l.applyPolicies(); err != nil {
+		u.l.retryPolicies = true
+		u.l.alarms.raise("policy-not-applied", fmt.Sprintf("a change of policies was taken back, and is still in force in part: %v", err))
+		errs = append(errs, err)
+	}
 	return errors.Join(errs...)
 }
 
@@ -300,9 +303,10 @@ func (l *loop) applyPolicies() error {
 		e.policy = p
 		if err := l.dp.SetEndpoint(e.abi()); err != nil {
 			// Replacing an element of a preallocated map fails only if the
-			// map is gone. The old set stays in force; say so loudly.
+			// map is gone. The old set stays in force; say so loudly, and try
+			// again.
 			l.forgetPolicy(&endpoint{policy: p, workload: e.workload})
-			e.policy = old
+			e.policy, l.retryPolicies = old, true
 			l.alarms.raise("policy-not-applied", fmt.Sprintf("%s is still judged by its former policy: %v", e.fullName(), err))
 			errs = append(errs, err)
 			continue
