@@ -125,3 +125,35 @@ func TestUndoOfAnImport(t *testing.T) {
 		t.Errorf("later the refused policy is in force: %+v", d)
 	}
 }
+
+// An endpoint that could not be switched is tried again, and the alarm ends.
+func TestSwitchThatFailed(t *testing.T) {
+	n := newNode(t)
+	n.veth("a0")
+	l := n.mustStart()
+	defer n.crash(l)
+	e := n.run(l, app("a0", "10.1.1.2"))
+	if err := l.dp.RemoveEndpoint(e.ifindex); err != nil { // so that it cannot be replaced
+		t.Fatal(err)
+	}
+	l.repo.Put(mustParse(t, denyIngress))
+	if err := l.applyPolicies(); err == nil || l.alarmText("policy-not-applied") == "" {
+		t.Fatalf("a failure is not told: %v", err)
+	}
+	if err := l.dp.AddEndpoint(e.ifname, e.abi()); err != nil {
+		t.Fatal(err)
+	}
+	l.retry()
+	if l.alarmText("policy-not-applied") != "" || n.inKernel(l, "a0").Flags&uint32(abi.EPEnforceIngress) == 0 {
+		t.Errorf("not tried again: %q, flags %d", l.alarmText("policy-not-applied"), n.inKernel(l, "a0").Flags)
+	}
+}
+
+func mustParse(t *testing.T, source string) *authz.Policy {
+	t.Helper()
+	parsed, problems := api.ParsePolicies([]*api.PolicyFile{{Name: "p.yaml", Content: []byte(source)}})
+	if len(problems) > 0 || len(parsed) != 1 {
+		t.Fatal(problems)
+	}
+	return parsed[0].Policy
+}

@@ -152,6 +152,9 @@ func (d *Datapath) putInOrder() error {
 	if err := barrier(); err != nil {
 		return err
 	}
+	// The earlier agent may have changed a range, or bound an IP of none, and
+	// died before it said so: what was judged by it is judged again (I5).
+	d.bumpRangeEpoch()
 	names, err := d.pins.devices()
 	if err != nil {
 		return err
