@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -119,11 +120,13 @@ func (l *loop) refuseUnrecorded(in lease.OwnerInput) bool {
 // alarmAudit tells of a log that cannot be written or signed.
 func (l *loop) alarmAudit() {
 	writing, signing := l.audit.Problems()
-	switch {
-	case writing != "" && l.cfg.AuditRefuse:
-		l.alarms.raise("confirmation-log", "nothing new is confirmed, for it cannot be written down: make room for --audit-log: "+writing)
-	case writing != "":
+	switch works := l.audit.Writable(); {
+	case !works && l.cfg.AuditRefuse:
+		l.alarms.raise("confirmation-log", "nothing new is confirmed, for it cannot be written down: make room for --audit-log: "+cmp.Or(writing, "its queue is nearly full"))
+	case !works && writing != "":
 		l.alarms.raise("confirmation-log", "lines wait, and are lost when too many do: make room for --audit-log: "+writing)
+	case writing != "": // of its files
+		l.alarms.raise("confirmation-log", writing)
 	}
 	if signing == "" {
 		l.alarms.clear("confirmation-log-unsigned")

@@ -48,13 +48,18 @@ func (l *loop) answer(a lease.Answer) {
 		l.endHolds(drop, nil)
 		return
 	}
+	why := unansweredReason(a.Why, a.Refusal)
 	switch a.Why {
 	case lease.UnansweredMapFull:
+		if l.unrecorded() {
+			why = abi.ReasonRefused // by this agent, see install: no map is full
+			break
+		}
 		l.alarms.raise("map-full", "a confirmed binding did not fit into the kernel's maps: raise --bindings")
 	case lease.UnansweredWaitsFull:
 		l.alarms.raise("waits-full", "so many addresses are waited for at a time that no further one is asked for: find who calls them in the flow records (reason hold-overflow)")
 	}
-	drop, _ := l.holds.Refuse(a.IP, int64(a.Asked), unansweredReason(a.Why, a.Refusal))
+	drop, _ := l.holds.Refuse(a.IP, int64(a.Asked), why)
 	l.endHolds(drop, nil)
 }
 

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
 
 	"go.uber.org/zap"
@@ -96,7 +97,11 @@ func (l *loop) carryOutVerifier(outs []lease.VerifierOutput) *lease.StoreFailed 
 	for _, out := range outs {
 		switch o := out.(type) {
 		case lease.Write:
-			if err := l.write(o); err != nil {
+			err := l.write(o)
+			if errors.Is(err, errUnrecorded) { // the log's alarm says why
+				return &lease.StoreFailed{Write: o}
+			}
+			if err != nil {
 				l.log.Error("write the kernel's maps", zap.String("write", fmt.Sprintf("%T", o)), zap.Error(err))
 				return &lease.StoreFailed{Write: o}
 			}

@@ -159,6 +159,9 @@ func printResults(env *Env, set *audit.Set, results []*audit.Result, o audit.Opt
 		if r.Unsigned > 0 {
 			fmt.Fprintf(env.Stdout, "%s: %s could not be signed when they were due\n", node, plural(int(r.Unsigned), "checkpoint", "checkpoints"))
 		}
+		if r.Adopted > 0 {
+			fmt.Fprintf(env.Stdout, "%s: %s not signed yet when the agent was started anew: it signs what it finds\n", node, plural(int(r.Adopted), "record was", "records were"))
+		}
 		if b := r.Broken; b != nil {
 			at := audit.Plain(b.File)
 			if b.Line > 0 {

@@ -23,6 +23,13 @@ func (noSVID) GetX509SVID() (*x509svid.SVID, error) { return nil, os.ErrNotExist
 func auditLog(t *testing.T) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "confirmations.jsonl")
+	appendTo(t, path)
+	return path
+}
+
+// appendTo has an agent without an SVID write three confirmations.
+func appendTo(t *testing.T, path string) {
+	t.Helper()
 	l, err := audit.Open(audit.Config{Path: path, Node: "n1", Signer: noSVID{}})
 	if err != nil {
 		t.Fatal(err)
@@ -37,7 +44,6 @@ func auditLog(t *testing.T) string {
 	if err := l.Close(); err != nil {
 		t.Fatal(err)
 	}
-	return path
 }
 
 func TestAudit(t *testing.T) {
@@ -66,7 +72,7 @@ func TestAudit(t *testing.T) {
 	contains(audit(exitUsage, "verify", "--chain-only", "--expect", "5", path), "SEQ:HASH")
 	contains(audit(exitUsage, "verify", "--trust-bundle", path, path), "no certificate")
 	contains(audit(exitFailed, "verify", "--chain-only", t.TempDir()), "no confirmation log")
-	contains(audit(exitFailed, "verify", "--chain-only", "--sealed", path), "does not end with a checkpoint")
+	contains(audit(exitFailed, "verify", "--chain-only", "--sealed", path), "does not end with the checkpoint of an agent that stops")
 	contains(audit(exitFailed, "verify", "--chain-only", "--expect", "n1=9:"+strings.Repeat("a", 64), path), "record 6", "ends before record 9")
 	contains(audit(exitOK, "tail", "-n", "2", path), "confirmed", "unsigned", "shop/web")
 	contains(audit(exitOK, "tail", "-n", "2", "-o", "json", path), `"kind":"unsigned"`)
@@ -82,6 +88,8 @@ func TestAudit(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	appendTo(t, path)
+	contains(audit(exitOK, "verify", "--chain-only", path), "n1: 5 records were not signed yet when the agent was started anew")
 	if err := os.WriteFile(path, bytes.Replace(data, []byte("10.0.0.1"), []byte("10.0.0.2"), 1), 0o600); err != nil {
 		t.Fatal(err)
 	}

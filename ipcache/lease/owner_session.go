@@ -318,7 +318,7 @@ func (o *Owner) newGrant(v *book, boot identity.BootID, ip netip.Addr, w *worklo
 	g := o.bookGrant(v, boot, ip, w.gen, w.UID)
 	g.unsaid = true
 	o.say(g)
-	o.log(LogEntry{Kind: LogGrant, Peer: v.name, IP: ip, Generation: w.gen, UID: w.UID, Identity: w.Identity})
+	o.log(LogEntry{Kind: LogGrant, Peer: v.name, IP: ip, Generation: w.gen, UID: w.UID, Identity: w.Identity, Evidence: identity.EvidenceLease})
 	return g
 }
 

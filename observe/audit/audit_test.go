@@ -295,7 +295,7 @@ func TestNoSVID(t *testing.T) {
 			t.Error("told for ever")
 		}
 		must(t, l.Close())
-		if r := whole(t, a.options(), path); r.Unsigned != 1 || r.Signed != 4 {
+		if r := whole(t, a.options(), path); r.Unsigned != 1 || r.Signed != 5 { // with the one of the stop
 			t.Errorf("%+v", r)
 		}
 	})

@@ -79,11 +79,11 @@ func (r *Report) HTML(w io.Writer, now time.Time) error {
 			}
 			return t.UTC().Format("2006-01-02 15:04:05Z")
 		},
-		"span": span, "join": func(s []string) string { return strings.Join(s, ", ") },
+		"span": span, "join": func(s []string) string { return Plain(strings.Join(s, ", ")) },
 		"class": func(evidence string) int { return slices.Index(p.Evidences, evidence) % colours },
 		"add":   func(a, b float64) float64 { return a + b },
 		"num":   func(v float64) string { return fmt.Sprintf("%.1f", v) },
-		"plain": Plain,
+		"plain": func(s any) string { return Plain(fmt.Sprint(s)) }, // texts of any type
 	}).Parse(reportPage)
 	if err != nil {
 		return err

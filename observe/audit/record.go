@@ -102,6 +102,9 @@ type Removed struct {
 	Hash  string `json:"hash"`
 }
 
+// whyStop is why an agent that ends in order signs.
+const whyStop = "stop"
+
 // zeroHash is what the first record of a log follows.
 var zeroHash = strings.Repeat("0", 2*sha256.Size)
 

@@ -3,6 +3,7 @@ package audit
 import (
 	"cmp"
 	"io"
+	"iter"
 	"maps"
 	"net/netip"
 	"slices"
@@ -174,8 +175,8 @@ type (
 )
 
 // NewReport reads logs into a report. results are what Verify said of them;
-// checked tells that it looked at signatures too. Records after the first broken
-// one of a log are left out: nobody knows who wrote them.
+// checked tells that it looked at signatures too. Of a broken log what is in doubt is
+// left out: nobody knows who wrote it.
 func NewReport(s *Set, f Filter, results []*Result, checked bool) (*Report, error) {
 	g := &reporter{f: f, rep: &Report{Filter: f, Logs: results, Checked: checked, Evidence: map[string]Share{}, Kinds: map[string]int{}, Omitted: map[string]int{}, Tenures: map[string][]Tenure{}},
 		open: map[beliefKey]*Belief{}, refusals: map[refusalKey]*Refusal{}, holders: map[netip.Addr]*holder{}, signs: map[signKey]time.Time{},
@@ -184,22 +185,39 @@ func NewReport(s *Set, f Filter, results []*Result, checked bool) (*Report, erro
 		if f.Node != "" && res.Node != f.Node {
 			continue
 		}
-		for _, file := range s.Files[res.Node] {
-			for l, err := range lines(file, io.Discard) {
-				if err != nil {
-					return nil, err
-				}
-				r, err := parse(l.text)
-				if err != nil || r.Node != res.Node || r.Sequence > res.Head.Sequence {
-					continue
-				}
-				g.add(r)
-			}
-		}
 		// Each node's log is walked by itself; what is open stays so.
+		for r, err := range s.believed(res) {
+			if err != nil {
+				return nil, err
+			}
+			g.add(r)
+		}
 	}
 	g.finish()
 	return g.rep, nil
+}
+
+// believed yields the records of a log that were verified: up to the last good
+// one, or the first that is in doubt. What follows it, of whatever number, is not
+// read.
+func (s *Set) believed(res *Result) iter.Seq2[*Record, error] {
+	return func(yield func(*Record, error) bool) {
+		for _, file := range s.Files[res.Node] {
+			for l, err := range lines(file, io.Discard) {
+				if err != nil {
+					yield(nil, err)
+					return
+				}
+				r, err := parse(l.text)
+				if err != nil {
+					continue // torn, as a record after it tells; else the head is before it
+				}
+				if r.Node != res.Node || r.Sequence > res.Head.Sequence || res.doubt > 0 && r.Sequence >= res.doubt || !yield(r, nil) || r.Sequence == res.Head.Sequence {
+					return
+				}
+			}
+		}
+	}
 }
 
 // wanted tells whether an identity is one that is asked for.

@@ -138,6 +138,31 @@ func TestHostileTexts(t *testing.T) {
 	})
 }
 
+// Names that a log's writer chooses turn no text round, in the page or at a
+// terminal.
+func TestHostileNames(t *testing.T) {
+	a := newAuthority(t)
+	evil := "n\u202e2\x1b[2J"
+	path := filepath.Join(t.TempDir(), evil)
+	l, err := Open(Config{Path: path, Node: identity.NodeName(evil), Signer: a.agent("n1")})
+	must(t, err)
+	e := full
+	e.Peer = identity.NodeName(evil)
+	must(t, l.Append(e, nil))
+	for _, kind := range []lease.LogKind{lease.LogConfirmed, lease.LogRenewalGap} {
+		e.Kind = kind
+		must(t, l.Append(e, nil))
+	}
+	must(t, l.Close())
+	var page bytes.Buffer
+	must(t, report(t, Options{}, Filter{Node: identity.NodeName(evil)}, path).HTML(&page, time.Now()))
+	must(t, report(t, a.options(), Filter{Namespace: evil, Identity: evil}, path).HTML(&page, time.Now()))
+	if strings.ContainsAny(page.String(), "\u202e\x1b") {
+		i := strings.IndexAny(page.String(), "\u202e\x1b")
+		t.Errorf("in the page: %q", page.String()[max(0, i-80):i+20])
+	}
+}
+
 // An empty report is one too.
 func TestEmptyReport(t *testing.T) {
 	a := newAuthority(t)

@@ -94,7 +94,7 @@ func (w *writer) resume(begin *Begin) error {
 			return fmt.Errorf("%s is the log of node %s: give this agent another path", w.cfg.Path, last.Node)
 		}
 		w.head = Head{last.Sequence, last.Hash}
-		begin.Clean = last.Checkpoint != nil && last.Checkpoint.Why == "stop"
+		begin.Clean = last.Checkpoint != nil && last.Checkpoint.Why == whyStop
 	} else {
 		begin.Clean = true
 	}
@@ -130,6 +130,26 @@ func (w *writer) reopen() error {
 	w.goOn(f, regular, w.cfg.Path)
 	w.flush()
 	return nil
+}
+
+// follow goes on at the path when somebody has removed the file: what is
+// written would be nowhere. One that was moved away waits for Reopen.
+func (w *writer) follow() {
+	if !w.regular {
+		return
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(w.file.Fd()), &st); err != nil || st.Nlink > 0 {
+		return
+	}
+	f, regular, err := w.another()
+	if f == nil {
+		w.complain(fmt.Errorf("%s was removed, and what is written is lost: %w", w.cfg.Path, err))
+		return
+	}
+	w.complain(fmt.Errorf("%s was removed, with the records that were in it; the log goes on in a new file", w.cfg.Path))
+	w.goOn(f, regular, w.cfg.Path)
+	w.flush()
 }
 
 // another opens the path if it is not the file that is open.
@@ -220,6 +240,7 @@ func (w *writer) retain() {
 	for _, f := range files[:len(files)-w.cfg.Keep] {
 		last, err := lastOf(f.path)
 		if err != nil || last == nil {
+			w.kept = true
 			w.complain(fmt.Errorf("%s is not removed: its last record cannot be read (%w)", f.path, errors.Join(err, errNoRecord)))
 			return
 		}
@@ -232,18 +253,29 @@ func (w *writer) retain() {
 		}
 		w.sync(w.cfg.Sync != SyncNone)
 		if err := os.Remove(f.path); err != nil {
+			w.kept = true
 			w.complain(err)
 			return
 		}
 	}
 	w.crowded = false
+	if w.kept {
+		w.kept = false
+		w.l.mu.Lock()
+		w.l.files = ""
+		w.l.mu.Unlock()
+	}
 }
 
 // complain tells of files that cannot be begun or removed; records are written
 // all the same.
 func (w *writer) complain(err error) {
-	w.cfg.Log.Error("ALARM: the files of the confirmation log", zap.Error(err))
 	w.l.mu.Lock()
-	defer w.l.mu.Unlock()
+	again := w.l.files == err.Error()
 	w.l.files = err.Error()
+	w.l.mu.Unlock()
+	if now := time.Now(); !again || now.Sub(w.grumbled) >= alarmEvery {
+		w.grumbled = now
+		w.cfg.Log.Error("ALARM: the files of the confirmation log", zap.Error(err))
+	}
 }

@@ -27,8 +27,8 @@ type Options struct {
 	// Expect are places in the chain that were noted before, by node; ""
 	// stands for the only node.
 	Expect map[identity.NodeName][]Head
-	// Sealed: the last record must be a checkpoint, as of an agent that has
-	// stopped in order.
+	// Sealed: the last record must be the checkpoint of an agent that has stopped
+	// in order. Any other may be where the end was cut off.
 	Sealed bool
 }
 
@@ -49,7 +49,10 @@ type Result struct {
 	Lost        uint64            `json:"lost"`               // records that gaps tell of
 	Unsigned    uint64            `json:"unsigned"`           // checkpoints that could not be signed
 	ClockBack   time.Duration     `json:"clockBack,omitzero"` // furthest that the clock went back
+	Adopted     uint64            `json:"adopted"`            // records that no agent signed before the next was started: it signed what it found
 	Broken      *Broken           `json:"broken,omitempty"`   // nil: the log is whole
+
+	doubt uint64 // from this record on nothing is sure to be as it was written; 0: all is
 }
 
 // Broken is the first record that is not as it was written.
@@ -93,7 +96,9 @@ type verifier struct {
 	seen     *Begin    // the rules, as far as they are signed
 	begin    *Begin    // the last
 	loose    uint64    // records since the last good checkpoint
-	looseAt  time.Time // the first of them
+	looseAt  time.Time // the first of them that this run of the agent wrote
+	adopted  uint64    // how many of them are in res.Adopted
+	excused  bool      // one of them says that there was no SVID to sign with
 	last     *Record
 	lastAt   line
 	suspect  *item // does not follow last
@@ -150,6 +155,7 @@ func (v *verifier) items(files []string) iter.Seq2[item, error] {
 
 func (v *verifier) broken(seq uint64, at line, format string, args ...any) {
 	if v.res.Broken == nil {
+		v.res.doubt = seq
 		v.res.Broken = &Broken{Sequence: seq, File: at.file, Line: at.number, What: fmt.Sprintf(format, args...)}
 	}
 }
@@ -262,6 +268,7 @@ func (v *verifier) place(it item) bool {
 	switch due := v.due(); {
 	case r.Sequence < due:
 		v.broken(r.Sequence, it.line, "there are two records of this number: one was inserted, or a file is here twice, or the log was begun anew")
+		v.res.doubt = due // the former one has its place in the chain
 		return false
 	case r.Sequence > due:
 		v.broken(due, it.line, "it is missing: record %d follows", r.Sequence)
@@ -315,6 +322,7 @@ func (v *verifier) own(it item) bool {
 		if !r.Begin.Clean {
 			v.res.Unclean++
 		}
+		return v.adopt(it)
 	case KindGap:
 		if r.Gap != nil {
 			for _, n := range r.Gap.Lost {
@@ -323,6 +331,7 @@ func (v *verifier) own(it item) bool {
 		}
 	case KindUnsigned:
 		v.res.Unsigned++
+		v.excused = true
 	case KindRemoved:
 		if m := r.Removed; m != nil && v.origin != nil && m.Last == v.origin.Sequence && m.Hash == v.origin.Hash {
 			v.origin = nil
@@ -336,8 +345,7 @@ func (v *verifier) own(it item) bool {
 func (v *verifier) checkpoint(it item) bool {
 	r := it.record
 	if len(v.o.Roots) == 0 {
-		v.res.Checkpoints++
-		v.loose, v.seen = 0, v.begin
+		v.signed()
 		return true
 	}
 	td, err := judge(r, v.o.Roots)
@@ -345,15 +353,40 @@ func (v *verifier) checkpoint(it item) bool {
 		err = fmt.Errorf("it was signed in trust domain %s, not %s", td, v.td)
 	}
 	if err != nil {
-		v.broken(r.Sequence, it.line, "the checkpoint over records %d to %d is not genuine: %s", r.Sequence-v.loose+1, r.Sequence, clip(err.Error()))
+		first := r.Sequence - v.loose + 1
+		v.broken(r.Sequence, it.line, "the checkpoint over records %d to %d is not genuine: %s", first, r.Sequence, clip(err.Error()))
+		v.res.doubt = first
 		return false
 	}
 	v.td = td
 	v.res.TrustDomain, v.res.Signed = td.Name(), r.Sequence
-	v.res.Checkpoints++
-	v.loose, v.seen = 0, v.begin
+	v.signed()
 	return true
 }
+
+// signed: a checkpoint vouches for all records up to here.
+func (v *verifier) signed() {
+	v.res.Checkpoints++
+	v.loose, v.adopted, v.excused, v.seen = 0, 0, false, v.begin
+}
+
+// adopt judges the records that a starting agent found unsigned. It cannot know
+// who wrote them, and the next checkpoint signs them with its own: so they may
+// not be more than the agent before can have left.
+func (v *verifier) adopt(it item) bool {
+	v.looseAt = it.record.Time // nothing is signed while no agent runs
+	found := v.loose - 1
+	if len(v.o.Roots) > 0 && v.seen != nil && !v.excused && found > v.seen.mostLoose() {
+		v.broken(it.record.Sequence-found, it.line, "from it on %d records were not signed before the agent was started anew: more than it leaves without a checkpoint", found)
+		return false
+	}
+	v.res.Adopted += found - v.adopted
+	v.adopted = found
+	return true
+}
+
+// mostLoose is how many records can follow the last checkpoint.
+func (b *Begin) mostLoose() uint64 { return uint64(max(0, b.Records))*slack + batch }
 
 // end judges what can only be judged when all is read.
 func (v *verifier) end() {
@@ -368,10 +401,11 @@ func (v *verifier) end() {
 		v.broken(1, after, "there is no record")
 	case v.origin != nil:
 		v.broken(v.origin.Sequence, line{file: v.res.Files[0], number: 1}, "it and all before it are missing, and no record tells of their removal")
+		v.res.doubt = 0 // what is there is in its place
 	case len(v.o.Roots) > 0 && v.res.Checkpoints == 0:
 		v.broken(v.res.First, line{file: v.res.Files[0], number: 1}, "nothing of the log is signed yet")
-	case v.o.Sealed && (v.loose > 0 || v.last.Kind != KindCheckpoint):
-		v.broken(v.due(), after, "the log does not end with a checkpoint: its end is cut off, or the agent runs, or died")
+	case v.o.Sealed && (v.loose > 0 || v.last.Checkpoint == nil || v.last.Checkpoint.Why != whyStop):
+		v.broken(v.due(), after, "the log does not end with the checkpoint of an agent that stops: its end is cut off, or the agent runs, or died, or could not sign")
 	case v.tooLoose():
 		v.broken(v.last.Sequence-v.loose+1, v.lastAt, "from it on %d records are not signed: more than the agent leaves without a checkpoint", v.loose)
 	}
@@ -386,6 +420,7 @@ func (v *verifier) met(after line) {
 		}
 		if seq < v.res.First {
 			v.broken(seq, line{file: v.res.Files[0], number: 1}, "it was removed, and cannot be compared with what is expected")
+			v.res.doubt = 0 // what is there is in its place
 		}
 	}
 	if missing.Sequence > 0 {
@@ -399,7 +434,7 @@ func (v *verifier) tooLoose() bool {
 		return false
 	}
 	span := v.last.Time.Sub(v.looseAt).Seconds()
-	return v.loose > uint64(max(0, v.seen.Records))*slack+batch || span > v.seen.Interval*slack+60
+	return v.loose > v.seen.mostLoose() || span > v.seen.Interval*slack+60
 }
 
 // explain tells a record that is out of its place from one that is gone.

@@ -40,9 +40,12 @@ type writer struct {
 	signedAt   time.Time // when that was
 	cannotSign bool      // told in the log
 	dirty      bool      // written and not synced
+	unsynced   bool      // the last sync failed
 	told       time.Time // the last alarm
+	grumbled   time.Time // the last alarm about files
 	tried      time.Time // the last rotation
 	crowded    bool      // there may be files to remove
+	kept       bool      // one of them could not be, and that is told
 }
 
 // run writes until the queue is closed and empty.
@@ -118,7 +121,7 @@ func (w *writer) finish() {
 		}
 	}
 	w.flush()
-	w.checkpoint("stop")
+	w.checkpoint(whyStop)
 	w.sync(w.cfg.Sync != SyncNone)
 	left := len(w.pending) + len(w.l.queue)
 	if left > 0 {
@@ -130,6 +133,7 @@ func (w *writer) finish() {
 
 // due does what time brings.
 func (w *writer) due() {
+	w.follow()
 	if w.unsigned > 0 && time.Since(w.signedAt) >= w.cfg.Checkpoint {
 		w.checkpoint("interval")
 	}
@@ -278,25 +282,32 @@ func (w *writer) write(data []byte) (n int, err error) {
 
 // sync forces the file to the disk if it should.
 func (w *writer) sync(should bool) {
-	if !should || !w.dirty || !w.regular {
+	if !w.regular {
+		w.unsynced = false
+		return
+	}
+	if !should || !w.dirty {
 		return
 	}
 	if err := w.file.Sync(); err != nil {
 		// The kernel may have dropped what it could not write: nobody can say
 		// what is on the disk. The chain will show it.
+		w.unsynced = true
 		w.alarm(fmt.Errorf("sync: %w", err))
 		return
 	}
-	w.dirty = false
+	w.dirty, w.unsynced = false, false
 }
 
 // checkpoint asks for one at the end of pending.
 func (w *writer) checkpoint(why string) {
-	if w.unsigned == 0 && len(w.pending) == 0 {
+	// An end in order is told whatever was signed before: without it the next
+	// agent takes this one for dead, and an auditor the log for cut off.
+	if w.unsigned == 0 && len(w.pending) == 0 && why != whyStop {
 		return
 	}
 	w.signedAt = time.Now()
-	if w.cannotSign {
+	if w.cannotSign && why != whyStop {
 		if _, err := w.canSign(); err != nil {
 			return // told already
 		}
@@ -350,7 +361,7 @@ func (w *writer) alarm(err error) {
 
 // works ends an alarm.
 func (w *writer) works() {
-	if !w.l.troubled.Load() || w.dirty && w.cfg.Sync == SyncAlways {
+	if !w.l.troubled.Load() || w.unsynced || w.dirty && w.cfg.Sync == SyncAlways {
 		return
 	}
 	w.l.troubled.Store(false)
