@@ -132,6 +132,8 @@ func TestValidate(t *testing.T) {
 		"operator 5":       {Ref: ref, Specs: []Spec{{Subject: Selector{{Attribute: PodLabel, Key: "a", Operator: 5}}}}},
 		"In nothing":       {Ref: ref, Specs: []Spec{{Subject: Selector{{Attribute: PodLabel, Key: "a", Operator: In}}}}},
 		"NotIn nothing":    {Ref: ref, Specs: []Spec{{Subject: Selector{{Attribute: PodLabel, Key: "a", Operator: NotIn}}}}},
+		"values unsorted":  {Ref: ref, Specs: []Spec{{Subject: Selector{{Attribute: PodLabel, Key: "a", Operator: In, Values: []string{"c", "b"}}}}}},
+		"a value twice":    {Ref: ref, Specs: []Spec{{Subject: Selector{{Attribute: PodLabel, Key: "a", Operator: In, Values: []string{"b", "b"}}}}}},
 		"Exists a value":   {Ref: ref, Specs: []Spec{{Subject: Selector{{Attribute: PodLabel, Key: "a", Operator: Exists, Values: []string{"b"}}}}}},
 		"name and number":  {Ref: ref, Specs: []Spec{{Rules: []Rule{{Ports: []PortRange{{Proto: ProtoTCP, Last: 80, Name: "http"}}}}}}},
 		"named ICMP":       {Ref: ref, Specs: []Spec{{Rules: []Rule{{Ports: []PortRange{PortNamed(ProtoICMP, "echo")}}}}}},

@@ -159,6 +159,8 @@ func genSelector(r *rand.Rand) Selector {
 			q.Operator, q.Values = DoesNotExist, nil
 		case 3:
 			q.Values = append(q.Values, oneOf(r, genValues))
+			slices.Sort(q.Values)
+			q.Values = slices.Compact(q.Values)
 		}
 		s = append(s, q)
 	}

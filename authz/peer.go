@@ -330,9 +330,7 @@ func matchPattern(pattern, name string) bool {
 func (s Selector) Key() string {
 	keys := make([]string, len(s))
 	for i, r := range s {
-		values := slices.Clone(r.Values)
-		slices.Sort(values)
-		keys[i] = strconv.Itoa(int(r.Attribute)) + strconv.Quote(r.Key) + strconv.Itoa(int(r.Operator)) + fmt.Sprintf("%q", slices.Compact(values))
+		keys[i] = strconv.Itoa(int(r.Attribute)) + strconv.Quote(r.Key) + strconv.Itoa(int(r.Operator)) + fmt.Sprintf("%q", r.Values)
 	}
 	slices.Sort(keys)
 	return "labels " + strings.Join(keys, " ")

@@ -16,7 +16,7 @@ type Requirement struct {
 	Attribute Attribute
 	Key       string // of a label; else empty
 	Operator  Operator
-	Values    []string // one or more for In and NotIn, else none
+	Values    []string // one or more for In and NotIn, else none; sorted, each once
 }
 
 // Attribute is a property of a workload that a selector can look at.
@@ -122,15 +122,21 @@ func (r Requirement) met(a attributes, doubt bool) bool {
 	}
 	switch r.Operator {
 	case In:
-		return there && slices.Contains(r.Values, value)
+		return there && r.has(value)
 	case NotIn:
-		return !there || !slices.Contains(r.Values, value)
+		return !there || !r.has(value)
 	case Exists:
 		return there
 	case DoesNotExist:
 		return !there
 	}
 	return false // Validate lets no other through
+}
+
+// has reports whether the value is one of Values.
+func (r Requirement) has(value string) bool {
+	_, found := slices.BinarySearch(r.Values, value)
+	return found
 }
 
 func (s Selector) validate() error {
@@ -145,6 +151,11 @@ func (s Selector) validateFor(allowed ...Attribute) error {
 		}
 		if r.Operator.TakesValues() != (len(r.Values) > 0) {
 			return fmt.Errorf("operator %d with %d values", r.Operator, len(r.Values))
+		}
+		for i := 1; i < len(r.Values); i++ {
+			if r.Values[i-1] >= r.Values[i] {
+				return fmt.Errorf("the values of %q are not sorted, each once", r.Key)
+			}
 		}
 	}
 	return nil

@@ -2,6 +2,7 @@ package dialect
 
 import (
 	"regexp"
+	"slices"
 
 	"portcullis/authz"
 )
@@ -59,6 +60,8 @@ func (v *Value) expression() (r authz.Requirement, ok bool) {
 	case !r.Operator.TakesValues() && len(r.Values) > 0:
 		values.Refuse("this operator takes no values: remove them, or use In or NotIn")
 	default:
+		slices.Sort(r.Values)
+		r.Values = slices.Compact(r.Values)
 		return r, true
 	}
 	return r, false
