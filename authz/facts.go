@@ -1,7 +1,6 @@
 package authz
 
 import (
-	"cmp"
 	"iter"
 	"maps"
 	"net/netip"
@@ -92,7 +91,7 @@ func (r *Repository) SetNamespaceLabels(namespace string, labels map[string]stri
 // labels. Sets must be compiled anew.
 func (r *Repository) SetBlockGroup(name string, labels map[string]string, blocks []netip.Prefix) {
 	f := *r.facts
-	f.groups = with(f.groups, name, &blockGroup{labels: maps.Clone(labels), blocks: slices.Clone(blocks)})
+	f.groups = with(f.groups, name, &blockGroup{labels: maps.Clone(labels), blocks: slices.SortedFunc(slices.Values(blocks), netip.Prefix.Compare)})
 	r.learnGroup(name, &f)
 }
 
@@ -107,6 +106,11 @@ func (r *Repository) DeleteBlockGroup(name string) {
 // compiled anew.
 func (r *Repository) SetService(at ServiceName, b *Backends) {
 	f := *r.facts
+	if b != nil {
+		sorted := *b
+		sorted.Blocks = slices.SortedFunc(slices.Values(b.Blocks), netip.Prefix.Compare)
+		b = &sorted
+	}
 	f.services = with(f.services, at, b)
 	r.learn(&f, func(x PeerSelector) bool {
 		s, ok := innermost(x).(Service)
@@ -164,9 +168,7 @@ func (r *Repository) Blocks(bound bool) []netip.Prefix {
 			}
 		}
 	}
-	return slices.SortedFunc(maps.Keys(seen), func(a, b netip.Prefix) int {
-		return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
-	})
+	return slices.SortedFunc(maps.Keys(seen), netip.Prefix.Compare)
 }
 
 // peerSelectors yields those of every rule in force.

@@ -95,6 +95,7 @@ func genExcept(r *rand.Rand, in netip.Prefix) (out []netip.Prefix) {
 			out = append(out, p)
 		}
 	}
+	slices.SortFunc(out, netip.Prefix.Compare)
 	return out
 }
 

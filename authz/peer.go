@@ -22,7 +22,7 @@ type Peer struct {
 	// may do is denied to the whole. Zero: not known, so no rule on addresses
 	// allows the peer anything, and each denies it what it would deny.
 	Block netip.Prefix
-	Holes []netip.Prefix
+	Holes []netip.Prefix // sorted
 	// Node is the labels of the node, if the peer is one; nil: not known.
 	Node map[string]string
 	// Names are the DNS names that the peer's address was learnt from, in
@@ -82,7 +82,7 @@ func (e Entities) selects(p Peer, _ *facts, _ bool) bool {
 // has a live binding (workloads and nodes) only if Bound says so.
 type Block struct {
 	Prefix netip.Prefix   // masked
-	Except []netip.Prefix // masked, within Prefix
+	Except []netip.Prefix // masked, within Prefix, sorted
 	Bound  bool
 }
 
@@ -90,19 +90,19 @@ type Block struct {
 func (b Block) Key() string { return fmt.Sprint("block ", b.Prefix, b.Except, b.Bound) }
 
 func (b Block) validate() error {
-	for _, p := range append([]netip.Prefix{b.Prefix}, b.Except...) {
-		if !p.IsValid() || p != p.Masked() || p.Addr().Is4In6() {
-			return fmt.Errorf("%s is not the prefix of a block of addresses", p)
-		}
+	if err := validateBlocks([]netip.Prefix{b.Prefix}); err != nil {
+		return err
+	}
+	for _, p := range b.Except {
 		if !b.Prefix.Overlaps(p) || p.Bits() < b.Prefix.Bits() {
 			return fmt.Errorf("the exception %s is not within %s", p, b.Prefix)
 		}
 	}
-	return nil
+	return validateBlocks(b.Except)
 }
 
 func (b Block) selects(p Peer, _ *facts, doubt bool) bool {
-	return (b.Bound || p.isWorld()) && covers(b.Prefix, b.Except, p, doubt)
+	return (b.Bound || p.isWorld()) && covers([]netip.Prefix{b.Prefix}, b.Except, p, doubt)
 }
 
 // isWorld reports whether nothing but its address says who the peer is.
@@ -110,38 +110,15 @@ func (p Peer) isWorld() bool { return p.Identity.Reserved == worldName }
 
 const worldName, hostName = "world", "host"
 
-// covers reports whether where the peer is seen lies in prefix and outside the
-// exceptions. doubt is the answer if only a part does, or if it is not known.
-func covers(prefix netip.Prefix, except []netip.Prefix, p Peer, doubt bool) bool {
-	if !p.Block.IsValid() {
-		return doubt
-	}
-	if !prefix.Overlaps(p.Block) {
-		return false
-	}
-	hole := func(x netip.Prefix) bool { // it is not seen anywhere in x
-		return slices.ContainsFunc(p.Holes, func(h netip.Prefix) bool { return within(x, h) })
-	}
-	if doubt {
-		return !hole(prefix) && !slices.ContainsFunc(except, func(e netip.Prefix) bool { return within(p.Block, e) })
-	}
-	return within(p.Block, prefix) && !slices.ContainsFunc(except, func(e netip.Prefix) bool {
-		return e.Overlaps(p.Block) && (within(p.Block, e) || !hole(e))
-	})
-}
-
-// within reports whether all of x is in y.
-func within(x, y netip.Prefix) bool { return y.Overlaps(x) && y.Bits() <= x.Bits() }
-
 // BlockGroup is the blocks of a group of addresses that is an object of its
 // own (Repository.SetBlockGroup): the one of a name, or those that have
 // labels. It selects world only. Of a group by name that nobody has spoken of
 // the blocks are not known, nor are those of any as long as nobody has spoken
 // of one: an allow rule allows nobody by it, a deny rule denies to all of world.
 type BlockGroup struct {
-	Name   string   // empty: by labels
-	Labels Selector // of the group, as GroupLabel
-	Except []netip.Prefix
+	Name   string         // empty: by labels
+	Labels Selector       // of the group, as GroupLabel
+	Except []netip.Prefix // masked, sorted
 }
 
 // Key implements PeerSelector.
@@ -150,10 +127,8 @@ func (g BlockGroup) Key() string {
 }
 
 func (g BlockGroup) validate() error {
-	for _, p := range g.Except {
-		if !p.IsValid() || p != p.Masked() {
-			return fmt.Errorf("the exception %s is not a prefix", p)
-		}
+	if err := validateBlocks(g.Except); err != nil {
+		return err
 	}
 	return g.Labels.validateFor(GroupLabel)
 }
@@ -164,13 +139,13 @@ func (g BlockGroup) selects(p Peer, f *facts, doubt bool) bool {
 	}
 	if g.Name != "" {
 		group, known := f.groups[g.Name]
-		return !known && doubt || group.covers(g.Except, p, doubt)
+		return !known && doubt || covers(group.blocks, g.Except, p, doubt)
 	}
 	if len(f.groups) == 0 {
 		return doubt
 	}
 	for _, group := range f.groups {
-		if g.Labels.meets(labelsOf(group.labels)) && group.covers(g.Except, p, doubt) {
+		if g.Labels.meets(labelsOf(group.labels)) && covers(group.blocks, g.Except, p, doubt) {
 			return true
 		}
 	}
@@ -180,11 +155,7 @@ func (g BlockGroup) selects(p Peer, f *facts, doubt bool) bool {
 // blockGroup is what is known of a group.
 type blockGroup struct {
 	labels map[string]string
-	blocks []netip.Prefix
-}
-
-func (g blockGroup) covers(except []netip.Prefix, peer Peer, doubt bool) bool {
-	return slices.ContainsFunc(g.blocks, func(p netip.Prefix) bool { return covers(p, except, peer, doubt) })
+	blocks []netip.Prefix // sorted
 }
 
 // Nodes selects nodes by their labels, as NodeLabel. An empty one selects every
@@ -248,13 +219,13 @@ type Backends struct {
 	// Selector selects workloads of the service's namespace by pod labels;
 	// empty: the service has no selector.
 	Selector map[string]string
-	// Blocks are the addresses of a service without a selector.
+	// Blocks are the addresses of a service without a selector, in any order.
 	Blocks []netip.Prefix
 }
 
 func (b Backends) selects(at ServiceName, p Peer, f *facts, doubt bool) bool {
 	if len(b.Selector) == 0 {
-		return p.isWorld() && slices.ContainsFunc(b.Blocks, func(x netip.Prefix) bool { return covers(x, nil, p, doubt) })
+		return p.isWorld() && covers(b.Blocks, nil, p, doubt)
 	}
 	s := Selector{InNamespace(at.Namespace)}
 	for k, v := range b.Selector {

@@ -67,9 +67,7 @@ func speaksOfAddresses(s PeerSelector, bound bool) bool {
 
 func newRegions(blocks []netip.Prefix) Regions {
 	blocks = slices.Clone(blocks)
-	slices.SortFunc(blocks, func(a, b netip.Prefix) int {
-		return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
-	})
+	slices.SortFunc(blocks, netip.Prefix.Compare)
 	blocks = slices.Compact(blocks)
 	r := Regions{by: map[netip.Prefix]identity.Region{}}
 	var around []netip.Prefix // the blocks that this one lies in, longest last

@@ -37,6 +37,7 @@ func blockPolicy(r *rand.Rand, n int) *Policy {
 		for range r.IntN(3) {
 			b.Except = append(b.Except, somePrefix(r, b.Prefix))
 		}
+		slices.SortFunc(b.Except, netip.Prefix.Compare)
 		if rule.Peers = []PeerSelector{b}; r.IntN(4) == 0 {
 			rule.Peers = []PeerSelector{BlockGroup{Name: "g", Except: b.Except}}
 		}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 
 	"portcullis/authz"
 	"portcullis/bpf/abi"
@@ -116,6 +117,7 @@ func someExceptions(r *rand.Rand, within netip.Prefix) (out []netip.Prefix) {
 			out = append(out, x)
 		}
 	}
+	slices.SortFunc(out, netip.Prefix.Compare)
 	return out
 }
 

@@ -2,6 +2,7 @@ package cilium
 
 import (
 	"net/netip"
+	"slices"
 
 	"portcullis/authz"
 	"portcullis/authz/dialect"
@@ -80,6 +81,7 @@ func (p *peers) cidrRule(v *dialect.Value) {
 			}
 			except = append(except, x)
 		})
+		slices.SortFunc(except, netip.Prefix.Compare)
 	}
 	switch {
 	case !ok:

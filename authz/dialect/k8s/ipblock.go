@@ -3,6 +3,7 @@ package k8s
 import (
 	"net/netip"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -30,6 +31,7 @@ func ipBlock(v *dialect.Value) authz.Block {
 				b.Except = append(b.Except, p)
 			}
 		})
+		slices.SortFunc(b.Except, netip.Prefix.Compare)
 	}
 	return b
 }
