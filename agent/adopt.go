@@ -214,7 +214,7 @@ func (l *loop) adoptEndpoint(w workload, ep abi.Endpoint) error {
 	if !l.holdIndexes.reserve(e.holdIndex) {
 		return fmt.Errorf("its hold index %d is taken", e.holdIndex)
 	}
-	if e.lost = ep.Flags & enforceFlags; e.lost != 0 && l.underPolicy(e) {
+	if e.lost = ep.Flags & enforceFlags; e.lost != 0 && (l.underPolicy(e) || l.neverHadAny(e, ep)) {
 		e.lost = 0
 	}
 	if e.lost != 0 {
@@ -259,6 +259,15 @@ func (l *loop) adoptEndpoint(w workload, ep abi.Endpoint) error {
 
 // enforceFlags are what a policy makes of an endpoint.
 const enforceFlags = uint32(abi.EPEnforceIngress | abi.EPEnforceEgress)
+
+// neverHadAny reports whether the endpoint was denied everything in the kernel
+// as --enforce=always has it, without a policy, and is so now: then none was
+// lost. The node may have been let in all the same; if it was not, what kept it
+// out may be lost.
+func (l *loop) neverHadAny(e *endpoint, ep abi.Endpoint) bool {
+	node := ep.Flags&uint32(abi.EPAdmitHost) != 0 || l.cfg.AllowLocalHost != LocalHostAlways
+	return l.enforcement(e) == authz.EnforceAlways && ep.Flags&enforceFlags == enforceFlags && node && l.dp.PolicySets()[ep.Policy] == 0
+}
 
 // underPolicy reports whether any policy speaks of the endpoint.
 func (l *loop) underPolicy(e *endpoint) bool {

@@ -190,13 +190,16 @@ func (l *loop) meaning(e *endpoint) authz.Set {
 	return set
 }
 
-// neverEnforced reports whether the operator wants no policy on the endpoint.
-func (l *loop) neverEnforced(e *endpoint) bool {
+// enforcement is how far the operator wants policy enforced on the endpoint.
+func (l *loop) enforcement(e *endpoint) authz.Enforcement {
 	if mode, ok := l.cfg.EnforceIn[e.identity.Namespace]; ok {
-		return mode == authz.EnforceNever
+		return mode
 	}
-	return l.cfg.Enforce == authz.EnforceNever
+	return l.cfg.Enforce
 }
+
+// neverEnforced reports whether the operator wants no policy on the endpoint.
+func (l *loop) neverEnforced(e *endpoint) bool { return l.enforcement(e) == authz.EnforceNever }
 
 // compile puts the endpoint's policy into the kernel, under a new set.
 func (l *loop) compile(e *endpoint) error {

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"os"
 	"testing"
 
 	"portcullis/authz"
@@ -52,6 +53,46 @@ func TestEnforce(t *testing.T) {
 			if tc.before != tc.after && e.policy.id == epoch {
 				t.Error("the flags changed and the epoch did not")
 			}
+		})
+	}
+}
+
+// Under always a workload without a policy has lost none when the agent starts
+// again: its node reaches it as before, and nobody is alarmed. One that had a
+// policy has, and who is let in then says the import, not a second start.
+func TestAlwaysOverAStart(t *testing.T) {
+	for name, tc := range map[string]struct {
+		policy bool
+		want   uint32
+	}{"without a policy": {false, uint32(abi.EPAdmitHost)}, "with one, lost": {true, 0}} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			n.cfg.Enforce = authz.EnforceAlways
+			n.cfg.AllowLocalHost = LocalHostAlways
+			n.veth("a0")
+			l := n.mustStart()
+			n.run(l, app("a0", "10.1.1.2"))
+			if tc.policy {
+				n.importPolicy(l, allButB)
+			}
+			if n.inKernel(l, "a0").Flags&uint32(abi.EPAdmitHost) == 0 {
+				t.Fatal("the node does not reach it")
+			}
+			for range 2 {
+				n.crash(l)
+				if err := os.RemoveAll(n.cfg.StateDir); err != nil {
+					t.Fatal(err)
+				}
+				l = n.mustStart()
+				flags := n.inKernel(l, "a0").Flags
+				if flags&uint32(abi.EPAdmitHost) != tc.want || flags&enforceFlags != enforceFlags {
+					t.Errorf("flags %#x", flags)
+				}
+				if lost := l.alarmText("policies-lost") != ""; lost != tc.policy {
+					t.Errorf("lost policies are told of: %v", lost)
+				}
+			}
+			n.crash(l)
 		})
 	}
 }
