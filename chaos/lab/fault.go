@@ -17,10 +17,16 @@ const agentPort = 4260
 // Cut keeps the agents of two nodes from talking, in both directions and in
 // silence, established connections too. Packets of workloads still pass.
 // Cutting what is cut is no error.
-func (l *Lab) Cut(ctx context.Context, a, b string) error { return l.fault(a, b, true) }
+func (l *Lab) Cut(ctx context.Context, a, b string) error { return l.fault(a, b, true, true) }
 
-// Heal ends a Cut. Healing what is whole is no error.
-func (l *Lab) Heal(ctx context.Context, a, b string) error { return l.fault(a, b, false) }
+// CutOneWay is a Cut of one direction: nothing that the agent of node from sends
+// reaches the agent of node to.
+func (l *Lab) CutOneWay(ctx context.Context, from, to string) error {
+	return l.fault(to, from, true, false)
+}
+
+// Heal ends a Cut, and a CutOneWay of either direction. Healing what is whole is no error.
+func (l *Lab) Heal(ctx context.Context, a, b string) error { return l.fault(a, b, false, true) }
 
 // Cuts lists the cuts in force.
 func (l *Lab) Cuts() ([][2]string, error) {
@@ -31,7 +37,9 @@ func (l *Lab) Cuts() ([][2]string, error) {
 	return s.Cuts, nil
 }
 
-func (l *Lab) fault(a, b string, cut bool) error {
+// fault sets or ends a cut at node a against what node b sends, and if both are
+// meant the other way round too.
+func (l *Lab) fault(a, b string, cut, both bool) error {
 	if a == b {
 		return errors.New("a cut is between two different nodes")
 	}
@@ -45,7 +53,11 @@ func (l *Lab) fault(a, b string, cut bool) error {
 		if err != nil {
 			return err
 		}
-		if err := errors.Join(l.setCut(na, nb, cut), l.setCut(nb, na, cut)); err != nil {
+		err = l.setCut(na, nb, cut)
+		if both {
+			err = errors.Join(err, l.setCut(nb, na, cut))
+		}
+		if err != nil {
 			return err
 		}
 		s.Cuts = slices.DeleteFunc(s.Cuts, func(p [2]string) bool { return p == pair })

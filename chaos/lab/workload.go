@@ -310,6 +310,10 @@ func (l *Lab) InWorkload(name string, f func() error) error {
 	return inNamespace(path, f)
 }
 
+// InNamespace runs f on a thread of its own that is in the network namespace
+// named at path, as Namespace tells it.
+func InNamespace(path string, f func() error) error { return inNamespace(path, f) }
+
 // InNode is InWorkload for a node.
 func (l *Lab) InNode(node string, f func() error) error { return inNamespace(l.nodeNS(node), f) }
 
