@@ -49,6 +49,7 @@ func (e exitError) Error() string { return fmt.Sprintf("exit status %d", e.code)
 var commands = []func(*Env) *cobra.Command{
 	newAgentCmd,
 	newDemoCmd,
+	newChaosCmd,
 	newLabCmd,
 	newProbeCmd,
 	newStatusCmd,

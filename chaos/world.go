@@ -1,0 +1,209 @@
+package chaos
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"portcullis/agent/api"
+	"portcullis/chaos/check"
+	"portcullis/chaos/lab"
+)
+
+// Nodes of a chaos lab. The IPs that change hands are the owner's.
+const (
+	ownerNode    = "owner"
+	verifierNode = "verifier"
+	otherNode    = "other" // a second verifier
+)
+
+// world is a lab with its standing workloads and its traffic.
+type world struct {
+	*plan
+	lab *lab.Lab
+	rec *recorder
+
+	rnd   *rand.Rand // guarded by rndMu: the seed makes the plan, not the interleaving
+	rndMu sync.Mutex
+
+	servers []*standing
+	callers []*standing
+
+	mu      sync.Mutex
+	targets map[int][]netip.Addr // guarded by mu; by slot, the IPs in use
+
+	reused  atomic.Int64 // how many times an IP was used again
+	counter atomic.Int64 // for names
+}
+
+// standing is a workload that lives as long as the run.
+type standing struct {
+	*talker
+	is  string
+	ips []netip.Addr
+}
+
+func labConfig(p *plan) lab.Config {
+	c := lab.Config{Evidence: p.Evidence, TTL: p.TTL, Heartbeat: p.TTL / 5}
+	for i, n := range []string{ownerNode, verifierNode, otherNode} {
+		c.Nodes = append(c.Nodes, lab.Node{Name: n, Ranges: []netip.Prefix{
+			netip.MustParsePrefix(fmt.Sprintf("10.%d.0.0/16", i+1)), netip.MustParsePrefix(fmt.Sprintf("fd00:%d::/64", i+1))}})
+	}
+	for _, f := range p.faults {
+		if f.Prepare != nil {
+			f.Prepare(&c)
+		}
+	}
+	return c
+}
+
+// newWorld makes the lab. On failure nothing is left of it.
+func newWorld(ctx context.Context, p *plan) (w *world, err error) {
+	o := lab.Options{Name: p.Lab, Binary: p.Binary}
+	old, err := lab.Open(o)
+	if err == nil {
+		err = errors.Join(old.Down(ctx), old.Close())
+	}
+	if err != nil {
+		return nil, fmt.Errorf("remove an earlier run's lab: %w", err)
+	}
+	l, err := lab.Up(ctx, labConfig(p), o)
+	if err != nil {
+		return nil, err
+	}
+	w = &world{plan: p, lab: l, rec: newRecorder(), rnd: rand.New(rand.NewPCG(p.Seed, 0x706f7274)), targets: map[int][]netip.Addr{}}
+	if err = l.ImportPolicies(ctx, &api.PolicyFile{Name: "chaos.yaml", Content: []byte(policies)}); err == nil {
+		err = w.populate(ctx)
+	}
+	if err != nil {
+		return nil, errors.Join(err, w.down(context.WithoutCancel(ctx)))
+	}
+	return w, nil
+}
+
+func (w *world) populate(ctx context.Context) error {
+	for _, s := range []struct{ is, node string }{
+		{helloV1, verifierNode}, {helloV2, verifierNode}, {helloV1, otherNode}, {helloV1, ownerNode}, {callerV, verifierNode},
+	} {
+		spec := lab.Workload{Namespace: "default", Name: s.is + "-" + s.node, Node: s.node, Labels: map[string]string{"is": s.is}}
+		x, err := w.come(ctx, spec, s.is)
+		if err != nil {
+			return err
+		}
+		st := &standing{talker: x.talker, is: s.is, ips: x.run.IPs}
+		if s.is == callerV {
+			w.callers = append(w.callers, st)
+		} else {
+			w.servers = append(w.servers, st)
+		}
+	}
+	return nil
+}
+
+// down ends the traffic and the lab.
+func (w *world) down(ctx context.Context) error {
+	for _, s := range append(w.servers, w.callers...) {
+		s.stop()
+	}
+	return errors.Join(w.lab.Down(ctx), w.lab.Close())
+}
+
+func (w *world) random() *rand.Rand {
+	w.rndMu.Lock()
+	defer w.rndMu.Unlock()
+	return rand.New(rand.NewPCG(w.rnd.Uint64(), w.rnd.Uint64()))
+}
+
+func between(r *rand.Rand, least, most time.Duration) time.Duration {
+	if most <= least {
+		return least
+	}
+	return least + time.Duration(r.Int64N(int64(most-least)))
+}
+
+// present is a workload that is there.
+type present struct {
+	*talker
+	run  lab.Running
+	note *check.Workload
+	is   string
+}
+
+// prepare makes a workload's namespace and opens its sockets. Its agent does not
+// know of it yet.
+func (w *world) prepare(ctx context.Context, spec lab.Workload, is string) (*present, error) {
+	note := w.rec.made(check.Workload{Name: spec.FullName(), Node: spec.Node})
+	run, err := w.lab.Prepare(ctx, spec, lab.RunOptions{})
+	if err != nil {
+		w.rec.set(func() { note.UID, note.Left, note.Gone = spec.FullName(), now(), now() })
+		return nil, err
+	}
+	x := &present{run: run, note: note, is: is}
+	w.rec.set(func() { note.UID, note.IPs = run.UID.String(), run.IPs })
+	path, err := w.lab.Namespace(spec.FullName())
+	if err == nil {
+		x.talker, err = newTalker(ctx, w.rec, run.UID.String(), path)
+	}
+	if err != nil {
+		return nil, errors.Join(err, w.leave(x))
+	}
+	return x, nil
+}
+
+// register tells the agent, and waits until the workload is active. An agent
+// that is not there is an error.
+func (w *world) register(ctx context.Context, x *present) error {
+	asked := now()
+	w.rec.set(func() {
+		x.note.Asked = asked
+		x.note.Names = append(x.note.Names, check.Name{Identity: x.is, Since: asked, Sure: asked})
+	})
+	ctx, cancel := context.WithTimeout(ctx, w.registerLimit())
+	defer cancel()
+	run, err := w.lab.Register(ctx, x.run.Spec.FullName(), lab.RunOptions{Wait: w.registerLimit()})
+	if err != nil {
+		return err
+	}
+	if run.State != "active" {
+		return fmt.Errorf("%w: %s", lab.ErrQuarantined, run.Detail)
+	}
+	ready := now()
+	w.rec.set(func() { x.note.Ready, x.note.Quarantined = ready, run.Waited })
+	return nil
+}
+
+// registerLimit is how long a registration may take: the longest wait for leases
+// that anybody can hold.
+func (w *world) registerLimit() time.Duration { return 80 * time.Second }
+
+// come is prepare and register.
+func (w *world) come(ctx context.Context, spec lab.Workload, is string) (*present, error) {
+	x, err := w.prepare(ctx, spec, is)
+	if err != nil {
+		return nil, err
+	}
+	if err := w.register(ctx, x); err != nil {
+		return nil, errors.Join(err, w.leave(x))
+	}
+	return x, nil
+}
+
+// leave ends a workload, whatever stands against it.
+func (w *world) leave(x *present) error {
+	left := now()
+	w.rec.set(func() { x.note.Left = left })
+	if x.talker != nil {
+		x.stop()
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	_, err := w.lab.Delete(ctx, x.run.Spec.FullName())
+	gone := now()
+	w.rec.set(func() { x.note.Gone = gone })
+	return err
+}

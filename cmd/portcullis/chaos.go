@@ -1,0 +1,220 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"portcullis/chaos"
+	"portcullis/chaos/check"
+	"portcullis/chaos/fault"
+)
+
+func newChaosCmd(env *Env) *cobra.Command {
+	return group("chaos", "Scenarios of IP reuse under faults, judged by a checker that knows who truly held each IP",
+		newChaosListCmd(env), newChaosRunCmd(env), newChaosJudgeCmd(env))
+}
+
+func newChaosListCmd(env *Env) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "list",
+		Short: "List the scenarios and the faults",
+		Args:  usageArgs(cobra.NoArgs),
+	}
+	o := addOutput(cmd)
+	cmd.RunE = func(*cobra.Command, []string) error {
+		type entry struct {
+			Name string `json:"name"`
+			Does string `json:"does"`
+		}
+		var all struct {
+			Scenarios []entry `json:"scenarios"`
+			Faults    []entry `json:"faults"`
+		}
+		for _, s := range chaos.Scenarios() {
+			all.Scenarios = append(all.Scenarios, entry{s.Name, s.Does})
+		}
+		for _, k := range fault.Kinds() {
+			all.Faults = append(all.Faults, entry{k.Name, k.Does})
+		}
+		if *o != outTable {
+			b, err := json.Marshal(all)
+			if err != nil {
+				return err
+			}
+			return structured(env.Stdout, *o, b)
+		}
+		return table(env.Stdout, gap, func(tw *tabwriter.Writer) {
+			for _, part := range []struct {
+				title   string
+				entries []entry
+			}{{"SCENARIO", all.Scenarios}, {"FAULT", all.Faults}} {
+				fmt.Fprintf(tw, "%s\tWHAT HAPPENS\n", part.title)
+				for _, e := range part.entries {
+					fmt.Fprintf(tw, "%s\t%s\n", e.Name, e.Does)
+				}
+			}
+		})
+	}
+	return cmd
+}
+
+func newChaosRunCmd(env *Env) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "run SCENARIO",
+		Short: "Run a scenario in a lab of its own, with faults, and judge what came of it",
+		Long: `Run a scenario in a lab of its own, with faults, and judge what came of it.
+
+The harness notes who held each IP and when, every attempt and who received it, all on
+one clock; the checker compares that with what the policies say. Nothing is asked of the
+agents that are judged. The exit status is 1 if an invariant was violated, or if the run
+did not come to its end. Ctrl-C ends a run early: what was seen until then is judged, and
+the lab is removed. Needs root and Linux 6.6 or newer.
+
+Run with --evidence=classic to see that the harness can see: there a violation is what is
+expected, under every fault that keeps news from a verifier.`,
+		Example: `  portcullis chaos run ip-reuse --events 100
+  portcullis chaos run ip-reuse --fault partition,kill-verifier --events 200 --seed 7 -o json
+  portcullis chaos run ip-reuse --fault partition --evidence classic --history history.jsonl`,
+		Args: usageArgs(cobra.ExactArgs(1)),
+	}
+	o := addOutput(cmd)
+	var c chaos.Options
+	f := cmd.Flags()
+	f.StringVar(&c.Evidence, "evidence", "lease", "what a binding is believed on: lease, or classic (unsafe)")
+	f.StringSliceVar(&c.Faults, "fault", nil, "faults, all at work in the same run (see chaos list)")
+	f.IntVar(&c.Events, "events", 100, "how many times an IP is used again")
+	f.Uint64Var(&c.Seed, "seed", 0, "seed of the plan (0: from the clock); the same plan meets other interleavings")
+	f.DurationVar(&c.TTL, "ttl", time.Second, "how long a lease holds without renewal")
+	f.IntVar(&c.Parallel, "parallel", 0, "how many IPs change hands side by side (0: as the scenario has it)")
+	f.DurationVar(&c.Limit, "limit", 10*time.Minute, "ends the run, however far it came")
+	f.StringVar(&c.Lab, "lab", "chaos", "name of the lab")
+	history := f.String("history", "", "file that gets the history, as JSON lines")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		c.Scenario = args[0]
+		if c.Seed == 0 {
+			c.Seed = uint64(time.Now().UnixNano())
+		}
+		c.Progress = env.Stderr
+		var file *os.File
+		if *history != "" {
+			var err error
+			if file, err = os.Create(*history); err != nil {
+				return fmt.Errorf("the history: %w", err)
+			}
+			defer file.Close()
+			c.History = file
+		}
+		if err := chaos.Check(c); err != nil {
+			return usageError{err}
+		}
+		r, err := chaos.Run(cmd.Context(), c)
+		if file != nil {
+			err = errors.Join(err, file.Close())
+		}
+		if r == nil {
+			return err
+		}
+		return errors.Join(showResult(env.Stdout, *o, r), err)
+	}
+	return cmd
+}
+
+func newChaosJudgeCmd(env *Env) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "judge FILE",
+		Short: "Judge the history of an earlier run",
+		Long:  "Judge the history of an earlier run (--history), from a file, or from the standard input (-).",
+		Args:  usageArgs(cobra.ExactArgs(1)),
+	}
+	o := addOutput(cmd)
+	cmd.RunE = func(_ *cobra.Command, args []string) error {
+		in := io.Reader(env.Stdin)
+		if args[0] != "-" {
+			file, err := os.Open(args[0])
+			if err != nil {
+				return fmt.Errorf("the history: %w", err)
+			}
+			defer file.Close()
+			in = file
+		}
+		h, err := check.Read(in)
+		if err != nil {
+			return err
+		}
+		r, err := check.Check(h)
+		if err != nil {
+			return err
+		}
+		return showResult(env.Stdout, *o, r)
+	}
+	return cmd
+}
+
+// showResult prints a result. Anything but "held" is exit status 1.
+func showResult(out io.Writer, o output, r *check.Result) error {
+	err := func() error {
+		if o == outTable {
+			return resultTable(out, r)
+		}
+		b, err := json.Marshal(r)
+		if err != nil {
+			return err
+		}
+		return structured(out, o, b)
+	}()
+	if err == nil && r.Verdict != check.Held {
+		err = exitError{exitFailed}
+	}
+	return err
+}
+
+func resultTable(out io.Writer, r *check.Result) error {
+	err := table(out, gap, func(tw *tabwriter.Writer) {
+		row := func(name, format string, args ...any) { fmt.Fprintf(tw, name+":\t"+format+"\n", args...) }
+		row("Verdict", "%s", r.Verdict)
+		faults := strings.Join(r.Faults, ", ")
+		if faults == "" {
+			faults = "none"
+		}
+		row("Run", "%s, evidence %s, faults: %s, seed %d, %s", r.Scenario, r.Evidence, faults, r.Seed, time.Duration(r.End-r.Begin).Round(time.Second/10))
+		row("IPs used again", "%d", r.Reuses)
+		row("Legitimate attempts", "%d, admitted %d", r.Attempts.Legitimate, r.Admitted.Legitimate)
+		row("Impostors' attempts", "%d, admitted %d", r.Attempts.Impostor, r.Admitted.Impostor)
+		row("Undecided", "%d, for the IP changed hands meanwhile", r.Attempts.Undecided)
+		row("Availability", "%.5f (%d of %d attempts failed with nothing in their way)", r.Availability.Rate, r.Availability.Failed, r.Availability.Attempts)
+		row("First contact", "p50 %.1f ms, p99 %.1f ms, of %d", r.FirstContactMS.P50, r.FirstContactMS.P99, r.FirstContactMS.N)
+		row("Wait for an IP", "p50 %.1f ms, p99 %.1f ms, longest %.1f ms", r.ReuseDelayMS.P50, r.ReuseDelayMS.P99, r.ReuseDelayMS.Max)
+		row("Taken for another", "for at most %.1f ms", r.StaleWindowMS)
+		var dropped []string
+		for reason, n := range r.Dropped {
+			dropped = append(dropped, fmt.Sprintf("%s %d", reason, n))
+		}
+		slices.Sort(dropped)
+		row("Dropped", "%s", strings.Join(dropped, ", "))
+		for _, i := range []check.Invariant{check.Safety, check.FallsShut, check.StaysUp, check.NoInheritance, check.UnknownWorld, check.NothingSilent} {
+			if n := r.ViolationCount[i]; n > 0 {
+				row("Violations of "+string(i), "%d", n)
+			}
+		}
+	})
+	for i, v := range r.Violations {
+		if i == 10 {
+			fmt.Fprintf(out, "\nThe others are in -o json.\n")
+			break
+		}
+		fmt.Fprintf(out, "\n%s: %s\n", v.Invariant, v.What)
+		for _, line := range v.Around {
+			fmt.Fprintf(out, "  %s\n", line)
+		}
+	}
+	return err
+}
