@@ -135,22 +135,28 @@ func (w *world) life(ctx context.Context, spec lab.Workload, is string, slot int
 	if err != nil {
 		return false, err
 	}
-	tctx, stop := context.WithCancel(ctx)
-	var traffic sync.WaitGroup
-	speak := w.random()
 	w.target(slot, x.run.IPs)
-	traffic.Go(func() { w.speak(tctx, x, speak) }) // before it is registered, too
 	if w.scenario.late {
 		sleep(ctx, between(r, 0, 100*time.Millisecond))
 	}
-	if err := w.register(ctx, x); err == nil {
+	if err := w.register(ctx, x); err != nil {
+		if ctx.Err() == nil {
+			sleep(ctx, 50*time.Millisecond) // its agent is not there
+		}
+		return false, w.leave(x)
+	}
+	// A node's runtime starts processes when the workload is active. These
+	// speak as soon as it is enforced: in its quarantine, too.
+	tctx, stop := context.WithCancel(ctx)
+	var traffic sync.WaitGroup
+	speak := w.random()
+	traffic.Go(func() { w.speak(tctx, x, speak) })
+	if err := w.activate(ctx, x); err == nil {
 		came = true
 		if w.scenario.late {
-			_, _ = w.lab.Register(ctx, spec.FullName(), lab.RunOptions{NoWait: true}) // the same again changes nothing
+			_ = w.registration(ctx, x, lab.RunOptions{NoWait: true}) // once more, and nothing changes
 		}
 		w.live(ctx, x, r)
-	} else if ctx.Err() == nil {
-		sleep(ctx, 50*time.Millisecond) // its agent is not there
 	}
 	stop()
 	err = w.leave(x)

@@ -155,39 +155,59 @@ func (w *world) prepare(ctx context.Context, spec lab.Workload, is string) (*pre
 	return x, nil
 }
 
-// register tells the agent, and waits until the workload is active. An agent
-// that is not there is an error.
+// register tells the agent. When it returns the workload is enforced, though it
+// may be in quarantine. An agent that is not there is an error.
 func (w *world) register(ctx context.Context, x *present) error {
 	asked := now()
 	w.rec.set(func() {
 		x.note.Asked = asked
 		x.note.Names = append(x.note.Names, check.Name{Identity: x.is, Since: asked, Sure: asked})
 	})
-	ctx, cancel := context.WithTimeout(ctx, w.registerLimit())
+	return w.registration(ctx, x, lab.RunOptions{NoWait: true})
+}
+
+// activate waits until a registered workload is active.
+func (w *world) activate(ctx context.Context, x *present) error {
+	for x.note.Ready == 0 { // the same again changes nothing, and waits
+		if err := w.registration(ctx, x, lab.RunOptions{Wait: registerLimit}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (w *world) registration(ctx context.Context, x *present, o lab.RunOptions) error {
+	ctx, cancel := context.WithTimeout(ctx, registerLimit+10*time.Second)
 	defer cancel()
-	run, err := w.lab.Register(ctx, x.run.Spec.FullName(), lab.RunOptions{Wait: w.registerLimit()})
+	run, err := w.lab.Register(ctx, x.run.Spec.FullName(), o)
 	if err != nil {
 		return err
 	}
-	if run.State != "active" {
+	if run.State == "active" && x.note.Ready == 0 {
+		ready := now()
+		w.rec.set(func() { x.note.Ready, x.note.Quarantined = ready, run.Waited })
+		return nil
+	}
+	if run.State != "active" && !o.NoWait {
 		return fmt.Errorf("%w: %s", lab.ErrQuarantined, run.Detail)
 	}
-	ready := now()
-	w.rec.set(func() { x.note.Ready, x.note.Quarantined = ready, run.Waited })
 	return nil
 }
 
 // registerLimit is how long a registration may take: the longest wait for leases
-// that anybody can hold.
-func (w *world) registerLimit() time.Duration { return 80 * time.Second }
+// that anybody can hold, and some.
+const registerLimit = 80 * time.Second
 
-// come is prepare and register.
+// come is prepare, register and activate.
 func (w *world) come(ctx context.Context, spec lab.Workload, is string) (*present, error) {
 	x, err := w.prepare(ctx, spec, is)
 	if err != nil {
 		return nil, err
 	}
-	if err := w.register(ctx, x); err != nil {
+	if err = w.register(ctx, x); err == nil {
+		err = w.activate(ctx, x)
+	}
+	if err != nil {
 		return nil, errors.Join(err, w.leave(x))
 	}
 	return x, nil

@@ -67,13 +67,22 @@ func (x *index) admissions(m *Message, r *Result) {
 			x.reply(m, got, w, v, r)
 		} else if some, _ := x.verdicts(w, v, m, m.Sent, got.At); !some {
 			kind, what := x.classify(m, w, v)
-			r.violate(x, Violation{kind, got.At, m.ID, m.From.Addr(), what, nil})
+			r.violate(x, Violation{kind, got.At, m.ID, x.changed(m), what, nil})
 			if stale := time.Duration(got.At - w.Made); stale > r.staleWindow {
 				r.staleWindow = stale
 			}
 		}
 		x.deadline(m, got, w, v, r)
 	}
+}
+
+// changed is the IP of a message that had several holders, of the sender's
+// and the receiver's.
+func (x *index) changed(m *Message) netip.Addr {
+	if len(x.holders[m.To.Addr()]) > len(x.holders[m.From.Addr()]) {
+		return m.To.Addr()
+	}
+	return m.From.Addr()
 }
 
 // classify says which invariant a wrong admission breaks.
@@ -181,7 +190,7 @@ func (x *index) attempt(m *Message, r *Result) {
 		}
 	}
 	pair := [2]string{w.UID, v.UID}
-	if answered != 0 && !r.contacts[pair] {
+	if answered != 0 && !r.contacts[pair] && w.active(m.Sent, m.Sent) && v.active(m.Sent, m.Sent) {
 		r.contacts[pair] = true
 		r.firstContact = append(r.firstContact, time.Duration(answered-m.Sent))
 	}
@@ -243,18 +252,25 @@ func (x *index) silence(r *Result) {
 	}
 }
 
-// reuses measures what the next holder of an IP waited for.
+// reuses measures what the next holder of an IP waited for. A workload that has
+// several IPs of others counts once.
 func (x *index) reuses(r *Result) {
+	next := map[*Workload]bool{}
 	for _, of := range x.holders {
-		for i := 1; i < len(of); i++ {
-			r.Reuses++
-			if next := of[i]; next.Asked != 0 && next.Ready != 0 {
-				r.reuseDelay = append(r.reuseDelay, time.Duration(next.Ready-next.Asked))
-			}
+		for _, w := range of[1:] {
+			next[w] = true
 		}
 	}
-	for _, w := range x.Workloads {
+	for i := range x.Workloads {
+		w := &x.Workloads[i]
 		r.quarantine += w.Quarantined
+		if !next[w] {
+			continue
+		}
+		r.Reuses++
+		if w.Asked != 0 && w.Ready != 0 {
+			r.reuseDelay = append(r.reuseDelay, time.Duration(w.Ready-w.Asked))
+		}
 	}
 }
 

@@ -154,17 +154,25 @@ func (x *index) link(m *Message, p *problems) {
 }
 
 // receipts returns who received the message. A handshake that came to its end
-// without a receipt was with whoever held the address then.
+// without a receipt was with somebody who held the address meanwhile; of several,
+// with one who was allowed to be.
 func (x *index) receipts(m *Message) []Receipt {
 	if len(m.Received) > 0 || m.Connected == 0 {
 		return m.Received
 	}
+	var of *Workload
 	for _, v := range x.holders[m.To.Addr()] {
-		if v.Made <= m.Connected && m.Sent <= orForever(v.Gone) {
-			return []Receipt{{UID: v.UID, At: m.Connected}}
+		if v.Made > m.Connected || m.Sent > orForever(v.Gone) {
+			continue
+		}
+		if some, _ := x.verdicts(x.workloads[m.Sender], v, m, m.Sent, m.Connected); of == nil || some {
+			of = v
 		}
 	}
-	return nil
+	if of == nil {
+		return nil
+	}
+	return []Receipt{{UID: of.UID, At: m.Connected}}
 }
 
 // holder returns the workload that was registered for the IP and active during
