@@ -145,8 +145,10 @@ func (w *world) life(ctx context.Context, spec lab.Workload, is string, slot int
 		}
 		return false, w.leave(x)
 	}
-	// A node's runtime starts processes when the workload is active. These
-	// speak as soon as it is enforced: in its quarantine, too.
+	// It speaks as soon as it is enforced: in its quarantine, too.
+	if err := w.open(ctx, x); err != nil {
+		return false, errors.Join(err, w.leave(x))
+	}
 	tctx, stop := context.WithCancel(ctx)
 	var traffic sync.WaitGroup
 	speak := w.random()

@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"net/netip"
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -134,8 +136,7 @@ type present struct {
 	is   string
 }
 
-// prepare makes a workload's namespace and opens its sockets. Its agent does not
-// know of it yet.
+// prepare makes a workload's namespace. Its agent does not know of it yet.
 func (w *world) prepare(ctx context.Context, spec lab.Workload, is string) (*present, error) {
 	note := w.rec.made(check.Workload{Name: spec.FullName(), Node: spec.Node})
 	run, err := w.lab.Prepare(ctx, spec, lab.RunOptions{})
@@ -143,16 +144,18 @@ func (w *world) prepare(ctx context.Context, spec lab.Workload, is string) (*pre
 		w.rec.set(func() { note.UID, note.Left, note.Gone = spec.FullName(), now(), now() })
 		return nil, err
 	}
-	x := &present{run: run, note: note, is: is}
 	w.rec.set(func() { note.UID, note.IPs = run.UID.String(), run.IPs })
-	path, err := w.lab.Namespace(spec.FullName())
+	return &present{run: run, note: note, is: is}, nil
+}
+
+// open opens the workload's sockets. A node's runtime starts processes when their
+// workload is registered, and so does this.
+func (w *world) open(ctx context.Context, x *present) error {
+	path, err := w.lab.Namespace(x.run.Spec.FullName())
 	if err == nil {
-		x.talker, err = newTalker(ctx, w.rec, run.UID.String(), path)
+		x.talker, err = newTalker(ctx, w.rec, x.run.UID.String(), path)
 	}
-	if err != nil {
-		return nil, errors.Join(err, w.leave(x))
-	}
-	return x, nil
+	return err
 }
 
 // register tells the agent. When it returns the workload is enforced, though it
@@ -205,7 +208,7 @@ func (w *world) come(ctx context.Context, spec lab.Workload, is string) (*presen
 		return nil, err
 	}
 	if err = w.register(ctx, x); err == nil {
-		err = w.activate(ctx, x)
+		err = errors.Join(w.open(ctx, x), w.activate(ctx, x))
 	}
 	if err != nil {
 		return nil, errors.Join(err, w.leave(x))
@@ -222,7 +225,19 @@ func (w *world) leave(x *present) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
-	_, err := w.lab.Delete(ctx, x.run.Spec.FullName())
+	name := x.run.Spec.FullName()
+	path, err := w.lab.Namespace(name)
+	if err == nil {
+		_, err = w.lab.Delete(ctx, name)
+	}
+	if err != nil {
+		if _, still := os.Stat(path); path != "" && errors.Is(still, fs.ErrNotExist) {
+			// It is gone, and its agent did not answer as it should: a fault
+			// may be at work on that.
+			fmt.Fprintf(w.Progress, "chaos: %s is gone, but: %v\n", name, err)
+			err = nil
+		}
+	}
 	gone := now()
 	w.rec.set(func() { x.note.Gone = gone })
 	return err

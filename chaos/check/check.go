@@ -264,13 +264,11 @@ func (x *index) reuses(r *Result) {
 	for i := range x.Workloads {
 		w := &x.Workloads[i]
 		r.quarantine += w.Quarantined
-		if !next[w] {
+		if !next[w] || w.Ready == 0 {
 			continue
 		}
 		r.Reuses++
-		if w.Asked != 0 && w.Ready != 0 {
-			r.reuseDelay = append(r.reuseDelay, time.Duration(w.Ready-w.Asked))
-		}
+		r.reuseDelay = append(r.reuseDelay, time.Duration(w.Ready-w.Asked))
 	}
 }
 

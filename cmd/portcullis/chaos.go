@@ -123,7 +123,10 @@ expected, under every fault that keeps news from a verifier.`,
 		if r == nil {
 			return err
 		}
-		return errors.Join(showResult(env.Stdout, *o, r), err)
+		if shown := showResult(env.Stdout, *o, r); err == nil {
+			err = shown
+		}
+		return err
 	}
 	return cmd
 }
