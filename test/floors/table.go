@@ -125,6 +125,9 @@ type Exception struct{ From, To, Why string }
 // Exceptions to the floors.
 var Exceptions = []Exception{
 	{"chaos/demo", "chaos/lab", "the story is told in a lab; the lab knows nothing of the story"},
+	{"chaos", "chaos/lab", "scenarios are played in a lab"},
+	{"chaos", "chaos/fault", "scenarios meet faults; faults know nothing of scenarios"},
+	{"chaos/fault", "chaos/lab", "faults happen to a lab"},
 	{"authz/tools", "authz/dialect", "a cluster's manifests are read by the bounded reader of policy files, which they hold as well"},
 }
 
