@@ -97,6 +97,11 @@ func (s *server) register(ctx context.Context, w workload, want uint32) (e *endp
 		return nil, nil, fmt.Errorf("%w: %s has index %d, not %d: another device has its name", errNoDevice, w.ifname, ifindex, want)
 	}
 	err = s.l.call(ctx, func() (err error) {
+		// Nobody waits for it any more, and who asked may have taken it back
+		// already: it would stand, and nobody would end it.
+		if err := ctx.Err(); err != nil {
+			return err
+		}
 		if e, err = s.l.register(w, ifindex); err == nil {
 			activated = e.activated
 		}

@@ -33,10 +33,11 @@ func Tombstone(dir string, ip netip.Addr, uid identity.UID) error {
 
 // TombstoneDevice is Tombstone for the endpoint behind one device alone, by its
 // index: a UID may have another sandbox by now, with the same IP even, whose
-// workload did not end. 0 is any device.
+// workload did not end. 0 is any device. With a device the IP may be left out
+// (the zero Addr): then whichever addresses the endpoint has are meant.
 func TombstoneDevice(dir string, ip netip.Addr, uid identity.UID, ifindex uint32) error {
-	if !ip.IsValid() || uid == (identity.UID{}) {
-		return errors.New("tombstone: an IP and a UID are needed")
+	if !ip.IsValid() && ifindex == 0 || uid == (identity.UID{}) {
+		return errors.New("tombstone: a UID, and an IP or a device, are needed")
 	}
 	p := pinDir(filepath.Clean(dir))
 	if _, err := os.Stat(string(p)); errors.Is(err, fs.ErrNotExist) {
@@ -156,11 +157,14 @@ func mapsOf(id ebpf.ProgramID) (map[string]*ebpf.Map, error) {
 
 // buryIn ends the workload in one set of maps, whatever their version.
 func buryIn(maps map[string]*ebpf.Map, ip netip.Addr, uid identity.UID, only uint32) error {
-	ips := []abi.Addr{Addr(ip)}
+	var ips []abi.Addr
+	if ip.IsValid() {
+		ips = []abi.Addr{Addr(ip)}
+	}
 	var closed []uint32
 	var err error
 	if m := maps["endpoints"]; m != nil {
-		ips, closed, err = closeEndpoints(m, ips[0], uid, only)
+		ips, closed, err = closeEndpoints(m, ips, uid, only)
 		err = errors.Join(err, raiseEndpointEpoch(maps["state"]))
 	}
 	if m := maps["slots"]; m != nil {
@@ -187,10 +191,11 @@ func offsets(m *ebpf.Map, name string, members ...string) ([]uint32, error) {
 	return out, nil
 }
 
-// closeEndpoints closes the workload's gates. It returns all IPs that it held,
-// and its devices.
-func closeEndpoints(m *ebpf.Map, ip abi.Addr, uid identity.UID, only uint32) (ips []abi.Addr, ifindices []uint32, err error) {
-	ips = []abi.Addr{ip}
+// closeEndpoints closes the workload's gates: of those that have one of the IPs,
+// or whatever IPs if none are named. It returns all IPs that it held, and its
+// devices.
+func closeEndpoints(m *ebpf.Map, with []abi.Addr, uid identity.UID, only uint32) (ips []abi.Addr, ifindices []uint32, err error) {
+	ips = slices.Clone(with)
 	at, err := offsets(m, "endpoints", "uid", "ip4.d", "ip6.d", "state")
 	if err != nil {
 		return ips, nil, err
@@ -199,7 +204,7 @@ func closeEndpoints(m *ebpf.Map, ip abi.Addr, uid identity.UID, only uint32) (ip
 	var found []element
 	err = mapError("read endpoints", "endpoints", eachEntry(m, func(k, v []byte) bool {
 		ip4, ip6 := fromBytes[abi.Addr](v[at[1]:at[1]+16]), fromBytes[abi.Addr](v[at[2]:at[2]+16])
-		if fromBytes[identity.UID](v[at[0]:at[0]+16]) == uid && (ip4 == ip || ip6 == ip) && (only == 0 || fromBytes[uint32](k) == only) {
+		if fromBytes[identity.UID](v[at[0]:at[0]+16]) == uid && (len(with) == 0 || slices.Contains(with, ip4) || slices.Contains(with, ip6)) && (only == 0 || fromBytes[uint32](k) == only) {
 			found = append(found, element{slices.Clone(k), slices.Clone(v)})
 			ips = append(ips, ip4, ip6)
 		}
@@ -242,7 +247,7 @@ func raiseEndpointEpoch(state *ebpf.Map) error {
 }
 
 // zeroLocal zeroes the workload's slots: those of its devices, or that say its
-// UID, with one of its IPs.
+// UID, with one of its IPs, if any are known.
 func zeroLocal(slots, cold, bindings *ebpf.Map, ips []abi.Addr, ifindices []uint32, uid identity.UID, only uint32) error {
 	at, err := offsets(slots, "slots", "stamp", "ip.d", "ifindex")
 	if err != nil {
@@ -258,7 +263,7 @@ func zeroLocal(slots, cold, bindings *ebpf.Map, ips []abi.Addr, ifindices []uint
 		stamp := (*uint64)(unsafe.Pointer(&s[at[0]]))
 		was, ifindex := atomic.LoadUint64(stamp), fromBytes[uint32](s[at[2]:at[2]+4])
 		ip := fromBytes[abi.Addr](s[at[1] : at[1]+16])
-		if was == 0 || ifindex == 0 || only != 0 && ifindex != only || ip == (abi.Addr{}) || !slices.Contains(ips, ip) {
+		if was == 0 || ifindex == 0 || only != 0 && ifindex != only || ip == (abi.Addr{}) || len(ips) > 0 && !slices.Contains(ips, ip) {
 			continue
 		}
 		if !slices.Contains(ifindices, ifindex) && !describes(cold, i, was, uid) {

@@ -52,12 +52,17 @@ func TestTombstone(t *testing.T) {
 			l.must(datapath.Tombstone(l.pins, other.ip, other.uid)) // not its: nothing to do
 		}
 		l.must(datapath.TombstoneDevice(l.pins, workload4, workloadUID, uint32(l.wl)+1)) // nor behind another device
+		l.must(datapath.TombstoneDevice(l.pins, netip.Addr{}, workloadUID, uint32(l.wl)+1))
+		l.must(datapath.TombstoneDevice(l.pins, netip.Addr{}, identity.UID{9}, uint32(l.wl)))
+		if err := datapath.TombstoneDevice(l.pins, netip.Addr{}, workloadUID, 0); err == nil {
+			t.Error("a tombstone for neither an IP nor a device was accepted")
+		}
 		if err := datapath.Tombstone(l.pins, workload4, identity.UID{}); err == nil {
 			t.Error("a tombstone without a UID was accepted")
 		}
 	})
 
-	l.must(datapath.TombstoneDevice(l.pins, workload6, workloadUID, uint32(l.wl))) // one of its IPs is enough
+	l.must(datapath.TombstoneDevice(l.pins, netip.Addr{}, workloadUID, uint32(l.wl))) // whatever IPs it has
 	l.shutIn(x)
 	l.must(datapath.Tombstone(l.pins, workload4, workloadUID)) // it may be repeated
 	d = l.open()

@@ -33,7 +33,7 @@ type conf struct {
 
 	Socket   string `json:"socket"`   // of the agent
 	PinDir   string `json:"pinDir"`   // of the agent, for DEL while it is down
-	AddWait  string `json:"addWait"`  // how long ADD waits in quarantine, as "3s"
+	AddWait  string `json:"addWait"`  // how long ADD waits in quarantine, as "3s": see wait
 	LogFile  string `json:"logFile"`  // empty: the standard error
 	LogLevel string `json:"logLevel"` // debug, info, warn, error
 
@@ -46,9 +46,11 @@ type conf struct {
 
 	PrevResult       json.RawMessage      `json:"prevResult"`
 	ValidAttachments []types.GCAttachment `json:"cni.dev/valid-attachments"`
+	// The same under the name that runtimes of CNI 1.1's first days give it.
+	Attachments []types.GCAttachment `json:"cni.dev/attachments"`
 
-	addWait time.Duration
-	unknown []string // keys that are neither the plugin's nor CNI's
+	told    map[string]json.RawMessage // everything in it, by key
+	unknown []string                   // keys that are neither the plugin's nor CNI's
 }
 
 // person says who a workload is, where no Kubernetes does.
@@ -66,27 +68,46 @@ var known = []string{"cniVersion", "cniVersions", "name", "type", "socket", "pin
 
 // parseConf reads the configuration that a runtime gives on the standard input.
 func parseConf(stdin []byte) (*conf, error) {
-	c := &conf{Socket: api.DefaultSocket, PinDir: defaultPinDir, LogLevel: "warn", addWait: defaultAddWait}
+	c := &conf{Socket: api.DefaultSocket, PinDir: defaultPinDir, LogLevel: "warn"}
 	if err := json.Unmarshal(stdin, c); err != nil {
 		return nil, types.NewError(types.ErrDecodingFailure, "network configuration: "+err.Error(), "")
 	}
-	if c.AddWait != "" {
-		d, err := time.ParseDuration(c.AddWait)
-		if err != nil || d < 0 || d > maxAddWait {
-			return nil, types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf("addWait %q: want a duration from 0s to %v, e.g. \"3s\"", c.AddWait, maxAddWait), "")
-		}
-		c.addWait = d
-	}
-	var all map[string]json.RawMessage
-	if err := json.Unmarshal(stdin, &all); err != nil {
+	if err := json.Unmarshal(stdin, &c.told); err != nil {
 		return nil, types.NewError(types.ErrDecodingFailure, "network configuration: "+err.Error(), "")
 	}
-	for _, key := range slices.Sorted(maps.Keys(all)) {
+	for _, key := range slices.Sorted(maps.Keys(c.told)) {
 		if !slices.Contains(known, key) && !strings.HasPrefix(key, "cni.dev/") {
 			c.unknown = append(c.unknown, key)
 		}
 	}
 	return c, nil
+}
+
+// wait is how long ADD waits in quarantine. Only who waits asks: a DEL must not
+// fail for it.
+func (c *conf) wait() (time.Duration, error) {
+	if c.AddWait == "" {
+		return defaultAddWait, nil
+	}
+	d, err := time.ParseDuration(c.AddWait)
+	if err != nil || d < 0 || d > maxAddWait {
+		return 0, types.NewError(types.ErrInvalidNetworkConfig, fmt.Sprintf("addWait %q: want a duration from 0s to %v, e.g. \"3s\"", c.AddWait, maxAddWait), "")
+	}
+	return d, nil
+}
+
+// valid returns the attachments that a runtime still knows, for GC. That it does
+// not say is not that there are none.
+func (c *conf) valid() ([]types.GCAttachment, error) {
+	for _, said := range []struct {
+		key  string
+		list []types.GCAttachment
+	}{{"cni.dev/valid-attachments", c.ValidAttachments}, {"cni.dev/attachments", c.Attachments}} {
+		if _, told := c.told[said.key]; told {
+			return said.list, nil
+		}
+	}
+	return nil, types.NewError(types.ErrInvalidNetworkConfig, "cni.dev/valid-attachments: the runtime does not say which attachments it still knows: nothing was ended", "")
 }
 
 // workload is who a command is about.

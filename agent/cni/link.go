@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"syscall"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -72,6 +73,18 @@ func findLink(path, ifname string) (l link, err error) {
 	}
 	l.host, l.ifindex = out.Attrs().Name, uint32(out.Attrs().Index)
 	return l, nil
+}
+
+// gone reports whether an error of findLink says that the workload has no device
+// that could be shut; another, as of a process that may open no more files, says
+// nothing.
+func gone(err error) bool {
+	var errno syscall.Errno
+	if errors.As(err, &errno) {
+		// EINVAL: a file that once was a namespace.
+		return slices.Contains([]syscall.Errno{syscall.ENOENT, syscall.ENOTDIR, syscall.ENODEV, syscall.ENXIO, syscall.EINVAL}, errno)
+	}
+	return !errors.Is(err, netlink.ErrDumpInterrupted)
 }
 
 // has checks that the workload's device has the addresses that it was given.

@@ -17,6 +17,7 @@ import (
 	"github.com/containernetworking/cni/pkg/version"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -127,41 +128,46 @@ func (c *call) attachment() *api.Attachment {
 	return &api.Attachment{Container: c.ContainerID, Ifname: c.IfName, Network: c.conf.Name}
 }
 
-// agent calls f with a connection to the agent, for so long at the most.
-func (c *call) agent(limit time.Duration, f func(context.Context, *api.Client) error) error {
+// ask asks the agent one question, which may take so long at the most.
+func ask[Q, A any](c *call, limit time.Duration, how func(*api.Client, context.Context, *Q, ...grpc.CallOption) (*A, error), question *Q) (*A, error) {
 	ctx, cancel := context.WithTimeout(c.ctx, limit)
 	defer cancel()
 	client, err := api.Dial(c.conf.Socket)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer client.Close()
-	return f(ctx, client)
+	return how(client, ctx, question)
+}
+
+// sandbox is what the runtime and the plugins before this one say of the
+// workload, and what the kernel does.
+func (c *call) sandbox() (who workload, link link, ips []netip.Addr, err error) {
+	if ips, err = c.conf.previous(c.IfName); err != nil {
+		return who, link, nil, err
+	}
+	if who, err = c.conf.who(c.CmdArgs); err != nil {
+		return who, link, nil, refused(err)
+	}
+	link, err = findLink(c.Netns, c.IfName)
+	return who, link, ips, err
 }
 
 // ---- ADD -----------------------------------------------------------------
 
 func (c *call) add() error {
-	ips, err := c.conf.previous(c.IfName)
+	wait, err := c.conf.wait()
 	if err != nil {
 		return err
 	}
-	who, err := c.conf.who(c.CmdArgs)
-	if err != nil {
-		return refused(err)
-	}
-	link, err := findLink(c.Netns, c.IfName)
+	who, link, ips, err := c.sandbox()
 	if err != nil {
 		return refused(err)
 	}
 	req := &api.RegisterWorkloadRequest{Uid: who.uid.String(), Namespace: who.Namespace, Name: who.Name, ServiceAccount: who.ServiceAccount,
 		Labels: who.Labels, IdentityByUid: who.byUID, Ips: ipTexts(ips), HostIfname: link.host, HostIfindex: link.ifindex, Mac: link.mac,
-		Wait: durationpb.New(c.conf.addWait), Attachment: c.attachment()}
-	var resp *api.RegisterWorkloadResponse
-	err = c.agent(callTime+c.conf.addWait, func(ctx context.Context, client *api.Client) (err error) {
-		resp, err = client.RegisterWorkload(ctx, req)
-		return err
-	})
+		Wait: durationpb.New(wait), Attachment: c.attachment()}
+	resp, err := ask(c, callTime+wait, (*api.Client).RegisterWorkload, req)
 	if err != nil {
 		if unsettled(err) {
 			c.takeBack(req.Uid)
@@ -202,12 +208,8 @@ func unsettled(err error) bool {
 }
 
 func (c *call) deregister(uid string, a *api.Attachment) (existed bool, err error) {
-	err = c.agent(callTime, func(ctx context.Context, client *api.Client) error {
-		resp, err := client.DeregisterWorkload(ctx, &api.DeregisterWorkloadRequest{Uid: uid, Attachment: a})
-		existed = resp.GetExisted()
-		return err
-	})
-	return existed, err
+	resp, err := ask(c, callTime, (*api.Client).DeregisterWorkload, &api.DeregisterWorkloadRequest{Uid: uid, Attachment: a})
+	return resp.GetExisted(), err
 }
 
 // ---- DEL -----------------------------------------------------------------
@@ -225,6 +227,10 @@ func (c *call) del() error {
 		return nil
 	case agentDown(err):
 		return c.bury(who, uid != "")
+	case status.Code(err) == codes.InvalidArgument:
+		// What cannot be named was never registered: ADD was refused for it.
+		c.log.Warn("nothing to end", zap.Error(err))
+		return nil
 	}
 	return asError(err)
 }
@@ -238,62 +244,36 @@ func (c *call) bury(who workload, named bool) error {
 		return nil
 	}
 	link, err := findLink(c.Netns, c.IfName)
-	if err != nil {
+	if err != nil && gone(err) {
 		c.log.Warn("no agent runs, and the workload's device is gone: left to the agent's next start", zap.Error(err))
 		return nil
 	}
-	ips, err := c.conf.previous(c.IfName)
+	if err == nil {
+		// Whichever addresses it has: the workload may have taken its own from
+		// the device.
+		err = datapath.TombstoneDevice(c.conf.PinDir, netip.Addr{}, who.uid, link.ifindex)
+	}
 	if err != nil {
-		ips = nil // protocols before 0.4.0 do not tell them
-	}
-	for _, ip := range link.ips {
-		if !slices.Contains(ips, ip) {
-			ips = append(ips, ip)
-		}
-	}
-	return c.buryBehind(ips, who, link.ifindex)
-}
-
-func (c *call) buryBehind(ips []netip.Addr, who workload, ifindex uint32) error {
-	var errs []error
-	for _, ip := range ips {
-		if err := datapath.TombstoneDevice(c.conf.PinDir, ip, who.uid, ifindex); err != nil {
-			errs = append(errs, err)
-		}
-	}
-	if err := errors.Join(errs...); err != nil {
 		// The gate may be open: the runtime is to ask again, and must not
 		// give the IP back before.
 		return types.NewError(codeAgentDown, "the agent does not answer, and the gate could not be closed without it: "+err.Error(), "")
 	}
-	c.log.Warn("no agent runs: the gate was closed in the kernel", zap.Stringers("ips", ips))
+	c.log.Warn("no agent runs: the gate was closed in the kernel", zap.String("hostDevice", link.host))
 	return nil
 }
 
 // ---- CHECK, GC, STATUS ---------------------------------------------------
 
 func (c *call) check() error {
-	ips, err := c.conf.previous(c.IfName)
-	if err != nil {
-		return err
-	}
-	who, err := c.conf.who(c.CmdArgs)
-	if err != nil {
-		return refused(err)
-	}
-	link, err := findLink(c.Netns, c.IfName)
+	who, link, ips, err := c.sandbox()
 	if err == nil {
 		err = link.has(ips)
 	}
 	if err != nil {
-		return types.NewError(codeNotWhole, err.Error(), "")
+		return withCode(codeNotWhole, err)
 	}
 	req := &api.CheckWorkloadRequest{Uid: who.uid.String(), Attachment: c.attachment(), Ips: ipTexts(ips), HostIfname: link.host, HostIfindex: link.ifindex, Mac: link.mac}
-	var resp *api.CheckWorkloadResponse
-	err = c.agent(callTime, func(ctx context.Context, client *api.Client) (err error) {
-		resp, err = client.CheckWorkload(ctx, req)
-		return err
-	})
+	resp, err := ask(c, callTime, (*api.Client).CheckWorkload, req)
 	if err != nil {
 		return asError(err)
 	}
@@ -306,18 +286,18 @@ func (c *call) check() error {
 // gc ends every endpoint of this network whose attachment is not among the
 // valid ones. Those of other networks, and of other callers, are not touched.
 func (c *call) gc() error {
-	var list *api.ListEndpointsResponse
-	err := c.agent(callTime, func(ctx context.Context, client *api.Client) (err error) {
-		list, err = client.ListEndpoints(ctx, &api.ListEndpointsRequest{})
+	valid, err := c.conf.valid()
+	if err != nil {
 		return err
-	})
+	}
+	list, err := ask(c, callTime, (*api.Client).ListEndpoints, &api.ListEndpointsRequest{})
 	if err != nil {
 		return asError(err)
 	}
 	var errs []error
 	for _, e := range list.Endpoints {
 		a := e.GetAttachment()
-		if a == nil || a.Network != c.conf.Name || slices.Contains(c.conf.ValidAttachments, types.GCAttachment{ContainerID: a.Container, IfName: a.Ifname}) {
+		if a == nil || a.Network != c.conf.Name || slices.Contains(valid, types.GCAttachment{ContainerID: a.Container, IfName: a.Ifname}) {
 			continue
 		}
 		if _, err := c.deregister(e.Workload.GetUid(), a); err != nil {
@@ -333,15 +313,15 @@ func (c *call) gc() error {
 }
 
 func (c *call) status() error {
-	var s *api.StatusResponse
-	err := c.agent(callTime, func(ctx context.Context, client *api.Client) (err error) {
-		s, err = client.Status(ctx, &api.StatusRequest{})
+	wait, err := c.conf.wait()
+	if err != nil {
 		return err
-	})
+	}
+	s, err := ask(c, callTime, (*api.Client).Status, &api.StatusRequest{})
 	switch {
 	case err != nil:
 		return types.NewError(types.ErrPluginNotAvailable, err.Error(), "")
-	case s.StartupWait.AsDuration() > c.conf.addWait:
+	case s.StartupWait.AsDuration() > wait:
 		return types.NewError(types.ErrPluginNotAvailable, fmt.Sprintf("no IP is given to a workload for another %v: leases of before the agent's start may be alive",
 			s.StartupWait.AsDuration().Round(time.Second)), "")
 	case !s.Healthy:
@@ -358,7 +338,15 @@ func agentDown(err error) bool {
 	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) || status.Code(err) == codes.Unavailable
 }
 
-func refused(err error) error { return types.NewError(codeRefused, err.Error(), "") }
+func refused(err error) error { return withCode(codeRefused, err) }
+
+// withCode gives an error a code that has none.
+func withCode(code uint, err error) error {
+	if has := (*types.Error)(nil); errors.As(err, &has) {
+		return err
+	}
+	return types.NewError(code, err.Error(), "")
+}
 
 // asError gives an error of a call to the agent its code.
 func asError(err error) error {

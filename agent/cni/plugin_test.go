@@ -73,7 +73,9 @@ func TestVerbs(t *testing.T) {
 				t.Errorf("DEL without a namespace: %v", err)
 			}
 			for _, command := range []string{"GC", "STATUS"} {
-				_, err := n.exec(command, n.conf(version))
+				conf := n.conf(version)
+				conf["cni.dev/valid-attachments"] = []any{}
+				_, err := n.exec(command, conf)
 				if version == "1.1.0" && err != nil {
 					t.Errorf("%s: %v", command, err)
 				} else if version != "1.1.0" {
@@ -103,7 +105,9 @@ func TestAgentDown(t *testing.T) {
 	n.fails(err, codeAgentDown, "the agent is not running")
 	_, err = n.exec("STATUS", n.conf("1.1.0"))
 	n.fails(err, 50, "the agent is not running")
-	_, err = n.exec("GC", n.conf("1.1.0"))
+	gc := n.conf("1.1.0")
+	gc["cni.dev/valid-attachments"] = []any{}
+	_, err = n.exec("GC", gc)
 	n.fails(err, codeAgentDown, "the agent is not running")
 
 	if !p.hears(true) {
