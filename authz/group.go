@@ -1,6 +1,7 @@
 package authz
 
 import (
+	"iter"
 	"net/netip"
 	"slices"
 )
@@ -13,6 +14,22 @@ type Group struct {
 	Source string // the document, verbatim
 	Labels map[string]string
 	Blocks []netip.Prefix // masked
+}
+
+// GroupNames yields the names of groups that rules of the policy name, and what
+// each of the rules does.
+func (p *Policy) GroupNames() iter.Seq2[string, Action] {
+	return func(yield func(string, Action) bool) {
+		for _, s := range p.Specs {
+			for _, r := range s.Rules {
+				for _, x := range r.Peers {
+					if b, ok := innermost(x).(BlockGroup); ok && b.Name != "" && !yield(b.Name, r.Action) {
+						return
+					}
+				}
+			}
+		}
+	}
 }
 
 // Names reports whether a rule of the policy speaks of the group.

@@ -385,6 +385,39 @@ items:
 	}
 }
 
+// A trace says of each limit whether it denies the port.
+func TestTraceOfLimits(t *testing.T) {
+	w := world(t, "{apiVersion: v1, kind: Pod, metadata: {name: a, labels: {id.a: ''}}}\n---\n{apiVersion: v1, kind: Pod, metadata: {name: b}}",
+		`{"name": "root", "rules": [{"coverage": ["id.a"], "l4": [{"in-ports": [{"port": 80, "protocol": "tcp"}]}]}, {"coverage": ["id.a"], "l4": [{"in-ports": [{"port": 81, "protocol": "tcp"}]}]}]}`)
+	for port, want := range map[string][]string{
+		"TCP/80": {"ALLOWED", "rules[0].l4[0].in-ports (limit) does not match", "port: no: it is within the limit, TCP/80", "port: no: it is outside of TCP/81, and within another limit"},
+		"TCP/82": {"BLOCKED", "* rules[0].l4[0].in-ports (limit) matches", "port: yes: it is outside of TCP/80, and a limit denies what is outside", "  rules[1].l4[0].in-ports (limit) matches"},
+		"ICMP/8": {"ALLOWED", "(limit) does not match", "no: it limits TCP and UDP only"},
+	} {
+		o := options(t, w, port)
+		got := judge(t, w).Trace(w.WorkloadParty(1), w.WorkloadParty(0), o.Ports[0]).Text()
+		for _, s := range want {
+			if !strings.Contains(got, s) {
+				t.Errorf("%s: there is no %q in\n%s", port, s, got)
+			}
+		}
+	}
+}
+
+// A group of addresses that is named and not there is told, and what follows.
+func TestUnknownGroups(t *testing.T) {
+	const policy = "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {name: p}\nspec:\n  endpointSelector: {}\n  egress: [{toCIDRSet: [{cidrGroupRef: g}]}]\n  egressDeny: [{toCIDRSet: [{cidrGroupRef: h}]}]\n"
+	const is = "CiliumNetworkPolicy default/p names CiliumCIDRGroup "
+	w := world(t, policy)
+	if want := []string{is + "g, which is not there: until it is, the policy allows nobody by it", is + "h, which is not there: until it is, the policy denies by it all of world"}; !slices.Equal(w.Notes, want) {
+		t.Errorf("%q, want %q", w.Notes, want)
+	}
+	w = world(t, policy, "apiVersion: cilium.io/v2\nkind: CiliumCIDRGroup\nmetadata: {name: h}\nspec: {externalCIDRs: [192.0.2.0/24]}")
+	if len(w.Notes) != 1 || !strings.HasPrefix(w.Notes[0], is+"g") {
+		t.Errorf("%q", w.Notes)
+	}
+}
+
 // Policies that select nobody are told.
 func TestIdle(t *testing.T) {
 	w := world(t, "{apiVersion: v1, kind: Pod, metadata: {name: a}}\n---"+netpol+"metadata: {name: p}\nspec: {podSelector: {matchLabels: {app: typo}}}\n---"+netpol+"metadata: {name: q}\nspec: {podSelector: {}}")

@@ -177,7 +177,9 @@ func (f *flow) rule(of authz.Ref, r *authz.Rule, sure bool) TraceRule {
 	t := TraceRule{Path: r.Path, Action: r.Action.String()}
 	peer, port := false, false
 	peer, t.Peer = f.matchesPeer(r)
-	port, t.Port = f.matchesPort(r)
+	if port, t.Port = f.matchesPort(r); r.Action == authz.Limit {
+		port, t.Port = f.limits(r, port)
+	}
 	t.Matches = peer && port
 	if r.Action == authz.Allow && !sure {
 		t.Matches, t.Peer = false, "whether the policy selects the subject hangs on namespace labels that are not known: what it allows does not count"
@@ -243,6 +245,37 @@ func (f *flow) matchesPort(r *authz.Rule) (bool, string) {
 		return false, "no: it names no port"
 	}
 	return false, "no: it means " + portRanges(r.Ports)
+}
+
+// limits reports whether a limit, which names the port or not, denies it.
+func (f *flow) limits(r *authz.Rule, named bool) (bool, string) {
+	switch ports := portRanges(r.Ports); {
+	case f.proto != authz.ProtoTCP && f.proto != authz.ProtoUDP:
+		return false, "no: it limits TCP and UDP only"
+	case named:
+		return false, "no: it is within the limit, " + ports
+	case f.withinLimits():
+		return false, "no: it is outside of " + ports + ", and within another limit: what one of them names none denies"
+	default:
+		return true, "yes: it is outside of " + ports + ", and a limit denies what is outside"
+	}
+}
+
+// withinLimits reports whether a limit that speaks of the subject names the port.
+func (f *flow) withinLimits() bool {
+	for spec := range f.world.specs() {
+		if _, sure := f.repo.Speaks(spec, f.subject.Identity); !sure {
+			continue
+		}
+		for i := range spec.Rules {
+			if r := &spec.Rules[i]; r.Action == authz.Limit && r.Direction == f.dir {
+				if named, _ := f.matchesPort(r); named {
+					return true
+				}
+			}
+		}
+	}
+	return false
 }
 
 // Text returns the trace in words, step by step.

@@ -27,7 +27,7 @@ func attribute(r authz.Requirement) string {
 
 // requirement says in words what is asked.
 func requirement(r authz.Requirement) string {
-	values := strings.Join(r.Values, ", ")
+	values := few(r.Values)
 	switch {
 	case r.Operator == authz.In && len(r.Values) == 1:
 		return attribute(r) + " " + values
@@ -96,7 +96,7 @@ func but(except []netip.Prefix) string {
 	for i, p := range except {
 		words[i] = p.String()
 	}
-	return " but " + strings.Join(words, ", ")
+	return " but " + few(words)
 }
 
 // portRange says in words which ports a range means.
@@ -121,6 +121,15 @@ func portRanges(ports []authz.PortRange) string {
 	words := make([]string, len(ports))
 	for i, p := range ports {
 		words[i] = portRange(p)
+	}
+	return few(words)
+}
+
+// few lists words for people, the first of many.
+func few(words []string) string {
+	const most = 20
+	if len(words) > most {
+		return fmt.Sprintf("%s and %d more", strings.Join(words[:most], ", "), len(words)-most)
 	}
 	return strings.Join(words, ", ")
 }

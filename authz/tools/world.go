@@ -150,6 +150,15 @@ func (w *World) derive() {
 	slices.SortFunc(w.Nodes, func(a, b Node) int { return cmp.Compare(a.Name, b.Name) })
 	w.backends()
 	w.unknownNamespaces()
+	var policies []*authz.Policy
+	for _, p := range w.Policies {
+		policies = append(policies, p.Policy)
+	}
+	for _, s := range UnknownGroups(policies, func(name string) bool {
+		return slices.ContainsFunc(w.Groups, func(g *authz.Group) bool { return g.Name == name })
+	}) {
+		w.note("%s", s)
+	}
 }
 
 // podWorkloads adds a workload for each pod that runs, and returns the owners
@@ -279,6 +288,21 @@ func (w *World) unknownNamespaces() {
 		slices.Sort(missing)
 		w.note("no Namespace object is given of %s: of its labels only the name is known, and what policies allow by others is not allowed", list(missing))
 	}
+}
+
+// UnknownGroups says of each policy that names a group of addresses which is
+// not known what that means, for people.
+func UnknownGroups(policies []*authz.Policy, known func(name string) bool) (notes []string) {
+	means := map[authz.Action]string{authz.Allow: "allows nobody by it", authz.Deny: "denies by it all of world"}
+	for _, p := range policies {
+		for name, action := range p.GroupNames() {
+			s := fmt.Sprintf("%s names CiliumCIDRGroup %s, which is not there: until it is, the policy %s", p.Ref, name, means[action])
+			if !known(name) && !slices.Contains(notes, s) {
+				notes = append(notes, s)
+			}
+		}
+	}
+	return notes
 }
 
 func (w *World) asksForNamespaceLabels() bool {

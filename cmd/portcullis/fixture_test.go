@@ -31,6 +31,7 @@ var now = time.Date(2026, 11, 22, 12, 0, 0, 0, time.UTC)
 // is tested is all between the wire and the screen. What the data mean is
 // tested with the real agent.
 type wire struct {
+	groups []string // of addresses, in force
 	api.UnimplementedAgentServer
 	unhealthy bool
 	empty     bool
@@ -259,7 +260,11 @@ func policy(source bool) *api.Policy {
 }
 
 func (w *wire) ListPolicies(_ context.Context, r *api.ListPoliciesRequest) (*api.ListPoliciesResponse, error) {
-	return &api.ListPoliciesResponse{Policies: []*api.Policy{policy(r.GetSource())}}, nil
+	res := &api.ListPoliciesResponse{Policies: []*api.Policy{policy(r.GetSource())}}
+	for _, name := range w.groups {
+		res.Policies = append(res.Policies, &api.Policy{Ref: &api.PolicyRef{Kind: "CiliumCIDRGroup", Name: name}})
+	}
+	return res, nil
 }
 
 func (w *wire) GetPolicy(_ context.Context, r *api.GetPolicyRequest) (*api.GetPolicyResponse, error) {

@@ -13,6 +13,9 @@ import (
 	"google.golang.org/grpc/status"
 
 	"portcullis/agent/api"
+	"portcullis/authz"
+	"portcullis/authz/dialect/cilium"
+	"portcullis/authz/tools"
 )
 
 func newPolicyCmd(env *Env) *cobra.Command {
@@ -48,11 +51,17 @@ field, never ignored.`,
 			if err != nil {
 				return err
 			}
-			return printImport(env, *o, res, "nothing was imported", func(p *api.ImportedPolicy) string {
+			if err := printImport(env, *o, res, "nothing was imported", func(p *api.ImportedPolicy) string {
 				if p.GetReplaced() {
 					return "replaced"
 				}
 				return "imported"
+			}); err != nil {
+				return err
+			}
+			parsed, _ := api.Parse(in)
+			return noteGroups(env, parsed, func() (*api.ListPoliciesResponse, error) {
+				return c.ListPolicies(ctx, &api.ListPoliciesRequest{})
 			})
 		})
 	}
@@ -97,9 +106,37 @@ meaning but is not enforced yet is valid; it is shown too, for import refuses it
 			return "valid"
 		})
 		printProblems(env, parsed.Not)
+		_ = noteGroups(env, parsed, nil) // nobody is asked, so nothing fails
 		return err
 	}
 	return cmd
+}
+
+// noteGroups tells which groups of addresses the policies name that are neither
+// beside them nor, if there is somebody to ask, in force.
+func noteGroups(env *Env, parsed api.Parsed, inForce func() (*api.ListPoliciesResponse, error)) error {
+	known := map[string]bool{}
+	for _, g := range parsed.Groups {
+		known[g.Name] = true
+	}
+	var policies []*authz.Policy
+	for _, p := range parsed.Policies {
+		policies = append(policies, p.Policy)
+	}
+	unknown := func() []string {
+		return tools.UnknownGroups(policies, func(name string) bool { return known[name] })
+	}
+	if len(unknown()) > 0 && inForce != nil {
+		res, err := inForce()
+		if err != nil {
+			return err
+		}
+		for _, p := range res.GetPolicies() {
+			known[p.GetRef().GetName()] = known[p.GetRef().GetName()] || p.GetRef().GetKind() == cilium.GroupKind
+		}
+	}
+	note(env, unknown()...)
+	return nil
 }
 
 // printImport prints what became of each policy, or the problems, and fails
