@@ -2,15 +2,8 @@ package dialect_test
 
 import (
 	"fmt"
-	"io"
 	"maps"
-	"os"
-	"os/exec"
-	"regexp"
-	"runtime"
-	"runtime/debug"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 
@@ -18,29 +11,17 @@ import (
 	"portcullis/authz/dialect/cilium"
 	"portcullis/authz/dialect/k8s"
 	"portcullis/authz/dialect/tree"
+	"portcullis/test/peak"
 )
 
 // maxPeak is what a process may have in memory at any time while it parses one
 // file, itself included.
 const maxPeak = 64 << 20
 
-// fill returns head, as many pieces as fit into a file, and tail.
-func fill(head, piece, tail string) string {
-	return head + strings.Repeat(piece, (dialect.MaxFile-len(head)-len(tail))/len(piece)) + tail
-}
+func fill(head, piece, tail string) string { return peak.Fill(dialect.MaxFile, head, piece, tail) }
 
-// fillN is fill with the piece's number in it, at most n times.
 func fillN(head, piece, tail string, n int) string {
-	var b strings.Builder
-	b.WriteString(head)
-	for i := range n {
-		p := fmt.Sprintf(piece, i)
-		if b.Len()+len(p)+len(tail) > dialect.MaxFile {
-			break
-		}
-		b.WriteString(p)
-	}
-	return b.String() + tail
+	return peak.FillNumbered(dialect.MaxFile, head, piece, tail, n)
 }
 
 // hostile are files, as large as they may be, that ask for much memory.
@@ -131,80 +112,21 @@ func hostile() map[string]string {
 	}
 }
 
-var hwm = regexp.MustCompile(`VmHWM:\s+(\d+) kB`)
-
-const child = "PORTCULLIS_TEST_HOSTILE"
-
-// Parsing any file costs little memory, whatever is in it. Each is parsed in a
-// process of its own, whose peak the kernel knows.
+// Parsing any file costs little memory, whatever is in it.
 func TestPeakMemory(t *testing.T) {
-	if os.Getenv(child) != "" {
-		measureParse(t)
-		return
-	}
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
 	files := hostile()
 	if testing.Short() {
 		heavy := []string{"ports", "List", "tree, labels", "cilium, blocks", "cilium, patterns"}
 		maps.DeleteFunc(files, func(name, _ string) bool { return !slices.Contains(heavy, name) })
 	}
-	worst, of := 0, ""
-	for _, name := range slices.Sorted(maps.Keys(files)) {
-		if len(files[name]) > dialect.MaxFile {
-			t.Errorf("%s: %d bytes are refused before they are read", name, len(files[name]))
-		}
-		cmd := exec.Command(self, "-test.run=^TestPeakMemory$", "-test.v")
-		cmd.Env = append(os.Environ(), child+"=1")
-		cmd.Stdin = strings.NewReader(files[name])
-		out, err := cmd.CombinedOutput()
-		m := regexp.MustCompile(`peak (\d+) kB`).FindSubmatch(out)
-		if err != nil || m == nil {
-			t.Errorf("%s: %v: %s", name, err, out)
-			continue
-		}
-		kB, err := strconv.Atoi(string(m[1]))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if kB > worst {
-			worst, of = kB, name
-		}
-		if os.Getenv("PORTCULLIS_TEST_VERBOSE") != "" {
-			t.Logf("%6d kB %s", kB, name)
-		}
-		if kB<<10 > maxPeak && !raceEnabled {
-			t.Errorf("%s: %d kB, at most %d are wanted", name, kB, maxPeak>>10)
+	for name, text := range files {
+		if len(text) > dialect.MaxFile {
+			t.Errorf("%s: %d bytes are refused before they are read", name, len(text))
 		}
 	}
-	t.Logf("%d files; the worst is %q with %d kB, the process itself included", len(files), of, worst)
-}
-
-// measureParse parses a file from the standard input and prints the process's
-// peak.
-func measureParse(t *testing.T) {
-	data, err := io.ReadAll(os.Stdin)
-	if err != nil {
-		t.Fatal(err)
-	}
-	runtime.GC()
-	debug.FreeOSMemory()
-	// 5: forget the peak so far.
-	if err := os.WriteFile("/proc/self/clear_refs", []byte("5"), 0); err != nil {
-		t.Fatal(err)
-	}
-	if _, err = dialect.ParseFile("f", data, append(cilium.Dialects(), k8s.Dialect, tree.Dialect)...); err != nil && len(err.Error()) > 4<<20 {
-		t.Errorf("%d bytes of problems", len(err.Error()))
-	}
-	status, err := os.ReadFile("/proc/self/status")
-	if err != nil {
-		t.Fatal(err)
-	}
-	m := hwm.FindSubmatch(status)
-	if m == nil {
-		t.Fatalf("%s", status)
-	}
-	fmt.Printf("peak %s kB\n", m[1])
+	peak.Each(t, maxPeak, files, func(t *testing.T, data []byte) {
+		if _, err := dialect.ParseFile("f", data, append(cilium.Dialects(), k8s.Dialect, tree.Dialect)...); err != nil && len(err.Error()) > 4<<20 {
+			t.Errorf("%d bytes of problems", len(err.Error()))
+		}
+	})
 }

@@ -124,3 +124,24 @@ func TestManifestFiles(t *testing.T) {
 		}
 	}
 }
+
+// A group of addresses that is neither beside the policy nor in force is told,
+// and changes nothing else.
+func TestPolicyUnknownGroup(t *testing.T) {
+	const policy = "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {name: p}\nspec:\n  endpointSelector: {}\n  egressDeny: [{toCIDRSet: [{cidrGroupRef: g}]}]\n"
+	const note = "note: CiliumNetworkPolicy default/p names CiliumCIDRGroup g, which is not there: until it is, the policy denies by it all of world\n"
+	const group = "---\napiVersion: cilium.io/v2\nkind: CiliumCIDRGroup\nmetadata: {name: g}\nspec: {externalCIDRs: [192.0.2.0/24]}\n"
+	for _, c := range []struct {
+		verb, stdin, want string
+		inForce           []string
+	}{
+		{"validate", policy, note, nil}, {"validate", policy + group, "", nil},
+		{"import", policy, note, nil}, {"import", policy + group, "", nil},
+		{"import", policy, "", []string{"g"}}, {"import", policy, note, []string{"h"}},
+	} {
+		got := command(t.Context(), serveWire(t, &wire{groups: c.inForce}), c.stdin, "policy", c.verb, "-f", "-")
+		if got.code != exitOK || got.stderr != c.want || got.stdout == "" {
+			t.Errorf("%+v: %+v", c, got)
+		}
+	}
+}

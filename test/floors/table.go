@@ -6,7 +6,7 @@ type Kind int
 // The kinds of packages.
 const (
 	Product Kind = iota // under the floors
-	Tests               // may import anything of the module; only tests import it
+	Tests               // may import anything of the module; only tests import it, the product's if it is a leaf
 	Tool                // a program that runs when code is generated; nobody imports it
 )
 
@@ -87,6 +87,7 @@ var Table = []Row{
 	{Path: "test/e2e", Kind: Tests},
 	{Path: "test/floors", Kind: Tests},
 	{Path: "test/loadable", Kind: Tests},
+	{Path: "test/peak", Kind: Tests, Leaf: nothing, Holds: "measures a parser's memory in a process of its own"},
 	{Path: "test/scenario", Kind: Tests, Holds: "whole agents in a lab: faults, restarts, rotations"},
 	{Path: "test/summary", Kind: Tests, Leaf: nothing, Holds: "runs go test, counts"},
 }
