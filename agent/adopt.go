@@ -304,7 +304,7 @@ func (l *loop) zeroBinding(ips []netip.Addr, uid identity.UID) {
 func (l *loop) sweepSlots() {
 	var gone []netip.Addr
 	for e := range l.table.All() {
-		if e.Lease == ipcache.LeaseLocal && l.byIP[e.Binding.IP] == nil && !slices.Contains(l.cfg.NodeIPs, e.Binding.IP) {
+		if e.Lease == ipcache.LeaseLocal && l.byIP[e.Binding.IP] == nil && !slices.Contains(l.topology.Load().nodeIPs, e.Binding.IP) {
 			gone = append(gone, e.Binding.IP)
 		}
 	}

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc"
 
 	"portcullis/agent/api"
+	"portcullis/agent/kube"
 	"portcullis/authz"
 	"portcullis/datapath"
 	"portcullis/datapath/hold"
@@ -30,6 +31,7 @@ import (
 // Sizes that are not flags.
 const (
 	maxEndpoints  = 1024
+	maxNodeIPs    = 256  // of this node
 	ringQueue     = 1024 // held packets between reader and loop
 	limitSteps    = 5    // of the sweep of conntrack, between two looks at the limits
 	limitInterval = limitSteps * datapath.SweepInterval
@@ -52,16 +54,21 @@ func Run(signalled context.Context, cfg Config, log *zap.Logger) error {
 	if cfg.Evidence == ModeClassic {
 		log.Warn("mode classic: a new workload can pass as the dead one that had its IP")
 	}
+	// What runs goes on while the agent hands over.
+	inner, stop := context.WithCancel(context.WithoutCancel(signalled))
+	defer stop()
+	group, ctx := errgroup.WithContext(inner)
+	if cfg.Kubernetes {
+		defer func() { stop(); _ = group.Wait() }() // also when the agent does not come to run
+		if err := joinCluster(signalled, ctx, group, &cfg, log); err != nil {
+			return err
+		}
+	}
 	l, err := newLoop(signalled, cfg, log)
 	if err != nil {
 		return err
 	}
 	defer l.close()
-
-	// What runs goes on while the agent hands over.
-	inner, stop := context.WithCancel(context.WithoutCancel(signalled))
-	defer stop()
-	group, ctx := errgroup.WithContext(inner)
 	source, err := newSource(cfg, log)
 	if err != nil {
 		return err
@@ -95,9 +102,12 @@ func Run(signalled context.Context, cfg Config, log *zap.Logger) error {
 	run("workload processes", func(ctx context.Context) error {
 		return l.processes.run(ctx, func(uid identity.UID, what process) { l.post(func() { l.processEnded(uid, what) }) })
 	})
+	if l.cluster != nil {
+		run("cluster", l.followCluster)
+	}
 	run("local API", func(ctx context.Context) error { return serve(ctx, l, listener) })
 	l.post(l.begin)
-	log.Info("agent started", zap.String("evidence", string(cfg.Evidence)), zap.Stringers("ranges", cfg.Ranges), zap.String("socket", cfg.APISocket))
+	log.Info("agent started", zap.String("evidence", string(cfg.Evidence)), zap.Stringers("ranges", l.topology.Load().ranges), zap.String("socket", cfg.APISocket))
 	group.Go(func() error {
 		select {
 		case <-signalled.Done():
@@ -189,7 +199,8 @@ func newLoop(ctx context.Context, cfg Config, log *zap.Logger) (*loop, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &loop{cfg: cfg, log: log, boot: boot, started: time.Now(),
+	l := &loop{cfg: cfg, log: log, boot: boot, started: time.Now(), cluster: cfg.cluster,
+		known: known{objects: map[authz.Ref]*kube.Object{}, failed: map[authz.Ref]string{}, relabel: map[identity.UID]string{}, changed: make(chan struct{})},
 		inbox: make(chan func(), inboxSize), ring: make(chan hold.Record, ringQueue), stopped: make(chan struct{}),
 		ids: identity.NewAllocator(), repo: authz.NewRepository(authz.Options{TrustDomain: cfg.TrustDomain, Cluster: cfg.ClusterName, Enforce: cfg.Enforce, EnforceIn: cfg.EnforceIn, LocalHost: cfg.AllowLocalHost == LocalHostAlways}),
 		endpoints: map[identity.UID]*endpoint{}, byIP: map[netip.Addr]*endpoint{}, byEndpointID: map[uint32]*endpoint{}, byIfindex: map[uint32]*endpoint{},
@@ -197,6 +208,10 @@ func newLoop(ctx context.Context, cfg Config, log *zap.Logger) (*loop, error) {
 		numerics: map[uint64]identity.Numeric{}, installedAt: map[uint64]lease.Time{}, policyFiles: map[authz.Ref]importedFile{}, groups: map[authz.Ref]*authz.Group{}, spaces: map[authz.Ref]*authz.NamespaceObject{},
 		names: newDirectory(), peerSessions: map[identity.NodeName]*audit.Session{}, monitors: newMonitors(), alarms: newAlarms()}
 
+	if l.cluster != nil {
+		l.known.picture, _ = l.cluster.Next()
+	}
+	l.topology.Store(newTopology(l.sight(l.known.picture)))
 	l.sets, l.bySubject = authz.NewSets(l.repo), map[*authz.Subject]*endpoint{}
 	for n, id := range l.ids.All {
 		l.sets.AddPeer(n, authz.Peer{Identity: id})
@@ -240,6 +255,7 @@ func (l *loop) open(ctx context.Context) error {
 	l.addNodeIPs()
 	l.sweepSlots()
 	l.applyRegions()
+	l.alarmDisputes(l.topology.Load())
 	return nil
 }
 

@@ -20,6 +20,11 @@ type alarm struct {
 // is cleared before. Conditions that go on are raised again and again.
 const alarmLife = 10 * time.Minute
 
+// standing are alarms that wait for an operator: they are raised once, and stand
+// until they are cleared.
+var standing = map[string]bool{"policies-lost": true, "policy-not-applied": true, "uplink": true, "conflict": true, "ranges": true, "node-missing": true,
+	"policy-refused": true, "node-unusable": true, "policy-failed": true, "relabel-failed": true}
+
 // alarms holds the conditions raised and not cleared. Safe for concurrent use.
 type alarms struct {
 	mu     sync.Mutex
@@ -48,13 +53,12 @@ func (a *alarms) clear(name string) {
 	delete(a.raised, name)
 }
 
-// expire clears what did not occur for alarmLife. Those that wait for an
-// operator are raised once and stand until they are cleared.
+// expire clears what did not occur for alarmLife.
 func (a *alarms) expire() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for name, r := range a.raised {
-		if name != "policies-lost" && name != "policy-not-applied" && name != "uplink" && time.Since(r.last) > alarmLife {
+		if !standing[name] && time.Since(r.last) > alarmLife {
 			delete(a.raised, name)
 		}
 	}

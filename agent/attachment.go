@@ -19,7 +19,7 @@ import (
 // errNoIdentities: a registration leaves it to the agent to find out who the
 // workload is.
 var errNoIdentities = errors.New("the registration names no identity, and this agent has no source that knows workloads by their UID: " +
-	"give labels and service account with it (for the CNI plugin: args.portcullis in the network configuration)")
+	"run it with --kubernetes, or give labels and service account with it (for the CNI plugin: args.portcullis in the network configuration)")
 
 // attachment names what a workload was registered for, in the words of a
 // container runtime. The zero is none. A UID may have one sandbox after the

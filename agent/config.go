@@ -110,6 +110,16 @@ type Config struct {
 	HeldBytes            int // of the ring of held packets; a power of two
 	EventBytes           int // of the ring of flow events; a power of two
 
+	// Kubernetes: nodes, policies, namespaces and who this node's pods are come
+	// from the API server, by the service account of a pod, or by Kubeconfig.
+	// NodeIPs, Ranges, Listen and Uplinks may then be left out: they come from
+	// the Node object of this node.
+	Kubernetes   bool
+	Kubeconfig   string
+	ForgetRanges []netip.Prefix // of nodes that are gone for good, see kube.Config.Forget
+
+	cluster cluster // set by Run; nil without Kubernetes
+
 	// Bits of skb->mark: those of the agent's own marks (0: all that are not
 	// endpoint marks), and those in which a packet carries its sender through
 	// the node, so that masquerade does not hide it (0: none).
@@ -149,13 +159,13 @@ func (c *Config) Validate() error {
 	if !validNodeName(string(c.Node)) {
 		bad("--node %q: want a DNS label of at most 63 characters; it names this node in SPIFFE IDs", c.Node)
 	}
-	if len(c.NodeIPs) == 0 {
+	if len(c.NodeIPs) == 0 && !c.Kubernetes {
 		bad("--node-ip is missing: name every address of this node, so that nobody else can hold it")
 	}
-	if len(c.Ranges) == 0 {
+	if len(c.Ranges) == 0 && !c.Kubernetes {
 		bad("--range is missing: name the prefixes whose addresses this node gives to its workloads")
 	}
-	if !c.Listen.IsValid() {
+	if !c.Listen.IsValid() && !c.Kubernetes {
 		bad("--listen is missing or wrong: want ADDRESS:PORT, an address of this node, e.g. %s:4260", firstOr(c.NodeIPs, "NODE-IP"))
 	}
 	if _, err := spiffeid.TrustDomainFromString(c.TrustDomain); err != nil {
@@ -168,6 +178,12 @@ func (c *Config) Validate() error {
 		if !filepath.IsAbs(path) {
 			bad("%s %q: want an absolute path", flag, path)
 		}
+	}
+	if c.Kubeconfig != "" && !c.Kubernetes {
+		bad("--kubeconfig without Kubernetes: say --kubernetes too")
+	}
+	if len(c.ForgetRanges) > 0 && !c.Kubernetes {
+		bad("--forget-range speaks of a cluster's nodes: say --kubernetes too")
 	}
 	switch c.Evidence {
 	case ModeLease:
@@ -331,6 +347,9 @@ func (c *Config) validateRanges() (errs []error) {
 // allRanges returns the peer's ranges and its agent's own address.
 func (p Peer) allRanges() []netip.Prefix {
 	a := p.Address.Addr()
+	if !a.IsValid() {
+		return p.Ranges
+	}
 	own := netip.PrefixFrom(a, a.BitLen())
 	for _, r := range p.Ranges {
 		if r == own {

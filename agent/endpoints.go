@@ -36,6 +36,8 @@ type workload struct {
 	after identity.Generation
 	// attachment is the sandbox it was registered for; zero: none was named.
 	attachment attachment
+	// byUID: its identity and ports are what the cluster says of its UID.
+	byUID bool
 }
 
 func (w *workload) fullName() string { return w.namespace + "/" + w.name }
@@ -233,7 +235,7 @@ func (l *loop) forgetSubject(e *endpoint) {
 func (l *loop) claimIPs(w *workload) error {
 	for _, ip := range w.ips {
 		if !l.givable(ip) {
-			return fmt.Errorf("%s is %w (%v)", ip, errNotMine, l.cfg.Ranges)
+			return fmt.Errorf("%s is %w (%v)", ip, errNotMine, l.topology.Load().ranges)
 		}
 		if holder := l.byIP[ip]; holder != nil {
 			l.log.Warn("an IP is given to another workload before its holder was deregistered", zap.Stringer("ip", ip),
@@ -241,32 +243,17 @@ func (l *loop) claimIPs(w *workload) error {
 		}
 	}
 	for _, p := range w.sources {
-		if owner, taken := l.rangeOf(p); taken {
+		if owner, taken := l.topology.Load().overlapping(p); taken {
 			return fmt.Errorf("extra source %s is %w: it lies in the range of node %s, which says who holds it", p, errNotMine, owner)
 		}
 	}
 	return nil
 }
 
-// rangeOf returns the node with whose ranges or addresses a prefix overlaps.
-func (l *loop) rangeOf(p netip.Prefix) (identity.NodeName, bool) {
-	own := slices.Clone(l.cfg.Ranges)
-	for _, ip := range l.cfg.NodeIPs {
-		own = append(own, netip.PrefixFrom(ip, ip.BitLen()))
-	}
-	if slices.ContainsFunc(own, p.Overlaps) {
-		return l.cfg.Node, true
-	}
-	for _, peer := range l.cfg.Peers {
-		if slices.ContainsFunc(peer.allRanges(), p.Overlaps) {
-			return peer.Name, true
-		}
-	}
-	return "", false
-}
-
 // givable reports whether the IP is one that this node gives to workloads.
-func (l *loop) givable(ip netip.Addr) bool { return l.mine(ip) && !slices.Contains(l.cfg.NodeIPs, ip) }
+func (l *loop) givable(ip netip.Addr) bool {
+	return l.mine(ip) && !slices.Contains(l.topology.Load().nodeIPs, ip)
+}
 
 func (l *loop) allGivable(ips []netip.Addr) bool {
 	return !slices.ContainsFunc(ips, func(ip netip.Addr) bool { return !l.givable(ip) })
@@ -467,5 +454,5 @@ func (l *loop) sweepDevices() {
 func sameWorkload(a, b *workload) bool {
 	return a.namespace == b.namespace && a.name == b.name && a.identity.Equal(b.identity) &&
 		slices.Equal(a.ips, b.ips) && a.ifname == b.ifname && slices.Equal(a.ports, b.ports) && slices.Equal(a.sources, b.sources) &&
-		a.process.PID == b.process.PID && a.attachment == b.attachment
+		a.process.PID == b.process.PID && a.attachment == b.attachment && a.byUID == b.byUID
 }

@@ -77,7 +77,7 @@ func (l *loop) zeroLocal(ip netip.Addr) {
 // (identity remote-node) and for its own endpoints (identity host).
 func (l *loop) addNodeIPs() {
 	remote, _ := identity.Reserved("remote-node")
-	for _, ip := range l.cfg.NodeIPs {
+	for _, ip := range l.topology.Load().nodeIPs {
 		uid := nodeUID(l.cfg.Node, ip)
 		l.nodeUIDs[uid] = ip
 		// Generation 0: the one in the journal, if this agent is not the

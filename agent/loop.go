@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -80,6 +81,11 @@ type loop struct {
 	spaces          map[authz.Ref]*authz.NamespaceObject
 	regions         regions
 
+	topology    atomic.Pointer[topology] // the loop alone stores it; never nil
+	retryRanges bool                     // the kernel does not know all of topology's ranges
+	cluster     cluster                  // set before run, nil without one
+	known       known                    // of the cluster
+
 	installedAt map[uint64]lease.Time // stamp -> when
 
 	// Until the adoption is over: what was registered with the agent before.
@@ -153,6 +159,7 @@ func (l *loop) retry() {
 		l.closeEndpoint(uid)
 	}
 	l.dropNumbers()
+	l.retryCluster()
 	if l.retryPolicies && l.applyPolicies() == nil {
 		l.retryPolicies = false
 		l.alarms.clear("policy-not-applied")
@@ -235,25 +242,6 @@ func (l *loop) call(ctx context.Context, f func() error) error {
 	}
 }
 
-// nodeOf returns the node in whose range the IP lies, "" for none. It is a
-// hint of whom to ask; it grants nothing.
-func (l *loop) nodeOf(ip netip.Addr) identity.NodeName {
-	for _, own := range l.cfg.NodeIPs {
-		if ip == own {
-			return l.cfg.Node
-		}
-	}
-	for _, r := range l.cfg.Ranges {
-		if r.Contains(ip) {
-			return l.cfg.Node
-		}
-	}
-	for _, p := range l.cfg.Peers {
-		for _, r := range p.allRanges() {
-			if r.Contains(ip) {
-				return p.Name
-			}
-		}
-	}
-	return ""
-}
+// nodeOf returns the node that speaks for the IP, "" for none. It is a hint of
+// whom to ask; it grants nothing.
+func (l *loop) nodeOf(ip netip.Addr) identity.NodeName { return l.topology.Load().owner(ip) }

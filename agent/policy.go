@@ -65,6 +65,9 @@ func (l *loop) importPolicies(parsed []api.Object, st *staged) (replaced map[aut
 	undo := l.changePolicies()
 	replaced = map[authz.Ref]bool{}
 	for _, o := range parsed {
+		if err = l.notOfCluster(o.Ref); err != nil {
+			break
+		}
 		replaced[o.Ref] = undo.remember(o.Ref)
 		if err = l.store.putStaged(api.FromRef(o.Ref).Ref(), st); err == nil {
 			err = l.use(o, st.at)
@@ -92,6 +95,11 @@ func (l *loop) importPolicies(parsed []api.Object, st *staged) (replaced map[aut
 
 // deletePolicies removes policies and what they speak of, all or none.
 func (l *loop) deletePolicies(refs []authz.Ref) error {
+	for _, ref := range refs {
+		if err := l.notOfCluster(ref); err != nil {
+			return err
+		}
+	}
 	undo := l.changePolicies()
 	for _, ref := range refs {
 		undo.remember(ref)
@@ -199,8 +207,9 @@ type policyUndo struct {
 	l   *loop
 	old []struct {
 		api.Object
-		there bool
-		at    time.Time
+		there   bool
+		at      time.Time
+		cluster bool // of the cluster: not stored here
 	}
 	lost map[*endpoint]uint32
 }
@@ -229,9 +238,10 @@ func (u *policyUndo) remember(ref authz.Ref) bool {
 	o, there := u.l.object(ref)
 	u.old = append(u.old, struct {
 		api.Object
-		there bool
-		at    time.Time
-	}{o, there, u.l.policyFiles[ref].at})
+		there   bool
+		at      time.Time
+		cluster bool
+	}{o, there, u.l.policyFiles[ref].at, u.l.known.objects[ref] != nil})
 	return there
 }
 
@@ -242,9 +252,12 @@ func (u *policyUndo) run(why error) error {
 		e.lost = lost
 	}
 	for _, o := range u.old {
-		if o.there {
+		switch {
+		case o.there && o.cluster:
+			errs = append(errs, u.l.use(o.Object, o.at))
+		case o.there:
 			errs = append(errs, u.l.putBack(o.Object, o.at))
-		} else {
+		default:
 			errs = append(errs, u.l.remove(o.Ref))
 		}
 	}

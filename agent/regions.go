@@ -158,22 +158,7 @@ func (l *loop) settled(n identity.Numeric, b identity.Binding) {
 }
 
 // knownRanges are the ranges whose IPs need a binding (I5).
-func (l *loop) knownRanges() map[netip.Prefix]abi.Range {
-	ranges := map[netip.Prefix]abi.Range{}
-	own := abi.Range{Flags: uint32(abi.RangeKnown)}
-	for _, p := range l.cfg.Ranges {
-		ranges[p] = own
-	}
-	for _, ip := range l.cfg.NodeIPs {
-		ranges[netip.PrefixFrom(ip, ip.BitLen())] = own
-	}
-	for _, peer := range l.cfg.Peers {
-		for _, p := range peer.allRanges() {
-			ranges[p] = abi.Range{Flags: uint32(abi.RangeKnown | abi.RangeHoldable)}
-		}
-	}
-	return ranges
-}
+func (l *loop) knownRanges() map[netip.Prefix]abi.Range { return l.topology.Load().known() }
 
 // setRanges tells the kernel which IPs need a binding (I5), for whose binding
 // there is somebody to ask, and what blocks of the world policies tell apart.

@@ -159,9 +159,6 @@ func (s *server) RelabelWorkload(ctx context.Context, r *api.RelabelWorkloadRequ
 		}
 		return err
 	})
-	if errors.Is(err, errMalformed) {
-		return nil, status.Error(codes.InvalidArgument, err.Error())
-	}
 	if err != nil {
 		return nil, asStatus(err)
 	}

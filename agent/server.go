@@ -38,10 +38,14 @@ func asStatus(err error) error {
 		return nil
 	case errors.Is(err, errConflict):
 		code = codes.AlreadyExists
-	case errors.Is(err, errNotMine), errors.Is(err, errNoDevice), errors.Is(err, errNoProcess):
+	case errors.Is(err, errNotMine), errors.Is(err, errNoDevice), errors.Is(err, errNoProcess), errors.Is(err, errNoIdentities), errors.Is(err, errOfCluster):
 		code = codes.FailedPrecondition
 	case errors.Is(err, errNoHoldIndex), errors.Is(err, errKernelRefuse), errors.Is(err, errNotStored):
 		code = codes.ResourceExhausted
+	case errors.Is(err, errUnknownUID):
+		code = codes.Aborted
+	case errors.Is(err, errMalformed):
+		code = codes.InvalidArgument
 	case errors.Is(err, errNotFound):
 		code = codes.NotFound
 	case errors.Is(err, errStopped):
@@ -57,16 +61,22 @@ func (s *server) RegisterWorkload(ctx context.Context, r *api.RegisterWorkloadRe
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
-	if r.IdentityByUid {
-		return nil, status.Error(codes.FailedPrecondition, errNoIdentities.Error()) // never under a guessed identity
-	}
 	started := time.Now()
+	wait := s.l.cfg.AddWait
+	if r.Wait != nil {
+		wait = r.Wait.AsDuration()
+	}
+	if r.IdentityByUid {
+		if err := s.identify(ctx, &w, min(wait, identifyWait)); err != nil {
+			return nil, asStatus(err) // never under a guessed identity
+		}
+	}
 	e, activated, err := s.register(ctx, w, r.HostIfindex)
 	if err != nil {
 		return nil, asStatus(err)
 	}
 	// The endpoint stands, shut. From here on only the caller waits.
-	if err := s.awaitActivation(ctx, activated, r.Wait); err != nil {
+	if err := s.awaitActivation(ctx, activated, durationpb.New(wait-time.Since(started))); err != nil {
 		return nil, err
 	}
 	resp := &api.RegisterWorkloadResponse{Waited: durationpb.New(time.Since(started))}
@@ -237,7 +247,9 @@ func (s *server) DeletePolicies(ctx context.Context, r *api.DeletePoliciesReques
 		if r.All {
 			refs = nil
 			for ref := range have {
-				refs = append(refs, ref)
+				if s.l.notOfCluster(ref) == nil {
+					refs = append(refs, ref)
+				}
 			}
 		}
 		if err := s.l.deletePolicies(refs); err != nil {

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -90,6 +91,7 @@ func (l *loop) loadPolicies() error {
 			return err
 		}
 	}
+	l.loadObjects()
 	l.regions.world, l.regions.bound = l.repo.Regions(false), l.repo.Regions(true)
 	return nil
 }
@@ -174,7 +176,7 @@ func (l *loop) buildMachines(records []lease.Record, state lease.JournalState) (
 		l.log.Warn("--fresh-ranges is not true: this node has bound IPs in this boot; leave the flag out")
 	}
 	now := l.now()
-	owner, err := lease.NewOwner(lease.OwnerConfig{Node: l.cfg.Node, Boot: l.boot, ReuseMargin: l.cfg.ReuseMargin, MaxWorkloads: maxEndpoints + len(l.cfg.NodeIPs), Grants: l.cfg.Grants,
+	owner, err := lease.NewOwner(lease.OwnerConfig{Node: l.cfg.Node, Boot: l.boot, ReuseMargin: l.cfg.ReuseMargin, MaxWorkloads: maxEndpoints + maxNodeIPs, Grants: l.cfg.Grants,
 		Nonce: newNonce, Mine: l.mine, LastGeneration: identity.Generation(st.LastGeneration()),
 		Journal: state, Records: records, FreshRanges: fresh, Relabel: l.cfg.Relabel}, now)
 	if err != nil {
@@ -219,14 +221,12 @@ func newTransport(cfg Config, l *loop, source *svid.Source, log *zap.Logger) (*s
 	return session.New(session.Config{Node: cfg.Node, TrustDomain: td, Listen: cfg.Listen.String(), Source: source, Sink: sink{l}, Log: log,
 		DialTimeout: min(time.Second, cfg.TTL),
 		Peer: func(n identity.NodeName) (string, bool) {
-			i := slices.IndexFunc(cfg.Peers, func(p Peer) bool { return p.Name == n })
-			if i < 0 {
-				return "", false
-			}
-			return cfg.Peers[i].Address.String(), true
+			p, ok := l.topology.Load().peers[n]
+			return p.Address.String(), ok && p.Address.IsValid()
 		},
 		Known: func(n identity.NodeName) bool {
-			return slices.ContainsFunc(cfg.Peers, func(p Peer) bool { return p.Name == n })
+			_, ok := l.topology.Load().peers[n]
+			return ok
 		}})
 }
 
@@ -302,10 +302,7 @@ func (l *loop) buildClassic(lastGeneration identity.Generation) (err error) {
 	if l.owner, err = lease.NewClassicOwner(lease.OwnerConfig{Node: l.cfg.Node, Mine: l.mine, LastGeneration: lastGeneration}); err != nil {
 		return err
 	}
-	var owners []identity.NodeName
-	for _, p := range l.cfg.Peers {
-		owners = append(owners, p.Name)
-	}
+	owners := slices.Collect(maps.Keys(l.topology.Load().peers))
 	l.verifier, err = lease.NewClassicVerifier(lease.VerifierConfig{Node: l.cfg.Node, Speaks: l.speaks}, l.table, owners)
 	return err
 }

@@ -101,7 +101,8 @@ func (l *loop) statusSources(s *api.StatusResponse) {
 		_, end := l.source.Life()
 		s.CertificateExpiry = timestamppb.New(end)
 	}
-	s.Sources = append(s.Sources, source, &api.Source{Name: "policies", State: "ok", Detail: fmt.Sprintf("%d imported", len(l.repo.List()))})
+	s.Sources = append(s.Sources, source, &api.Source{Name: "policies", State: "ok", Detail: fmt.Sprintf("%d in force, %d of them imported", len(l.repo.List()), l.imported())})
+	l.statusCluster(s)
 }
 
 // listSessions joins what the transport knows of streams with what the
@@ -166,8 +167,8 @@ func sessionStream(m *api.Session, i session.Info) {
 // resetSession closes the session with an owner and forgets what was confirmed
 // on it.
 func (l *loop) resetSession(peer identity.NodeName) (existed bool, bindings uint32, err error) {
-	if !slices.ContainsFunc(l.cfg.Peers, func(p Peer) bool { return p.Name == peer }) {
-		return false, 0, fmt.Errorf("peer %q: %w among this agent's --peer flags", peer, errNotFound)
+	if _, there := l.topology.Load().peers[peer]; !there {
+		return false, 0, fmt.Errorf("peer %q: %w among the nodes that this agent knows", peer, errNotFound)
 	}
 	for _, v := range l.verifier.Sessions() {
 		if v.Owner == peer {

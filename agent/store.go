@@ -82,6 +82,7 @@ type workloadRecord struct {
 	After     identity.Generation  `json:"after,omitzero"`
 
 	Attachment attachment `json:"attachment,omitzero"`
+	ByUID      bool       `json:"byUID,omitzero"`
 }
 
 // policyRecord is an imported policy, or a group of addresses, as it is stored.
@@ -115,7 +116,7 @@ func openStore(journalDir, stateDir string, boot identity.BootID) (*store, error
 
 func (s *store) putWorkload(e *endpoint) error {
 	r := workloadRecord{Boot: s.boot, UID: e.uid, Namespace: e.namespace, Name: e.name, Identity: e.identity, IPs: e.ips,
-		Ifname: e.ifname, MAC: e.mac.String(), Ports: e.ports, Process: e.process, Sources: e.sources, Created: e.created, After: e.after, Attachment: e.attachment}
+		Ifname: e.ifname, MAC: e.mac.String(), Ports: e.ports, Process: e.process, Sources: e.sources, Created: e.created, After: e.after, Attachment: e.attachment, ByUID: e.byUID}
 	return writeJSON(filepath.Join(s.workloads, e.uid.String()+".json"), r, false)
 }
 
@@ -140,7 +141,7 @@ func (s *store) loadWorkloads() (map[identity.UID]workload, map[identity.UID]tim
 			}
 			continue
 		}
-		w := workload{uid: r.UID, namespace: r.Namespace, name: r.Name, identity: r.Identity, ips: r.IPs, ifname: r.Ifname, ports: r.Ports, process: r.Process, sources: r.Sources, after: r.After, attachment: r.Attachment}
+		w := workload{uid: r.UID, namespace: r.Namespace, name: r.Name, identity: r.Identity, ips: r.IPs, ifname: r.Ifname, ports: r.Ports, process: r.Process, sources: r.Sources, after: r.After, attachment: r.Attachment, byUID: r.ByUID}
 		if r.MAC != "" {
 			if w.mac, err = net.ParseMAC(r.MAC); err != nil {
 				continue

@@ -356,7 +356,7 @@ func asError(err error) error {
 		return types.NewError(codeAgentDown, unreachable.Error(), "no workload starts without the agent")
 	case unsettled(err) && status.Code(err) != codes.Internal: // that is an answer
 		return types.NewError(codeAgentDown, "the agent does not answer: "+status.Convert(err).Message(), "")
-	case status.Code(err) == codes.ResourceExhausted:
+	case status.Code(err) == codes.ResourceExhausted, status.Code(err) == codes.Aborted:
 		return types.NewError(types.ErrTryAgainLater, status.Convert(err).Message(), "")
 	}
 	return types.NewError(codeRefused, status.Convert(err).Message(), "")

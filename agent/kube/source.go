@@ -7,8 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -29,7 +31,10 @@ type Config struct {
 	Kubeconfig string // "": as a pod of the cluster
 	StateDir   string // of the snapshot
 	UserAgent  string // to the API server
-	Log        *zap.Logger
+	// Forget: ranges within these that a node had and no node has now are not
+	// remembered from here on: they pass for the world.
+	Forget []netip.Prefix
+	Log    *zap.Logger
 }
 
 // Source is a cluster, as its API server tells it. Beside Run, which is called
@@ -147,6 +152,13 @@ func (s *Source) takeUp() {
 		s.log.Error("the snapshot is not used: until the API server answers, nothing is known of the cluster", zap.Error(err))
 	default:
 		s.tables, s.taken, s.cluster = t, snap.Written, snap.Cluster
+		t.departed = slices.DeleteFunc(t.departed, func(r Range) bool {
+			gone := slices.ContainsFunc(s.cfg.Forget, func(p netip.Prefix) bool { return p.Overlaps(r.Prefix) && p.Bits() <= r.Prefix.Bits() })
+			if gone {
+				s.log.Warn("the range of a node that is gone is forgotten: its addresses pass for the world", zap.Stringer("range", r.Prefix), zap.String("node", string(r.Node)))
+			}
+			return gone
+		})
 		s.snapshot = "taken up"
 		s.log.Info("started from the snapshot", zap.Time("written", snap.Written), zap.Int("nodes", len(snap.Nodes)), zap.Int("objects", len(snap.Objects)), zap.Int("pods", len(snap.Pods)))
 	}

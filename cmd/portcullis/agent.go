@@ -28,7 +28,8 @@ func newAgentCmd(env *Env) *cobra.Command {
 		Long: `Run the daemon of this node, in the foreground.
 
 The agent is the authority on who holds the IPs of its --range, enforces policy on
-every registered workload, and asks the agents of its --peers who holds theirs.
+every registered workload, and asks the agents of its --peers who holds theirs. With
+--kubernetes all of that, and policies, come from the cluster that the node is in.
 Every flag can also be set as PORTCULLIS_<FLAG>, e.g. PORTCULLIS_NODE_IP; lists are
 separated by spaces there. What neither sets is taken from the file --config, whose
 keys are the names of the flags; lists are lists, and a peer is {name, address,
@@ -70,6 +71,7 @@ func loadAgent(env *Env, set *settings, raw *agentFlags, cfg *agent.Config) erro
 	if socket := set.flags.Lookup("socket"); !set.flags.Changed("api-socket") || socket.Changed && set.inFile["api-socket"] {
 		set.override("api-socket", env.socket, socket.Changed)
 	}
+	raw.nodeName = env.Getenv("NODE_NAME")
 	return errors.Join(append(errs, raw.into(cfg, set))...)
 }
 
@@ -79,11 +81,14 @@ func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (printC
 	f.String("config", defaultConfigFile, "file of settings for what neither flags nor environment set; empty: none")
 	printConfig = f.Bool("print-config", false, "print the settings in force as such a file, with where each comes from, and exit")
 	cleanup = f.Bool("cleanup", false, "remove programs and maps that an agent with these settings left in the kernel, and exit: workloads are not judged any more")
-	f.StringVar(&raw.node, "node", "", "name of this node, as in the agents' SPIFFE IDs (required)")
-	f.StringArrayVar(&raw.nodeIPs, "node-ip", nil, "an address of this node (repeat; required)")
-	f.StringArrayVar(&raw.ranges, "range", nil, "a prefix whose addresses this node gives to its workloads (repeat; required)")
+	f.StringVar(&raw.node, "node", "", "name of this node, as in the agents' SPIFFE IDs (required; with --kubernetes: NODE_NAME of the environment)")
+	f.StringArrayVar(&raw.nodeIPs, "node-ip", nil, "an address of this node (repeat; required without --kubernetes)")
+	f.StringArrayVar(&raw.ranges, "range", nil, "a prefix whose addresses this node gives to its workloads (repeat; required without --kubernetes)")
+	f.BoolVar(&cfg.Kubernetes, "kubernetes", false, "be the agent of a node of a Kubernetes cluster: peers, ranges, policies and who pods are come from its API server")
+	f.StringVar(&cfg.Kubeconfig, "kubeconfig", "", "how to reach the API server, as kubectl has it; implies --kubernetes (empty: as a pod of the cluster)")
+	f.StringArrayVar(&raw.forget, "forget-range", nil, "a prefix of nodes that are gone for good: its addresses are the world's again (repeat)")
 	f.StringArrayVar(&raw.peers, "peer", nil, "another node: NAME=ADDRESS:PORT,PREFIX,PREFIX... (repeat)")
-	f.StringVar(&raw.listen, "listen", "", "ADDRESS:PORT for other agents (required)")
+	f.StringVar(&raw.listen, "listen", "", "ADDRESS:PORT for other agents (required without --kubernetes)")
 	f.StringArrayVar(&cfg.Uplinks, "uplink", nil, "a device by which packets of other nodes come in (repeat)")
 	f.StringArrayVar(&cfg.WorkloadDevices, "workload-device", nil, "a pattern of the names of workloads' veths, e.g. cali*: such a device is shut as soon as it appears, until its workload is registered (repeat)")
 	f.StringVar(&cfg.TrustDomain, "trust-domain", "", "SPIFFE trust domain of agents and workloads (required)")
@@ -134,12 +139,17 @@ func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (printC
 type agentFlags struct {
 	node, listen, evidence, level string
 	nodeIPs, ranges, peers        []string
-	enforceIn                     []string
+	enforceIn, forget             []string
+	nodeName                      string // of the downward API
 }
 
 // into parses the flags and reports everything that is wrong at once, with
 // what Config.Validate finds.
 func (r *agentFlags) into(cfg *agent.Config, set *settings) error {
+	cfg.Kubernetes = cfg.Kubernetes || cfg.Kubeconfig != ""
+	if r.node == "" && cfg.Kubernetes {
+		r.node = r.nodeName
+	}
 	cfg.Node, cfg.Evidence = identity.NodeName(r.node), agent.Mode(r.evidence)
 	wrong := map[string]bool{}
 	var errs agent.ConfigErrors
@@ -162,6 +172,14 @@ func (r *agentFlags) into(cfg *agent.Config, set *settings) error {
 			continue
 		}
 		cfg.Ranges = append(cfg.Ranges, p)
+	}
+	for i, s := range r.forget {
+		p, err := netip.ParsePrefix(s)
+		if err != nil {
+			bad("forget-range", i, "%q: not an address prefix", s)
+			continue
+		}
+		cfg.ForgetRanges = append(cfg.ForgetRanges, p)
 	}
 	for i, s := range r.enforceIn {
 		namespace, mode, ok := strings.Cut(s, "=")

@@ -247,8 +247,33 @@ func (v *ClassicVerifier) step(in VerifierInput) {
 			v.emit(CloseOwner{p.stream, "reset"})
 			v.lost(p)
 		}
+	case SetOwners:
+		v.setOwners(in.Owners)
 	case Used, AskMax, VerifierTick:
 	}
+}
+
+// setOwners listens to these owners, and ends what nobody may say any more.
+func (v *ClassicVerifier) setOwners(owners []identity.NodeName) {
+	for _, e := range slices.Collect(v.table.All()) {
+		if e.Lease == ipcache.LeaseClassic && !e.Condemned && !v.cfg.Speaks(e.Binding.Owner, e.Binding.IP) {
+			v.zero(e)
+		}
+	}
+	var peers []*classicPeer
+	for _, n := range slices.Sorted(slices.Values(owners)) {
+		p := v.peer(n)
+		if p == nil {
+			p = &classicPeer{name: n}
+		}
+		peers = append(peers, p)
+	}
+	for _, p := range v.peers {
+		if p.state == PeerOpen && !slices.Contains(peers, p) {
+			v.emit(CloseOwner{p.stream, "the node left"})
+		}
+	}
+	v.peers = peers
 }
 
 func (v *ClassicVerifier) emit(o VerifierOutput) { v.out = append(v.out, o) }

@@ -239,6 +239,11 @@ type (
 	AskMax struct{}
 	// ResetSession: an operator wants the session closed and forgotten.
 	ResetSession struct{ Owner identity.NodeName }
+	// SetOwners: these are the other nodes from now on, and Speaks may say
+	// otherwise than before. Mode classic alone needs to be told: it listens to
+	// all of them. Mode lease asks whom it is told to ask; whoever does not speak
+	// for an IP any more is told to it by ResetSession.
+	SetOwners struct{ Owners []identity.NodeName }
 	// VerifierTick: time has passed, as OwnerTick.
 	VerifierTick struct{}
 )
@@ -358,6 +363,7 @@ func (Used) isVerifierInput()         {}
 func (StoreFailed) isVerifierInput()  {}
 func (AskMax) isVerifierInput()       {}
 func (ResetSession) isVerifierInput() {}
+func (SetOwners) isVerifierInput()    {}
 func (VerifierTick) isVerifierInput() {}
 
 func (OpenStream) isVerifierOutput()    {}

@@ -1,0 +1,387 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/zap"
+
+	"portcullis/agent/api"
+	"portcullis/agent/kube"
+	"portcullis/authz"
+	"portcullis/bpf/abi"
+	"portcullis/datapath"
+	"portcullis/identity"
+	"portcullis/ipcache/lease"
+)
+
+// told is a cluster that says what the test wants.
+type told struct{ picture *kube.Picture }
+
+func (c *told) Run(ctx context.Context) error                        { <-ctx.Done(); return nil }
+func (c *told) Next() (*kube.Picture, <-chan struct{})               { return c.picture, nil }
+func (c *told) Usable() (bool, string)                               { return true, "" }
+func (c *told) Health() kube.Health                                  { return kube.Health{} }
+func picture(nodes ...kube.Node) *kube.Picture                       { return &kube.Picture{Nodes: nodes, Listed: true} }
+func (n *node) clusterOf(p *kube.Picture)                            { n.cfg.cluster = &told{p} }
+func with(p *kube.Picture, change func(*kube.Picture)) *kube.Picture { q := *p; change(&q); return &q }
+
+func aNode(name, address string, texts ...string) kube.Node {
+	ip := netip.MustParseAddr(address)
+	return kube.Node{Name: identity.NodeName(name), Ranges: ranges(texts...), Addresses: []netip.Addr{ip}, Agent: netip.AddrPortFrom(ip, kube.AgentPort)}
+}
+
+// inCluster makes the node one of a cluster that it takes everything from.
+func (n *node) inCluster() *kube.Picture {
+	n.cfg.Kubernetes, n.cfg.Peers, n.cfg.Ranges, n.cfg.NodeIPs = true, nil, nil, nil
+	p := picture(aNode("n1", "192.0.2.1", "10.1.1.0/24"), aNode("n2", "192.0.2.2", "10.1.2.0/24"))
+	n.clusterOf(p)
+	return p
+}
+
+func clusterObjects(t *testing.T, source string) (out []*kube.Object) {
+	t.Helper()
+	parsed, problems := api.ParsePolicies([]*api.PolicyFile{{Name: "p.yaml", Content: []byte(source)}})
+	if len(problems) > 0 {
+		t.Fatal(problems)
+	}
+	for _, o := range parsed {
+		out = append(out, &kube.Object{Ref: o.Ref, Source: o.Source, Policy: o.Policy, Group: o.Group, Namespace: o.Namespace})
+	}
+	return out
+}
+
+func (n *node) rangeInKernel(l *loop, p string) (abi.Range, bool) {
+	n.t.Helper()
+	there, err := l.dp.Ranges()
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	r, ok := there[netip.MustParsePrefix(p)]
+	return r, ok
+}
+
+// TestNodesComeAndGo: a range that moves is believed of its new owner alone, and
+// one that nobody has any more stays known (I5).
+func TestNodesComeAndGo(t *testing.T) {
+	n := newNode(t)
+	first := n.inCluster()
+	l := n.mustStart()
+	const index = 3
+	b := identity.Binding{IP: netip.MustParseAddr("10.1.2.2"), Generation: 1, UID: identity.NewUID(), Owner: "n2", Identity: identity.New("example.org", "default", "default", nil)}
+	l.dp.State().ReserveStamps(1)
+	for _, w := range []lease.Write{lease.SetDeadline{Lease: index, Deadline: l.now().Add(time.Minute)},
+		lease.Install{Stamp: l.table.NextStamp(), Slot: 9, Lease: index, Binding: b, OwnerBoot: identity.BootID{7}, Evidence: identity.EvidenceLease}} {
+		if err := l.write(w); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n.crash(l)
+	l = n.mustStart()
+	defer n.crash(l)
+	source, err := newSource(n.cfg, zap.NewNop())
+	if err == nil {
+		l.transport, err = newTransport(n.cfg, l, source, zap.NewNop()) // nothing of it runs
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	believed := func() bool {
+		e, ok := l.table.Get(b.IP)
+		inKernel := false
+		for _, s := range l.dp.Slots() {
+			inKernel = inKernel || s.Stamp != 0 && datapath.AddrFrom(s.IP) == b.IP
+		}
+		if ok && !e.Condemned != inKernel {
+			t.Fatalf("the table says %v, the kernel %v", ok, inKernel)
+		}
+		return inKernel
+	}
+	holdable := uint32(abi.RangeKnown | abi.RangeHoldable)
+	if r, ok := n.rangeInKernel(l, "10.1.2.0/24"); !believed() || !ok || r.Flags != holdable {
+		t.Fatalf("at the start: believed %v, in the kernel %v %+v", believed(), ok, r)
+	}
+	// A new node.
+	third := aNode("n3", "192.0.2.3", "10.1.3.0/24")
+	l.take(with(first, func(p *kube.Picture) { p.Nodes = append(slices.Clone(p.Nodes), third) }))
+	if r, ok := n.rangeInKernel(l, "10.1.3.0/24"); !ok || r.Flags != holdable || !believed() || l.nodeOf(netip.MustParseAddr("192.0.2.3")) != "n3" {
+		t.Errorf("a new node: in the kernel %v %+v, n2 believed %v", ok, r, believed())
+	}
+	// n2 goes: nobody is asked, and nothing becomes the world's.
+	departed := []kube.Range{{Prefix: netip.MustParsePrefix("10.1.2.0/24"), Node: "n2"}, {Prefix: netip.MustParsePrefix("192.0.2.2/32"), Node: "n2"}}
+	l.take(with(first, func(p *kube.Picture) { p.Nodes, p.Departed = []kube.Node{first.Nodes[0], third}, departed }))
+	for _, p := range []string{"10.1.2.0/24", "192.0.2.2/32"} {
+		if r, ok := n.rangeInKernel(l, p); !ok || r.Flags != uint32(abi.RangeKnown) {
+			t.Errorf("of a node that went: %s in the kernel %v %+v", p, ok, r)
+		}
+	}
+	if believed() {
+		t.Error("a node that went is believed")
+	}
+	if _, known := l.topology.Load().peers["n2"]; known {
+		t.Error("a node that went may ask")
+	}
+	// Its range is another's.
+	third.Ranges = ranges("10.1.3.0/24", "10.1.2.0/24")
+	l.take(with(first, func(p *kube.Picture) { p.Nodes = []kube.Node{first.Nodes[0], third} }))
+	if r, _ := n.rangeInKernel(l, "10.1.2.0/24"); r.Flags != holdable || l.nodeOf(b.IP) != "n3" {
+		t.Errorf("a range that moved: %+v, of %q", r, l.nodeOf(b.IP))
+	}
+	// Two claim it: nobody speaks for it.
+	l.take(with(first, func(p *kube.Picture) { p.Nodes = append(slices.Clone(p.Nodes), third) }))
+	if r, _ := n.rangeInKernel(l, "10.1.2.0/24"); r.Flags != uint32(abi.RangeKnown) || l.nodeOf(b.IP) != "" || !raised(l, "conflict") {
+		t.Errorf("a range that two claim: %+v, of %q, alarm %v", r, l.nodeOf(b.IP), raised(l, "conflict"))
+	}
+	l.take(first)
+	if raised(l, "conflict") || l.nodeOf(b.IP) != "n2" {
+		t.Errorf("the end of a dispute: alarm %v, of %q", raised(l, "conflict"), l.nodeOf(b.IP))
+	}
+}
+
+func raised(l *loop, name string) bool {
+	return slices.ContainsFunc(l.alarms.list(), func(a alarm) bool { return a.name == name })
+}
+
+// TestThisNodeMoves: this node's addresses are bound as the cluster says, and a
+// workload whose IP is another node's now ends (I1).
+func TestThisNodeMoves(t *testing.T) {
+	n := newNode(t)
+	first := n.inCluster()
+	n.veth("a0")
+	n.veth("b0")
+	l := n.mustStart()
+	defer n.crash(l)
+	stays, moves := n.run(l, app("a0", "10.1.1.2")), n.run(l, app("b0", "10.1.1.200"))
+	held := func(ip string) bool {
+		e, ok := l.table.Get(netip.MustParseAddr(ip))
+		return ok && !e.Condemned && e.Binding.Identity.Reserved == "host"
+	}
+	if !held("192.0.2.1") {
+		t.Fatal("the node does not hold its address")
+	}
+	readdressed := aNode("n1", "192.0.2.9", "10.1.1.0/24")
+	l.take(with(first, func(p *kube.Picture) { p.Nodes = []kube.Node{readdressed, first.Nodes[1]} }))
+	tickUntil(l, func() bool { return held("192.0.2.9") })
+	if !held("192.0.2.9") || held("192.0.2.1") {
+		t.Errorf("after another address: holds the new one %v, the old one %v", held("192.0.2.9"), held("192.0.2.1"))
+	}
+	// Out of the cluster: what it had stands, as long as nobody has it.
+	l.take(with(first, func(p *kube.Picture) { p.Nodes = first.Nodes[1:] }))
+	if stays.state != abi.EPActive || moves.state != abi.EPActive || !raised(l, "node-missing") {
+		t.Errorf("out of the cluster: %s and %s, alarm %v", stays.state, moves.state, raised(l, "node-missing"))
+	}
+	second := aNode("n2", "192.0.2.2", "10.1.1.128/25")
+	l.take(with(first, func(p *kube.Picture) { p.Nodes = []kube.Node{second} }))
+	if stays.state != abi.EPActive || l.endpoints[stays.uid] != stays {
+		t.Errorf("on an IP that nobody has: %s", stays.state)
+	}
+	if n.inKernel(l, "b0").State != uint32(abi.EPClosed) || l.endpoints[moves.uid] != nil {
+		t.Errorf("on an IP of another node: %s", moves.state)
+	}
+	if _, err := n.register(l, app("b0", "10.1.1.201")); !errors.Is(err, errNotMine) {
+		t.Errorf("a new workload there: %v", err)
+	}
+}
+
+const denyIn = `
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: deny-all, namespace: default}
+spec: {podSelector: {}, policyTypes: [Ingress]}
+`
+
+// TestPoliciesOfTheCluster: they come, change and go with the picture, are in
+// force before the first endpoint of a new agent, and people cannot change them
+// here.
+func TestPoliciesOfTheCluster(t *testing.T) {
+	n := newNode(t)
+	first := n.inCluster()
+	n.veth("a0")
+	l := n.mustStart()
+	e := n.run(l, app("a0", "10.1.1.2"))
+	enforced := func(l *loop) string {
+		flags := n.inKernel(l, "a0").Flags
+		return strings.TrimSpace(map[bool]string{true: "in "}[flags&uint32(abi.EPEnforceIngress) != 0] + map[bool]string{true: "out"}[flags&uint32(abi.EPEnforceEgress) != 0])
+	}
+	n.importPolicy(l, strings.Replace(denyAll, "spec:", "spec: {podSelector: {}, policyTypes: [Egress]}\n#", 1))
+	if got := enforced(l); got != "out" {
+		t.Fatalf("an imported policy: %q", got)
+	}
+	one, other := clusterObjects(t, denyIn), clusterObjects(t, strings.Replace(denyIn, "[Ingress]", "[Ingress, Egress]", 1))
+	l.take(with(first, func(p *kube.Picture) { p.Objects = one }))
+	if got := enforced(l); got != "in" { // it took the imported one's place
+		t.Errorf("a policy of the cluster: %q", got)
+	}
+	if files, _, err := l.store.loadPolicies(); err != nil || len(files) != 0 {
+		t.Errorf("stored as imported: %v, %v", files, err)
+	}
+	ref := one[0].Ref
+	if err := l.deletePolicies([]authz.Ref{ref}); !errors.Is(err, errOfCluster) || l.repo.Get(ref) == nil {
+		t.Errorf("deleted here: %v", err)
+	}
+	parsed, _ := api.ParsePolicies([]*api.PolicyFile{{Name: "p.yaml", Content: []byte(denyAll)}})
+	st, err := l.store.stage(parsed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.importPolicies(parsed, st); !errors.Is(err, errOfCluster) || enforced(l) != "in" {
+		t.Errorf("imported over it: %v, %q", err, enforced(l))
+	}
+	st.discard()
+	second := with(first, func(p *kube.Picture) {
+		p.Objects, p.Refused = other, []kube.Refused{{Ref: ref, Why: "spec.novel", Kept: true}}
+	})
+	l.take(second)
+	if got := enforced(l); got != "in out" || !raised(l, "policy-refused") {
+		t.Errorf("after a change: %q, alarm %v", got, raised(l, "policy-refused"))
+	}
+	n.crash(l)
+
+	n.clusterOf(second)
+	l = n.mustStart()
+	defer n.crash(l)
+	if got := enforced(l); got != "in out" || l.endpoints[e.uid] == nil || l.endpoints[e.uid].lost != 0 {
+		t.Errorf("after a restart: %q", got)
+	}
+	l.take(first)
+	if got := enforced(l); got != "" || raised(l, "policy-refused") {
+		t.Errorf("after its end: %q", got)
+	}
+}
+
+// TestPoliciesGoneWhileNoAgentRuns: what the API server lists is meant; what a
+// snapshot lacks is not known to be.
+func TestPoliciesGoneWhileNoAgentRuns(t *testing.T) {
+	for _, listed := range []bool{true, false} {
+		n := newNode(t)
+		first := n.inCluster()
+		n.veth("a0")
+		l := n.mustStart()
+		n.run(l, app("a0", "10.1.1.2"))
+		l.take(with(first, func(p *kube.Picture) { p.Objects = clusterObjects(t, denyIn) }))
+		n.crash(l)
+		second := with(first, func(p *kube.Picture) { p.Listed = listed })
+		n.clusterOf(second)
+		l = n.mustStart()
+		if l.take(second); (n.inKernel(l, "a0").Flags&uint32(abi.EPEnforceIngress) != 0) == listed {
+			t.Errorf("listed %v: %+v", listed, n.inKernel(l, "a0"))
+		}
+		n.crash(l)
+	}
+}
+
+// TestPolicyThatDoesNotFit keeps no other from being in force, and is tried again.
+func TestPolicyThatDoesNotFit(t *testing.T) {
+	n := newNode(t)
+	first := n.inCluster()
+	n.cfg.PolicyEntries = 64
+	n.veth("a0")
+	l := n.mustStart()
+	defer n.crash(l)
+	n.run(l, app("a0", "10.1.1.2"))
+	var ports []string
+	for i := range 200 {
+		ports = append(ports, "{protocol: TCP, port: "+strings.Repeat("1", 1+i%3)+string(rune('0'+i%10))+string(rune('0'+i/10%10))+"}")
+	}
+	big := clusterObjects(t, "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: big, namespace: default}\nspec: {podSelector: {}, ingress: [{ports: ["+strings.Join(ports, ", ")+"]}]}\n")
+	small := clusterObjects(t, strings.Replace(denyIn, "[Ingress]", "[Egress]", 1))
+	l.take(with(first, func(p *kube.Picture) { p.Objects = append(slices.Clone(big), small...) }))
+	if ep := n.inKernel(l, "a0"); ep.Flags&uint32(abi.EPEnforceEgress) == 0 || ep.Flags&uint32(abi.EPEnforceIngress) != 0 {
+		t.Errorf("in force: %#x", ep.Flags)
+	}
+	if !raised(l, "policy-failed") || l.known.failed[big[0].Ref] == "" || l.known.failed[small[0].Ref] != "" || l.known.retryAt.IsZero() {
+		t.Errorf("alarm %v, failed %v, again at %v", raised(l, "policy-failed"), l.known.failed, l.known.retryAt)
+	}
+	l.take(with(first, func(p *kube.Picture) { p.Objects = small }))
+	if raised(l, "policy-failed") || !l.known.retryAt.IsZero() {
+		t.Errorf("after it went: %v", l.known.failed)
+	}
+}
+
+func podOf(uid identity.UID, name string, labels map[string]string) *kube.Pod {
+	return &kube.Pod{UID: uid, Namespace: "default", Name: name, ServiceAccount: "web", Labels: labels, Ports: []identity.NamedPort{{Name: "http", Port: 80, Protocol: "TCP"}}}
+}
+
+// TestIdentityByUID: who a workload is comes from the cluster, by its UID; it
+// follows when the cluster says otherwise, also over a restart.
+func TestIdentityByUID(t *testing.T) {
+	n := newNode(t)
+	first := n.inCluster()
+	n.veth("a0")
+	l := n.mustStart()
+	w := app("a0", "10.1.1.2")
+	s := &server{l: l}
+	identify := func(w *workload, wait time.Duration, meanwhile func()) error {
+		done := make(chan error, 1)
+		go func() { done <- s.identify(t.Context(), w, wait) }()
+		for {
+			select {
+			case f := <-l.inbox:
+				f()
+				meanwhile()
+			case err := <-done:
+				return err
+			}
+		}
+	}
+	nothing := func() {}
+	if err := identify(&w, time.Millisecond, nothing); !errors.Is(err, errUnknownUID) || !strings.Contains(err.Error(), w.uid.String()) {
+		t.Fatalf("an unknown UID: %v", err)
+	}
+	pod := func(name, app string) *kube.Picture {
+		return with(first, func(p *kube.Picture) {
+			p.Pods = map[identity.UID]*kube.Pod{w.uid: podOf(w.uid, name, map[string]string{"app": app})}
+		})
+	}
+	l.take(pod("somebody", "db"))
+	if err := identify(&w, time.Minute, nothing); !errors.Is(err, errMalformed) {
+		t.Errorf("another pod's UID: %v", err)
+	}
+	l.take(first)
+	told := false
+	if err := identify(&w, time.Minute, func() { // the watch brings it while the registration waits
+		if !told {
+			told = true
+			l.take(pod("a0", "db"))
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	is := func(e *endpoint, app string) bool {
+		return e.identity.Equal(identity.New("example.org", "default", "web", map[string]string{"app": app}))
+	}
+	e := n.run(l, w)
+	if !is(e, "db") || len(e.ports) != 1 || !e.byUID {
+		t.Fatalf("registered as %v %v", e.identity, e.ports)
+	}
+	l.take(pod("a0", "web"))
+	tickUntil(l, func() bool { return e.state == abi.EPActive })
+	if !is(e, "web") || e.state != abi.EPActive {
+		t.Errorf("relabelled: %v, %s", e.identity, e.state)
+	}
+	l.take(first)
+	if l.endpoints[w.uid] != e || e.state != abi.EPActive {
+		t.Error("a pod that the API server does not have any more has ended")
+	}
+	n.crash(l)
+	l = n.mustStart()
+	defer n.crash(l)
+	l.take(pod("a0", "db"))
+	if e := l.endpoints[w.uid]; e == nil || !is(e, "db") {
+		t.Errorf("relabelled while no agent ran: %+v", e)
+	}
+	// What was registered with an identity of its own keeps it.
+	n.veth("b0")
+	own := n.run(l, app("b0", "10.1.1.3"))
+	l.take(with(first, func(p *kube.Picture) {
+		p.Pods = map[identity.UID]*kube.Pod{own.uid: podOf(own.uid, "b0", map[string]string{"app": "other"})}
+	}))
+	if !own.identity.Equal(app("b0", "10.1.1.3").identity) {
+		t.Errorf("its identity is %v now", own.identity)
+	}
+}

@@ -1,0 +1,126 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"portcullis/agent/api"
+	"portcullis/agent/kube"
+	"portcullis/datapath/netdev"
+)
+
+// joinCluster starts the watches, which go on in the group, and returns when the
+// agent can begin: with what the API server told, or with the snapshot. Before
+// that a workload would start without its policies, so none does.
+func joinCluster(signalled, ctx context.Context, group *errgroup.Group, cfg *Config, log *zap.Logger) error {
+	if cfg.cluster == nil { // tests have their own
+		source, err := kube.New(kube.Config{Node: cfg.Node, Kubeconfig: cfg.Kubeconfig, StateDir: cfg.StateDir, Forget: cfg.ForgetRanges,
+			UserAgent: "portcullis-agent/" + Version(), Log: log})
+		if err != nil {
+			return err
+		}
+		cfg.cluster = source
+	}
+	group.Go(func() error {
+		err := cfg.cluster.Run(ctx)
+		if err != nil && ctx.Err() == nil {
+			return fmt.Errorf("kubernetes: %w", err)
+		}
+		return ctx.Err()
+	})
+	return awaitCluster(signalled, cfg, log)
+}
+
+// awaitCluster returns when enough is known, or an error when ctx ends. Until
+// then the local API answers why it waits, unless another agent still serves it.
+func awaitCluster(ctx context.Context, cfg *Config, log *zap.Logger) error {
+	why := cfg.missing()
+	if why == "" {
+		return nil
+	}
+	var said atomic.Pointer[string]
+	said.Store(&why)
+	if listener, err := api.Listen(cfg.APISocket); err != nil {
+		log.Warn("the local API cannot tell what is waited for", zap.Error(err))
+	} else {
+		g := grpc.NewServer(grpc.UnknownServiceHandler(func(any, grpc.ServerStream) error {
+			return status.Error(codes.Unavailable, "the agent is starting, it waits for the cluster: "+*said.Load())
+		}))
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			if err := g.Serve(listener); err != nil {
+				log.Warn("the local API cannot tell what is waited for", zap.Error(err))
+			}
+		}()
+		defer func() { g.Stop(); <-done }()
+	}
+	log.Info("waiting for the cluster", zap.String("why", why))
+	look := time.NewTicker(time.Second) // what goes wrong is no change of the picture
+	defer look.Stop()
+	for {
+		_, changed := cfg.cluster.Next()
+		now := cfg.missing()
+		if now == "" {
+			return nil
+		}
+		if now != why {
+			why = now
+			said.Store(&now)
+			log.Info("waiting for the cluster", zap.String("why", why))
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-changed:
+		case <-look.C:
+		}
+	}
+}
+
+// missing says what of the cluster the agent cannot begin without, "" for
+// nothing, and fills in what it was left to find out.
+func (c *Config) missing() string {
+	if ok, why := c.cluster.Usable(); !ok {
+		return why
+	}
+	p, _ := c.cluster.Next()
+	own, there := p.Node(c.Node)
+	switch {
+	case !there:
+		return fmt.Sprintf("it has no node %s: is --node right?", c.Node)
+	case len(c.Ranges) == 0 && len(own.Ranges) == 0:
+		return fmt.Sprintf("node %s has no podCIDRs yet: does the cluster give ranges to nodes (--allocate-node-cidrs)? Else name them by --range", c.Node)
+	case len(c.NodeIPs) == 0 && len(own.Addresses) == 0:
+		return fmt.Sprintf("node %s has no InternalIP yet", c.Node)
+	}
+	ips := c.NodeIPs
+	if len(ips) == 0 {
+		ips = own.Addresses
+	}
+	if !c.Listen.IsValid() {
+		c.Listen = netip.AddrPortFrom(ips[0], kube.AgentPort)
+		if own.Agent.IsValid() && len(c.NodeIPs) == 0 {
+			c.Listen = own.Agent
+		}
+	}
+	if len(c.Uplinks) == 0 {
+		devices, err := netdev.Uplinks(ips)
+		if err != nil || len(devices) == 0 {
+			return fmt.Sprintf("no device of this machine leads to other nodes (%v): name it by --uplink", err)
+		}
+		for _, d := range devices {
+			c.Uplinks = append(c.Uplinks, d.Name)
+		}
+	}
+	return ""
+}
