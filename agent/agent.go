@@ -61,6 +61,9 @@ func Run(signalled context.Context, cfg Config, log *zap.Logger) error {
 	if cfg.Kubernetes {
 		defer func() { stop(); _ = group.Wait() }() // also when the agent does not come to run
 		if err := joinCluster(signalled, ctx, group, &cfg, log); err != nil {
+			if signalled.Err() != nil {
+				return nil // asked to stop while it waited
+			}
 			return err
 		}
 	}
@@ -83,6 +86,28 @@ func Run(signalled context.Context, cfg Config, log *zap.Logger) error {
 	}
 	defer listener.Close()
 
+	l.runParts(ctx, group, source, listener)
+	l.post(l.begin)
+	log.Info("agent started", zap.String("evidence", string(cfg.Evidence)), zap.Stringers("ranges", l.topology.Load().ranges), zap.String("socket", cfg.APISocket))
+	group.Go(func() error {
+		select {
+		case <-signalled.Done():
+			l.handOver(ctx)
+			stop()
+		case <-ctx.Done():
+		}
+		return ctx.Err()
+	})
+	err = group.Wait()
+	if errors.Is(err, context.Canceled) {
+		log.Info("agent stopped; leases run out, then the gate is shut")
+		return nil
+	}
+	return err
+}
+
+// runParts starts everything that runs beside the loop, and the loop.
+func (l *loop) runParts(ctx context.Context, group *errgroup.Group, source *svid.Source, listener net.Listener) {
 	run := func(what string, f func(context.Context) error) {
 		group.Go(func() error {
 			if err := f(ctx); err != nil && ctx.Err() == nil {
@@ -106,23 +131,6 @@ func Run(signalled context.Context, cfg Config, log *zap.Logger) error {
 		run("cluster", l.followCluster)
 	}
 	run("local API", func(ctx context.Context) error { return serve(ctx, l, listener) })
-	l.post(l.begin)
-	log.Info("agent started", zap.String("evidence", string(cfg.Evidence)), zap.Stringers("ranges", l.topology.Load().ranges), zap.String("socket", cfg.APISocket))
-	group.Go(func() error {
-		select {
-		case <-signalled.Done():
-			l.handOver(ctx)
-			stop()
-		case <-ctx.Done():
-		}
-		return ctx.Err()
-	})
-	err = group.Wait()
-	if errors.Is(err, context.Canceled) {
-		log.Info("agent stopped; leases run out, then the gate is shut")
-		return nil
-	}
-	return err
 }
 
 // begin is the first thing that the loop does: after the adoptions.

@@ -159,15 +159,7 @@ func (c *Config) Validate() error {
 	if !validNodeName(string(c.Node)) {
 		bad("--node %q: want a DNS label of at most 63 characters; it names this node in SPIFFE IDs", c.Node)
 	}
-	if len(c.NodeIPs) == 0 && !c.Kubernetes {
-		bad("--node-ip is missing: name every address of this node, so that nobody else can hold it")
-	}
-	if len(c.Ranges) == 0 && !c.Kubernetes {
-		bad("--range is missing: name the prefixes whose addresses this node gives to its workloads")
-	}
-	if !c.Listen.IsValid() && !c.Kubernetes {
-		bad("--listen is missing or wrong: want ADDRESS:PORT, an address of this node, e.g. %s:4260", firstOr(c.NodeIPs, "NODE-IP"))
-	}
+	errs = append(errs, c.validatePlace()...)
 	if _, err := spiffeid.TrustDomainFromString(c.TrustDomain); err != nil {
 		bad("--trust-domain %q: %v", c.TrustDomain, err)
 	}
@@ -178,12 +170,6 @@ func (c *Config) Validate() error {
 		if !filepath.IsAbs(path) {
 			bad("%s %q: want an absolute path", flag, path)
 		}
-	}
-	if c.Kubeconfig != "" && !c.Kubernetes {
-		bad("--kubeconfig without Kubernetes: say --kubernetes too")
-	}
-	if len(c.ForgetRanges) > 0 && !c.Kubernetes {
-		bad("--forget-range speaks of a cluster's nodes: say --kubernetes too")
 	}
 	switch c.Evidence {
 	case ModeLease:
@@ -226,6 +212,30 @@ func (c *Config) Validate() error {
 	errs = append(errs, c.validateRanges()...)
 	errs = append(errs, c.validateSizes()...)
 	return errors.Join(errs...)
+}
+
+// validatePlace looks at what a cluster says of its nodes, and else flags must.
+func (c *Config) validatePlace() (errs []error) {
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	if c.Kubernetes {
+		return nil // what is missing is waited for
+	}
+	if len(c.NodeIPs) == 0 {
+		bad("--node-ip is missing: name every address of this node, so that nobody else can hold it")
+	}
+	if len(c.Ranges) == 0 {
+		bad("--range is missing: name the prefixes whose addresses this node gives to its workloads")
+	}
+	if !c.Listen.IsValid() {
+		bad("--listen is missing or wrong: want ADDRESS:PORT, an address of this node, e.g. %s:4260", firstOr(c.NodeIPs, "NODE-IP"))
+	}
+	if c.Kubeconfig != "" {
+		bad("--kubeconfig without Kubernetes: say --kubernetes too")
+	}
+	if len(c.ForgetRanges) > 0 {
+		bad("--forget-range speaks of a cluster's nodes: say --kubernetes too")
+	}
+	return errs
 }
 
 func (c *Config) validateSizes() (errs []error) {

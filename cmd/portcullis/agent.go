@@ -165,22 +165,18 @@ func (r *agentFlags) into(cfg *agent.Config, set *settings) error {
 		}
 		cfg.NodeIPs = append(cfg.NodeIPs, ip)
 	}
-	for i, s := range r.ranges {
-		p, err := netip.ParsePrefix(s)
-		if err != nil {
-			bad("range", i, "%q: not an address prefix", s)
-			continue
+	prefixes := func(name string, texts []string) (out []netip.Prefix) {
+		for i, s := range texts {
+			p, err := netip.ParsePrefix(s)
+			if err != nil {
+				bad(name, i, "%q: not an address prefix", s)
+				continue
+			}
+			out = append(out, p)
 		}
-		cfg.Ranges = append(cfg.Ranges, p)
+		return out
 	}
-	for i, s := range r.forget {
-		p, err := netip.ParsePrefix(s)
-		if err != nil {
-			bad("forget-range", i, "%q: not an address prefix", s)
-			continue
-		}
-		cfg.ForgetRanges = append(cfg.ForgetRanges, p)
-	}
+	cfg.Ranges, cfg.ForgetRanges = prefixes("range", r.ranges), prefixes("forget-range", r.forget)
 	for i, s := range r.enforceIn {
 		namespace, mode, ok := strings.Cut(s, "=")
 		e, err := authz.ParseEnforcement(mode)
