@@ -129,6 +129,7 @@ func (l *loop) runParts(ctx context.Context, group *errgroup.Group, source *svid
 	})
 	if l.cluster != nil {
 		run("cluster", l.followCluster)
+		run("addresses", l.followAddresses)
 	}
 	run("local API", func(ctx context.Context) error { return serve(ctx, l, listener) })
 }
@@ -220,6 +221,15 @@ func newLoop(ctx context.Context, cfg Config, log *zap.Logger) (*loop, error) {
 		l.known.picture, _ = l.cluster.Next()
 	}
 	l.topology.Store(newTopology(l.sight(l.known.picture)))
+	if l.cluster != nil {
+		present, err := ownAddresses(l.topology.Load().ranges)
+		if err != nil {
+			return nil, err
+		}
+		if l.noteAddresses(present, nil) {
+			l.topology.Store(newTopology(l.sight(l.known.picture)))
+		}
+	}
 	l.sets, l.bySubject = authz.NewSets(l.repo), map[*authz.Subject]*endpoint{}
 	for n, id := range l.ids.All {
 		l.sets.AddPeer(n, authz.Peer{Identity: id})

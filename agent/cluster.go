@@ -49,6 +49,8 @@ type known struct {
 	changed chan struct{} // closed at the next picture
 	ranges  []netip.Prefix
 	nodeIPs []netip.Addr // this node's, as the cluster said last
+	// gateways are this machine's addresses in its own ranges, see addresses.go.
+	gateways []netip.Addr
 }
 
 // followCluster takes up every picture, until ctx ends. What comes while one is
@@ -112,6 +114,11 @@ func (l *loop) sight(p *kube.Picture) sight {
 	}
 	if len(s.nodeIPs) == 0 {
 		s.nodeIPs = l.known.nodeIPs
+	}
+	for _, ip := range l.known.gateways {
+		if !slices.Contains(s.nodeIPs, ip) && slices.ContainsFunc(s.ranges, func(p netip.Prefix) bool { return p.Contains(ip) }) {
+			s.nodeIPs = append(slices.Clone(s.nodeIPs), ip)
+		}
 	}
 	for _, n := range p.Nodes {
 		if n.Name == l.cfg.Node {

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"go.uber.org/zap"
 
 	"portcullis/agent/api"
@@ -384,4 +385,65 @@ func TestIdentityByUID(t *testing.T) {
 	if !own.identity.Equal(app("b0", "10.1.1.3").identity) {
 		t.Errorf("its identity is %v now", own.identity)
 	}
+}
+
+// TestOwnAddresses: an address of this machine in its own range is the node's,
+// from when it is there, and until a workload is given it.
+func TestOwnAddresses(t *testing.T) {
+	n := newNode(t)
+	n.inCluster()
+	n.veth("gw0")
+	give := func(what func(netlink.Link, *netlink.Addr) error, text string) {
+		t.Helper()
+		link, err := netlink.LinkByName("gw0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		addr, err := netlink.ParseAddr(text)
+		if err == nil {
+			err = what(link, addr)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	give(netlink.AddrAdd, "10.1.1.1/24")
+	give(netlink.AddrAdd, "198.51.100.1/24")
+	n.veth("a0")
+	l := n.mustStart()
+	defer n.crash(l)
+	held := func(ip string) bool {
+		e, ok := l.table.Get(netip.MustParseAddr(ip))
+		return ok && !e.Condemned && e.Binding.Identity.Reserved == "host"
+	}
+	if !held("10.1.1.1") || !held("192.0.2.1") || held("198.51.100.1") {
+		t.Fatalf("holds its gateway %v, its InternalIP %v, what is in no range of its own %v", held("10.1.1.1"), held("192.0.2.1"), held("198.51.100.1"))
+	}
+	look := func(given ...netip.Addr) {
+		t.Helper()
+		present, err := ownAddresses(l.topology.Load().ranges)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if l.noteAddresses(present, given) {
+			l.setTopology(newTopology(l.sight(l.known.picture)))
+		}
+	}
+	give(netlink.AddrAdd, "10.1.1.2/24")
+	look()
+	if tickUntil(l, func() bool { return held("10.1.1.2") }); !held("10.1.1.2") {
+		t.Error("an address that came is not the node's")
+	}
+	give(netlink.AddrDel, "10.1.1.2/24")
+	if look(); !held("10.1.1.2") {
+		t.Error("an address that went may be anybody's at once")
+	}
+	if _, err := n.register(l, app("a0", "10.1.1.2")); !errors.Is(err, errNotMine) {
+		t.Errorf("a workload on the node's address: %v", err)
+	}
+	look(netip.MustParseAddr("10.1.1.2"), netip.MustParseAddr("10.1.1.1"))
+	if !held("10.1.1.1") || held("10.1.1.2") {
+		t.Errorf("given to a workload: holds what is there %v, what is not %v", held("10.1.1.1"), held("10.1.1.2"))
+	}
+	n.run(l, app("a0", "10.1.1.2"))
 }

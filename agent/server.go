@@ -66,6 +66,11 @@ func (s *server) RegisterWorkload(ctx context.Context, r *api.RegisterWorkloadRe
 	if r.Wait != nil {
 		wait = r.Wait.AsDuration()
 	}
+	if s.l.cluster != nil {
+		if err := s.l.findAddresses(ctx, w.ips); err != nil {
+			return nil, asStatus(err)
+		}
+	}
 	if r.IdentityByUid {
 		if err := s.identify(ctx, &w, min(wait, identifyWait)); err != nil {
 			return nil, asStatus(err) // never under a guessed identity

@@ -54,6 +54,8 @@ type Source struct {
 	snapshot  string // how it was taken up
 	taken     time.Time
 
+	discoverEvery time.Duration // whether a resource that was missing is there now; set before Run
+
 	mu       sync.Mutex
 	tables   *tables                // guarded by mu
 	watches  map[string]*watchState // guarded by mu; by resource
@@ -80,7 +82,7 @@ func New(cfg Config) (*Source, error) {
 	rc.UserAgent = cfg.UserAgent
 	rc.QPS, rc.Burst = 20, 40
 	s := &Source{cfg: cfg, log: cfg.Log.Named("kubernetes"), server: rc.Host, authority: authority(rc), path: filepath.Join(cfg.StateDir, SnapshotFile),
-		tables: newTables(cfg.Node), watches: map[string]*watchState{}, changed: make(chan struct{})}
+		discoverEvery: time.Minute, tables: newTables(cfg.Node), watches: map[string]*watchState{}, changed: make(chan struct{})}
 	for _, r := range resources("") {
 		s.watches[r.name()] = &watchState{}
 	}

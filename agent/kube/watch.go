@@ -24,9 +24,6 @@ const (
 	// watchTime is the least time that one watch lasts, the longest is twice
 	// that; a connection that is dead is found out sooner, by HTTP/2 pings.
 	watchTime = 20 * time.Minute
-	// discoverEvery is how often it is looked whether a resource that was
-	// missing is there now.
-	discoverEvery = time.Minute
 	// absentAnswers in a row that there is no such resource are taken for what
 	// they say: that no object of it is left.
 	absentAnswers = 2
@@ -123,7 +120,7 @@ func (s *Source) awaitResource(ctx context.Context, r resource) {
 			s.absent(r, true)
 		}
 		// Not all agents of a cluster at once.
-		if wait(ctx, discoverEvery/2+rand.N(discoverEvery)) != nil {
+		if wait(ctx, s.discoverEvery/2+rand.N(s.discoverEvery)) != nil {
 			return
 		}
 	}

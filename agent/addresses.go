@@ -1,0 +1,78 @@
+package agent
+
+import (
+	"context"
+	"net/netip"
+	"slices"
+	"time"
+
+	"go.uber.org/zap"
+
+	"portcullis/datapath/netdev"
+)
+
+// addressSweep is how often it is looked which addresses this machine has.
+const addressSweep = 10 * time.Second
+
+// ownAddresses returns those of this machine's addresses that lie in its ranges:
+// gateways of workloads, tunnel devices. The kubelet's probes come from them. No
+// Node object tells of them, and CNI plugins make them when the first workload
+// comes; so they are looked for.
+func ownAddresses(ranges []netip.Prefix) ([]netip.Addr, error) {
+	all, err := netdev.Addresses()
+	if err != nil {
+		return nil, err
+	}
+	return slices.DeleteFunc(all, func(ip netip.Addr) bool {
+		return !slices.ContainsFunc(ranges, func(p netip.Prefix) bool { return p.Contains(ip) })
+	}), nil
+}
+
+// followAddresses has the loop take up addresses that come, until ctx ends.
+func (l *loop) followAddresses(ctx context.Context) error {
+	tick := time.NewTicker(addressSweep)
+	defer tick.Stop()
+	for {
+		if err := l.findAddresses(ctx, nil); err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-tick.C:
+		}
+	}
+}
+
+// findAddresses has the loop take up this machine's addresses as they are. An
+// address that was seen stays the node's when its device goes, for it comes back
+// with the next workload; unless it is to be given to a workload now.
+func (l *loop) findAddresses(ctx context.Context, given []netip.Addr) error {
+	present, err := ownAddresses(l.topology.Load().ranges)
+	if err != nil {
+		// What was found before stands: at worst the node does not reach its
+		// own workloads from an address that is new.
+		l.log.Warn("list this machine's addresses", zap.Error(err))
+		return nil
+	}
+	return l.call(ctx, func() error {
+		if l.noteAddresses(present, given) {
+			l.setTopology(newTopology(l.sight(l.known.picture)))
+		}
+		return nil
+	})
+}
+
+// noteAddresses reports whether that changes anything.
+func (l *loop) noteAddresses(present, given []netip.Addr) (changed bool) {
+	kept := slices.DeleteFunc(slices.Clone(l.known.gateways), func(ip netip.Addr) bool { return slices.Contains(given, ip) && !slices.Contains(present, ip) })
+	for _, ip := range present {
+		if !slices.Contains(kept, ip) {
+			kept = append(kept, ip)
+		}
+	}
+	slices.SortFunc(kept, netip.Addr.Compare)
+	changed = !slices.Equal(kept, l.known.gateways)
+	l.known.gateways = kept
+	return changed
+}
