@@ -20,7 +20,7 @@ import (
 
 func newChaosCmd(env *Env) *cobra.Command {
 	return group("chaos", "Scenarios of IP reuse under faults, judged by a checker that knows who truly held each IP",
-		newChaosListCmd(env), newChaosRunCmd(env), newChaosJudgeCmd(env))
+		newChaosListCmd(env), newChaosRunCmd(env), newChaosJudgeCmd(env), newChaosReportCmd(env))
 }
 
 func newChaosListCmd(env *Env) *cobra.Command {
@@ -140,26 +140,57 @@ func newChaosJudgeCmd(env *Env) *cobra.Command {
 	}
 	o := addOutput(cmd)
 	cmd.RunE = func(_ *cobra.Command, args []string) error {
-		in := io.Reader(env.Stdin)
-		if args[0] != "-" {
-			file, err := os.Open(args[0])
-			if err != nil {
-				return fmt.Errorf("the history: %w", err)
-			}
-			defer file.Close()
-			in = file
-		}
-		h, err := check.Read(in)
+		j, err := judge(env, args[0])
 		if err != nil {
 			return err
 		}
-		r, err := check.Check(h)
-		if err != nil {
-			return err
-		}
-		return showResult(env.Stdout, *o, r)
+		return showResult(env.Stdout, *o, j.Result)
 	}
 	return cmd
+}
+
+// judge reads a history from a file, or from the standard input, and judges it.
+func judge(env *Env, path string) (j chaos.Judged, err error) {
+	in := io.Reader(env.Stdin)
+	if path != "-" {
+		file, err := os.Open(path)
+		if err != nil {
+			return j, fmt.Errorf("the history: %w", err)
+		}
+		defer file.Close()
+		in = file
+	}
+	if j.History, err = check.Read(in); err == nil {
+		j.Result, err = check.Check(j.History)
+	}
+	if err != nil {
+		err = fmt.Errorf("%s: %w", path, err)
+	}
+	return j, err
+}
+
+func newChaosReportCmd(env *Env) *cobra.Command {
+	return &cobra.Command{
+		Use:   "report FILE...",
+		Short: "Make one page of the histories of runs",
+		Long: `Make one page (HTML, that needs nothing from elsewhere) of the histories of runs: who held
+each IP, which faults were at work, what passed and what was refused, the tables, and
+every violation with what was around it.`,
+		Example: `  portcullis chaos run ip-reuse --fault partition --history run.jsonl
+  portcullis chaos report run.jsonl > run.html`,
+		Args: usageArgs(cobra.MinimumNArgs(1)),
+		RunE: func(_ *cobra.Command, args []string) error {
+			var runs []chaos.Judged
+			for _, path := range args {
+				j, err := judge(env, path)
+				if err != nil {
+					return err
+				}
+				runs = append(runs, j)
+			}
+			return chaos.Page(env.Stdout, runs)
+		},
+	}
 }
 
 // showResult prints a result. Anything but "held" is exit status 1.
