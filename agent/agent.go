@@ -117,7 +117,7 @@ func (l *loop) runParts(ctx context.Context, group *errgroup.Group, source *svid
 		})
 	}
 	run("loop", l.run)
-	run("Workload API", source.Run)
+	run("SVID", source.Run)
 	run("sessions", l.transport.Run)
 	run("held packets", func(ctx context.Context) error { return l.dp.Held(ctx, func(r hold.Record) { l.receive(ctx, r) }) })
 	run("events", func(ctx context.Context) error { return l.dp.Events(ctx, l.publish) })
@@ -197,7 +197,11 @@ func newSource(cfg Config, log *zap.Logger) (*svid.Source, error) {
 	if err != nil {
 		return nil, err
 	}
-	return svid.New(svid.Config{Address: cfg.WorkloadAPI, ID: id, Log: log})
+	from, err := svid.WorkloadAPI(cfg.WorkloadAPI)
+	if err != nil {
+		return nil, err
+	}
+	return svid.New(svid.Config{From: from, ID: id, Log: log})
 }
 
 // newLoop opens the kernel and the journal, and builds the machines. What an

@@ -266,9 +266,9 @@ func (l *loop) alarmSVID() {
 	case late == 0:
 		l.alarms.clear("svid")
 	case late < 100:
-		l.alarms.raise("svid", fmt.Sprintf("%d %% of the life of this agent's SVID are over and it was not renewed: sessions end with it: look at the SPIFFE agent behind %s", late, l.cfg.WorkloadAPI))
+		l.alarms.raise("svid", fmt.Sprintf("%d %% of the life of this agent's SVID are over and it was not renewed: sessions end with it: look at %s", late, l.source.From()))
 	default:
-		l.alarms.raise("svid", "this agent's SVID has expired, so it has no sessions: look at the SPIFFE agent behind "+l.cfg.WorkloadAPI)
+		l.alarms.raise("svid", "this agent's SVID has expired, so it has no sessions: look at "+l.source.From().String())
 	}
 }
 

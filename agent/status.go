@@ -91,11 +91,11 @@ func (l *loop) devicesUnregistered() (n uint32) {
 
 // statusSources tells of what the agent cannot work without.
 func (l *loop) statusSources(s *api.StatusResponse) {
-	source := &api.Source{Name: "workload-api", State: "ok"}
+	source := &api.Source{Name: l.source.From().Kind(), State: "ok"}
 	svid, err := l.source.GetX509SVID()
 	if err != nil {
 		source.State, source.Detail = "waiting", err.Error()
-		s.Problems = append(s.Problems, fmt.Sprintf("no SVID from %s, so no session with other agents: %v", l.cfg.WorkloadAPI, err))
+		s.Problems = append(s.Problems, fmt.Sprintf("no SVID from %s, so no session with other agents: %v", l.source.From(), err))
 	} else {
 		s.SpiffeId = svid.ID.String()
 		_, end := l.source.Life()

@@ -87,14 +87,14 @@ func (s *Source) alarms(ctx context.Context) {
 
 func (s *Source) alarm(at stage, end, now time.Time) {
 	fields := []zap.Field{
-		zap.Stringer("spiffe_id", s.cfg.ID), zap.Int64("life_percent", percent[at]),
+		zap.Stringer("spiffe_id", s.cfg.ID), zap.Stringer("from", s.cfg.From), zap.Int64("life_percent", percent[at]),
 		zap.Time("expires", end), zap.Duration("remaining", end.Sub(now)),
 	}
 	switch at {
 	case stageHalf:
 		s.cfg.Log.Warn("half of the SVID's life is over and it was not renewed yet", fields...)
 	case stageLate:
-		s.cfg.Log.Warn("three quarters of the SVID's life are over: look at the SPIFFE agent and server", fields...)
+		s.cfg.Log.Warn("three quarters of the SVID's life are over: look at where SVIDs come from", fields...)
 	case stageUrgent:
 		s.cfg.Log.Error("the SVID expires soon and was not renewed: all sessions will end", fields...)
 	case stageOver:

@@ -52,7 +52,7 @@ func given(t *testing.T, begin, end time.Time) *workloadapi.X509Context {
 func TestAlarms(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		core, logs := observer.New(zap.WarnLevel)
-		s, err := New(Config{Address: "unix:///x", ID: self, Log: zap.New(core)})
+		s, err := New(Config{From: &workloadAPI{addr: "unix:///x"}, ID: self, Log: zap.New(core)})
 		if err != nil {
 			t.Fatal(err)
 		}

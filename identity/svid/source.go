@@ -4,9 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/url"
-	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -19,7 +16,7 @@ import (
 
 // Errors of a Source. Callers may match them; the text around them says more.
 var (
-	// ErrNone: the Workload API has not given an SVID yet.
+	// ErrNone: the provider has not given an SVID yet.
 	ErrNone = errors.New("no SVID yet")
 	// ErrExpired: the SVID's certificate, or one that it was signed by, is
 	// past its end.
@@ -28,14 +25,26 @@ var (
 	ErrNotYetValid = errors.New("the SVID is not valid yet: compare the clocks of this host and of the SPIFFE server")
 	// ErrNoSocket: there is no socket at the Workload API's address.
 	ErrNoSocket = errors.New("there is no Workload API socket: is the SPIFFE agent running, and is its socket's directory visible here?")
-	// ErrWrongID: the Workload API knows this process by other names.
-	ErrWrongID = errors.New("the Workload API gave no SVID of that name: is this process registered under it?")
+	// ErrWrongID: the provider knows this process by other names.
+	ErrWrongID = errors.New("no SVID of that name was given: is this process registered under it?")
 )
+
+// Provider is a place that gives this process its SVID. WorkloadAPI makes one;
+// so does identity/issuer/client.
+type Provider interface {
+	// WatchX509Context tells w of the SVIDs and the bundles, now and at each
+	// change, and of each failure, from one goroutine, until ctx ends or the
+	// provider gives up. It may be called again then, and never twice at a time.
+	WatchX509Context(ctx context.Context, w workloadapi.X509ContextWatcher) error
+	// Kind is one word for what it is, as status shows it: "workload-api".
+	Kind() string
+	// String names it in messages, with its address.
+	String() string
+}
 
 // Config says where SVIDs come from. All fields but Log are required.
 type Config struct {
-	// Address of the Workload API: unix:///absolute/path.
-	Address string
+	From Provider
 	// ID is the name that the SVID must bear. SVIDs of other names are not used.
 	ID spiffeid.ID
 	// Log gets rotations, failures and alarms. nil: none.
@@ -45,8 +54,7 @@ type Config struct {
 // Source holds the newest SVID and bundles. It implements x509svid.Source and
 // x509bundle.Source.
 type Source struct {
-	cfg  Config
-	path string // of the socket
+	cfg Config
 
 	mu      sync.Mutex
 	svid    *x509svid.SVID  // guarded by mu; nil until given
@@ -58,9 +66,8 @@ type Source struct {
 
 // New checks the configuration. Nothing is read before Run.
 func New(cfg Config) (*Source, error) {
-	path, err := socketPath(cfg.Address)
-	if err != nil {
-		return nil, err
+	if cfg.From == nil {
+		return nil, errors.New("svid: Config.From is required: where SVIDs come from")
 	}
 	if cfg.ID.IsZero() {
 		return nil, errors.New("svid: Config.ID is required: the SPIFFE ID of this process")
@@ -68,35 +75,20 @@ func New(cfg Config) (*Source, error) {
 	if cfg.Log == nil {
 		cfg.Log = zap.NewNop()
 	}
-	return &Source{cfg: cfg, path: path, changed: make(chan struct{})}, nil
-}
-
-// socketPath returns the path of a unix:///path address. Other transports have
-// no way to tell which process asks.
-func socketPath(addr string) (string, error) {
-	u, err := url.Parse(addr)
-	if err != nil || u.Scheme != "unix" || u.Host != "" || u.Opaque != "" || !filepath.IsAbs(u.Path) {
-		return "", fmt.Errorf("the Workload API address %q must look like unix:///run/spire/agent.sock", addr)
-	}
-	return u.Path, nil
+	return &Source{cfg: cfg, changed: make(chan struct{})}, nil
 }
 
 // Run keeps the SVID and the bundles up to date until ctx ends; then it returns
-// nil. What is wrong with the Workload API is no error of Run: it is logged,
+// nil. What is wrong with the provider is no error of Run: it is logged,
 // tried again, and told by GetX509SVID and Wait.
 func (s *Source) Run(ctx context.Context) error {
-	client, err := workloadapi.New(ctx, clientOptions(s.cfg.Address)...)
-	if err != nil {
-		return fmt.Errorf("svid: %w", err)
-	}
-	defer client.Close()
 	var wg sync.WaitGroup
 	wg.Go(func() { s.alarms(ctx) })
 	defer wg.Wait()
 	for ctx.Err() == nil {
 		// The watch tries again by itself but for errors that it believes
-		// to be final. A SPIFFE agent that was replaced can answer later.
-		if err := client.WatchX509Context(ctx, (*watcher)(s)); ctx.Err() == nil {
+		// to be final. Whoever was replaced can answer later.
+		if err := s.cfg.From.WatchX509Context(ctx, (*watcher)(s)); ctx.Err() == nil {
 			s.failed(err)
 			pause(ctx, retryMax)
 		}
@@ -145,9 +137,9 @@ func (s *Source) GetX509SVID() (*x509svid.SVID, error) {
 		}
 	}
 	if last != nil {
-		return nil, fmt.Errorf("%s at %s: %w: %w", s.cfg.ID, s.cfg.Address, err, last)
+		return nil, fmt.Errorf("%s at %s: %w: %w", s.cfg.ID, s.cfg.From, err, last)
 	}
-	return nil, fmt.Errorf("%s at %s: %w", s.cfg.ID, s.cfg.Address, err)
+	return nil, fmt.Errorf("%s at %s: %w", s.cfg.ID, s.cfg.From, err)
 }
 
 // GetX509BundleForTrustDomain returns the newest bundle of a trust domain.
@@ -160,6 +152,9 @@ func (s *Source) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bund
 	}
 	return bundles.GetX509BundleForTrustDomain(td)
 }
+
+// From returns where the SVIDs come from.
+func (s *Source) From() Provider { return s.cfg.From }
 
 // Life returns when the newest SVID's life begins and ends, as the wall clock
 // tells it; zero times if there is none. It is for display: ask GetX509SVID
@@ -210,12 +205,4 @@ func pause(ctx context.Context, d time.Duration) {
 	case <-t.C:
 	case <-ctx.Done():
 	}
-}
-
-// socketError returns ErrNoSocket if that explains err better.
-func socketError(path string, err error) error {
-	if _, statErr := os.Stat(path); errors.Is(statErr, os.ErrNotExist) {
-		return ErrNoSocket
-	}
-	return err
 }

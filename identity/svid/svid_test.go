@@ -84,6 +84,15 @@ func source(t *testing.T, cfg svid.Config) *svid.Source {
 	return s
 }
 
+func workloadAPI(t *testing.T, addr string) svid.Provider {
+	t.Helper()
+	p, err := svid.WorkloadAPI(addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
 // within bounds a wait, so that a broken test ends.
 func within(t *testing.T, d time.Duration) context.Context {
 	ctx, cancel := context.WithTimeout(t.Context(), d)
@@ -94,7 +103,7 @@ func within(t *testing.T, d time.Duration) context.Context {
 func TestGivesTheNodesSVID(t *testing.T) {
 	dir := labDir(t)
 	serve(t, dir, 0)
-	s := source(t, svid.Config{Address: labca.Address(dir, "n1"), ID: nodeID(t, "n1")})
+	s := source(t, svid.Config{From: workloadAPI(t, labca.Address(dir, "n1")), ID: nodeID(t, "n1")})
 	if err := s.Wait(within(t, 10*time.Second)); err != nil {
 		t.Fatal(err)
 	}
@@ -116,7 +125,7 @@ func TestGivesTheNodesSVID(t *testing.T) {
 func TestTellsOfRotationAndBundleChange(t *testing.T) {
 	dir := labDir(t)
 	ca, _ := serve(t, dir, 0)
-	s := source(t, svid.Config{Address: labca.Address(dir, "n1"), ID: nodeID(t, "n1")})
+	s := source(t, svid.Config{From: workloadAPI(t, labca.Address(dir, "n1")), ID: nodeID(t, "n1")})
 	if err := s.Wait(within(t, 10*time.Second)); err != nil {
 		t.Fatal(err)
 	}
@@ -146,7 +155,7 @@ func TestNeverHandsOutAnExpiredSVID(t *testing.T) {
 	dir := labDir(t)
 	_, stop := serve(t, dir, 2*time.Second)
 	core, logs := observer.New(zap.InfoLevel)
-	s := source(t, svid.Config{Address: labca.Address(dir, "n1"), ID: nodeID(t, "n1"), Log: zap.New(core)})
+	s := source(t, svid.Config{From: workloadAPI(t, labca.Address(dir, "n1")), ID: nodeID(t, "n1"), Log: zap.New(core)})
 	if err := s.Wait(within(t, 10*time.Second)); err != nil {
 		t.Fatal(err)
 	}
@@ -186,7 +195,7 @@ func tick(t *testing.T) {
 func TestSaysWhatIsMissing(t *testing.T) {
 	dir := labDir(t)
 	t.Run("socket", func(t *testing.T) {
-		s := source(t, svid.Config{Address: "unix://" + dir + "/none.sock", ID: nodeID(t, "n1")})
+		s := source(t, svid.Config{From: workloadAPI(t, "unix://"+dir+"/none.sock"), ID: nodeID(t, "n1")})
 		for deadline := within(t, 10*time.Second); ; tick(t) {
 			_, err := s.GetX509SVID()
 			if errors.Is(err, svid.ErrNoSocket) && errors.Is(err, svid.ErrNone) && strings.Contains(err.Error(), "none.sock") {
@@ -204,7 +213,7 @@ func TestSaysWhatIsMissing(t *testing.T) {
 	})
 	t.Run("registration", func(t *testing.T) {
 		serve(t, dir, 0)
-		s := source(t, svid.Config{Address: labca.Address(dir, "n1"), ID: nodeID(t, "n2")})
+		s := source(t, svid.Config{From: workloadAPI(t, labca.Address(dir, "n1")), ID: nodeID(t, "n2")})
 		for deadline := within(t, 10*time.Second); ; tick(t) {
 			_, err := s.GetX509SVID()
 			if err == nil {
@@ -222,11 +231,14 @@ func TestSaysWhatIsMissing(t *testing.T) {
 
 func TestNewRefuses(t *testing.T) {
 	for _, addr := range []string{"", "/run/agent.sock", "tcp://127.0.0.1:80", "unix:agent.sock", "unix://host/agent.sock"} {
-		if _, err := svid.New(svid.Config{Address: addr, ID: nodeID(t, "n1")}); err == nil || !strings.Contains(err.Error(), "unix:///") {
+		if _, err := svid.WorkloadAPI(addr); err == nil || !strings.Contains(err.Error(), "unix:///") {
 			t.Errorf("address %q: %v", addr, err)
 		}
 	}
-	if _, err := svid.New(svid.Config{Address: "unix:///run/agent.sock"}); err == nil {
+	if _, err := svid.New(svid.Config{From: workloadAPI(t, "unix:///run/agent.sock")}); err == nil {
 		t.Error("no SPIFFE ID was accepted")
+	}
+	if _, err := svid.New(svid.Config{ID: nodeID(t, "n1")}); err == nil {
+		t.Error("no provider was accepted")
 	}
 }

@@ -123,7 +123,11 @@ func (l *lab) source(t testing.TB, node identity.NodeName) *svid.Source {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := svid.New(svid.Config{Address: labca.Address(l.dir, node), ID: id})
+	from, err := svid.WorkloadAPI(labca.Address(l.dir, node))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := svid.New(svid.Config{From: from, ID: id})
 	if err != nil {
 		t.Fatal(err)
 	}

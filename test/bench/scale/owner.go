@@ -116,7 +116,11 @@ func startSource(ctx context.Context, running *sync.WaitGroup, dir string, td sp
 	if err != nil {
 		return nil, err
 	}
-	s, err := svid.New(svid.Config{Address: labca.Address(dir, name), ID: id})
+	from, err := svid.WorkloadAPI(labca.Address(dir, name))
+	if err != nil {
+		return nil, err
+	}
+	s, err := svid.New(svid.Config{From: from, ID: id})
 	if err != nil {
 		return nil, err
 	}
