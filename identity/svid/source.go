@@ -153,6 +153,14 @@ func (s *Source) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bund
 	return bundles.GetX509BundleForTrustDomain(td)
 }
 
+// Problem returns why the provider gives nothing new, nil while it does. An SVID
+// that it gave before may still be usable.
+func (s *Source) Problem() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.last
+}
+
 // From returns where the SVIDs come from.
 func (s *Source) From() Provider { return s.cfg.From }
 

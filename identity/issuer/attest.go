@@ -1,0 +1,107 @@
+package issuer
+
+import (
+	"context"
+	"fmt"
+	"regexp"
+	"slices"
+
+	"portcullis/identity"
+)
+
+// Reviewer asks the API server about a token.
+type Reviewer interface {
+	// Review returns what the API server says of the token, for an audience.
+	// An error means that it said nothing; a token that it rejects is no
+	// error. Safe for concurrent use.
+	Review(ctx context.Context, token, audience string) (Review, error)
+}
+
+// Review is the status of a TokenReview.
+type Review struct {
+	Authenticated bool
+	Error         string // why not, in the API server's words
+	Audiences     []string
+	Username      string
+	Extra         map[string][]string
+}
+
+// Extra claims of a service-account token.
+const (
+	extraNode       = "authentication.kubernetes.io/node-name"
+	extraNodeUID    = "authentication.kubernetes.io/node-uid"
+	extraPod        = "authentication.kubernetes.io/pod-name"
+	extraPodUID     = "authentication.kubernetes.io/pod-uid"
+	extraCredential = "authentication.kubernetes.io/credential-id"
+)
+
+// Refusal says why a request got no SVID. Its values are words for logs,
+// counters and answers.
+type Refusal string
+
+// The refusals.
+const (
+	RefusedNoToken     Refusal = "no-token"          // nothing in the Authorization header
+	RefusedToken       Refusal = "token-rejected"    // the API server does not know it, or it is over
+	RefusedAudience    Refusal = "wrong-audience"    // made for somebody else
+	RefusedAccount     Refusal = "wrong-account"     // of another service account
+	RefusedNoNode      Refusal = "no-node"           // not bound to a node, or to a pod on one
+	RefusedNodes       Refusal = "several-nodes"     // a claim that cannot be
+	RefusedNodeName    Refusal = "invalid-node-name" // not one that Kubernetes gives
+	RefusedRequest     Refusal = "invalid-request"   // the certificate request
+	RefusedTooMany     Refusal = "too-many-requests" // of this node
+	RefusedUnavailable Refusal = "unavailable"       // the issuer cannot decide or sign: no verdict on who asks
+)
+
+// refused is a Refusal with what a person wants to know.
+type refused struct {
+	reason Refusal
+	detail string
+}
+
+func (r *refused) Error() string { return string(r.reason) + ": " + r.detail }
+
+func refuse(reason Refusal, format string, args ...any) *refused {
+	return &refused{reason, fmt.Sprintf(format, args...)}
+}
+
+// Rules are whom the issuer takes for an agent.
+type Rules struct {
+	Audience string // that the token must be made for
+	// Account is the service account of the agents, as Kubernetes calls its
+	// user: system:serviceaccount:NAMESPACE:NAME.
+	Account string
+}
+
+// nodeName is a name that Kubernetes gives to nodes.
+var nodeName = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
+
+const maxNodeName = 253
+
+// Attest decides which node's agent a token is of. Whatever is missing, double
+// or unknown is refused: every name that comes out of here is one that the API
+// server stands for.
+func (r Rules) Attest(v Review) (identity.NodeName, error) {
+	switch {
+	case !v.Authenticated:
+		return "", refuse(RefusedToken, "the API server rejects the token: %s", v.Error)
+	case v.Error != "":
+		return "", refuse(RefusedToken, "the API server has doubts: %s", v.Error)
+	case !slices.Contains(v.Audiences, r.Audience):
+		// Also when there are none: an authenticator that does not speak of
+		// audiences has not looked at them.
+		return "", refuse(RefusedAudience, "the token is for %q, not for %q", v.Audiences, r.Audience)
+	case v.Username != r.Account:
+		return "", refuse(RefusedAccount, "the token is of %q, not of %q", v.Username, r.Account)
+	}
+	nodes := v.Extra[extraNode]
+	switch {
+	case len(nodes) == 0:
+		return "", refuse(RefusedNoNode, "the token is bound to no node: mount a projected token into a pod (Kubernetes 1.32 or newer)")
+	case len(nodes) > 1:
+		return "", refuse(RefusedNodes, "the token names %d nodes", len(nodes))
+	case len(nodes[0]) > maxNodeName || !nodeName.MatchString(nodes[0]):
+		return "", refuse(RefusedNodeName, "%.80q is no node's name", nodes[0])
+	}
+	return identity.NodeName(nodes[0]), nil
+}
