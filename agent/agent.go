@@ -11,7 +11,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
@@ -186,22 +185,6 @@ func serve(ctx context.Context, l *loop, listener net.Listener) error {
 	stop := context.AfterFunc(ctx, g.Stop)
 	defer stop()
 	return g.Serve(listener)
-}
-
-func newSource(cfg Config, log *zap.Logger) (*svid.Source, error) {
-	td, err := spiffeid.TrustDomainFromString(cfg.TrustDomain)
-	if err != nil {
-		return nil, err
-	}
-	id, err := spiffeid.FromPath(td, identity.AgentSPIFFEPath(cfg.Node))
-	if err != nil {
-		return nil, err
-	}
-	from, err := svid.WorkloadAPI(cfg.WorkloadAPI)
-	if err != nil {
-		return nil, err
-	}
-	return svid.New(svid.Config{From: from, ID: id, Log: log})
 }
 
 // newLoop opens the kernel and the journal, and builds the machines. What an

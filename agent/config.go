@@ -63,6 +63,11 @@ type Config struct {
 	TrustDomain     string
 	WorkloadAPI     string // unix:///path
 
+	// In the Workload API's place: the issuer of this cluster. All or none.
+	Issuer       string // https://HOST:PORT
+	IssuerToken  string // file of a token for it
+	IssuerBundle string // file of the trust bundle, by which it is known
+
 	APISocket  string
 	PinDir     string
 	JournalDir string
@@ -163,9 +168,7 @@ func (c *Config) Validate() error {
 	if _, err := spiffeid.TrustDomainFromString(c.TrustDomain); err != nil {
 		bad("--trust-domain %q: %v", c.TrustDomain, err)
 	}
-	if path, ok := strings.CutPrefix(c.WorkloadAPI, "unix://"); !ok || !filepath.IsAbs(path) {
-		bad("--workload-api %q: want unix:///path/to/socket of the SPIFFE Workload API", c.WorkloadAPI)
-	}
+	errs = append(errs, c.validateSVID()...)
 	for flag, path := range map[string]string{"--api-socket": c.APISocket, "--pin-dir": c.PinDir, "--journal-dir": c.JournalDir, "--state-dir": c.StateDir, "--audit-log": c.AuditLog} {
 		if !filepath.IsAbs(path) {
 			bad("%s %q: want an absolute path", flag, path)

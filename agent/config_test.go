@@ -29,6 +29,9 @@ func TestConfigValidate(t *testing.T) {
 		change func(*Config)
 		want   []string
 	}{
+		{"issuer without its files", func(c *Config) { c.Issuer = "https://192.0.2.9:4261" }, []string{"--issuer-token", "--issuer-bundle"}},
+		{"issuer without TLS", func(c *Config) { c.Issuer, c.IssuerToken, c.IssuerBundle = "http://192.0.2.9:4261", "/t", "/b" }, []string{"--issuer \"http:"}},
+		{"files without an issuer", func(c *Config) { c.IssuerToken = "/t" }, []string{"--issuer is missing"}},
 		{"empty", func(c *Config) { *c = Config{} }, []string{"--node ", "--node-ip", "--range", "--listen", "--trust-domain", "--workload-api", "--ttl", "--heartbeat", "--evidence", "--bindings"}},
 		{"classic must be asked for twice", func(c *Config) { c.Evidence = ModeClassic }, []string{"--unsafe-classic"}},
 		{"unsafe lease", func(c *Config) { c.UnsafeClassic = true }, []string{"--unsafe-classic"}},

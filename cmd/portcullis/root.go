@@ -62,6 +62,7 @@ var commands = []func(*Env) *cobra.Command{
 	newAuditCmd,
 	newDoctorCmd,
 	newCNICmd,
+	newIssuerCmd,
 	newVersionCmd,
 	newCompletionCmd,
 }

@@ -97,7 +97,7 @@ func (r Rules) Attest(v Review) (identity.NodeName, error) {
 	nodes := v.Extra[extraNode]
 	switch {
 	case len(nodes) == 0:
-		return "", refuse(RefusedNoNode, "the token is bound to no node: mount a projected token into a pod (Kubernetes 1.32 or newer)")
+		return "", refuse(RefusedNoNode, "the token is bound to no node: mount a projected token into a pod (Kubernetes 1.30 or newer)")
 	case len(nodes) > 1:
 		return "", refuse(RefusedNodes, "the token names %d nodes", len(nodes))
 	case len(nodes[0]) > maxNodeName || !nodeName.MatchString(nodes[0]):

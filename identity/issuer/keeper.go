@@ -102,9 +102,6 @@ func NewKeeper(cfg KeeperConfig) (*Keeper, error) {
 	if err := t.check(); err != nil {
 		return nil, err
 	}
-	if cfg.SVIDLife < shortest {
-		return nil, fmt.Errorf("an SVID must live for %s at least, not for %s", shortest, cfg.SVIDLife)
-	}
 	if cfg.Interval <= 0 || cfg.Interval > fresh/2 {
 		return nil, fmt.Errorf("issuer: KeeperConfig.Interval %s: want at most %s", cfg.Interval, fresh/2)
 	}

@@ -79,14 +79,14 @@ func (m *memory) count() int {
 const look = 30 * time.Second
 
 // replicas starts n keepers on the same objects. It is called in a bubble.
-func replicas(t *testing.T, n int, keys, bundle *memory) []*Keeper {
+func replicas(t *testing.T, n int, keys, bundle *memory, life times) []*Keeper {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	t.Cleanup(func() { cancel(); wg.Wait() })
 	var out []*Keeper
 	for range n {
-		k, err := NewKeeper(KeeperConfig{TrustDomain: td, Keys: keys, Bundle: bundle, SVIDLife: hours.svid, AuthorityLife: hours.authority, Margin: hours.margin, Interval: look})
+		k, err := NewKeeper(KeeperConfig{TrustDomain: td, Keys: keys, Bundle: bundle, SVIDLife: life.svid, AuthorityLife: life.authority, Margin: life.margin, Interval: look})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -114,11 +114,11 @@ func signer(t *testing.T, k *Keeper) string {
 func TestReplicasShareOneAuthority(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		keys, bundle := &memory{name: "keys"}, &memory{name: "bundle"}
-		ks := replicas(t, 2, keys, bundle)
+		ks := replicas(t, 2, keys, bundle, times{svid: 10 * time.Minute, authority: 100 * time.Minute, margin: 5 * time.Minute})
 		seen := map[string]bool{}
 		time.Sleep(look / 2) // not just when a replica looks
-		for range 13 * 12 {
-			time.Sleep(5 * time.Minute)
+		for range 140 {
+			time.Sleep(time.Minute)
 			for _, k := range ks {
 				if s := k.status(); s.Problem != "" || len(s.Authorities) == 0 {
 					t.Fatalf("status: %+v", s)
@@ -133,7 +133,7 @@ func TestReplicasShareOneAuthority(t *testing.T) {
 			}
 		}
 		if len(seen) < 3 {
-			t.Errorf("%d authorities signed in 13 hours", len(seen))
+			t.Errorf("%d authorities signed in 140 minutes", len(seen))
 		}
 		// Each rotation is: next, published, switched, gone.
 		if n := keys.count(); n > 4*len(seen)+1 {
@@ -153,7 +153,7 @@ func parsedSequence(m *memory) uint64 {
 func TestNothingIsSignedWithAnOldKeyring(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		keys, bundle := &memory{name: "keys"}, &memory{name: "bundle"}
-		k := replicas(t, 1, keys, bundle)[0]
+		k := replicas(t, 1, keys, bundle, hours)[0]
 		synctest.Wait()
 		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 		if err != nil {
@@ -190,7 +190,7 @@ func TestNothingIsSignedWithAnOldKeyring(t *testing.T) {
 func TestUnpublishedBundle(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		keys, bundle := &memory{name: "keys"}, &memory{name: "bundle"}
-		k := replicas(t, 1, keys, bundle)[0]
+		k := replicas(t, 1, keys, bundle, hours)[0]
 		synctest.Wait()
 		first := signer(t, k)
 		bundle.fail(errors.New("forbidden"))
@@ -213,7 +213,7 @@ func TestUnpublishedBundle(t *testing.T) {
 func TestEmptySecretMakesANewAuthority(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		keys, bundle := &memory{name: "keys"}, &memory{name: "bundle"}
-		ks := replicas(t, 2, keys, bundle)
+		ks := replicas(t, 2, keys, bundle, hours)
 		synctest.Wait()
 		first, before := signer(t, ks[0]), parsedSequence(bundle)
 		keys.empty()
@@ -236,7 +236,7 @@ func TestEmptySecretMakesANewAuthority(t *testing.T) {
 func TestDamagedSecretStaysAsItIs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		keys, bundle := &memory{name: "keys", there: true, value: []byte("garbage")}, &memory{name: "bundle"}
-		k := replicas(t, 1, keys, bundle)[0]
+		k := replicas(t, 1, keys, bundle, hours)[0]
 		time.Sleep(time.Minute)
 		if _, err := k.current(); !errors.Is(err, errDamaged) {
 			t.Errorf("current: %v", err)
@@ -251,7 +251,7 @@ func TestDamagedSecretStaysAsItIs(t *testing.T) {
 func TestBundleIsRepaired(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		keys, bundle := &memory{name: "keys"}, &memory{name: "bundle"}
-		k := replicas(t, 1, keys, bundle)[0]
+		k := replicas(t, 1, keys, bundle, hours)[0]
 		synctest.Wait()
 		for _, wrong := range []string{"", "x", `{"keys":[],"spiffe_sequence":99999999999}`} {
 			_, version, _ := bundle.Load(t.Context())

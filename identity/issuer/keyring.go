@@ -43,8 +43,17 @@ type times struct {
 	margin    time.Duration // for replicas that lag and clocks that differ
 }
 
+// CheckTimes tells whether an issuer can work with an SVID's and an authority's
+// life, under the default margin.
+func CheckTimes(svid, authority time.Duration) error {
+	return times{svid, authority, DefaultMargin}.check()
+}
+
 func (t times) check() error {
-	if t.svid <= 0 || t.margin <= 0 || t.authority < 4*t.svid+2*t.margin {
+	if t.svid < shortest {
+		return fmt.Errorf("an SVID must live for %s at least, not for %s", shortest, t.svid)
+	}
+	if t.margin <= 0 || t.authority < 4*t.svid+2*t.margin {
 		return fmt.Errorf("an authority must live for at least four SVIDs and two margins (%s), not for %s: it is replaced at half of its life, and both are trusted for an SVID's life before and after",
 			4*t.svid+2*t.margin, t.authority)
 	}
@@ -121,6 +130,7 @@ func (k *keyring) advance(t times, published uint64, now time.Time) (*keyring, e
 	return &n, nil
 }
 
+// same tells that nothing has to be written.
 func (k *keyring) same(o *keyring) bool {
 	return k.sequence == o.sequence && k.life == o.life && slices.EqualFunc(k.authorities, o.authorities, func(a, b authority) bool {
 		return a.cert.Equal(b.cert) && a.published.Equal(b.published) && a.active.Equal(b.active) && a.retired.Equal(b.retired)

@@ -55,6 +55,7 @@ var Table = []Row{
 	{Path: "identity/svid", Floor: 2, Holds: "sources of SVIDs"},
 	{Path: "identity/labca", Floor: 2, Holds: "the lab's trust domain"},
 	{Path: "identity/issuer", Floor: 2, Holds: "node SVIDs by token review"},
+	{Path: "identity/issuer/client", Floor: 2, Holds: "the agents' side of it"},
 	{Path: "agent/kube", Floor: 2, Holds: "Kubernetes sources"},
 	{Path: "agent/api", Floor: 2, Holds: "the local API, generated"},
 	{Path: "proxy", Floor: 2, Holds: "L7 forwarding"},
@@ -68,6 +69,7 @@ var Table = []Row{
 	{Path: "agent", Floor: 3, Holds: "the loop, wiring"},
 	{Path: "agent/cni", Floor: 3, Holds: "chained plugin, registrar"},
 	{Path: "agent/install", Floor: 3, Holds: "into a cluster"},
+	{Path: "agent/issue", Floor: 3, Holds: "the issuer's wiring"},
 
 	{Path: "chaos", Floor: 4, Holds: "scenarios, report"},
 	{Path: "chaos/lab", Floor: 4, Holds: "a cluster of namespaces"},
