@@ -25,6 +25,12 @@ var (
 	ErrNotYetValid = errors.New("the SVID is not valid yet: compare the clocks of this host and of the SPIFFE server")
 	// ErrNoSocket: there is no socket at the Workload API's address.
 	ErrNoSocket = errors.New("there is no Workload API socket: is the SPIFFE agent running, and is its socket's directory visible here?")
+	// ErrNotGiven: the provider answers, and has no SVID for who asks, of any
+	// name. It can come later: a SPIFFE agent hears of a new entry after some
+	// seconds.
+	ErrNotGiven = errors.New("no SVID was given yet: is there an entry for it, and has the SPIFFE agent heard of it?")
+	// ErrWithdrawn: the provider gave the SVID, and then took it back.
+	ErrWithdrawn = errors.New("the SVID was withdrawn: its entry is gone")
 	// ErrWrongID: the provider knows this process by other names.
 	ErrWrongID = errors.New("no SVID of that name was given: is this process registered under it?")
 )
@@ -45,6 +51,10 @@ type Provider interface {
 // Config says where SVIDs come from. All fields but Log are required.
 type Config struct {
 	From Provider
+	// Workload: the SVID is a workload's, which whoever vouches for it may take
+	// back: an answer without it ends it. The agent's own SVID outlives such
+	// an answer, for without it there are no sessions.
+	Workload bool
 	// ID is the name that the SVID must bear. SVIDs of other names are not used.
 	ID spiffeid.ID
 	// Log gets rotations, failures and alarms. nil: none.

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"go.uber.org/zap"
@@ -30,23 +31,11 @@ func (w *watcher) OnX509ContextWatchError(err error) {
 }
 
 func (s *Source) update(c *workloadapi.X509Context) {
-	i := slices.IndexFunc(c.SVIDs, func(v *x509svid.SVID) bool { return v.ID == s.cfg.ID })
-	if i < 0 {
-		// The old SVID is kept until it expires: an answer that does not
-		// speak of us takes nothing away that was proved. The bundles count
-		// in any case: a withdrawn authority must go at once.
-		var ids []string
-		for _, v := range c.SVIDs {
-			ids = append(ids, v.ID.String())
-		}
-		s.mu.Lock()
-		s.bundles, s.last = c.Bundles, ErrWrongID
-		s.notify()
-		s.mu.Unlock()
-		s.cfg.Log.Error("SVIDs of other names only were given: register this process under its own", zap.Stringer("from", s.cfg.From), zap.Stringer("want", s.cfg.ID), zap.Strings("got", ids))
+	svid := pick(c.SVIDs, s.cfg.ID)
+	if svid == nil {
+		s.missing(c)
 		return
 	}
-	svid := c.SVIDs[i]
 	s.mu.Lock()
 	first, rotated := s.svid == nil, s.svid == nil || !sameChain(s.svid.Certificates, svid.Certificates)
 	s.svid, s.bundles, s.last, s.gaveUp = svid, c.Bundles, nil, ""
@@ -65,6 +54,38 @@ func (s *Source) update(c *workloadapi.X509Context) {
 	default:
 		s.cfg.Log.Info("the trust bundles were sent anew", zap.Stringer("spiffe_id", svid.ID))
 	}
+}
+
+// pick returns the SVID of exactly that ID, of several the one that ends last;
+// nil if there is none. Never just the first: selectors that fit several
+// entries bring the SVIDs of all of them.
+func pick(svids []*x509svid.SVID, id spiffeid.ID) (best *x509svid.SVID) {
+	var until time.Time
+	for _, v := range svids {
+		if _, end := life(v); v.ID == id && (best == nil || end.After(until)) {
+			best, until = v, end
+		}
+	}
+	return best
+}
+
+// missing notes an answer without our SVID. An agent's own is kept until it
+// expires; a workload's goes. The bundles count in any case: a withdrawn
+// authority must go at once.
+func (s *Source) missing(c *workloadapi.X509Context) {
+	why := ErrNotGiven
+	var ids []string
+	for _, v := range c.SVIDs {
+		why, ids = ErrWrongID, append(ids, v.ID.String())
+	}
+	s.mu.Lock()
+	if s.cfg.Workload && s.svid != nil {
+		s.svid, why = nil, ErrWithdrawn
+	}
+	s.bundles, s.last = c.Bundles, why
+	s.notify()
+	s.mu.Unlock()
+	s.cfg.Log.Warn("no SVID of this name was given", zap.Stringer("want", s.cfg.ID), zap.Stringer("from", s.cfg.From), zap.Strings("got", ids), zap.NamedError("because", why))
 }
 
 func sameChain(a, b []*x509.Certificate) bool {
