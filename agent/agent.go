@@ -29,7 +29,6 @@ import (
 
 // Sizes that are not flags.
 const (
-	maxEndpoints  = 1024
 	maxNodeIPs    = 256  // of this node
 	ringQueue     = 1024 // held packets between reader and loop
 	limitSteps    = 5    // of the sweep of conntrack, between two looks at the limits
@@ -200,7 +199,7 @@ func newLoop(ctx context.Context, cfg Config, log *zap.Logger) (*loop, error) {
 		inbox: make(chan func(), inboxSize), ring: make(chan hold.Record, ringQueue), stopped: make(chan struct{}),
 		ids: identity.NewAllocator(), repo: authz.NewRepository(authz.Options{TrustDomain: cfg.TrustDomain, Cluster: cfg.ClusterName, Enforce: cfg.Enforce, EnforceIn: cfg.EnforceIn, LocalHost: cfg.AllowLocalHost == LocalHostAlways}),
 		endpoints: map[identity.UID]*endpoint{}, byIP: map[netip.Addr]*endpoint{}, byEndpointID: map[uint32]*endpoint{}, byIfindex: map[uint32]*endpoint{},
-		holdIndexes: newIndexes(maxEndpoints, cfg.ReuseMargin), retryActivation: map[identity.UID]identity.Generation{}, retryClose: map[identity.UID]bool{}, nodeUIDs: map[identity.UID]netip.Addr{},
+		holdIndexes: newIndexes(cfg.Endpoints, cfg.ReuseMargin), retryActivation: map[identity.UID]identity.Generation{}, retryClose: map[identity.UID]bool{}, nodeUIDs: map[identity.UID]netip.Addr{},
 		numerics: map[uint64]identity.Numeric{}, installedAt: map[uint64]lease.Time{}, policyFiles: map[authz.Ref]importedFile{}, groups: map[authz.Ref]*authz.Group{}, spaces: map[authz.Ref]*authz.NamespaceObject{},
 		names: newDirectory(), peerSessions: map[identity.NodeName]*audit.Session{}, monitors: newMonitors(), alarms: newAlarms()}
 

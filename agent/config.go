@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"math/bits"
 	"net/netip"
 	"path/filepath"
 	"regexp"
@@ -12,6 +13,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"portcullis/authz"
+	"portcullis/bpf/abi"
+	"portcullis/datapath"
 	"portcullis/identity"
 	"portcullis/ipcache/lease"
 	"portcullis/ipcache/session"
@@ -109,6 +112,10 @@ type Config struct {
 	// ConntrackPerEndpoint is how many flows one endpoint may open; 0: a
 	// quarter of Conntrack.
 	ConntrackPerEndpoint int
+	FragmentsPerEndpoint int // datagrams in fragments that one workload may have under way
+	Endpoints            int // workloads of this node
+	RangeEntries         int // nodes' ranges and addresses, and blocks of addresses that policies name
+	SourceEntries        int // prefixes that workloads forward for, of all
 	PolicyEntries        int // of the policies of all workloads, and while they change of the former ones too
 	Grants               int // leases that this node gives on its bindings, at a time
 	Sessions             int // with owners, at a time
@@ -141,6 +148,7 @@ func Default() Config {
 		TTL: 30 * time.Second, Heartbeat: 5 * time.Second, ReuseMargin: time.Second, AddWait: 3 * time.Second,
 		HoldTimeout: time.Second, IdleBinding: 5 * time.Minute,
 		HoldPerEndpoint: 64, HoldPerSource: 16, HoldTotal: 4096, Bindings: 65536, Conntrack: 131072, PolicyEntries: 262144,
+		FragmentsPerEndpoint: 64, Endpoints: 1024, RangeEntries: 65536, SourceEntries: 4096,
 		Grants: 65536, Sessions: 4093, HeldBytes: 8 << 20, EventBytes: 1 << 20,
 	}
 }
@@ -149,10 +157,11 @@ func Default() Config {
 // session.MaxHeld are ever installed, whatever is configured.
 const maxBindings = 16 * session.MaxHeld
 
-// Bounds of --sessions, and of --held-bytes and --event-bytes.
+// Bounds of other sizes.
 const (
-	maxSessions = 1<<20 - 3
-	maxRing     = 1 << 30
+	maxSessions  = 1<<20 - 3
+	maxRing      = 1 << 30
+	maxEndpoints = 1<<16 - 1 // as many as endpoint marks can name
 )
 
 // Validate reports every problem of the configuration, one error for each,
@@ -247,13 +256,23 @@ func (c *Config) validateSizes() (errs []error) {
 		bad("--bindings %d: want at most %d", c.Bindings, maxBindings)
 	}
 	for flag, n := range map[string]int{"--hold-per-endpoint": c.HoldPerEndpoint, "--hold-per-source": c.HoldPerSource, "--hold-total": c.HoldTotal, "--bindings": c.Bindings, "--conntrack": c.Conntrack, "--policy-entries": c.PolicyEntries,
-		"--grants": c.Grants, "--sessions": c.Sessions} {
+		"--grants": c.Grants, "--sessions": c.Sessions, "--endpoints": c.Endpoints, "--range-entries": c.RangeEntries, "--source-entries": c.SourceEntries, "--fragments-per-endpoint": c.FragmentsPerEndpoint} {
 		if n < 1 {
 			bad("%s %d: want at least 1", flag, n)
 		}
 	}
 	if c.Sessions > maxSessions {
 		bad("--sessions %d: want at most %d", c.Sessions, maxSessions)
+	}
+	if c.Endpoints > maxEndpoints {
+		bad("--endpoints %d: want at most %d", c.Endpoints, maxEndpoints)
+	} else if row := c.EndpointMarkMask >> bits.TrailingZeros32(c.EndpointMarkMask); row != 0 && c.Endpoints > int(row) {
+		bad("--endpoint-mark-mask %#x has no room for --endpoints %d: want more bits, or fewer workloads", c.EndpointMarkMask, c.Endpoints)
+	}
+	if ways := int(abi.FragmentWays); c.FragmentsPerEndpoint%ways != 0 {
+		bad("--fragments-per-endpoint %d: want a multiple of %d", c.FragmentsPerEndpoint, ways)
+	} else if n := c.FragmentsPerEndpoint; n > 0 && c.Endpoints > 0 && n > datapath.MaxFragments/(c.Endpoints+1) {
+		bad("--fragments-per-endpoint %d: want at most %d with --endpoints %d", n, datapath.MaxFragments/(c.Endpoints+1)&^(ways-1), c.Endpoints)
 	}
 	// A ring has whole pages, and room for the greatest packet.
 	for flag, least := range map[string]int{"--held-bytes": 128 << 10, "--event-bytes": 4 << 10} {

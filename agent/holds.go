@@ -55,7 +55,7 @@ func (l *loop) answer(a lease.Answer) {
 			why = abi.ReasonRefused // by this agent, see install: no map is full
 			break
 		}
-		l.alarms.raise("map-full", "a confirmed binding did not fit into the kernel's maps: raise --bindings")
+		l.alarms.raise("map-full", l.noRoom(l.nodeOf(a.IP)))
 	case lease.UnansweredWaitsFull:
 		l.alarms.raise("waits-full", "so many addresses are waited for at a time that no further one is asked for: find who calls them in the flow records (reason hold-overflow)")
 	}

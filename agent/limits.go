@@ -6,12 +6,24 @@ import (
 
 	"portcullis/bpf/abi"
 	"portcullis/datapath"
+	"portcullis/identity"
 	"portcullis/ipcache"
+	"portcullis/ipcache/session"
 )
 
 // leases returns how many lease indices the kernel has: one for each session,
 // and those that name none.
 func (c *Config) leases() int { return c.Sessions + int(ipcache.LeaseFirst) }
+
+// kernelConfig is what the flags ask of the datapath.
+func (l *loop) kernelConfig() datapath.Config {
+	c := &l.cfg
+	return datapath.Config{PinDir: c.PinDir, Classic: c.Evidence == ModeClassic, Log: l.log,
+		Bindings: c.Bindings, Endpoints: c.Endpoints, Leases: c.leases(), Policy: c.PolicyEntries, Ranges: c.RangeEntries, Sources: c.SourceEntries,
+		Conntrack: c.Conntrack, ConntrackPerEndpoint: c.ConntrackPerEndpoint, FragmentsPerEndpoint: c.FragmentsPerEndpoint,
+		HoldPerEndpoint: c.HoldPerEndpoint, HoldPerSource: c.HoldPerSource, HoldTotal: c.HoldTotal, HoldTimeout: c.HoldTimeout,
+		HeldBytes: c.HeldBytes, EventBytes: c.EventBytes, MarkMask: c.MarkMask, EndpointMarkMask: c.EndpointMarkMask}
+}
 
 // pressure says how full everything is that has a limit: the kernel's tables,
 // and the agent's own.
@@ -75,23 +87,42 @@ func (l *loop) alarmLimits() {
 		l.alarms.raise("hold-overflow", fmt.Sprintf("%d packets were dropped in %v that should have been held: the quota of a source, of a workload or of the node is used up; `monitor --reason hold-overflow` shows whose", n, limitInterval))
 	}
 	if n := now.full - before.full; now.full > before.full {
-		l.alarms.raise("map-full", fmt.Sprintf("%d packets were dropped in %v for want of room in a table: `status` shows which is full, `monitor --reason map-full` whose packets they are; raise --bindings, --conntrack or --conntrack-per-endpoint", n, limitInterval))
+		l.alarms.raise("map-full", fmt.Sprintf("%d packets were dropped in %v for want of room in a table: `status` shows which is full, `monitor --reason map-full` whose packets they are; raise --bindings, --sessions, --conntrack, --conntrack-per-endpoint or --fragments-per-endpoint", n, limitInterval))
 	}
 	if n := now.lost - before.lost; now.lost > before.lost {
 		l.alarms.raise("events-lost", fmt.Sprintf("%d flow events were lost in %v, their verdicts stand: raise --event-bytes, or find who causes so many", n, limitInterval))
 	}
 }
 
+// sizedBy are the flags that set the sizes of what pressure tells of.
+var sizedBy = map[string]string{
+	"endpoints": "endpoints", "bindings": "bindings", "policy": "policy-entries", "ranges": "range-entries", "sources": "source-entries",
+	"conntrack": "conntrack", "conntrack-endpoint": "conntrack-per-endpoint", "fragments": "fragments-per-endpoint",
+	"held": "hold-total", "held-endpoint": "hold-per-endpoint", "held-source": "hold-per-source", "grants": "grants", "sessions": "sessions",
+}
+
+// noRoom says why a peer that an owner vouches for is not installed, or an
+// owner not asked, and what to do about it.
+func (l *loop) noRoom(owner identity.NodeName) string {
+	switch {
+	case l.table.LeasesUsed() >= l.cfg.Sessions:
+		return "no lease index is left for a session with a further owner: raise --sessions"
+	case len(l.table.OfOwner(owner)) >= session.MaxHeld:
+		return fmt.Sprintf("node %s has the most bindings that one session can account for (%d): give its workloads to more nodes", owner, session.MaxHeld)
+	}
+	return "a confirmed binding did not fit into the kernel's maps: raise --bindings"
+}
+
 func (l *loop) alarmPressure(limits []datapath.Pressure) {
 	var full []string
 	for _, m := range limits {
 		if m.Capacity > 0 && m.Used*100 >= m.Capacity*pressureAlarm {
-			full = append(full, fmt.Sprintf("%s has %d of %d", m.Name, m.Used, m.Capacity))
+			full = append(full, fmt.Sprintf("%s has %d of %d (--%s)", m.Name, m.Used, m.Capacity, sizedBy[m.Name]))
 		}
 	}
 	if len(full) == 0 {
 		l.alarms.clear("map-pressure")
 		return
 	}
-	l.alarms.raise("map-pressure", "nearly full: "+strings.Join(full, ", ")+"; what does not fit is dropped or refused: raise the size, or find who fills it")
+	l.alarms.raise("map-pressure", "nearly full: "+strings.Join(full, ", ")+"; what does not fit is dropped or refused: raise that size, or find who fills it")
 }

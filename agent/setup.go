@@ -27,10 +27,10 @@ import (
 
 // openKernel loads or adopts the datapath.
 func (l *loop) openKernel() (err error) {
-	l.dp, err = datapath.Open(datapath.Config{PinDir: l.cfg.PinDir, Bindings: l.cfg.Bindings, Conntrack: l.cfg.Conntrack, Policy: l.cfg.PolicyEntries, Endpoints: maxEndpoints,
-		Leases: l.cfg.leases(), HeldBytes: l.cfg.HeldBytes, EventBytes: l.cfg.EventBytes, ConntrackPerEndpoint: l.cfg.ConntrackPerEndpoint, MarkMask: l.cfg.MarkMask, EndpointMarkMask: l.cfg.EndpointMarkMask,
-		HoldPerEndpoint: l.cfg.HoldPerEndpoint, HoldPerSource: l.cfg.HoldPerSource, HoldTotal: l.cfg.HoldTotal, HoldTimeout: l.cfg.HoldTimeout, Classic: l.cfg.Evidence == ModeClassic, Log: l.log})
-	if err != nil {
+	if l.dp, err = datapath.Open(l.kernelConfig()); err != nil {
+		if errors.Is(err, datapath.ErrMapFull) {
+			err = fmt.Errorf("what an earlier agent left does not fit into the sizes of this one; raise --endpoints, --range-entries or --policy-entries to what they were: %w", err)
+		}
 		return err
 	}
 	if l.devices, err = newDevices(l); err != nil {
@@ -176,7 +176,7 @@ func (l *loop) buildMachines(records []lease.Record, state lease.JournalState) (
 		l.log.Warn("--fresh-ranges is not true: this node has bound IPs in this boot; leave the flag out")
 	}
 	now := l.now()
-	owner, err := lease.NewOwner(lease.OwnerConfig{Node: l.cfg.Node, Boot: l.boot, ReuseMargin: l.cfg.ReuseMargin, MaxWorkloads: maxEndpoints + maxNodeIPs, Grants: l.cfg.Grants,
+	owner, err := lease.NewOwner(lease.OwnerConfig{Node: l.cfg.Node, Boot: l.boot, ReuseMargin: l.cfg.ReuseMargin, MaxWorkloads: l.cfg.Endpoints + maxNodeIPs, Grants: l.cfg.Grants,
 		Nonce: newNonce, Mine: l.mine, LastGeneration: identity.Generation(st.LastGeneration()),
 		Journal: state, Records: records, FreshRanges: fresh, Relabel: l.cfg.Relabel}, now)
 	if err != nil {

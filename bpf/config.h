@@ -67,4 +67,8 @@ const volatile __u32 events_wakeup = 0;
  * shorter than the longest hold. */
 const volatile __u64 fragment_lifetime = 2000000000;
 
+/* Datagrams in fragments that one endpoint may have under way; see abi.h,
+ * `fragments`. A multiple of PC_FRAGMENT_WAYS. */
+const volatile __u32 fragments_per_endpoint = PC_FRAGMENTS_PER_ENDPOINT;
+
 #endif

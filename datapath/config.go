@@ -11,6 +11,9 @@ import (
 	"portcullis/bpf/abi"
 )
 
+// MaxFragments bounds the map of datagrams in fragments: some 900 MB.
+const MaxFragments = 1 << 23
+
 // Config sizes the maps. Sizes are fixed when the pins are made; 0 takes the
 // default.
 type Config struct {
@@ -25,6 +28,10 @@ type Config struct {
 	Sources    int // prefixes that endpoints forward for, of all; default 4096
 	HeldBytes  int // of the ring of held packets; a power of two; default 8 MiB
 	EventBytes int // of the ring of events; a power of two; default 1 MiB
+
+	// FragmentsPerEndpoint is how many datagrams in fragments an endpoint may
+	// have under way; a multiple of 8; default 64.
+	FragmentsPerEndpoint int
 
 	HoldPerEndpoint int // packets outstanding; default 64
 	HoldPerSource   int // of one remote address, or of one endpoint's calls to one; default 16
@@ -65,6 +72,7 @@ func (c Config) withDefaults() (Config, error) {
 		{"bindings", &c.Bindings, 65536}, {"conntrack", &c.Conntrack, 131072}, {"endpoints", &c.Endpoints, 1024},
 		{"leases", &c.Leases, 4096}, {"policy", &c.Policy, 262144}, {"ranges", &c.Ranges, 65536}, {"sources", &c.Sources, 4096},
 		{"held bytes", &c.HeldBytes, 8 << 20}, {"event bytes", &c.EventBytes, 1 << 20},
+		{"fragments per endpoint", &c.FragmentsPerEndpoint, int(abi.FragmentsPerEndpoint)},
 		{"hold per endpoint", &c.HoldPerEndpoint, 64}, {"hold per source", &c.HoldPerSource, 16}, {"hold total", &c.HoldTotal, 4096},
 	} {
 		if *f.v == 0 {
@@ -79,6 +87,12 @@ func (c Config) withDefaults() (Config, error) {
 		if v < 4096 || bits.OnesCount(uint(v)) != 1 {
 			return c, fmt.Errorf("%s: %d is not a power of two of at least 4096", name, v)
 		}
+	}
+	if ways := int(abi.FragmentWays); c.FragmentsPerEndpoint%ways != 0 {
+		return c, fmt.Errorf("fragments per endpoint: %d is not a multiple of %d", c.FragmentsPerEndpoint, ways)
+	}
+	if n := (uint64(c.Endpoints) + 1) * uint64(c.FragmentsPerEndpoint); n > MaxFragments {
+		return c, fmt.Errorf("fragments per endpoint: %d for each of %d endpoints are %d, more than %d", c.FragmentsPerEndpoint, c.Endpoints, n, MaxFragments)
 	}
 	if c.HoldTimeout == 0 {
 		c.HoldTimeout = time.Second
@@ -130,7 +144,7 @@ func (c Config) maxEntries() map[string]uint32 {
 	return map[string]uint32{
 		"endpoints": uint32(c.Endpoints), "hold_quota": uint32(c.Endpoints) + 1, // index 0 counts all
 		"ct_budget": uint32(c.Endpoints) + 1, "marks": uint32(c.Endpoints) + 1,
-		"fragments": (uint32(c.Endpoints) + 1) * uint32(abi.FragmentsPerEndpoint),                              // of each index, its part
+		"fragments": (uint32(c.Endpoints) + 1) * uint32(c.FragmentsPerEndpoint),                                // of each index, its part
 		"bindings":  uint32(c.Bindings), "slots": uint32(c.Bindings) + 1, "slots_cold": uint32(c.Bindings) + 1, // slot 0 stays empty
 		"leases": uint32(c.Leases), "policy": uint32(c.Policy), "ranges": uint32(c.Ranges), "sources": uint32(c.Sources),
 		"conntrack": uint32(c.Conntrack), "held": uint32(c.HeldBytes), "events": uint32(c.EventBytes),

@@ -206,8 +206,8 @@ func (d *Datapath) spec() (*ebpf.CollectionSpec, error) {
 		return nil, err
 	}
 	constants := map[string]any{
-		"fragment_lifetime": d.cfg.fragmentLifetime(),
-		"mark_mask":         d.cfg.MarkMask, "reinject_mark": d.reinject, "turn_mark": d.turn,
+		"fragment_lifetime": d.cfg.fragmentLifetime(), "fragments_per_endpoint": uint32(d.cfg.FragmentsPerEndpoint),
+		"mark_mask": d.cfg.MarkMask, "reinject_mark": d.reinject, "turn_mark": d.turn,
 		"hold_per_endpoint": uint32(d.cfg.HoldPerEndpoint), "hold_total": uint32(d.cfg.HoldTotal),
 		"hold_per_source": uint32(d.cfg.HoldPerSource), "hold_key": key, "ct_per_endpoint": uint32(d.cfg.ConntrackPerEndpoint),
 		"endpoint_mark_mask": d.cfg.EndpointMarkMask, "endpoint_mark_shift": d.cfg.markShift(),

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"portcullis/bpf/abi"
+	"portcullis/datapath"
 	"portcullis/datapath/hold"
 )
 
@@ -73,7 +74,11 @@ func TestFragmentsAreHeldWithTheirFirst(t *testing.T) {
 // A datagram under way shows in the pressure.
 func TestFragmentPressure(t *testing.T) {
 	l := newLab(t)
-	d := l.open()
+	cfg := l.config()
+	cfg.FragmentsPerEndpoint = 16
+	d, err := datapath.Open(cfg)
+	l.must(err)
+	t.Cleanup(func() { l.must(d.Close()) })
 	l.serve(d)
 	l.confirm(d, 1, remote4)
 	in := l.injector(d)
@@ -93,12 +98,12 @@ func TestFragmentPressure(t *testing.T) {
 	sum = ^(sum>>16 + sum&0xffff)
 	first[24], first[25] = byte(sum>>8), byte(sum)
 	l.must(in.Inject(hold.Record{Direction: abi.DirEgress, Ifindex: uint32(l.wl), Packet: first}))
-	_, err := d.SweepConntrack(d.Now())
+	_, err = d.SweepConntrack(d.Now())
 	l.must(err)
 	ps, err := d.Pressure()
 	l.must(err)
 	for _, p := range ps {
-		if p.Name == "fragments" && (p.Used != 1 || p.Capacity != uint64(abi.FragmentsPerEndpoint)) {
+		if p.Name == "fragments" && (p.Used != 1 || p.Capacity != 16) {
 			t.Errorf("%+v; counters %v", p, counters(l, d))
 		}
 	}

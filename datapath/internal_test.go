@@ -55,7 +55,7 @@ func TestFragmentsOutliveHolds(t *testing.T) {
 
 func TestConfigDefaults(t *testing.T) {
 	c, err := Config{PinDir: "/x"}.withDefaults()
-	if err != nil || c.Bindings != 65536 || c.HoldTotal != 4096 || c.HoldPerSource != 16 || c.ConntrackPerEndpoint != 32768 || c.MarkMask != 1<<32-1 || c.Log == nil {
+	if err != nil || c.Bindings != 65536 || c.HoldTotal != 4096 || c.HoldPerSource != 16 || c.FragmentsPerEndpoint != 64 || c.ConntrackPerEndpoint != 32768 || c.MarkMask != 1<<32-1 || c.Log == nil {
 		t.Errorf("%+v, %v", c, err)
 	}
 	if c, err := (Config{PinDir: "/x", EndpointMarkMask: 0xffff0000}).withDefaults(); err != nil || c.MarkMask != 0xffff || c.markShift() != 16 {
@@ -63,7 +63,7 @@ func TestConfigDefaults(t *testing.T) {
 	}
 	for _, bad := range []Config{{}, {PinDir: "/x", Bindings: -1}, {PinDir: "/x", HeldBytes: 5000}, {PinDir: "/x", EventBytes: 2048}, {PinDir: "/x", MarkMask: 1},
 		{PinDir: "/x", EndpointMarkMask: 0xff0ff}, {PinDir: "/x", EndpointMarkMask: 0x1ffff}, {PinDir: "/x", EndpointMarkMask: 0x3f0},
-		{PinDir: "/x", EndpointMarkMask: 0xfff0, MarkMask: 0xffffff00}, {PinDir: "/x", HoldPerSource: -1}, {PinDir: "/x", Conntrack: 8, ConntrackPerEndpoint: 9}} {
+		{PinDir: "/x", EndpointMarkMask: 0xfff0, MarkMask: 0xffffff00}, {PinDir: "/x", HoldPerSource: -1}, {PinDir: "/x", FragmentsPerEndpoint: 12}, {PinDir: "/x", FragmentsPerEndpoint: 1 << 20}, {PinDir: "/x", Conntrack: 8, ConntrackPerEndpoint: 9}} {
 		if _, err := bad.withDefaults(); err == nil {
 			t.Errorf("%+v: accepted", bad)
 		}

@@ -255,6 +255,42 @@ func TestUpgradeFromAnOlderObject(t *testing.T) {
 	}
 }
 
+// An agent with other sizes of what belongs to endpoints: their part of a table is
+// elsewhere, or the table is the same and cut otherwise, and flows go on.
+func TestOtherSizes(t *testing.T) {
+	l := newLab(t)
+	d := l.open() // 8 endpoints with 64 datagrams
+	l.serve(d)
+	l.confirm(d, 1, remote4)
+	x := l.traffic()
+	big := strings.Repeat("fragment", 300)
+	for _, n := range []struct{ endpoints, fragments, others int }{
+		{8, 256, 16}, {8, 8, 8}, {17, 32, 64}, {35, 16, 64}, {2, 192, 2}, {8, 64, 16}} {
+		l.must(d.Close())
+		cfg := l.config()
+		cfg.Endpoints, cfg.FragmentsPerEndpoint, cfg.Ranges, cfg.Sources, cfg.Policy = n.endpoints, n.fragments, n.others, n.others, n.others
+		x.during(func() {
+			var err error
+			d, err = datapath.Open(cfg)
+			l.must(err)
+		})
+		if got := pinnedMap(l, "fragments").MaxEntries(); got != uint32((n.endpoints+1)*n.fragments) {
+			t.Errorf("%+v: room for %d datagrams", n, got)
+		}
+		x.during(func() {})
+		l.send(x.friend, workload4, 5000, big)
+		l.receive(x.server, big)
+		ps, err := d.Pressure()
+		l.must(err)
+		for _, p := range ps {
+			if want, ok := map[string]int{"endpoints": n.endpoints, "fragments": n.fragments, "ranges": n.others, "sources": n.others, "policy": n.others}[p.Name]; ok && p.Capacity != uint64(want) {
+				t.Errorf("%+v: %+v", n, p)
+			}
+		}
+	}
+	l.must(d.Close())
+}
+
 // An upgrade that is cut off anywhere leaves a gate that judges rightly, and
 // the next start completes it.
 func TestUpgradeIsCutOff(t *testing.T) {

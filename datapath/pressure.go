@@ -1,7 +1,9 @@
 package datapath
 
 import (
+	"maps"
 	"math"
+	"slices"
 	"sync/atomic"
 
 	"portcullis/bpf/abi"
@@ -21,7 +23,8 @@ type Pressure struct {
 //	endpoints, bindings, policy, ranges, sources
 //	conntrack           flows; without those that a sweep has not counted yet
 //	conntrack-endpoint  flows of the endpoint that has opened most
-//	fragments           datagrams under way of the endpoint that has most, at the last sweep
+//	fragments           datagrams under way of the endpoint that has most, at the last sweep; with
+//	                    very many, spread over more than one
 //	held                packets
 //	held-endpoint       packets of the endpoint that has most
 //	held-source         packets of the source that has most
@@ -51,7 +54,7 @@ func (d *Datapath) Pressure() ([]Pressure, error) {
 		{"sources", uint64(d.prefixes.Load()), uint64(d.cfg.Sources)},
 		{"conntrack", min(flows, uint64(d.cfg.Conntrack)), uint64(d.cfg.Conntrack)},
 		{"conntrack-endpoint", most, uint64(d.cfg.ConntrackPerEndpoint)},
-		{"fragments", uint64(d.fragments.Load()), uint64(abi.FragmentsPerEndpoint)},
+		{"fragments", uint64(d.fragments.Load()), uint64(d.cfg.FragmentsPerEndpoint)},
 		{"held", d.Outstanding(0), uint64(d.cfg.HoldTotal)},
 		{"held-endpoint", fullest(&d.quota), uint64(d.cfg.HoldPerEndpoint)},
 		{"held-source", fullest(&d.sources), uint64(d.cfg.HoldPerSource)},
@@ -137,26 +140,43 @@ func (d *Datapath) endBudgets(c *budgetCounts) {
 	d.nobodys.Store(c.nobodys)
 }
 
-// countFragments looks how many datagrams are under way, for Pressure. The map
-// is the kernel's own; nothing depends on what is read here.
+// fragmentsAtOnce bounds the work of countFragments: each element is a call of
+// the kernel.
+const fragmentsAtOnce = 1 << 16
+
+// countFragments looks how many datagrams are under way, for Pressure, of so many
+// endpoints as are cheap; the next call goes on with the next ones. The map is
+// the kernel's own; nothing depends on what is read here.
 func (d *Datapath) countFragments(judges map[uint32]uint32, now int64) {
 	m := d.coll.Maps["fragments"]
 	at, err := offsets(m, "fragments", "endpoint", "expires")
 	if err != nil {
 		return
 	}
-	most, v := int64(0), make([]byte, m.ValueSize())
+	ids := make(map[uint32]uint32, len(judges))
 	for id, index := range judges {
+		ids[index] = id
+	}
+	s, v, each := &d.sweep, make([]byte, m.ValueSize()), uint32(d.cfg.FragmentsPerEndpoint)
+	indexes := slices.Sorted(maps.Keys(ids))
+	from, _ := slices.BinarySearch(indexes, s.fragmentsNext)
+	to := min(len(indexes), from+max(1, fragmentsAtOnce/int(each)))
+	for _, index := range indexes[from:to] {
 		n := int64(0)
-		for i := range uint32(abi.FragmentsPerEndpoint) {
-			if err := m.Lookup(index*uint32(abi.FragmentsPerEndpoint)+i, &v); err != nil {
+		for i := range each {
+			if err := m.Lookup(index*each+i, &v); err != nil {
 				break
 			}
-			if fromBytes[uint32](v[at[0]:at[0]+4]) == id && uint64At(v, at[1]) > uint64(now) {
+			if fromBytes[uint32](v[at[0]:at[0]+4]) == ids[index] && uint64At(v, at[1]) > uint64(now) {
 				n++
 			}
 		}
-		most = max(most, n)
+		s.fragmentsMost = max(s.fragmentsMost, n)
 	}
-	d.fragments.Store(most)
+	if to < len(indexes) {
+		s.fragmentsNext = indexes[to]
+		return
+	}
+	d.fragments.Store(s.fragmentsMost)
+	s.fragmentsNext, s.fragmentsMost = 0, 0
 }

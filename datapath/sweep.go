@@ -77,6 +77,9 @@ type sweep struct {
 	entries int   // looked at in this pass
 	counts  *budgetCounts
 	last    int // entries of the last whole pass
+
+	fragmentsNext uint32 // hold index with which countFragments goes on
+	fragmentsMost int64  // that it has seen since it began
 }
 
 // SweepStep does the next bit of the work of removing what nobody needs any

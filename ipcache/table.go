@@ -30,7 +30,7 @@ const FirstSlot = 1
 var (
 	ErrSlotsFull  = errors.New("ipcache: no free slot: raise --bindings")
 	ErrOwnerFull  = errors.New("ipcache: no more bindings of one owner: a session could not account for them")
-	ErrLeasesFull = errors.New("ipcache: no free lease index: too many sessions")
+	ErrLeasesFull = errors.New("ipcache: no free lease index: raise --sessions")
 	ErrBound      = errors.New("ipcache: the IP has a binding already")
 	ErrStamps     = errors.New("ipcache: the stamp counter cannot be made durable")
 )

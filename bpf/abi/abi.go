@@ -158,6 +158,7 @@ type FragmentSize uint32
 
 // The values of enum pc_fragment_size.
 const (
+	FragmentWays         FragmentSize = 8
 	FragmentsPerEndpoint FragmentSize = 64
 )
 

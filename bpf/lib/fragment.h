@@ -12,7 +12,7 @@
  * Each endpoint has its own part of the table, so that a flood of one leaves
  * the others' datagrams alone:
  *
- *	index = hold_index * PC_FRAGMENTS_PER_ENDPOINT + set * WAYS + way
+ *	index = hold_index * fragments_per_endpoint + set * WAYS + way
  *
  * An element is free again when the whole datagram has passed, or after
  * fragment_lifetime. Nobody else needs to collect them.
@@ -22,16 +22,11 @@
 
 #include "judge.h"
 
-enum {
-	FRAGMENT_WAYS = 8,
-	FRAGMENT_SETS = PC_FRAGMENTS_PER_ENDPOINT / FRAGMENT_WAYS,
-};
-
 inline_always __u32 fragment_set(const struct pc_life *l)
 {
 	__u64 h = (l->p.src.d[1] ^ l->p.frag_id) * 0x9e3779b97f4a7c15ULL + l->p.dst.d[1];
 
-	return (h * 0xd6e8feb86659fd93ULL >> 32) % FRAGMENT_SETS;
+	return (h * 0xd6e8feb86659fd93ULL >> 32) % (fragments_per_endpoint / PC_FRAGMENT_WAYS);
 }
 
 /* IPv6 puts datagrams together whatever the fragments say the protocol is. */
@@ -49,9 +44,10 @@ inline_always int fragment_is(const struct pc_fragment *f, const struct pc_life 
 
 inline_always struct pc_fragment *fragment_at(const struct pc_life *l, __u32 set, __u32 way)
 {
-	__u32 index = l->hold_index * PC_FRAGMENTS_PER_ENDPOINT + set * FRAGMENT_WAYS + way;
+	__u32 at = set * PC_FRAGMENT_WAYS + way, index = l->hold_index * fragments_per_endpoint + at;
 
-	if (!l->hold_index || l->hold_index > 0xffffff)
+	/* Never another endpoint's part: not by a sum that wraps, nor beyond its own. */
+	if (!l->hold_index || at >= fragments_per_endpoint || (__u64)l->hold_index * fragments_per_endpoint + at != index)
 		return 0;
 	return bpf_map_lookup_elem(&fragments, &index);
 }
@@ -75,7 +71,7 @@ separate int fragment_store(struct __sk_buff *skb, struct pc_life *l, __u32 verd
 		j.ifindex = in;
 	}
 	set = fragment_set(l);
-	for (way = 0; way < FRAGMENT_WAYS; way++) {
+	for (way = 0; way < PC_FRAGMENT_WAYS; way++) {
 		f = fragment_at(l, set, way);
 		if (!f)
 			return 0;
@@ -125,14 +121,14 @@ separate int fragment_follow(struct __sk_buff *skb, struct pc_life *l)
 	if (!l)
 		return PC_REASON_UNSUPPORTED;
 	set = fragment_set(l);
-	for (way = 0; way < FRAGMENT_WAYS; way++) {
+	for (way = 0; way < PC_FRAGMENT_WAYS; way++) {
 		f = fragment_at(l, set, way);
 		if (!f)
 			return PC_REASON_UNSUPPORTED;
 		if (fragment_is(f, l))
 			break;
 	}
-	if (!f || way == FRAGMENT_WAYS)
+	if (!f || way == PC_FRAGMENT_WAYS)
 		return PC_REASON_UNSUPPORTED;
 	bpf_spin_lock(&f->lock);
 	if (fragment_is(f, l)) {

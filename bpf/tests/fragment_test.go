@@ -3,6 +3,7 @@ package tests
 import (
 	"bytes"
 	"encoding/binary"
+	"fmt"
 	"net/netip"
 	"testing"
 	"time"
@@ -224,16 +225,27 @@ func TestFragmentsHeld(t *testing.T) {
 
 // TestFragmentFlood: an endpoint's table is bounded, its own, and empties itself.
 func TestFragmentFlood(t *testing.T) {
+	for _, each := range []uint32{uint32(abi.FragmentWays), 24, uint32(abi.FragmentsPerEndpoint), 512} {
+		t.Run(fmt.Sprint(each), func(t *testing.T) { fragmentFlood(t, each) })
+	}
+	// The C side's own guard: a number that is none leaves nobody room.
+	f := families[0]
+	g, _ := wantPeer(t, f, constant("fragments_per_endpoint", uint32(0)))
+	g.bind(f.peer, idClient)
+	g.drop(g.to(g.pod, g.uplink, fragments(f.peer, f.pod, protoUDP, 1, datagram(40000, 80, 100), 40)[0]), abi.ReasonMapFull)
+}
+
+func fragmentFlood(t *testing.T, each uint32) {
 	f := families[0]
 	const lifetime = 300 * time.Millisecond
-	g, _ := wantPeer(t, f, mapSize("fragments", 8*uint32(abi.FragmentsPerEndpoint)), constant("fragment_lifetime", uint64(lifetime)))
+	g, _ := wantPeer(t, f, mapSize("fragments", 8*each), constant("fragments_per_endpoint", each), constant("fragment_lifetime", uint64(lifetime)))
 	other := g.endpoint(g.pod2, f, f.pod2, 0)
 	g.bind(f.peer, idClient)
 	first := func(id uint32) []byte {
 		return fragments(f.peer, f.pod, protoUDP, id, datagram(40000, 80, 100), 40)[0]
 	}
 	passed, full, begin := 0, 0, time.Now()
-	for id := range uint32(2 * abi.FragmentsPerEndpoint) {
+	for id := range 2 * each {
 		switch r := g.to(g.pod, g.uplink, first(id)); {
 		case r.verdict == pass:
 			passed++
@@ -245,7 +257,7 @@ func TestFragmentFlood(t *testing.T) {
 	}
 	// On a slow machine the table empties itself meanwhile.
 	rounds := 1 + int(time.Since(begin)/lifetime)
-	if passed == 0 || passed > rounds*int(abi.FragmentsPerEndpoint) || full == 0 && rounds == 1 {
+	if passed == 0 || passed > rounds*int(each) || full == 0 && rounds == 1 {
 		t.Errorf("%d passed, %d found no room", passed, full)
 	}
 	for _, x := range fragments(f.peer, f.pod2, protoUDP, 1, datagram(40000, 80, 100), 40) {
