@@ -48,11 +48,8 @@ func (l *loop) carryOutOwner(outs []lease.OwnerOutput) *lease.JournalFailed {
 			}
 			l.log.Warn("a registration was not taken up", zap.Stringer("uid", o.UID), zap.String("why", o.Why))
 		case lease.Journal:
-			if err := l.journal.Append(o.Record); err != nil {
-				l.alarms.raise("journal", fmt.Sprintf("the journal cannot be written, so no lease is granted: %v: make room in %s", err, l.cfg.JournalDir))
-				l.log.Error("write the journal", zap.Error(err))
-				l.unwritten = true
-				return &lease.JournalFailed{Record: o.Record}
+			if failed := l.writeJournal(o.Record); failed != nil {
+				return failed
 			}
 		case lease.OwnerTimer:
 			l.ownerTimer = o.At
@@ -63,6 +60,24 @@ func (l *loop) carryOutOwner(outs []lease.OwnerOutput) *lease.JournalFailed {
 		}
 	}
 	return nil
+}
+
+// writeJournal returns what the owner machine is to be told when it failed.
+func (l *loop) writeJournal(r lease.Record) *lease.JournalFailed {
+	err := l.journal.Append(r)
+	if err == nil {
+		return nil
+	}
+	l.alarms.raise("journal", journalAlarm(err, l.cfg.JournalDir))
+	if !l.unwritten { // once, and not for each confirmation that is refused
+		l.log.Error("write the journal", zap.Error(err))
+	}
+	l.unwritten = true
+	return &lease.JournalFailed{Record: r}
+}
+
+func journalAlarm(err error, dir string) string {
+	return fmt.Sprintf("the journal cannot be written, so no new lease is granted and no workload activated; sessions and what was granted before stand: %v: make room in %s", err, dir)
 }
 
 // closeEndpoint ends an endpoint whose IP was given to another. Until it is

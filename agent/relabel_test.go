@@ -46,8 +46,8 @@ func (v *verifier) say(in lease.OwnerInput) (answers []lease.Message) {
 	for _, out := range v.l.owner.Step(v.l.now(), in) {
 		switch o := out.(type) {
 		case lease.Journal:
-			if err := v.l.journal.Append(o.Record); err != nil {
-				v.n.t.Fatal(err)
+			if failed := v.l.writeJournal(o.Record); failed != nil {
+				return append(answers, v.say(*failed)...)
 			}
 		case lease.SendToVerifier:
 			answers = append(answers, o.Message)

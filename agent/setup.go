@@ -122,7 +122,7 @@ func (l *loop) compactJournal() {
 		// only when it can be written.
 		l.log.Warn("compact the journal", zap.Error(err))
 		if l.unwritten { // and idle, perhaps: the alarm must not fade
-			l.alarms.raise("journal", fmt.Sprintf("the journal cannot be written, so no lease is granted: %v: make room in %s", err, l.cfg.JournalDir))
+			l.alarms.raise("journal", journalAlarm(err, l.cfg.JournalDir))
 		}
 		return
 	}

@@ -396,14 +396,11 @@ struct pc_mark {
 
 /* ---- fragments ------------------------------------------------------- */
 
-/* Map `fragments`: array, the kernel's own; user space sets its size only, to
- * (greatest hold_index + 1) * fragments_per_endpoint (config.h). An endpoint has
- * that many datagrams of which a part has passed and a part is still to come;
- * one more is dropped for map-full. An endpoint without hold_index has none. */
-enum pc_fragment_size {
-	PC_FRAGMENT_WAYS = 8, /* fragments_per_endpoint is a multiple of this */
-	PC_FRAGMENTS_PER_ENDPOINT = 64, /* the default */
-};
+/* Map `fragments`: array, the kernel's own, of (greatest hold_index + 1) *
+ * fragments_per_endpoint: so many datagrams an endpoint may have of which a part
+ * has passed and a part is still to come; one more is dropped for map-full. An
+ * endpoint without hold_index has none. A multiple of the ways; 64 by default. */
+enum pc_fragment_size { PC_FRAGMENT_WAYS = 8, PC_FRAGMENTS_PER_ENDPOINT = 64 };
 
 /* ---- rings ----------------------------------------------------------- */
 

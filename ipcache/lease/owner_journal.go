@@ -234,23 +234,39 @@ func (o *Owner) Records() []Record {
 
 // journalFailed undoes what the failed record and its successors in the last
 // step were to bring about: none of it was done.
+//
+// A session that stands goes on standing: what could not be granted is refused
+// as busy. Only where a message is missing that the verifier cannot do without
+// does the stream end.
 func (o *Owner) journalFailed(r Record) {
 	i := slices.IndexFunc(o.last, func(out OwnerOutput) bool { j, ok := out.(Journal); return ok && j.Record == r })
 	if i < 0 {
 		return
 	}
 	o.timer = 0 // a timer may have been dropped
+	undone := map[Ref]bool{}
+	for _, out := range o.last[i:] {
+		if out, ok := out.(SendToVerifier); ok {
+			if b, ok := out.Message.(Binding); ok {
+				undone[Ref{IP: b.Binding.IP, Generation: b.Binding.Generation}] = true
+			}
+		}
+	}
 	for _, out := range o.last[i:] {
 		switch out := out.(type) {
 		case SendToVerifier:
-			// The stream is in order or it is nothing: a Revoke or a
-			// Welcome may be missing from it.
 			if s := o.streams[out.Stream]; s != nil {
-				o.breakStream(s, "the journal failed")
+				o.unsent(s, out.Message)
 			}
 		case Activate:
 			o.deactivate(out)
-		case CloseVerifier, CloseEndpoint, Rejected, OwnerLog:
+		case OwnerLog:
+			e := out.Entry
+			if e.Kind == LogActivation || e.Kind == LogGrant && undone[Ref{IP: e.IP, Generation: e.Generation}] {
+				continue // it did not happen
+			}
+			o.emit(out)
+		case CloseVerifier, CloseEndpoint, Rejected:
 			o.emit(out)
 		case Journal:
 			// What the record was to precede was not done, and a lost end
@@ -260,7 +276,7 @@ func (o *Owner) journalFailed(r Record) {
 				o.unsaid = append(o.unsaid, r)
 			}
 			if r.Kind == RecordGrant {
-				// It stays in the books, and goes with the session.
+				// It stays in the books, and goes with the session; but see unsent.
 				if v := o.verifiers[r.Verifier]; v != nil {
 					if g := o.find(v, r.VerifierBoot, r.IP, r.Generation); g != nil {
 						g.unsaid = true
@@ -270,6 +286,26 @@ func (o *Owner) journalFailed(r Record) {
 		case OwnerTimer:
 			// Asked for again, see setTimer.
 		}
+	}
+}
+
+// unsent: this was not sent, since a record before it could not be journalled.
+func (o *Owner) unsent(s *ownerStream, m Message) {
+	switch m := m.(type) {
+	case Binding:
+		// What the verifier held when this session began was journalled before
+		// its Welcome, or is not in the books any more. So a grant that the
+		// journal lacks is this Confirm's, and the verifier never heard of it.
+		if g := o.find(s.v, s.boot, m.Binding.IP, m.Binding.Generation); g != nil && g.unsaid {
+			o.unbook(g)
+		}
+		o.refuse(s, m.Confirm, m.Binding.IP, RefusedBusy)
+	case Bound:
+		o.rememberRefusal(s.v, m.IP) // the IP is not bound; the verifier waits for nothing
+	default:
+		// The stream is in order or it is nothing: a Revoke or a Welcome may
+		// be missing from it.
+		o.breakStream(s, "the journal failed")
 	}
 }
 

@@ -156,19 +156,7 @@ func (o *Owner) regrant(s *ownerStream, h Held) *grant {
 }
 
 func (o *Owner) confirm(s *ownerStream, m Confirm) {
-	refuse := func(r Refusal) {
-		if len(s.v.refused) < maxRefused {
-			s.v.refused[m.IP] = o.now
-		}
-		if r == RefusedRateLimited {
-			// One line a second: the limit would be none if each cost a line.
-			s.v.limited++
-			s.v.limitedIP = m.IP
-		} else {
-			o.log(LogEntry{Kind: LogRefusal, Peer: s.v.name, IP: m.IP, Reason: r.String()})
-		}
-		o.emit(SendToVerifier{s.id, Refused{Confirm: m.ID, IP: m.IP, Reason: r}})
-	}
+	refuse := func(r Refusal) { o.refuse(s, m.ID, m.IP, r) }
 	if !o.allow(s.v) {
 		refuse(RefusedRateLimited)
 		return
@@ -213,6 +201,25 @@ func (o *Owner) confirm(s *ownerStream, m Confirm) {
 		Since:   since,
 		Flight:  o.cfg.Flight,
 	}})
+}
+
+func (o *Owner) refuse(s *ownerStream, confirm uint64, ip netip.Addr, r Refusal) {
+	o.rememberRefusal(s.v, ip)
+	if r == RefusedRateLimited {
+		// One line a second: the limit would be none if each cost a line.
+		s.v.limited++
+		s.v.limitedIP = ip
+	} else {
+		o.log(LogEntry{Kind: LogRefusal, Peer: s.v.name, IP: ip, Reason: r.String()})
+	}
+	o.emit(SendToVerifier{s.id, Refused{Confirm: confirm, IP: ip, Reason: r}})
+}
+
+// rememberRefusal has the verifier told when the IP is bound soon.
+func (o *Owner) rememberRefusal(v *book, ip netip.Addr) {
+	if len(v.refused) < maxRefused {
+		v.refused[ip] = o.now
+	}
 }
 
 // allow is the rate limit.
@@ -364,19 +371,26 @@ func (o *Owner) revoke(g *grant) {
 // drop forgets a grant. at is when the verifier's lease was surely over.
 func (o *Owner) drop(g *grant, at Time) {
 	a := o.ips[g.ip]
-	a.grants = slices.DeleteFunc(a.grants, func(x *grant) bool { return x == g })
+	o.unbook(g)
 	// A lease that had run out before the verifier said so ended then.
 	at = min(at, later(g.deadline(), 0))
 	if !a.hasGone || at > a.gone {
 		a.gone, a.hasGone = at, true
 	}
+	o.soft = append(o.soft, o.grantRecord(RecordGrantEnded, g, at))
+}
+
+// unbook takes a grant out of the books as if it had never been there: the
+// verifier knows nothing of it, or no more.
+func (o *Owner) unbook(g *grant) {
+	a := o.ips[g.ip]
+	a.grants = slices.DeleteFunc(a.grants, func(x *grant) bool { return x == g })
 	v := g.verifier
 	end := len(v.grants) - 1
 	v.grants[g.at] = v.grants[end]
 	v.grants[g.at].at = g.at
 	v.grants = v.grants[:end]
 	o.grants--
-	o.soft = append(o.soft, o.grantRecord(RecordGrantEnded, g, at))
 }
 
 func (o *Owner) grantRecord(k RecordKind, g *grant, at Time) Record {

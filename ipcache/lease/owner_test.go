@@ -331,57 +331,6 @@ func TestOutOfTurnOwner(t *testing.T) {
 	}
 }
 
-func TestJournalBeforeTheWord(t *testing.T) {
-	r := newOwner(t, nil)
-	out := r.add(w0, y1, ip1)
-	bound := slices.IndexFunc(out, func(o lease.OwnerOutput) bool {
-		j, ok := o.(lease.Journal)
-		return ok && j.Record.Kind == lease.RecordBound
-	})
-	act := slices.IndexFunc(out, func(o lease.OwnerOutput) bool { _, ok := o.(lease.Activate); return ok })
-	if bound < 0 || bound > act {
-		t.Fatalf("bound at %d, activate at %d", bound, act)
-	}
-	// The journal fails: not active, tried again, with a new generation.
-	gen := out[act].(lease.Activate).Generation
-	r.step(lease.JournalFailed(out[bound].(lease.Journal)))
-	if s := r.o.WorkloadState(w0); s != lease.WorkloadQuarantined {
-		t.Fatalf("state %v", s)
-	}
-	delete(r.active, w0)
-	r.wait(time.Second)
-	if g := r.active[w0]; g <= gen {
-		t.Fatalf("generation %d after %d", g, gen)
-	}
-
-	r.open(1)
-	out = r.msg(1, lease.Confirm{ID: 1, IP: ip1})
-	grant := out[0].(lease.Journal)
-	if grant.Record.Kind != lease.RecordGrant {
-		t.Fatalf("first is %+v", out[0])
-	}
-	// The grant is not journalled, so the Binding was not sent: the session ends.
-	one[lease.CloseVerifier](t, r.step(lease.JournalFailed(grant)))
-}
-
-// A grant whose record was lost is journalled before the verifier hears of it
-// again, also when it stands in the books already.
-func TestLostGrantIsJournalledLater(t *testing.T) {
-	r, b := held0(t)
-	gen := r.active[w0]
-	r.restart(true, lease.Adopt{Add: lease.Add{UID: w0, IPs: addrs(ip1), Identity: y1}, Generation: gen})
-	out := r.msg(2, hello(r.accept(2), held(b)))
-	r.step(lease.JournalFailed{Record: one[lease.Record](t, out)})
-	out = r.msg(3, hello(r.accept(3), held(b)))
-	if rec := one[lease.Record](t, out); rec.Kind != lease.RecordGrant {
-		t.Fatalf("%+v", rec)
-	}
-	if _, ok := out[len(out)-1].(lease.Journal); ok {
-		t.Fatal("journalled after the Welcome")
-	}
-	none[lease.Record](t, r.msg(3, lease.Confirm{ID: 1, IP: ip1}))
-}
-
 // A Revoke goes out before the end is journalled: a lost record costs time only.
 func TestRevokeBeforeEndRecord(t *testing.T) {
 	r, _ := held0(t)
