@@ -37,6 +37,8 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"slices"
+	"strings"
 
 	"portcullis/chaos/lab"
 	"portcullis/test/bench/rig"
@@ -56,6 +58,9 @@ func run(ctx context.Context) error {
 	flag.StringVar(&o.kinds, "storm", "unbound,ingress,flows", "flood: which kinds")
 	flag.BoolVar(&o.why, "why", false, "flood: also read the events of what is dropped of the other workload; costs time")
 	flag.Parse()
+	if err := checkUse(flag.CommandLine); err != nil {
+		return err
+	}
 	return flags.InLab(ctx, "bench-"+flag.Arg(0), lab.DefaultConfig(), func(l *lab.Lab) (err error) {
 		var result interface {
 			fmt.Stringer
@@ -68,12 +73,29 @@ func run(ctx context.Context) error {
 			result, err = reuses(ctx, l, *count, *addFirst)
 		case "flood":
 			result, err = floods(ctx, l, o)
-		default:
-			return errors.New("say `first`, `reuse` or `flood`")
 		}
 		if err != nil {
 			return err
 		}
 		return errors.Join(flags.Print(result), result.problem())
 	})
+}
+
+// checkUse refuses what would be ignored: flags after the measurement, and those
+// of another one, which their help names.
+func checkUse(f *flag.FlagSet) (err error) {
+	all := []string{"first", "reuse", "flood"}
+	what := f.Arg(0)
+	switch {
+	case !slices.Contains(all, what):
+		return errors.New("say `first`, `reuse` or `flood`")
+	case f.NArg() > 1:
+		return fmt.Errorf("%q after %s would be ignored: flags come before it", f.Args()[1:], what)
+	}
+	f.Visit(func(x *flag.Flag) {
+		if of, _, _ := strings.Cut(x.Usage, ":"); of != what && slices.Contains(all, of) {
+			err = errors.Join(err, fmt.Errorf("-%s is a flag of `%s`: `%s` does not know it", x.Name, of, what))
+		}
+	})
+	return err
 }
