@@ -119,6 +119,7 @@ type Config struct {
 	PolicyEntries        int // of the policies of all workloads, and while they change of the former ones too
 	Grants               int // leases that this node gives on its bindings, at a time
 	Sessions             int // with owners, at a time
+	Connections          int // of other agents, at a time
 	HeldBytes            int // of the ring of held packets; a power of two
 	EventBytes           int // of the ring of flow events; a power of two
 
@@ -149,7 +150,7 @@ func Default() Config {
 		HoldTimeout: time.Second, IdleBinding: 5 * time.Minute,
 		HoldPerEndpoint: 64, HoldPerSource: 16, HoldTotal: 4096, Bindings: 65536, Conntrack: 131072, PolicyEntries: 262144,
 		FragmentsPerEndpoint: 64, Endpoints: 1024, RangeEntries: 65536, SourceEntries: 4096,
-		Grants: 65536, Sessions: 4093, HeldBytes: 8 << 20, EventBytes: 1 << 20,
+		Grants: 65536, Sessions: 4093, Connections: session.DefaultConnections, HeldBytes: 8 << 20, EventBytes: 1 << 20,
 	}
 }
 
@@ -256,7 +257,7 @@ func (c *Config) validateSizes() (errs []error) {
 		bad("--bindings %d: want at most %d", c.Bindings, maxBindings)
 	}
 	for flag, n := range map[string]int{"--hold-per-endpoint": c.HoldPerEndpoint, "--hold-per-source": c.HoldPerSource, "--hold-total": c.HoldTotal, "--bindings": c.Bindings, "--conntrack": c.Conntrack, "--policy-entries": c.PolicyEntries,
-		"--grants": c.Grants, "--sessions": c.Sessions, "--endpoints": c.Endpoints, "--range-entries": c.RangeEntries, "--source-entries": c.SourceEntries, "--fragments-per-endpoint": c.FragmentsPerEndpoint} {
+		"--grants": c.Grants, "--sessions": c.Sessions, "--connections": c.Connections, "--endpoints": c.Endpoints, "--range-entries": c.RangeEntries, "--source-entries": c.SourceEntries, "--fragments-per-endpoint": c.FragmentsPerEndpoint} {
 		if n < 1 {
 			bad("%s %d: want at least 1", flag, n)
 		}
@@ -374,6 +375,19 @@ func (c *Config) validateRanges() (errs []error) {
 		}
 	}
 	return errs
+}
+
+// nodeAddresses tells the addresses of the other nodes themselves.
+func (c *Config) nodeAddresses() func(netip.Addr) bool {
+	nodes := map[netip.Addr]bool{}
+	for _, p := range c.Peers {
+		for _, r := range p.allRanges() {
+			if r.IsSingleIP() {
+				nodes[r.Addr()] = true
+			}
+		}
+	}
+	return func(ip netip.Addr) bool { return nodes[ip] }
 }
 
 // allRanges returns the peer's ranges and its agent's own address.

@@ -133,6 +133,7 @@ func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (printC
 	f.IntVar(&cfg.PolicyEntries, "policy-entries", cfg.PolicyEntries, "entries of all workloads' policies; a change needs room for the former and the new ones of whom it touches")
 	f.IntVar(&cfg.Grants, "grants", cfg.Grants, "leases that this node gives on its addresses, at a time")
 	f.IntVar(&cfg.Sessions, "sessions", cfg.Sessions, "sessions with owners, at a time")
+	f.IntVar(&cfg.Connections, "connections", cfg.Connections, "connections of other agents, at a time; an eighth as many places are beside those for who is no known node")
 	f.IntVar(&cfg.HeldBytes, "held-bytes", cfg.HeldBytes, "size of the ring of held packets; a power of two")
 	f.IntVar(&cfg.EventBytes, "event-bytes", cfg.EventBytes, "size of the ring of flow events; a power of two")
 	f.Uint32Var(&cfg.MarkMask, "mark-mask", 0, "bits of the packet mark for the agent's own use, e.g. 0xffff0000 (0: all that --endpoint-mark-mask leaves)")

@@ -63,7 +63,12 @@ func (h *handshaker) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthI
 	if err != nil {
 		h.t.log.Warn("refused a connection", remote(conn), why(err))
 	}
-	return p.finish(conn, secure, info, err)
+	secure, auth, err := p.finish(conn, secure, info, err)
+	if c, ok := conn.(*placed); ok && err == nil && !c.authenticated(auth.(*authenticated).node) {
+		secure.Close()
+		return nil, nil, errNoPlace
+	}
+	return secure, auth, err
 }
 
 // Info implements credentials.TransportCredentials.

@@ -34,6 +34,7 @@ const (
 	DefaultQueue       = 4096
 	DefaultDialTimeout = time.Second
 	DefaultPeerTimeout = 3 * time.Second
+	DefaultConnections = 8192
 )
 
 const (
@@ -43,8 +44,14 @@ const (
 	// maxPerVerifier is how many streams one verifier may have at a time: the
 	// last one, and some that are not known to be dead yet.
 	maxPerVerifier = 4
-	// maxConnections bounds accepted connections, authenticated or not.
-	maxConnections = 8192
+	// maxPerNode is how many connections may come from one address of a known
+	// node, or by its name from elsewhere: several times the streams that it may
+	// have. What its workloads send under its address counts, too.
+	maxPerNode = 64
+	// Who comes from elsewhere and has not authenticated shares an eighth as many
+	// places; one address has an eighth of an eighth of those, and at least 4.
+	strangersShare = 8
+	leastStrangers = 4
 	// maxHeaders bounds the HTTP/2 headers of a message, which carry no part of
 	// the protocol, and maxWords what a peer says in words; in bytes.
 	maxHeaders = 8 << 10

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"net"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
@@ -15,7 +16,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"go.uber.org/zap"
-	"golang.org/x/net/netutil"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/keepalive"
 
@@ -62,6 +62,14 @@ type Config struct {
 	Known func(identity.NodeName) bool
 	Sink  Sink
 
+	// NodeAddress tells addresses of known nodes, whose connections have places
+	// that nobody else can take. Nil: no address is known, and who connects
+	// competes with strangers until it has authenticated. Called by one goroutine.
+	NodeAddress func(netip.Addr) bool
+	// Connections is how many may be open at a time from known nodes; a further
+	// one is closed. An eighth as many have places beside those that are not
+	// authenticated yet and come from elsewhere. 0: DefaultConnections.
+	Connections int
 	// Queue is how many messages may wait in one stream; one more closes it.
 	// 0: DefaultQueue.
 	Queue int
@@ -90,9 +98,10 @@ func (c *Config) check() error {
 	if _, err := AgentID(c.TrustDomain, c.Node); err != nil && !c.TrustDomain.IsZero() {
 		errs = append(errs, err)
 	}
-	if c.Queue < 0 || c.DialTimeout < 0 || c.PeerTimeout < 0 {
-		errs = append(errs, errors.New("session: Queue, DialTimeout and PeerTimeout must not be negative"))
+	if c.Queue < 0 || c.DialTimeout < 0 || c.PeerTimeout < 0 || c.Connections < 0 {
+		errs = append(errs, errors.New("session: Connections, Queue, DialTimeout and PeerTimeout must not be negative"))
 	}
+	c.Connections = cmp.Or(c.Connections, DefaultConnections)
 	c.Queue = cmp.Or(c.Queue, DefaultQueue)
 	c.DialTimeout = cmp.Or(c.DialTimeout, DefaultDialTimeout)
 	c.PeerTimeout = cmp.Or(c.PeerTimeout, DefaultPeerTimeout)
@@ -156,7 +165,7 @@ func (t *Transport) Run(parent context.Context) error {
 
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		if err := srv.Serve(netutil.LimitListener(ln, maxConnections)); err != nil {
+		if err := srv.Serve(newListener(ln, t.cfg.Connections, t.cfg.NodeAddress, t.log)); err != nil {
 			cancel(fmt.Errorf("session: serve other agents: %w", err))
 		}
 	})
