@@ -125,8 +125,10 @@ func TestPlaces(t *testing.T) {
 
 	// A node that was not known by its address leaves the strangers' places when
 	// it has shown who it is; its name has as many as an address has.
-	if !again.(*placed).authenticated("n7") || !again.(*placed).authenticated("n7") {
-		t.Error("no place for a node that has authenticated")
+	for range 2 { // it may be said twice
+		if !again.(*placed).authenticated("n7") {
+			t.Error("no place for a node that has authenticated")
+		}
 	}
 	moved := 1
 	for {
