@@ -377,19 +377,6 @@ func (c *Config) validateRanges() (errs []error) {
 	return errs
 }
 
-// nodeAddresses tells the addresses of the other nodes themselves.
-func (c *Config) nodeAddresses() func(netip.Addr) bool {
-	nodes := map[netip.Addr]bool{}
-	for _, p := range c.Peers {
-		for _, r := range p.allRanges() {
-			if r.IsSingleIP() {
-				nodes[r.Addr()] = true
-			}
-		}
-	}
-	return func(ip netip.Addr) bool { return nodes[ip] }
-}
-
 // allRanges returns the peer's ranges and its agent's own address.
 func (p Peer) allRanges() []netip.Prefix {
 	a := p.Address.Addr()

@@ -219,7 +219,7 @@ func newTransport(cfg Config, l *loop, source *svid.Source, log *zap.Logger) (*s
 		return nil, err
 	}
 	return session.New(session.Config{Node: cfg.Node, TrustDomain: td, Listen: cfg.Listen.String(), Source: source, Sink: sink{l}, Log: log,
-		DialTimeout: min(time.Second, cfg.TTL), Connections: cfg.Connections, NodeAddress: cfg.nodeAddresses(),
+		DialTimeout: min(time.Second, cfg.TTL), Connections: cfg.Connections, NodeAddress: func(ip netip.Addr) bool { return l.topology.Load().isPeer(ip) },
 		Peer: func(n identity.NodeName) (string, bool) {
 			p, ok := l.topology.Load().peers[n]
 			return p.Address.String(), ok && p.Address.IsValid()

@@ -159,6 +159,16 @@ func (t *topology) owner(ip netip.Addr) identity.NodeName {
 	return ""
 }
 
+// isPeer reports whether an address is another node's own, not one that it gives
+// to workloads.
+func (t *topology) isPeer(ip netip.Addr) bool {
+	if !ip.IsValid() {
+		return false
+	}
+	who := t.claims[netip.PrefixFrom(ip, ip.BitLen())]
+	return who != "" && who != t.node
+}
+
 // overlapping returns a node with whose ranges or addresses a prefix overlaps;
 // "" and true: with a range that is known, and nobody's.
 func (t *topology) overlapping(p netip.Prefix) (identity.NodeName, bool) {

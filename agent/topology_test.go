@@ -102,3 +102,19 @@ func TestTopology(t *testing.T) {
 		})
 	}
 }
+
+// A node's own addresses have places on the listener; those of its workloads,
+// this node's and disputed ones have not.
+func TestIsPeer(t *testing.T) {
+	top := newTopology(sight{node: "n1", ranges: ranges("10.1.1.0/24"), nodeIPs: []netip.Addr{netip.MustParseAddr("192.0.2.1")}, peers: []Peer{
+		aPeer("n2", "192.0.2.2:4260", "10.1.2.0/24", "192.0.2.22/32", "2001:db8::2/128"), aPeer("n3", "192.0.2.3:4260", "192.0.2.22/32"), aPeer("n4", "", "10.1.4.0/24")}})
+	for ip, want := range map[string]bool{"192.0.2.2": true, "192.0.2.3": true, "2001:db8::2": true,
+		"192.0.2.1": false, "10.1.2.1": false, "192.0.2.22": false, "10.1.4.1": false, "192.0.2.9": false} {
+		if got := top.isPeer(netip.MustParseAddr(ip)); got != want {
+			t.Errorf("%s: %v", ip, got)
+		}
+	}
+	if top.isPeer(netip.Addr{}) {
+		t.Error("no address is a node's")
+	}
+}
