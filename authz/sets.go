@@ -86,6 +86,9 @@ func (x *Sets) Compile(s *Subject) Set {
 	set := x.repo.compile(s.identity, s.applied, s.own)
 	c := set.compiled
 	c.version, c.bySelection = x.version, map[*selection][]int{}
+	if s.set.compiled != nil {
+		c.peers = make(map[identity.Numeric]shape, len(s.set.peers)) // about as many as before
+	}
 	met := x.spare[:0]
 	if c.anyNames {
 		for n := range x.peers {
