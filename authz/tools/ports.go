@@ -167,6 +167,35 @@ func (w *World) Ports(most int) (out []Port, more int) {
 	return out, 0
 }
 
+// OtherPorts returns for TCP and UDP the first port that neither policies nor
+// pods of the world name, if there is one: what is said of every port shows there.
+func (w *World) OtherPorts() (out []Port) {
+	for _, proto := range []uint8{authz.ProtoTCP, authz.ProtoUDP} {
+		var taken [1 << 16]bool
+		for spec := range w.specs() {
+			for _, r := range spec.Rules {
+				for _, p := range r.Ports {
+					if p.Proto != proto || p.Name != "" || p == authz.AllPorts(proto) {
+						continue
+					}
+					for n := int(p.First); n <= int(p.Last); n++ {
+						taken[n] = true
+					}
+				}
+			}
+		}
+		for _, x := range w.Workloads {
+			for _, p := range x.Ports {
+				taken[p.Port] = true
+			}
+		}
+		if i := slices.Index(taken[1:], false); i >= 0 {
+			out = append(out, Port{Proto: proto, Number: uint16(i + 1)})
+		}
+	}
+	return out
+}
+
 // named leaves out ports without a name.
 func named(ports []identity.NamedPort) (out []identity.NamedPort) {
 	for _, p := range ports {

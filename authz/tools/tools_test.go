@@ -364,6 +364,24 @@ func TestPorts(t *testing.T) {
 	}
 }
 
+// The ports that nothing names are none of those that something does.
+func TestOtherPorts(t *testing.T) {
+	for policy, want := range map[string]string{
+		"spec: {podSelector: {}}": "TCP/1 UDP/1",
+		"spec: {podSelector: {}, ingress: [{ports: [{port: 1, endPort: 79}, {port: 80}, {protocol: UDP}]}]}":             "TCP/82 UDP/1",
+		"spec: {podSelector: {}, ingress: [{ports: [{port: 1, endPort: 65535}, {protocol: UDP, port: 1, endPort: 7}]}]}": "UDP/8",
+	} {
+		w := world(t, "{apiVersion: v1, kind: Pod, metadata: {name: a}, spec: {containers: [{ports: [{containerPort: 81}]}]}}\n---"+netpol+"metadata: {name: p}\n"+policy)
+		var got []string
+		for _, p := range w.OtherPorts() {
+			got = append(got, p.String())
+		}
+		if s := strings.Join(got, " "); s != want {
+			t.Errorf("%s: %s, want %s", policy, s, want)
+		}
+	}
+}
+
 // The policy trees of 2017 are judged beside the others.
 func TestTrees(t *testing.T) {
 	w := world(t, `

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"io"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -20,7 +21,8 @@ NEW is what is about to be applied: each of its objects takes the place of the
 one with its name, or stands beside the others. The PATHs after it, or the
 running agent, say how things are. Without either, the cluster is what NEW
 itself holds, without its policies. What --ports and --external leave open is
-chosen as by policy matrix.
+chosen as by policy matrix; beside the ports that are named, of TCP and UDP one
+is judged that nothing names, for all others.
 
 The exit status is 0 whether anything changes or not.`,
 		Example: "  portcullis policy diff -f deny.yaml -f cluster/\n  portcullis policy diff -f deny.yaml --live --ports TCP/80",
@@ -68,6 +70,15 @@ func (a *asked) diff(env *Env, g *judging, before, after *tools.World, form outp
 	o, err := a.options(env, before.With(after), true)
 	if err != nil {
 		return err
+	}
+	if len(a.parsed) == 0 {
+		var words []string
+		for _, p := range before.With(after).OtherPorts() {
+			o.Ports, words = append(o.Ports, p), append(words, p.String())
+		}
+		if len(words) > 0 {
+			note(env, "of the ports that nothing names "+strings.Join(words, " and ")+" stand for all")
+		}
 	}
 	o.Reasons = true
 	var m [2]*tools.Matrix

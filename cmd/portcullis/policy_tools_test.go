@@ -27,10 +27,10 @@ func TestPolicyTools(t *testing.T) {
 	for name, args := range map[string]string{
 		"policy-matrix.table": "policy matrix " + app + " " + l4 + " --ports TCP/80",
 		"policy-trace.table":  "policy trace --from default/xwing --to default/deathstar --port 80/TCP " + app + " " + l4,
-		"policy-diff.table":   "policy diff " + l4 + " " + app,
+		"policy-diff.table":   "policy diff " + l4 + " " + app + " --ports TCP/80",
 		"policy-matrix.json":  "policy matrix -o json " + app + " " + l4 + " --ports TCP/80 --external reserved:host",
 		"policy-trace.json":   "policy trace -o json --from default/xwing --to default/deathstar --port 80/TCP " + app + " " + l4,
-		"policy-diff.json":    "policy diff -o json " + l4 + " " + app,
+		"policy-diff.json":    "policy diff -o json " + l4 + " " + app + " --ports TCP/80",
 	} {
 		got := fromClone(t, "/nonexistent", args)
 		if got.code != exitOK || got.stderr != deployment {
@@ -40,6 +40,12 @@ func TestPolicyTools(t *testing.T) {
 			t.Errorf("%s: not JSON", name)
 		}
 		golden(t, name, got.stdout)
+	}
+	// What nothing names changes too.
+	other := fromClone(t, "/nonexistent", "policy diff "+l4+" "+app)
+	if other.code != exitOK || other.stderr != deployment+"note: of the ports that nothing names TCP/1 and UDP/1 stand for all\n" ||
+		!strings.Contains(other.stdout, "TCP/1\n  default/deathstar -> default/deathstar: blocked, was allowed\n") || !strings.HasSuffix(other.stdout, "\n10 of 63 pairs change: 10 are blocked now, 0 are no more\n") {
+		t.Errorf("%+v", other)
 	}
 	got := fromClone(t, "/nonexistent", "policy matrix -o html "+app+" "+l4)
 	again := fromClone(t, "/nonexistent", "policy matrix -o html "+app+" "+l4)
