@@ -2,8 +2,10 @@ package kube
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net/url"
 	"slices"
 	"time"
 
@@ -47,7 +49,10 @@ func (s *Source) watch(ctx context.Context, r resource) {
 // such resource, when gone is called.
 func (s *Source) reflect(ctx context.Context, r resource, gone func()) {
 	lw := s.listWatch(r)
-	failed := func(err error) {
+	failed := func(ctx context.Context, err error) {
+		if ctx.Err() != nil {
+			return // it was told to end
+		}
 		s.failed(r, err)
 		if r.added && apierrors.IsNotFound(err) {
 			gone()
@@ -57,14 +62,14 @@ func (s *Source) reflect(ctx context.Context, r resource, gone func()) {
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 			list, err := lw.ListWithContextFunc(ctx, o)
 			if err != nil {
-				failed(err)
+				failed(ctx, err)
 			}
 			return list, err
 		},
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 			w, err := lw.WatchFuncWithContext(ctx, o)
 			if err != nil {
-				failed(err)
+				failed(ctx, err)
 			} else {
 				s.heard(r)
 			}
@@ -126,22 +131,34 @@ func (s *Source) awaitResource(ctx context.Context, r resource) {
 	}
 }
 
-// discover asks whether the API server has the resource.
+// discover asks whether the API server has the resource. An answer is good for
+// all resources that ask shortly after.
 func (s *Source) discover(ctx context.Context, r resource) (bool, error) {
-	var list metav1.APIResourceList
-	err := s.core.Get().AbsPath("/apis", r.at.Group, r.at.Version).SetHeader("Accept", runtime.ContentTypeJSON).Do(ctx).Into(&list)
-	if apierrors.IsNotFound(err) {
-		return false, nil
+	s.discovery.Lock()
+	defer s.discovery.Unlock()
+	if s.discovered == nil || time.Since(s.discoveredAt) > s.discoverEvery/4 {
+		list, err := s.resourcesOf(ctx, r)
+		if err != nil {
+			return false, err
+		}
+		s.discovered, s.discoveredAt = list, time.Now()
 	}
-	if err != nil {
-		return false, err
-	}
-	for _, have := range list.APIResources {
+	for _, have := range s.discovered.APIResources {
 		if have.Name == r.name() {
 			return true, nil
 		}
 	}
 	return false, nil
+}
+
+// resourcesOf returns the resources of r's group: none if there is no such group.
+func (s *Source) resourcesOf(ctx context.Context, r resource) (*metav1.APIResourceList, error) {
+	var list metav1.APIResourceList
+	err := s.core.Get().AbsPath("/apis", r.at.Group, r.at.Version).SetHeader("Accept", runtime.ContentTypeJSON).Do(ctx).Into(&list)
+	if err != nil && !apierrors.IsNotFound(err) {
+		return nil, err
+	}
+	return &list, nil
 }
 
 // absent notes an answer about a resource that may be missing.
@@ -160,7 +177,7 @@ func (s *Source) absent(r resource, missing bool) {
 	w.absent++
 	n, _ := s.tables.count(r)
 	if !was {
-		s.log.Info("the API server does not have this resource; it is looked for again each minute", zap.String("resource", r.name()), zap.Int("objects known", n))
+		s.log.Info("the API server does not have this resource; it is looked for again", zap.String("resource", r.name()), zap.Int("objects known", n))
 	}
 	if n == 0 || w.absent >= absentAnswers {
 		w.listed = true
@@ -195,7 +212,16 @@ func (s *Source) failed(r resource, err error) {
 	if w.err == "" && !(r.added && apierrors.IsNotFound(err)) {
 		s.log.Warn("cannot watch, tried again; the last known stays", zap.String("resource", r.name()), zap.Error(err))
 	}
-	w.err = err.Error()
+	w.err = short(err)
+}
+
+// short leaves out the request, which is as long as it is known.
+func short(err error) string {
+	var request *url.Error
+	if errors.As(err, &request) {
+		return request.Err.Error()
+	}
+	return err.Error()
 }
 
 // store is where a reflector puts what it is told of one resource.
