@@ -16,6 +16,8 @@ import (
 	"portcullis/agent/kube"
 	"portcullis/authz"
 	"portcullis/identity"
+	"portcullis/ipcache"
+	"portcullis/ipcache/lease"
 )
 
 // cluster is where the agent learns what Kubernetes says; kube.Source is one.
@@ -75,6 +77,7 @@ func (l *loop) take(p *kube.Picture) {
 	l.setTopology(newTopology(l.sight(p)))
 	l.takeObjects(p)
 	l.takePods(p)
+	l.believe(p)
 	l.alarmCluster(p)
 	close(l.known.changed)
 	l.known.changed = make(chan struct{})
@@ -317,6 +320,36 @@ func (l *loop) takePods(p *kube.Picture) {
 			l.known.relabel[uid] = e.fullName()
 			l.known.retryAt = time.Now().Add(pictureRetry)
 		}
+	}
+}
+
+// believe is mode classic in a cluster: who holds the IPs of other nodes is what
+// the API server said last, however long ago. That is the hole that the product
+// is without, so it is done in this mode only.
+func (l *loop) believe(p *kube.Picture) {
+	if l.cfg.Evidence != ModeClassic {
+		return
+	}
+	told := map[netip.Addr]identity.Binding{}
+	for ip, pod := range p.Remote {
+		told[ip] = identity.Binding{IP: ip, Generation: 1, UID: pod.UID, Identity: l.podIdentity(pod), Owner: pod.Node, Ports: pod.Ports}
+	}
+	remote, _ := identity.Reserved("remote-node")
+	for _, n := range p.Nodes {
+		for _, ip := range n.Addresses {
+			if n.Name != l.cfg.Node {
+				told[ip] = identity.Binding{IP: ip, Generation: 1, UID: nodeUID(n.Name, ip), Identity: remote, Owner: n.Name}
+			}
+		}
+	}
+	for _, e := range slices.Collect(l.table.All()) {
+		// A snapshot does not say who holds IPs, so it ends nothing.
+		if b, ok := told[e.Binding.IP]; p.Listed && e.Lease == ipcache.LeaseClassic && (!ok || b.UID != e.Binding.UID) {
+			l.stepVerifier(lease.Untold{IP: e.Binding.IP, UID: e.Binding.UID})
+		}
+	}
+	for _, b := range told {
+		l.stepVerifier(lease.Told{Binding: b})
 	}
 }
 

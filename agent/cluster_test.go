@@ -447,3 +447,71 @@ func TestOwnAddresses(t *testing.T) {
 	}
 	n.run(l, app("a0", "10.1.1.2"))
 }
+
+// TestClassicBelievesTheWatch: in mode classic the holder of a remote IP is who
+// the API server named last, and stays it until the API server says otherwise,
+// also over a restart without it. Mode lease believes nothing of that.
+func TestClassicBelievesTheWatch(t *testing.T) {
+	n := newNode(t)
+	first := n.inCluster()
+	n.cfg.Evidence, n.cfg.UnsafeClassic = ModeClassic, true
+	ip := netip.MustParseAddr("10.1.2.7")
+	holds := func(uid identity.UID, app, node string) *kube.Picture {
+		pod := podOf(uid, app, map[string]string{"app": app})
+		pod.Node, pod.IPs = identity.NodeName(node), []netip.Addr{ip}
+		return with(first, func(p *kube.Picture) { p.Remote = map[netip.Addr]*kube.Pod{ip: pod} })
+	}
+	believed := func(l *loop) string {
+		e, ok := l.table.Get(ip)
+		inKernel := false
+		for _, s := range l.dp.Slots() {
+			inKernel = inKernel || s.Stamp != 0 && datapath.AddrFrom(s.IP) == ip
+		}
+		if ok && !e.Condemned != inKernel {
+			t.Fatalf("the table says %v, the kernel %v", ok, inKernel)
+		}
+		return e.Binding.Identity.Labels["app"]
+	}
+	expect := func(l *loop, when, want string) {
+		t.Helper()
+		if got := believed(l); got != want {
+			t.Errorf("%s: believed to be %q, want %q", when, got, want)
+		}
+	}
+	l := n.mustStart()
+	expect(l, "before anything is told", "")
+	one, other := identity.NewUID(), identity.NewUID()
+	l.take(holds(one, "sleep", "n2"))
+	expect(l, "told", "sleep")
+	if e, _ := l.table.Get(netip.MustParseAddr("192.0.2.2")); e.Binding.Identity.Reserved != "remote-node" {
+		t.Errorf("another node's address is %v", e.Binding.Identity)
+	}
+	stamp := func() uint64 { e, _ := l.table.Get(ip); return e.Stamp }
+	was := stamp()
+	if l.take(holds(one, "sleep", "n2")); stamp() != was {
+		t.Error("the same again is another installation")
+	}
+	l.take(holds(one, "renamed", "n2"))
+	expect(l, "other labels", "renamed")
+	l.take(holds(other, "not-sleep", "n2"))
+	expect(l, "another pod", "not-sleep")
+	l.take(holds(one, "liar", "n1"))
+	expect(l, "of a node that does not speak for it", "")
+	l.take(holds(other, "not-sleep", "n2"))
+	n.crash(l)
+	n.clusterOf(with(first, func(p *kube.Picture) { p.Listed = false })) // of a snapshot
+	l = n.mustStart()
+	l.take(l.known.picture)
+	if e, ok := l.table.Get(ip); !ok || e.Binding.UID != other {
+		t.Errorf("after a restart without the API server: %+v", e)
+	}
+	l.take(first)
+	expect(l, "told that it is gone", "")
+	n.crash(l)
+	n.cfg.Evidence, n.cfg.UnsafeClassic = ModeLease, false
+	n.clusterOf(holds(one, "sleep", "n2"))
+	l = n.mustStart()
+	defer n.crash(l)
+	l.take(l.known.picture)
+	expect(l, "in mode lease", "")
+}

@@ -5,9 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"maps"
 	"net/netip"
-	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -302,7 +300,7 @@ func (l *loop) buildClassic(lastGeneration identity.Generation) (err error) {
 	if l.owner, err = lease.NewClassicOwner(lease.OwnerConfig{Node: l.cfg.Node, Mine: l.mine, LastGeneration: lastGeneration}); err != nil {
 		return err
 	}
-	owners := slices.Collect(maps.Keys(l.topology.Load().peers))
+	owners := l.announcers(l.topology.Load())
 	l.verifier, err = lease.NewClassicVerifier(lease.VerifierConfig{Node: l.cfg.Node, Speaks: l.speaks}, l.table, owners)
 	return err
 }

@@ -252,7 +252,16 @@ func (l *loop) dropBindings(next *topology) {
 		l.log.Warn("a node does not speak for all that it confirmed any more: everything of it is asked anew", zap.String("peer", string(n)))
 		l.stepVerifier(lease.ResetSession{Owner: n})
 	}
-	l.stepVerifier(lease.SetOwners{Owners: slices.Sorted(maps.Keys(next.peers))})
+	l.stepVerifier(lease.SetOwners{Owners: l.announcers(next)})
+}
+
+// announcers are the nodes that mode classic listens to: all, or none in a
+// cluster, where it believes the API server.
+func (l *loop) announcers(t *topology) []identity.NodeName {
+	if l.cluster != nil {
+		return nil
+	}
+	return slices.Sorted(maps.Keys(t.peers))
 }
 
 // leaveStrangers ends the streams of nodes that are not of the cluster any more,

@@ -89,7 +89,7 @@ func toPod(p *corev1.Pod) (Pod, bool) {
 	if err != nil || p.Spec.HostNetwork {
 		return Pod{}, false
 	}
-	out := Pod{UID: uid, Namespace: p.Namespace, Name: p.Name, ServiceAccount: p.Spec.ServiceAccountName, Labels: securityLabels(p.Labels)}
+	out := Pod{UID: uid, Namespace: p.Namespace, Name: p.Name, ServiceAccount: p.Spec.ServiceAccountName, Labels: securityLabels(p.Labels), Node: identity.NodeName(p.Spec.NodeName), Created: p.CreationTimestamp.Unix()}
 	if out.ServiceAccount == "" {
 		out.ServiceAccount = "default"
 	}
@@ -120,6 +120,20 @@ func toPod(p *corev1.Pod) (Pod, bool) {
 		}
 	}
 	return out, true
+}
+
+// podIPs returns what a pod says of its addresses: nothing if it has ended, for
+// then they may be another's.
+func podIPs(p *corev1.Pod) (ips []netip.Addr) {
+	if p.Status.Phase == corev1.PodSucceeded || p.Status.Phase == corev1.PodFailed {
+		return nil
+	}
+	for _, i := range p.Status.PodIPs {
+		if ip, err := netip.ParseAddr(i.IP); err == nil {
+			ips = append(ips, ip.Unmap())
+		}
+	}
+	return ips
 }
 
 func securityLabels(all map[string]string) map[string]string {

@@ -85,8 +85,8 @@ const podUID = "0b8c2f6e-6a5e-4a5c-9c58-2f3b8f0a1c11"
 func aPod(name string) *corev1.Pod {
 	always := corev1.ContainerRestartPolicyAlways
 	return &corev1.Pod{
-		ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: name, UID: podUID, Labels: map[string]string{"app": "web", "pod-template-hash": "abc"}},
-		Spec: corev1.PodSpec{ServiceAccountName: "web",
+		ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: name, UID: podUID, CreationTimestamp: metav1.Unix(0, 0), Labels: map[string]string{"app": "web", "pod-template-hash": "abc"}},
+		Spec: corev1.PodSpec{NodeName: "n1", ServiceAccountName: "web",
 			Containers:     []corev1.Container{{Ports: []corev1.ContainerPort{{Name: "http", ContainerPort: 8080}, {ContainerPort: 9}, {Name: "dns", ContainerPort: 53, Protocol: "UDP"}}}},
 			InitContainers: []corev1.Container{{Ports: []corev1.ContainerPort{{Name: "gone", ContainerPort: 1}}}, {RestartPolicy: &always, Ports: []corev1.ContainerPort{{Name: "side", ContainerPort: 2}, {Name: "http", ContainerPort: 8080}}}}},
 	}
@@ -95,7 +95,7 @@ func aPod(name string) *corev1.Pod {
 func TestPod(t *testing.T) {
 	got, ok := toPod(aPod("web-1"))
 	uid, _ := identity.ParseUID(podUID)
-	want := Pod{UID: uid, Namespace: "shop", Name: "web-1", ServiceAccount: "web", Labels: map[string]string{"app": "web"},
+	want := Pod{UID: uid, Namespace: "shop", Name: "web-1", ServiceAccount: "web", Labels: map[string]string{"app": "web"}, Node: "n1",
 		Ports: []identity.NamedPort{{Name: "http", Port: 8080, Protocol: "TCP"}, {Name: "dns", Port: 53, Protocol: "UDP"}, {Name: "side", Port: 2, Protocol: "TCP"}}}
 	if d := cmp.Diff(want, got); !ok || d != "" {
 		t.Error(d)
@@ -130,7 +130,7 @@ const refusedPolicy = `{"apiVersion":"networking.k8s.io/v1","kind":"NetworkPolic
 func policies() resource { return find("networkpolicies") }
 
 func find(name string) resource {
-	all := resources("n1")
+	all := resources(onNode("n1"))
 	return all[slices.IndexFunc(all, func(r resource) bool { return r.name() == name })]
 }
 
@@ -255,6 +255,49 @@ func TestPodsByUID(t *testing.T) {
 	if got := tb.picture().Pods[uid]; got == nil || got.Name != "liar" {
 		t.Errorf("a static pod is not found by the kubelet's UID: %+v", got)
 	}
+}
+
+// TestRemotePods: mode classic believes of an IP what the latest live pod says
+// that names it; a snapshot has nothing of it.
+func TestRemotePods(t *testing.T) {
+	r := find("pods")
+	r.only = ""
+	tb := newTables("n1")
+	put := func(name, uid, node string, created int64, phase corev1.PodPhase) {
+		p := aPod(name)
+		p.UID, p.Spec.NodeName, p.CreationTimestamp = types.UID(uid), node, metav1.Unix(created, 0)
+		p.Status = corev1.PodStatus{Phase: phase, PodIPs: []corev1.PodIP{{IP: "10.1.2.7"}, {IP: "fd00:2::7"}}}
+		tb.put(r, mustConvert(t, r, p))
+	}
+	is := func(want string) {
+		t.Helper()
+		p := tb.picture()
+		for _, ip := range []string{"10.1.2.7", "fd00:2::7"} {
+			got := ""
+			if pod := p.Remote[netip.MustParseAddr(ip)]; pod != nil {
+				got = pod.Name
+			}
+			if got != want {
+				t.Errorf("%s is believed to be %q, want %q", ip, got, want)
+			}
+		}
+	}
+	put("local", podUID, "n1", 9, corev1.PodRunning)
+	is("")
+	put("old", "0b8c2f6e-6a5e-4a5c-9c58-2f3b8f0a1c12", "n2", 1, corev1.PodRunning)
+	is("old")
+	put("new", "0b8c2f6e-6a5e-4a5c-9c58-2f3b8f0a1c13", "n2", 2, corev1.PodRunning)
+	is("new")
+	put("done", "0b8c2f6e-6a5e-4a5c-9c58-2f3b8f0a1c14", "n2", 3, corev1.PodSucceeded)
+	is("new")
+	if n := len(tb.picture().Pods); n != 1 {
+		t.Errorf("%d pods of this node", n)
+	}
+	if s := take(tb, "", "", time.Now()); len(s.Pods) != 1 || s.Pods[0].Name != "local" {
+		t.Errorf("a snapshot has %+v", s.Pods)
+	}
+	tb.drop(r, "shop/new")
+	is("old")
 }
 
 func someTables(t *testing.T) *tables {

@@ -1,6 +1,10 @@
 package kube
 
-import "k8s.io/apimachinery/pkg/runtime/schema"
+import (
+	"k8s.io/apimachinery/pkg/runtime/schema"
+
+	"portcullis/identity"
+)
 
 // Permission is what an agent must be allowed to do in every namespace.
 type Permission struct {
@@ -29,14 +33,19 @@ type resource struct {
 
 func (r resource) name() string { return r.at.Resource }
 
-func resources(node string) []resource {
+// onNode selects the pods of a node.
+func onNode(node identity.NodeName) string { return "spec.nodeName=" + string(node) }
+
+// resources are what is watched. pods is a field selector, "": all.
+func resources(pods string) []resource {
 	core := schema.GroupVersion{Version: "v1"}
 	cilium := schema.GroupVersion{Group: "cilium.io", Version: "v2"}
 	return []resource{
 		{at: core.WithResource("nodes")},
 		{at: core.WithResource("namespaces")},
-		// Not those of other nodes: who is behind their IPs their agents say.
-		{at: core.WithResource("pods"), only: "spec.nodeName=" + node},
+		// In mode classic alone those of other nodes: who is behind their IPs
+		// their agents say.
+		{at: core.WithResource("pods"), only: pods},
 		{at: schema.GroupVersionResource{Group: "networking.k8s.io", Version: "v1", Resource: "networkpolicies"}, kind: "NetworkPolicy"},
 		{at: cilium.WithResource("ciliumnetworkpolicies"), kind: "CiliumNetworkPolicy", added: true},
 		{at: cilium.WithResource("ciliumclusterwidenetworkpolicies"), kind: "CiliumClusterwideNetworkPolicy", added: true},

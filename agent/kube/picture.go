@@ -41,6 +41,9 @@ type Pod struct {
 	ServiceAccount string               `json:"serviceAccount"`
 	Labels         map[string]string    `json:"labels,omitempty"` // without those that are not of an identity
 	Ports          []identity.NamedPort `json:"ports,omitempty"`  // of its containers, those that have names
+	Node           identity.NodeName    `json:"node"`
+	IPs            []netip.Addr         `json:"-"` // as the API server says, which is no evidence; nil: of this node, or it has ended
+	Created        int64                `json:"-"` // seconds since 1970
 }
 
 // Object is a policy, a group of addresses, or a namespace. It is never changed.
@@ -66,6 +69,9 @@ type Picture struct {
 	Objects  []*Object // in force; the same pointer as long as nothing of it changes
 	Refused  []Refused
 	Pods     map[identity.UID]*Pod // of this node, by both UIDs; the same pointer as long as nothing changes
+	// Remote are the pods of other nodes by their IPs, of several that name one IP
+	// the latest; nil unless Config.AllPods.
+	Remote map[netip.Addr]*Pod
 	// Listed: all of it was told by the API server since the start. What was not
 	// is of the snapshot.
 	Listed bool

@@ -103,7 +103,9 @@ func take(t *tables, authority, cluster string, now time.Time) *snapshot {
 	s := &snapshot{Format: snapshotFormat, Node: t.node, Authority: authority, Cluster: cluster, Written: now.UTC(),
 		Nodes: t.sortedNodes(), Departed: t.departed, Pods: []*Pod{}, Objects: []storedObject{}}
 	for _, p := range t.pods {
-		s.Pods = append(s.Pods, p)
+		if p.Node == t.node { // who is behind the IPs of others is never restored
+			s.Pods = append(s.Pods, p)
+		}
 	}
 	for resource, entries := range t.objects {
 		for key, e := range entries {

@@ -31,7 +31,10 @@ type Config struct {
 	Node       identity.NodeName
 	Kubeconfig string // "": as a pod of the cluster
 	StateDir   string // of the snapshot
-	UserAgent  string // to the API server
+	// AllPods: the pods of other nodes are watched too, for Picture.Remote. It is
+	// what mode classic believes.
+	AllPods   bool
+	UserAgent string // to the API server
 	// Forget: ranges within these that a node had and no node has now are not
 	// remembered from here on: they pass for the world.
 	Forget []netip.Prefix
@@ -174,7 +177,11 @@ func (s *Source) takeUp() {
 // Run watches until ctx ends.
 func (s *Source) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
-	for _, r := range resources(string(s.cfg.Node)) {
+	only := onNode(s.cfg.Node)
+	if s.cfg.AllPods {
+		only = ""
+	}
+	for _, r := range resources(only) {
 		wg.Go(func() { s.watch(ctx, r) })
 	}
 	wg.Go(func() { s.keepSnapshot(ctx) })

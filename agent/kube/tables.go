@@ -3,6 +3,7 @@ package kube
 import (
 	"fmt"
 	"maps"
+	"net/netip"
 	"reflect"
 	"slices"
 	"strings"
@@ -64,6 +65,9 @@ func convert(r resource, obj any) (converted, error) {
 		c.node = &n
 	case *corev1.Pod:
 		if p, ok := toPod(o); ok {
+			if r.only == "" { // of other nodes too
+				p.IPs = podIPs(o)
+			}
 			c.pod = &p
 		}
 	case *corev1.Namespace:
@@ -205,11 +209,18 @@ func (t *tables) sortedNodes() []Node {
 func (t *tables) picture() *Picture {
 	p := &Picture{Nodes: t.sortedNodes(), Departed: t.departed, Pods: make(map[identity.UID]*Pod, len(t.pods))}
 	for _, pod := range t.pods {
+		if pod.Node != t.node {
+			p.addRemote(pod)
+			continue
+		}
 		if pod.Static != (identity.UID{}) && p.Pods[pod.Static] == nil {
 			p.Pods[pod.Static] = pod
 		}
 	}
 	for _, pod := range t.pods {
+		if pod.Node != t.node {
+			continue
+		}
 		p.Pods[pod.UID] = pod // goes before what somebody calls static
 	}
 	for _, r := range resources("") {
@@ -223,6 +234,18 @@ func (t *tables) picture() *Picture {
 	}
 	p.Refused = t.refusals()
 	return p
+}
+
+func (p *Picture) addRemote(pod *Pod) {
+	for _, ip := range pod.IPs {
+		if other := p.Remote[ip]; other != nil && other.Created > pod.Created {
+			continue
+		}
+		if p.Remote == nil {
+			p.Remote = map[netip.Addr]*Pod{}
+		}
+		p.Remote[ip] = pod
+	}
 }
 
 // refusals returns what cannot be used, sorted.

@@ -249,6 +249,12 @@ func (v *ClassicVerifier) step(in VerifierInput) {
 		}
 	case SetOwners:
 		v.setOwners(in.Owners)
+	case Told:
+		v.announced(in.Binding.Owner, in.Binding)
+	case Untold:
+		if e, ok := v.table.Get(in.IP); ok && e.Lease == ipcache.LeaseClassic && e.Binding.UID == in.UID {
+			v.zero(e)
+		}
 	case Used, AskMax, VerifierTick:
 	}
 }
@@ -322,7 +328,7 @@ func (v *ClassicVerifier) receive(p *classicPeer, m Message) {
 			}
 		}
 	case Announce:
-		v.announced(p, m.Binding)
+		v.announced(p.name, m.Binding)
 	case Withdraw:
 		// One that could not be zeroed is zeroed with the next Welcome.
 		if e, ok := v.table.Get(m.IP); ok && e.Lease != ipcache.LeaseLocal && e.Binding.Owner == p.name && e.Binding.Generation == m.Generation {
@@ -334,14 +340,14 @@ func (v *ClassicVerifier) receive(p *classicPeer, m Message) {
 	}
 }
 
-func (v *ClassicVerifier) announced(p *classicPeer, b identity.Binding) {
-	if b.Owner != p.name || !v.cfg.Speaks(p.name, b.IP) {
+func (v *ClassicVerifier) announced(by identity.NodeName, b identity.Binding) {
+	if b.Owner != by || !v.cfg.Speaks(by, b.IP) {
 		return
 	}
 	if e, ok := v.table.Get(b.IP); ok {
-		same := e.Lease == ipcache.LeaseClassic && e.Binding.Generation == b.Generation && e.Binding.UID == b.UID
+		same := e.Lease == ipcache.LeaseClassic && e.Binding.Generation == b.Generation && e.Binding.UID == b.UID && e.Hash == b.Identity.Hash()
 		if e.Lease == ipcache.LeaseLocal || same {
-			if same && e.Binding.Identity.Equal(identity.Identity{}) && e.Hash == b.Identity.Hash() {
+			if same && e.Binding.Identity.Equal(identity.Identity{}) {
 				v.table.SetBinding(e.Slot, b)
 				v.emit(Learned{Slot: e.Slot, Stamp: e.Stamp, Binding: b})
 			}
@@ -357,7 +363,7 @@ func (v *ClassicVerifier) announced(p *classicPeer, b identity.Binding) {
 		return
 	}
 	v.emit(Install{Stamp: e.Stamp, Slot: e.Slot, Lease: e.Lease, Binding: b, Evidence: e.Evidence})
-	v.emit(VerifierLog{LogEntry{Kind: LogConfirmed, Peer: p.name, IP: b.IP, Generation: b.Generation, UID: b.UID, Identity: b.Identity, Evidence: e.Evidence}})
+	v.emit(VerifierLog{LogEntry{Kind: LogConfirmed, Peer: by, IP: b.IP, Generation: b.Generation, UID: b.UID, Identity: b.Identity, Evidence: e.Evidence}})
 	if _, ok := v.waits[b.IP]; ok {
 		delete(v.waits, b.IP)
 		v.emit(Answer{IP: b.IP, Live: true})

@@ -244,6 +244,14 @@ type (
 	// all of them. Mode lease asks whom it is told to ask; whoever does not speak
 	// for an IP any more is told to it by ResetSession.
 	SetOwners struct{ Owners []identity.NodeName }
+	// Told: somebody else than the owner says who holds an IP. Mode classic
+	// believes it until told otherwise; mode lease never does.
+	Told struct{ Binding identity.Binding }
+	// Untold: and that the workload does not hold it any more.
+	Untold struct {
+		IP  netip.Addr
+		UID identity.UID
+	}
 	// VerifierTick: time has passed, as OwnerTick.
 	VerifierTick struct{}
 )
@@ -364,6 +372,8 @@ func (StoreFailed) isVerifierInput()  {}
 func (AskMax) isVerifierInput()       {}
 func (ResetSession) isVerifierInput() {}
 func (SetOwners) isVerifierInput()    {}
+func (Told) isVerifierInput()         {}
+func (Untold) isVerifierInput()       {}
 func (VerifierTick) isVerifierInput() {}
 
 func (OpenStream) isVerifierOutput()    {}
