@@ -3,6 +3,7 @@ package agent
 import (
 	"testing"
 
+	"portcullis/agent/api"
 	"portcullis/authz"
 	"portcullis/bpf/abi"
 	"portcullis/identity"
@@ -55,4 +56,55 @@ func TestImportedNamespace(t *testing.T) {
 		t.Fatal(err)
 	}
 	verify("deleted", false)
+}
+
+const overRedNamespaces = `
+apiVersion: cilium.io/v2
+kind: CiliumClusterwideNetworkPolicy
+metadata: {name: red}
+spec:
+  endpointSelector: {matchLabels: {io.cilium.k8s.namespace.labels.team: red}}
+  ingress: [{fromEndpoints: [{matchLabels: {app: nobody}}]}]
+`
+
+// Namespaces in a list, as kubectl prints them, stand over a restart each by
+// itself; the last import counts, and one import says one thing. What namespaces
+// a policy is over follows their labels while workloads live, and where these are
+// not known it is over all: that one is deleted opens nothing.
+func TestNamespacesOfAPolicy(t *testing.T) {
+	n := newNode(t)
+	n.veth("a0")
+	l := n.mustStart()
+	defer func() { n.crash(l) }()
+	a := n.run(l, app("a0", "10.1.1.2"))
+	verify := func(when string, enforced bool) {
+		t.Helper()
+		if set := a.policy.set; set.EnforceIngress != enforced || (n.inKernel(l, "a0").Flags&uint32(abi.EPEnforceIngress) != 0) != enforced {
+			t.Errorf("%s: under policy %v, want %v", when, set.EnforceIngress, enforced)
+		}
+	}
+	list := func(team string) string {
+		return `{"apiVersion": "v1", "kind": "NamespaceList", "items": [{"metadata": {"name": "default", "labels": {"team": "` + team + `"}}}, {"metadata": {"name": "other"}}]}`
+	}
+	n.importPolicy(l, overRedNamespaces)
+	verify("of a namespace that nobody spoke of", true)
+	n.importPolicy(l, list("blue"))
+	verify("of another team", false)
+	a = n.restartWith(&l, a, func() {})
+	verify("after a restart", false)
+	n.importPolicy(l, list("red"))
+	verify("of the team", true)
+	n.importPolicy(l, "apiVersion: v1\nkind: Namespace\nmetadata: {name: default}\n")
+	verify("of none", false)
+	if err := l.deletePolicies([]authz.Ref{{Kind: "Namespace", Name: "default"}}); err != nil {
+		t.Fatal(err)
+	}
+	verify("deleted", true)
+	if refs := l.objects(); len(refs) != 2 {
+		t.Errorf("left: %v", refs)
+	}
+	twice := []*api.PolicyFile{{Name: "a.yaml", Content: []byte(list("red"))}, {Name: "b.yaml", Content: []byte(list("blue"))}}
+	if _, problems := api.ParsePolicies(twice); len(problems) != 2 {
+		t.Errorf("one import says two things of two namespaces: %v", problems)
+	}
 }

@@ -60,7 +60,9 @@ func (l *loop) forgetPolicy(e *endpoint) {
 // importPolicies adds or replaces policies and what they speak of, all or none:
 // every endpoint's new set is in the kernel before the first endpoint is switched
 // to it, and the repository goes back to what it was when one does not fit. They
-// are stored first: a policy that a restart would forget must not be counted on.
+// are on the disk before, and in their places there after it, at once: what does
+// not fit is never found by a restart, and who imports hears of success when a
+// restart would find it.
 func (l *loop) importPolicies(parsed []api.Object, st *staged) (replaced map[authz.Ref]bool, err error) {
 	undo := l.changePolicies()
 	replaced = map[authz.Ref]bool{}
@@ -69,10 +71,7 @@ func (l *loop) importPolicies(parsed []api.Object, st *staged) (replaced map[aut
 			break
 		}
 		replaced[o.Ref] = undo.remember(o.Ref)
-		if err = l.store.putStaged(api.FromRef(o.Ref).Ref(), st); err == nil {
-			err = l.use(o, st.at)
-		}
-		if err != nil {
+		if err = l.use(o, st.at); err != nil {
 			break
 		}
 	}
@@ -86,6 +85,10 @@ func (l *loop) importPolicies(parsed []api.Object, st *staged) (replaced map[aut
 		}
 		err = l.applyPolicies()
 	}
+	if err == nil {
+		undo.stored = true // a part at least, if it fails
+		err = l.store.putStaged(st)
+	}
 	if err != nil {
 		return nil, undo.run(err)
 	}
@@ -93,7 +96,9 @@ func (l *loop) importPolicies(parsed []api.Object, st *staged) (replaced map[aut
 	return replaced, nil
 }
 
-// deletePolicies removes policies and what they speak of, all or none.
+// deletePolicies removes policies and what they speak of, all or none. An agent
+// that dies while it does may have removed a part: nobody was told that it is
+// done, and what is left is in force.
 func (l *loop) deletePolicies(refs []authz.Ref) error {
 	for _, ref := range refs {
 		if err := l.notOfCluster(ref); err != nil {
@@ -110,6 +115,7 @@ func (l *loop) deletePolicies(refs []authz.Ref) error {
 		}
 	}
 	err := l.applyPolicies()
+	undo.stored = err == nil
 	for _, ref := range refs {
 		if err == nil {
 			err = l.remove(ref)
@@ -207,11 +213,11 @@ type policyUndo struct {
 	l   *loop
 	old []struct {
 		api.Object
-		there   bool
-		at      time.Time
-		cluster bool // of the cluster: not stored here
+		there bool
+		at    time.Time
 	}
-	lost map[*endpoint]uint32
+	lost   map[*endpoint]uint32
+	stored bool // it may be on the disk; what is of the cluster never is
 }
 
 // changePolicies begins a change that somebody asked for.
@@ -238,10 +244,9 @@ func (u *policyUndo) remember(ref authz.Ref) bool {
 	o, there := u.l.object(ref)
 	u.old = append(u.old, struct {
 		api.Object
-		there   bool
-		at      time.Time
-		cluster bool
-	}{o, there, u.l.policyFiles[ref].at, u.l.known.objects[ref] != nil})
+		there bool
+		at    time.Time
+	}{o, there, u.l.policyFiles[ref].at})
 	return there
 }
 
@@ -253,12 +258,15 @@ func (u *policyUndo) run(why error) error {
 	}
 	for _, o := range u.old {
 		switch {
-		case o.there && o.cluster:
-			errs = append(errs, u.l.use(o.Object, o.at))
-		case o.there:
+		case u.stored && o.there:
 			errs = append(errs, u.l.putBack(o.Object, o.at))
-		default:
+		case u.stored:
 			errs = append(errs, u.l.remove(o.Ref))
+		case o.there:
+			errs = append(errs, u.l.use(o.Object, o.at))
+		default:
+			u.l.forget(o.Ref)
+			delete(u.l.policyFiles, o.Ref)
 		}
 	}
 	if err := u.l.applyPolicies(); err != nil {

@@ -102,6 +102,9 @@ func openStore(journalDir, stateDir string, boot identity.BootID) (*store, error
 			return nil, fmt.Errorf("store: %w", err)
 		}
 	}
+	if err := s.finishImports(); err != nil {
+		return nil, fmt.Errorf("store: %w", err)
+	}
 	left, err := filepath.Glob(filepath.Join(s.policies, stagedPrefix+"*"))
 	if err != nil {
 		return nil, err
@@ -347,12 +350,23 @@ func (s *store) putPolicy(ref string, r policyRecord) error {
 }
 
 // staged are policies on the disk, complete, that are not in force yet.
+//
+//	staged-1, staged-2, staged-3     the policies; and a record: 1 -> a.json, 2 -> b.json
+//	staged-1, staged-2, import-3     the record's new name is what decides: from here
+//	a.json,   staged-2, import-3     on the next start would do the rest,
+//	a.json,   b.json,   import-3     which is nothing here
+//
+// So an import of several is in force as a whole after a crash, or not at all.
 type staged struct {
-	at    time.Time
-	files map[string]string // by reference
+	at     time.Time
+	files  map[string]string // by reference
+	record string            // "" for a single one: to rename that is enough
 }
 
-const stagedPrefix = "staged-"
+const (
+	stagedPrefix = "staged-"
+	importPrefix = "import-"
+)
 
 // stage writes policies to the disk, which can take long: so it is not done by
 // the loop. It is safe for concurrent use. Whoever calls it discards.
@@ -369,21 +383,91 @@ func (s *store) stage(parsed []api.Object) (*staged, error) {
 			return nil, fmt.Errorf("%w: %w", errNotStored, err)
 		}
 	}
+	if len(parsed) > 1 {
+		if err := s.stageRecord(st); err != nil {
+			st.discard()
+			return nil, fmt.Errorf("%w: %w", errNotStored, err)
+		}
+	}
 	return st, nil
+}
+
+// stageRecord writes down which files are to come into which places.
+func (s *store) stageRecord(st *staged) error {
+	places := map[string]string{}
+	for ref, file := range st.files {
+		places[filepath.Base(file)] = filepath.Base(s.policyPath(ref))
+	}
+	f, err := os.CreateTemp(s.policies, stagedPrefix)
+	if err != nil {
+		return err
+	}
+	st.record = f.Name()
+	return errors.Join(f.Close(), writeJSON(st.record, places, true))
 }
 
 // discard removes what was not put.
 func (st *staged) discard() {
-	for _, file := range st.files {
-		_ = os.Remove(file) // the next start does it
-		_ = os.Remove(file + newSuffix)
+	// The record first: without it nothing is to be finished.
+	for _, file := range append([]string{st.record}, slices.Collect(maps.Values(st.files))...) {
+		if file != "" {
+			_ = os.Remove(file) // the next start does it
+			_ = os.Remove(file + newSuffix)
+		}
 	}
 }
 
-// putStaged puts a staged policy in its place. It counts after syncPolicies.
-func (s *store) putStaged(ref string, st *staged) error {
-	if err := os.Rename(st.files[ref], s.policyPath(ref)); err != nil {
+// putStaged puts what was staged in its place, also if the agent dies meanwhile:
+// see staged. It counts after syncPolicies. On an error a part may be in place,
+// and the rest is discarded.
+func (s *store) putStaged(st *staged) (err error) {
+	if st.record != "" {
+		decided := filepath.Join(s.policies, importPrefix+strings.TrimPrefix(filepath.Base(st.record), stagedPrefix))
+		if err = os.Rename(st.record, decided); err == nil {
+			st.record = decided
+		}
+	}
+	for ref, file := range st.files {
+		if err == nil {
+			err = os.Rename(file, s.policyPath(ref))
+		}
+	}
+	if err != nil {
+		st.discard()
 		return fmt.Errorf("%w: %w", errNotStored, err)
+	}
+	if st.record != "" {
+		_ = os.Remove(st.record) // the files that it names are no more, so it says nothing
+	}
+	return nil
+}
+
+// finishImports does what was left of imports that were decided when an agent
+// died.
+func (s *store) finishImports() error {
+	records, err := filepath.Glob(filepath.Join(s.policies, importPrefix+"*"))
+	if err != nil || len(records) == 0 {
+		return err
+	}
+	for _, record := range records {
+		var places map[string]string
+		if err := readJSON(record, &places); err != nil {
+			return fmt.Errorf("an import was cut off, and what it was cannot be read: remove the file, and import again: %w", err)
+		}
+		for file, place := range places {
+			from, to := filepath.Join(s.policies, filepath.Base(file)), filepath.Join(s.policies, filepath.Base(place))
+			if err := ignoreMissing(os.Rename(from, to)); err != nil { // missing: it is in its place
+				return err
+			}
+		}
+	}
+	if err := syncDir(s.policies); err != nil {
+		return err
+	}
+	for _, record := range records {
+		if err := os.Remove(record); err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -4,12 +4,15 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 
 	"portcullis/agent/api"
+	"portcullis/authz"
+	"portcullis/datapath"
 	"portcullis/identity"
 )
 
@@ -101,6 +104,97 @@ func TestStoreForgetsStrangers(t *testing.T) {
 	l.retry()
 	if err := l.store.putIdentity(identity.New("td", "ns", "b", nil)); err != nil {
 		t.Error(err)
+	}
+}
+
+// A crash within an import of several policies, at whichever step, leaves all of
+// them in force, or none.
+func TestImportAndCrash(t *testing.T) {
+	n := newNode(t)
+	l := n.mustStart()
+	defer func() { n.crash(l) }()
+	n.importPolicy(l, denyEvil)
+	parsed, problems := api.ParsePolicies([]*api.PolicyFile{{Name: "p.yaml", Content: []byte(denyAll)}, {Name: "q.yaml", Content: []byte(strings.Replace(denyAll, "deny-all", "other", 1))}})
+	if len(problems) > 0 {
+		t.Fatal(problems)
+	}
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for steps := range 5 { // of putStaged
+		st, err := l.store.stage(parsed)
+		must(err)
+		record := filepath.Join(l.store.policies, importPrefix+"x")
+		todo := []func() error{func() error { return os.Rename(st.record, record) }}
+		for ref, file := range st.files {
+			todo = append(todo, func() error { return os.Rename(file, l.store.policyPath(ref)) })
+		}
+		todo = append(todo, func() error { return os.Remove(record) })
+		for _, step := range todo[:steps] {
+			must(step())
+		}
+		n.crash(l)
+		l = n.mustStart()
+		want := 1
+		if steps > 0 {
+			want = 3
+		}
+		files, err := os.ReadDir(l.store.policies)
+		must(err)
+		if len(files) != want || len(l.repo.List()) != want {
+			t.Errorf("after a crash within an import, with %d steps done: %v, %d in force, want %d", steps, files, len(l.repo.List()), want)
+		}
+		for _, p := range parsed {
+			if _, there := l.object(p.Ref); there {
+				must(l.deletePolicies([]authz.Ref{p.Ref}))
+			}
+		}
+	}
+	must(os.WriteFile(filepath.Join(l.store.policies, importPrefix+"y"), []byte("{"), 0o600))
+	n.crash(l)
+	if _, err := n.start(); err == nil || !strings.Contains(err.Error(), "import was cut off") {
+		t.Errorf("with a record that cannot be read: %v", err)
+	}
+	must(os.Remove(filepath.Join(l.store.policies, importPrefix+"y")))
+	l = n.mustStart()
+}
+
+// An import that does not fit into the kernel leaves the disk as it is: there is
+// nothing that a crash could leave there.
+func TestRefusedImportTouchesNoFile(t *testing.T) {
+	n := newNode(t)
+	n.cfg.PolicyEntries = 64
+	n.veth("a0")
+	l := n.mustStart()
+	defer n.crash(l)
+	n.run(l, app("a0", "10.1.1.2"))
+	n.importPolicy(l, denyEvil)
+	parsed, problems := api.ParsePolicies([]*api.PolicyFile{{Name: "p.yaml", Content: []byte(strings.Replace(denyEvil, "spec:", "# replaced\nspec:", 1) + "---" + strings.Replace(denyAll, "podSelector: {}", "podSelector: {}, ingress: [{}], egress: [{}], policyTypes: [Ingress, Egress]", 1))}})
+	if len(problems) > 0 {
+		t.Fatal(problems)
+	}
+	n.fillPolicy(l)
+	st, err := l.store.stage(parsed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, err := os.Stat(l.store.policyPath(api.FromRef(l.objects()[0]).Ref()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.importPolicies(parsed, st); !errors.Is(err, datapath.ErrMapFull) {
+		t.Fatalf("%v, want %v", err, datapath.ErrMapFull)
+	}
+	st.discard()
+	after, err := os.Stat(l.store.policyPath(api.FromRef(l.objects()[0]).Ref()))
+	if err != nil || !os.SameFile(before, after) || len(l.objects()) != 1 {
+		t.Errorf("the policy's file was written anew (%v); in force are %v", err, l.objects())
+	}
+	if o, _ := l.object(l.objects()[0]); strings.Contains(o.Source, "replaced") {
+		t.Error("the new source stands in memory")
 	}
 }
 

@@ -33,13 +33,14 @@ status: {phase: Active}
 		t.Error(d)
 	}
 	for bad, message := range map[string]string{
-		"metadata: {name: a.b}":                         "is not the name of a namespace",
-		"metadata: {name: a, namespace: b}":             "is in no namespace",
-		"metadata: {name: a}\nlabels: {team: red}":      "unknown field",
-		"metadata: {name: a, labels: {team: [red]}}":    "want a string",
-		"metadata: {labels: {team: red}}":               "field name is missing",
-		"metadata: {name: a, labels: {team: -red-}}":    "is not a label's value",
-		"metadata: {name: a, labels: {\"te am\": red}}": "label",
+		"metadata: {name: a.b}":                                                   "is not the name of a namespace",
+		"metadata: {name: a, namespace: b}":                                       "is in no namespace",
+		"metadata: {name: a}\nlabels: {team: red}":                                "unknown field",
+		"metadata: {name: a, labels: {team: [red]}}":                              "want a string",
+		"metadata: {name: a, labels: {kubernetes.io/metadata.name: kube-system}}": "is not the namespace's name",
+		"metadata: {labels: {team: red}}":                                         "field name is missing",
+		"metadata: {name: a, labels: {team: -red-}}":                              "is not a label's value",
+		"metadata: {name: a, labels: {\"te am\": red}}":                           "label",
 	} {
 		_, err := dialect.ParseFile("f", []byte("apiVersion: v1\nkind: Namespace\n"+bad+"\n"), k8s.Namespaces)
 		if err == nil || !strings.Contains(err.Error(), message) {
