@@ -101,7 +101,9 @@ func (l *loop) register(w workload, ifindex uint32) (*endpoint, error) {
 	if e, err := l.admissible(&w); e != nil || err != nil {
 		return e, err
 	}
-	if stale := l.byIfindex[ifindex]; stale != nil {
+	if stale := l.byIfindex[ifindex]; stale != nil && stale.state == abi.EPClosed {
+		return nil, fmt.Errorf("device %s is %w: it was that of %s, which ended, and serves no other workload: make another device", w.ifname, errConflict, stale.fullName())
+	} else if stale != nil {
 		return nil, fmt.Errorf("device %s is %w: it belongs to %s", w.ifname, errConflict, stale.fullName())
 	}
 	if _, err := l.deregister(w.uid); err != nil { // its former sandbox's, if there is one

@@ -156,6 +156,39 @@ func TestAgentRestartsWithinADD(t *testing.T) {
 	}
 }
 
+// ADD and DEL of one pod at a time, as of a runtime that has lost patience:
+// whichever comes first, after the last DEL nothing is left, and after an ADD alone
+// the pod is served.
+func TestADDAndDELAtATime(t *testing.T) {
+	n := newNode(t)
+	p := n.pod(89)
+	for range 6 {
+		done := make(chan error, 2)
+		for _, command := range []string{"ADD", "DEL"} {
+			go func() {
+				_, err := p.call(command, n.conf("1.1.0"))
+				if command == "ADD" {
+					err = nil // it may find itself ended
+				}
+				done <- err
+			}()
+		}
+		n.must(errors.Join(<-done, <-done))
+		p.must("DEL")
+		if left := n.endpoints(); len(left) > 0 || p.hears(false) {
+			t.Fatalf("left %v", left)
+		}
+	}
+	_, err := p.call("ADD", n.conf("1.1.0"))
+	n.fails(err, codeRefused, "make another device") // as the plugins before do
+	p = n.sandbox(89, p.uid)
+	p.must("ADD")
+	p.must("CHECK")
+	if !p.hears(true) {
+		t.Error("it hears nothing")
+	}
+}
+
 // A pod with a UID of Kubernetes has one endpoint. A second interface is refused,
 // and its DEL does not end the first.
 func TestSecondInterface(t *testing.T) {
