@@ -66,6 +66,8 @@ type Config struct {
 	TrustDomain     string
 	WorkloadAPI     string // unix:///path
 
+	SVIDDir string // in the Workload API's place: PEM files that somebody keeps
+
 	// In the Workload API's place: the issuer of this cluster. All or none.
 	Issuer       string // https://HOST:PORT
 	IssuerToken  string // file of a token for it

@@ -32,6 +32,10 @@ func TestConfigValidate(t *testing.T) {
 		{"issuer without its files", func(c *Config) { c.Issuer = "https://192.0.2.9:4261" }, []string{"--issuer-token", "--issuer-bundle"}},
 		{"issuer without TLS", func(c *Config) { c.Issuer, c.IssuerToken, c.IssuerBundle = "http://192.0.2.9:4261", "/t", "/b" }, []string{"--issuer \"http:"}},
 		{"files without an issuer", func(c *Config) { c.IssuerToken = "/t" }, []string{"--issuer is missing"}},
+		{"two places for the SVID", func(c *Config) {
+			c.Issuer, c.IssuerToken, c.IssuerBundle, c.SVIDDir = "https://192.0.2.9:4261", "/t", "/b", "/d"
+		}, []string{"--svid-dir"}},
+		{"a relative directory of SVIDs", func(c *Config) { c.SVIDDir = "d" }, []string{"--svid-dir"}},
 		{"empty", func(c *Config) { *c = Config{} }, []string{"--node ", "--node-ip", "--range", "--listen", "--trust-domain", "--workload-api", "--ttl", "--heartbeat", "--evidence", "--bindings"}},
 		{"classic must be asked for twice", func(c *Config) { c.Evidence = ModeClassic }, []string{"--unsafe-classic"}},
 		{"unsafe lease", func(c *Config) { c.UnsafeClassic = true }, []string{"--unsafe-classic"}},

@@ -35,8 +35,11 @@ func newSource(cfg Config, log *zap.Logger) (*svid.Source, error) {
 }
 
 func newProvider(cfg Config, id spiffeid.ID, log *zap.Logger) (svid.Provider, error) {
-	if cfg.Issuer != "" {
+	switch {
+	case cfg.Issuer != "":
 		return client.New(*cfg.issuerClient(id, log))
+	case cfg.SVIDDir != "":
+		return svid.Directory(cfg.SVIDDir)
 	}
 	return svid.WorkloadAPI(cfg.WorkloadAPI)
 }
@@ -48,7 +51,13 @@ func (c *Config) issuerClient(id spiffeid.ID, log *zap.Logger) *client.Config {
 // validateSVID looks at where the SVID comes from.
 func (c *Config) validateSVID() (errs []error) {
 	if c.Issuer != "" {
-		return split(c.issuerClient(spiffeid.ID{}, nil).Check())
+		if c.SVIDDir != "" {
+			errs = append(errs, fmt.Errorf("--svid-dir and --issuer exclude each other: an agent's SVID comes from one place"))
+		}
+		return append(errs, split(c.issuerClient(spiffeid.ID{}, nil).Check())...)
+	}
+	if c.SVIDDir != "" && !filepath.IsAbs(c.SVIDDir) {
+		errs = append(errs, fmt.Errorf("--svid-dir %q: want an absolute path", c.SVIDDir))
 	}
 	if c.IssuerToken != "" || c.IssuerBundle != "" {
 		errs = append(errs, fmt.Errorf("--issuer is missing: --issuer-token and --issuer-bundle are for asking one"))
