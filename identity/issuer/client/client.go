@@ -143,17 +143,18 @@ func (c *Client) step(ctx context.Context, now time.Time) error {
 	if bundle == nil { // the file is looked at again soon
 		return fmt.Errorf("nobody can be trusted yet: %w", fileErr)
 	}
-	var err error
-	switch {
-	case c.due(now):
-		if err = c.request(ctx); err == nil {
-			c.polled = now.Add(c.cfg.Poll)
-		}
-	case now.After(c.polled):
-		c.polled = now.Add(c.cfg.Poll)
-		err = c.poll(ctx)
-	default:
+	due := c.due(now)
+	if !due && !now.After(c.polled) {
 		return nil
+	}
+	c.polled = now.Add(c.cfg.Poll)
+	var err error
+	if due {
+		err = c.request(ctx) // the bundle comes with it
+	}
+	if !due || err != nil {
+		// Who is refused an SVID must hear of a withdrawn authority all the same.
+		err = errors.Join(err, c.poll(ctx))
 	}
 	if err != nil {
 		c.failed(now)

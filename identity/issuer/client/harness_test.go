@@ -190,11 +190,16 @@ func (c *cluster) config(t *testing.T, node identity.NodeName) client.Config {
 // agent runs a node's source of SVIDs.
 func (c *cluster) agent(t *testing.T, node identity.NodeName) (s *svid.Source, stop func()) {
 	t.Helper()
-	from, err := client.New(c.config(t, node))
+	return c.source(t, c.config(t, node))
+}
+
+func (c *cluster) source(t *testing.T, cfg client.Config) (s *svid.Source, stop func()) {
+	t.Helper()
+	from, err := client.New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if s, err = svid.New(svid.Config{From: from, ID: nodeID(t, node)}); err != nil {
+	if s, err = svid.New(svid.Config{From: from, ID: cfg.ID}); err != nil {
 		t.Fatal(err)
 	}
 	return s, background(t, s.Run)
