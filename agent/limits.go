@@ -107,7 +107,7 @@ func (l *loop) noRoom(owner identity.NodeName) string {
 	switch {
 	case l.table.LeasesUsed() >= l.cfg.Sessions:
 		return "no lease index is left for a session with a further owner: raise --sessions"
-	case len(l.table.OfOwner(owner)) >= session.MaxHeld:
+	case l.table.CountOf(owner) >= session.MaxHeld:
 		return fmt.Sprintf("node %s has the most bindings that one session can account for (%d): give its workloads to more nodes", owner, session.MaxHeld)
 	}
 	return "a confirmed binding did not fit into the kernel's maps: raise --bindings"

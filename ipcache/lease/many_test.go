@@ -2,9 +2,12 @@ package lease_test
 
 import (
 	"net/netip"
+	"runtime"
 	"strconv"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"portcullis/identity"
 	"portcullis/ipcache"
@@ -112,4 +115,50 @@ func BenchmarkIdleStep(b *testing.B) {
 			}
 		})
 	}
+}
+
+// The steps of a new session over all the bindings that one may have: what is
+// listed in its Hello, and what its Welcome leads to.
+func BenchmarkNewSession(b *testing.B) {
+	for _, n := range []int{1000, 1 << 16} {
+		b.Run(strconv.Itoa(n), func(b *testing.B) {
+			v, _, now := many(b, n, 1000*time.Hour)
+			hello, welcome := time.Duration(0), time.Duration(0)
+			for i := range b.N {
+				old, stream := lease.StreamID(1+i), lease.StreamID(2+i)
+				now = now.Add(10 * time.Second)
+				v.Step(now, lease.OwnerGone{Owner: "o", Stream: old})
+				for len(only[lease.OpenStream](v.Step(now, lease.VerifierTick{}))) == 0 {
+					now = now.Add(time.Second)
+				}
+				v.Step(now, lease.StreamOpened{Owner: "o", Stream: stream})
+				begin := threadTime(b)
+				h := one[lease.Hello](b, v.Step(now, lease.FromOwner{Stream: stream, Message: lease.Challenge{}}))
+				hello += threadTime(b) - begin
+				w := lease.Welcome{Boot: bootO, Echo: h.SentAt, TTL: h.Ask}
+				for _, held := range h.Held {
+					w.Stands = append(w.Stands, held.Ref)
+				}
+				begin = threadTime(b)
+				out := v.Step(now, lease.FromOwner{Stream: stream, Message: w})
+				welcome += threadTime(b) - begin
+				if got := len(only[lease.SwitchLease](out)); got != n {
+					b.Fatalf("%d switched, want %d", got, n)
+				}
+			}
+			b.ReportMetric(float64(hello.Microseconds())/1000/float64(b.N), "ms-CPU/hello")
+			b.ReportMetric(float64(welcome.Microseconds())/1000/float64(b.N), "ms-CPU/welcome")
+		})
+	}
+}
+
+// threadTime is the CPU time of this thread, which is this goroutine's alone.
+func threadTime(b *testing.B) time.Duration {
+	b.Helper()
+	runtime.LockOSThread()
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &ts); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(ts.Nano())
 }

@@ -63,7 +63,7 @@ func only[T any](outs any) []T {
 	return r
 }
 
-func one[T any](t *testing.T, outs any) T {
+func one[T any](t testing.TB, outs any) T {
 	t.Helper()
 	r := only[T](outs)
 	if len(r) != 1 {

@@ -1,6 +1,7 @@
 package lease
 
 import (
+	"net/netip"
 	"slices"
 	"time"
 
@@ -159,12 +160,13 @@ func (v *Verifier) welcome(p *peer, m Welcome) {
 		v.closePeer(p, "welcome does not answer hello")
 		return
 	}
-	stands := map[Ref]bool{}
+	// What stands, as far as it is not found below. Up to MaxHeld bindings: no
+	// more is copied here than must be.
+	stands := make(map[Ref]bool, len(m.Stands))
 	for _, r := range m.Stands {
 		stands[r] = v.cfg.Speaks(p.name, r.IP)
 	}
-	var keep []ipcache.Entry
-	held := map[Ref]bool{}
+	var unknown []netip.Addr
 	for _, e := range v.table.OfOwner(p.name) {
 		if e.Lease < ipcache.LeaseFirst {
 			continue
@@ -172,8 +174,10 @@ func (v *Verifier) welcome(p *peer, m Welcome) {
 		r := ref(e)
 		switch {
 		case stands[r] && !e.Condemned:
-			held[r] = true
-			keep = append(keep, e)
+			delete(stands, r)
+			if e.Binding.Identity.Equal(identity.Identity{}) {
+				unknown = append(unknown, e.Binding.IP)
+			}
 		default:
 			v.zero(e, "does not stand")
 		}
@@ -200,14 +204,12 @@ func (v *Verifier) welcome(p *peer, m Welcome) {
 		v.emit(SendToOwner{p.stream, Ack{IP: r.IP, Generation: r.Generation}})
 	}
 	for _, r := range m.Stands {
-		if !held[r] {
+		if _, missing := stands[r]; missing {
 			v.emit(SendToOwner{p.stream, Release{IP: r.IP, Generation: r.Generation}})
 		}
 	}
-	for _, e := range keep {
-		if e.Binding.Identity.Equal(identity.Identity{}) {
-			v.confirm(p, e.Binding.IP) // to learn whom it speaks of
-		}
+	for _, ip := range unknown {
+		v.confirm(p, ip) // to learn whom it speaks of
 	}
 	for _, w := range slices.Clone(p.waits) {
 		v.ask(w)
@@ -248,7 +250,9 @@ func (v *Verifier) renewed(p *peer, echo Time, ttl time.Duration) {
 // which the owner waits as well.
 func (v *Verifier) switchAll(p *peer) {
 	p.switched = true
-	for _, e := range v.table.OfOwner(p.name) {
+	all := v.table.OfOwner(p.name)
+	v.out = slices.Grow(v.out, len(all))
+	for _, e := range all {
 		if e.Condemned || e.Lease < ipcache.LeaseFirst || e.Lease == p.lease {
 			continue
 		}
