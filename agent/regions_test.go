@@ -5,7 +5,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 
@@ -259,8 +258,11 @@ func TestRangesThatCannotBeWritten(t *testing.T) {
 	defer n.crash(l)
 	n.run(l, app("a0", "10.1.1.2"))
 	n.importPolicy(l, blockPolicy)
-	good := l.cfg.Ranges
-	l.cfg.Ranges = append(slices.Clone(good), netip.Prefix{}) // no prefix: SetRanges refuses
+	good := l.topology.Load()
+	bad := *good
+	bad.claims = maps.Clone(good.claims)
+	bad.claims[netip.Prefix{}] = "n1" // no prefix: SetRanges refuses
+	l.topology.Store(&bad)
 	if err := l.deletePolicies([]authz.Ref{{Kind: "CiliumNetworkPolicy", Namespace: "default", Name: "out"}}); err == nil {
 		t.Fatal("a failure is not told")
 	}
@@ -273,7 +275,7 @@ func TestRangesThatCannotBeWritten(t *testing.T) {
 	if got, most := len(l.regions.former), len(l.regions.numbers); got > most {
 		t.Errorf("%d numbers are to be released, of %d blocks", got, most)
 	}
-	l.cfg.Ranges = good
+	l.topology.Store(good)
 	l.retry()
 	if l.regions.behind || l.retryPolicies || len(l.regions.former) != 0 || l.alarmText("policy-not-applied") != "" {
 		t.Errorf("not made good: %+v, alarm %q", l.regions, l.alarmText("policy-not-applied"))
@@ -301,8 +303,10 @@ func TestRangeKnownNoMore(t *testing.T) {
 	l := n.mustStart()
 	defer n.crash(l)
 	n.importPolicy(l, strings.Replace(blockPolicy, "198.51.0.0/16, except: [198.51.100.0/24]", "10.0.0.0/8, except: [10.1.2.0/25]", 1))
-	peers := l.cfg.Peers
-	l.cfg.Peers = nil // 10.1.2.0/24
+	alone := l.sight(nil)
+	alone.peers = nil // 10.1.2.0/24
+	peers := l.topology.Load()
+	l.topology.Store(newTopology(alone))
 	verify := func(when string) {
 		t.Helper()
 		for _, ip := range []string{"10.1.2.7", "10.1.2.200", "10.3.0.1"} {
@@ -323,5 +327,5 @@ func TestRangeKnownNoMore(t *testing.T) {
 	if _, known := n.worldAt(l, "10.1.2.7"); known {
 		t.Error("its range is known still")
 	}
-	l.cfg.Peers = peers
+	l.topology.Store(peers)
 }
