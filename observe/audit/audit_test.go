@@ -267,6 +267,9 @@ func TestLinesDoNotMix(t *testing.T) {
 		})
 	}
 	wg.Wait()
+	for deadline := time.Now().Add(60 * time.Second); len(l.queue) > 0 && time.Now().Before(deadline); { // Close's patience has an end
+		time.Sleep(time.Millisecond)
+	}
 	must(t, l.Close())
 	if r := whole(t, a.options(), path); r.Records != 4000+1+r.Checkpoints || r.Checkpoints < 4 {
 		t.Errorf("%+v", r)
