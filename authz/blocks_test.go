@@ -56,7 +56,7 @@ func TestBlockLists(t *testing.T) {
 // every region that they make in a time that the suite does not notice; what
 // each block says is right.
 func TestManyBlocks(t *testing.T) {
-	const n = 30_000
+	const n = 10_000
 	blocks := make([]netip.Prefix, n)
 	for i := range blocks {
 		blocks[i] = netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(i >> 8), byte(i), 0}), 24)
