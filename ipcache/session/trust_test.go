@@ -281,7 +281,7 @@ func (c *countingCache) Put(k string, s *tls.ClientSessionState) {
 // A renewed SVID does not disturb a session; the end of the certificates that
 // opened it ends it; the next one has the new ones.
 func TestSessionOutlivesRotationAndEndsWithItsCertificate(t *testing.T) {
-	l := newLab(t, "portcullis.lab", 6*time.Second, "n1", "n2")
+	l := newLab(t, "portcullis.lab", 12*time.Second, "n1", "n2") // renewed after 5: time for a slow machine
 	src := l.source(t, "n2")
 	owner := l.node(t, "n1")
 	verifier := l.node(t, "n2", func(c *session.Config) { c.Source = src }).knows(owner)
