@@ -29,7 +29,8 @@ type Pressure struct {
 //	held-endpoint       packets of the endpoint that has most
 //	held-source         packets of the source that has most
 //
-// It takes a millisecond at most, and is safe for concurrent use.
+// It looks at every slot, which takes some 0.8 ms of CPU with 131,072 of them, and
+// 10 ms with 1,048,576. Safe for concurrent use.
 func (d *Datapath) Pressure() ([]Pressure, error) {
 	judges, err := d.judges()
 	if err != nil {
