@@ -50,6 +50,7 @@ enum pc_reason {
 	PC_REASON_NO_ENDPOINT = 16,	 /* device without an endpoint, or a closed one */
 	PC_REASON_NO_FLOW = 17,		 /* strict TCP: not a SYN, and of no known flow */
 	PC_REASON_TRANSLATED = 18,	 /* forwarded with the node's own address: whose it is, nobody knows */
+	PC_REASON_SERVICE_UNTRANSLATED = 19, /* to a service address, and nobody will say whom it leads to */
 	PC_REASON_MAX,
 };
 
@@ -232,6 +233,19 @@ struct pc_range {
 	__u32 flags;
 	__u32 identity; /* of an IP in it when not PC_RANGE_KNOWN */
 };
+
+/*
+ * Map `services`: LPM trie, same key: addresses that stand for others (a
+ * cluster's service range, addresses of load balancers). Who a packet to one of
+ * them is for is known when the node has translated it, and it is judged then, by
+ * the program after_translation: by the address and port to which it really goes.
+ */
+struct pc_service {
+	__u32 flags; /* enum pc_service_flag; 0: not this prefix, though a shorter one */
+};
+
+enum pc_service_flag { PC_SERVICE_TRANSLATED = 1 };
+
 /* After a change of `ranges`, and after a binding for an IP outside the known
  * ranges, user space adds 1 to state.range_epoch: flows that were judged by
  * range are then judged again (I5). */
@@ -313,6 +327,7 @@ enum pc_judgement_flag {
 	PC_JUDGED_REPLY_SEEN = 2, /* this judge has let a reply pass */
 	PC_JUDGED_AUDIT = 4, /* it would not pass: `evidence` is the enum pc_reason */
 	PC_JUDGED_BY_MARK = 8, /* the peer is not who its address says, but the endpoint whose `mark` the packets carry */
+	PC_JUDGED_BY_SERVICE = 16, /* nor here: it is whom the node's translation leads to, at port `mark` */
 };
 
 enum pc_ifindex { PC_IFINDEX_NONE = 0xffffffff };
@@ -332,7 +347,7 @@ struct pc_judgement {
 			 * 0: from this node itself; PC_IFINDEX_NONE: not yet */
 	__u8 evidence;	/* least evidence that a packet of this flow needs; with PC_JUDGED_AUDIT the reason */
 	__u8 flags;	/* enum pc_judgement_flag */
-	__u16 mark;	/* with PC_JUDGED_BY_MARK: hold_index of the peer's endpoint */
+	__u16 mark;	/* with PC_JUDGED_BY_MARK: hold_index of the peer's endpoint; with PC_JUDGED_BY_SERVICE its port */
 	__u32 rule;
 };
 
@@ -464,6 +479,11 @@ struct pc_held {
 	__u16 sport;
 	__u16 dport;
 	__u32 source_index; /* into `hold_sources`; 0: not counted there */
+	/* What the workload called, where the node has translated that: the packet
+	 * is as translated, and goes back to from_workload as it was sent. */
+	struct pc_addr service; /* zero: the packet is as it was sent */
+	__u16 service_port;
+	__u8 pad[6];
 };
 
 enum pc_held_size {
@@ -500,7 +520,8 @@ struct pc_state {
 	__u64 last_generation;
 	__u64 lost_events;   /* the ring was full; added to by the kernel */
 	__u64 abi_version;
-	__u64 pad;	     /* what every packet reads lies apart from what is written often */
+	__u64 translation;   /* 1: after_translation is attached wherever a translated packet comes by */
+	/* What every packet reads lies apart from what is written often. */
 	__u64 range_epoch;   /* see pc_range */
 	__u64 endpoint_epoch; /* user space adds 1 after every change of `endpoints`: what
 			       * was remembered with an endpoint's words then counts no more */
@@ -533,6 +554,7 @@ _Static_assert(sizeof(struct pc_binding) == 16, "pc_binding");
 _Static_assert(sizeof(struct pc_slot) == 64, "pc_slot");
 _Static_assert(sizeof(struct pc_slot_cold) == 136, "pc_slot_cold");
 _Static_assert(sizeof(struct pc_range_key) == 20, "pc_range_key");
+_Static_assert(sizeof(struct pc_service) == 4, "pc_service");
 _Static_assert(sizeof(struct pc_source_key) == 24, "pc_source_key");
 _Static_assert(sizeof(struct pc_policy_key) == 16, "pc_policy_key");
 _Static_assert(sizeof(struct pc_policy) == 8, "pc_policy");
@@ -540,7 +562,7 @@ _Static_assert(sizeof(struct pc_ct_key) == 40, "pc_ct_key");
 _Static_assert(sizeof(struct pc_judgement) == 40, "pc_judgement");
 _Static_assert(sizeof(struct pc_ct) == 104, "pc_ct");
 _Static_assert(sizeof(struct pc_event) == 104, "pc_event");
-_Static_assert(sizeof(struct pc_held) == 72, "pc_held");
+_Static_assert(sizeof(struct pc_held) == 96, "pc_held");
 _Static_assert(sizeof(struct pc_state) == 128, "pc_state");
 
 #endif

@@ -18,6 +18,7 @@
 #include "lib/icmp.h"
 #include "lib/judge.h"
 #include "lib/recent.h"
+#include "lib/translated.h"
 
 inline_always int has_mark(const struct __sk_buff *skb, __u32 mark)
 {
@@ -156,6 +157,11 @@ inline_always int gate(struct __sk_buff *skb, int dir)
 	l.reinjected = has_mark(skb, reinject_mark);
 	l.reason = judge(skb, &l, dir);
 
+	if (dir == PC_DIR_EGRESS && !l.reason && l.peer.kind == PEER_LATER) {
+		/* after_translation counts it, and tells of it. */
+		leave(skb, &l, dir);
+		return TCX_NEXT;
+	}
 	if (!l.reason) {
 		if (l.unremembered) /* passes, and shows in the counters all the same (I6) */
 			l.reason = PC_REASON_MAP_FULL;
@@ -218,6 +224,12 @@ int to_workload(struct __sk_buff *skb)
 		return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
 	}
 	return gate(skb, PC_DIR_INGRESS);
+}
+
+SEC("netfilter")
+int after_translation(struct bpf_nf_ctx *ctx)
+{
+	return translated_gate(ctx);
 }
 
 char _license[] SEC("license") = "GPL";

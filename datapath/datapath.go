@@ -46,6 +46,8 @@ type Datapath struct {
 	sources array[abi.HoldQuota]
 	budget  array[abi.CTBudget]
 
+	untranslated error // why services cannot be judged; nil: they are
+
 	emptied map[uint32]int64                        // slot -> CLOCK_BOOTTIME when it was emptied; until it is filled again
 	sets    map[uint32]map[abi.PolicyKey]abi.Policy // what the map `policy` holds
 	doomed  []doomedSet                             // to be removed, oldest first
@@ -57,6 +59,7 @@ type Datapath struct {
 	policies  atomic.Int64 // entries in `policy`
 	ranges    atomic.Int64 // entries in `ranges`
 	prefixes  atomic.Int64 // entries in `sources`
+	services  atomic.Int64 // entries in `services`
 	nobodys   atomic.Int64 // conntrack entries that no endpoint's budget counts, at the last sweep
 	fragments atomic.Int64 // datagrams under way of the endpoint that has most, at the last sweep
 }
@@ -168,13 +171,16 @@ func (d *Datapath) createSteps(spec *ebpf.CollectionSpec) []step {
 
 // load loads the programs, with the given maps and fresh ones for the rest.
 func (d *Datapath) load(spec *ebpf.CollectionSpec, replace map[string]*ebpf.Map) (err error) {
-	d.coll, err = ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: replace})
+	d.coll, d.untranslated, err = newCollection(spec, replace)
 	if err != nil {
 		var rejected *ebpf.VerifierError
 		if errors.As(err, &rejected) {
 			return fmt.Errorf("the kernel rejected a program: %+v", rejected)
 		}
 		return fmt.Errorf("load the kernel programs: %w", err)
+	}
+	if d.untranslated != nil {
+		d.log().Warn("the kernel does not take the program that judges packets to services: they are dropped where egress is under policy", zap.Error(d.untranslated))
 	}
 	return d.mapArrays()
 }

@@ -113,7 +113,10 @@ func (d *Datapath) Endpoints() (map[string]abi.Endpoint, error) {
 // swapSteps replace the programs: first their pins, then those under the links
 // of every device, which is done in one step each.
 func (d *Datapath) swapSteps() []step {
-	steps := []step{{"pin programs", func() error { return d.pins.pinPrograms(d.coll.Programs) }}}
+	steps := []step{
+		{"pin programs", func() error { return d.pins.pinPrograms(d.coll.Programs) }},
+		{"attach " + afterTranslation, d.attachTranslation},
+	}
 	names, err := d.pins.devices()
 	if err != nil {
 		return []step{{"list devices", func() error { return err }}}

@@ -62,12 +62,13 @@ var carried = map[string]struct {
 	"policy":     {[]string{"flags", "evidence"}, false},
 	"uplinks":    {nil, false},
 	"sources":    {[]string{"flags"}, false},
+	"services":   {[]string{"flags"}, true}, // without them a service's address is as any other
 	"conntrack":  {nil, false},
 	"state":      {[]string{"next_stamp", "next_endpoint", "next_policy"}, true}, // else stamps would be used twice
 }
 
 // afresh are the maps that begin empty.
-var afresh = []string{"counters", "clock", "events", "held", "hold_quota", "hold_sources", "fragments", "ct_budget", "marks", "recent"}
+var afresh = []string{"counters", "clock", "events", "held", "hold_quota", "hold_sources", "fragments", "ct_budget", "marks", "recent", "seen"}
 
 // step is one step of Open: what is done between two of them can be cut off,
 // and the next Open recovers.

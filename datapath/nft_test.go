@@ -21,6 +21,7 @@ type nft struct {
 // Of linux/netfilter/nf_tables.h.
 const (
 	nftNewTable = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWTABLE
+	nftDelTable = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_DELTABLE
 	nftNewChain = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWCHAIN
 	nftNewRule  = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWRULE
 
@@ -81,6 +82,22 @@ func (n *nft) chain(is4 bool, name string, hook uint32, exprs ...[]byte) {
 		nested(unix.NFTA_RULE_EXPRESSIONS, exprs...))
 	n.message(unix.NFNL_MSG_BATCH_END, 0, unix.AF_UNSPEC, unix.NFNL_SUBSYS_NFTABLES)
 	n.l.must(n.send(3))
+}
+
+// unforward ends what forward began, if it did.
+func (l *lab) unforward(is4 bool) {
+	l.t.Helper()
+	family := uint8(unix.NFPROTO_IPV4)
+	if !is4 {
+		family = unix.NFPROTO_IPV6
+	}
+	n := &nft{l: l}
+	n.message(unix.NFNL_MSG_BATCH_BEGIN, 0, unix.AF_UNSPEC, unix.NFNL_SUBSYS_NFTABLES)
+	n.message(nftDelTable, unix.NLM_F_ACK, family, 0, attrText(unix.NFTA_TABLE_NAME, "forward"))
+	n.message(unix.NFNL_MSG_BATCH_END, 0, unix.AF_UNSPEC, unix.NFNL_SUBSYS_NFTABLES)
+	if err := n.send(1); err != nil && !errors.Is(err, unix.ENOENT) {
+		l.t.Fatal(err)
+	}
 }
 
 // send sends the batch and waits for the acknowledgements.

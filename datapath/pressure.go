@@ -20,7 +20,7 @@ type Pressure struct {
 // Pressure returns how full everything is that has a limit, always in the same
 // order:
 //
-//	endpoints, bindings, policy, ranges, sources
+//	endpoints, bindings, policy, ranges, services, sources
 //	conntrack           flows; without those that a sweep has not counted yet
 //	conntrack-endpoint  flows of the endpoint that has opened most
 //	fragments           datagrams under way of the endpoint that has most, at the last sweep; with
@@ -52,6 +52,7 @@ func (d *Datapath) Pressure() ([]Pressure, error) {
 		{"bindings", slots, uint64(d.cfg.Bindings)},
 		{"policy", uint64(d.policies.Load()), uint64(d.cfg.Policy)},
 		{"ranges", uint64(d.ranges.Load()), uint64(d.cfg.Ranges)},
+		{"services", uint64(d.services.Load()), uint64(d.cfg.Services)},
 		{"sources", uint64(d.prefixes.Load()), uint64(d.cfg.Sources)},
 		{"conntrack", min(flows, uint64(d.cfg.Conntrack)), uint64(d.cfg.Conntrack)},
 		{"conntrack-endpoint", most, uint64(d.cfg.ConntrackPerEndpoint)},

@@ -26,8 +26,9 @@ type HeldPacket struct {
 	Reason    abi.Reason // what it would be dropped for were no hold possible
 	Sport     uint16
 	Dport     uint16
-	Passed    bool   // its endpoint is under audit: it went on, and never is to be sent or counted again
-	Packet    []byte // from its link-layer header on; belongs to the receiver
+	Service   netip.AddrPort // what the workload called, where Peer is whom the node's translation chose; else not valid
+	Passed    bool           // its endpoint is under audit: it went on, and never is to be sent or counted again
+	Packet    []byte         // from its link-layer header on; belongs to the receiver
 }
 
 const heldHeader = int(unsafe.Sizeof(abi.Held{}))
@@ -52,6 +53,9 @@ func parseHeld(b []byte) (HeldPacket, error) {
 		return r, fmt.Errorf("held record says %d bytes of packet, but holds %d", h.Len, len(b)-heldHeader)
 	}
 	r.Packet = append([]byte(nil), b[heldHeader:heldHeader+int(h.Len)]...)
+	if service := AddrFrom(h.Service); service.IsValid() {
+		r.Service = netip.AddrPortFrom(service, h.ServicePort)
+	}
 	return r, nil
 }
 

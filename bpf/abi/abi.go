@@ -252,6 +252,7 @@ const (
 	JudgedReplySeen JudgementFlag = 2
 	JudgedAudit     JudgementFlag = 4
 	JudgedByMark    JudgementFlag = 8
+	JudgedByService JudgementFlag = 16
 )
 
 // LeaseIndex is enum pc_lease_index.
@@ -301,26 +302,27 @@ type Reason uint32
 
 // The values of enum pc_reason.
 const (
-	ReasonNone              Reason = 0
-	ReasonPolicyDenied      Reason = 1
-	ReasonRefused           Reason = 2
-	ReasonOwnerUnreachable  Reason = 3
-	ReasonHoldTimeout       Reason = 4
-	ReasonHoldOverflow      Reason = 5
-	ReasonStaleLease        Reason = 6
-	ReasonUnbound           Reason = 7
-	ReasonGenerationChanged Reason = 8
-	ReasonEvidenceTooWeak   Reason = 9
-	ReasonConflict          Reason = 10
-	ReasonSpoofed           Reason = 11
-	ReasonQuarantined       Reason = 12
-	ReasonMapFull           Reason = 13
-	ReasonMalformed         Reason = 14
-	ReasonUnsupported       Reason = 15
-	ReasonNoEndpoint        Reason = 16
-	ReasonNoFlow            Reason = 17
-	ReasonTranslated        Reason = 18
-	ReasonMax               Reason = 19
+	ReasonNone                Reason = 0
+	ReasonPolicyDenied        Reason = 1
+	ReasonRefused             Reason = 2
+	ReasonOwnerUnreachable    Reason = 3
+	ReasonHoldTimeout         Reason = 4
+	ReasonHoldOverflow        Reason = 5
+	ReasonStaleLease          Reason = 6
+	ReasonUnbound             Reason = 7
+	ReasonGenerationChanged   Reason = 8
+	ReasonEvidenceTooWeak     Reason = 9
+	ReasonConflict            Reason = 10
+	ReasonSpoofed             Reason = 11
+	ReasonQuarantined         Reason = 12
+	ReasonMapFull             Reason = 13
+	ReasonMalformed           Reason = 14
+	ReasonUnsupported         Reason = 15
+	ReasonNoEndpoint          Reason = 16
+	ReasonNoFlow              Reason = 17
+	ReasonTranslated          Reason = 18
+	ReasonServiceUntranslated Reason = 19
+	ReasonMax                 Reason = 20
 )
 
 // String returns the word for the value, as everywhere in logs, metrics and records.
@@ -364,9 +366,19 @@ func (x Reason) String() string {
 		return "no-flow"
 	case 18:
 		return "translated"
+	case 19:
+		return "service-untranslated"
 	}
 	return "Reason(" + strconv.FormatUint(uint64(x), 10) + ")"
 }
+
+// ServiceFlag is enum pc_service_flag.
+type ServiceFlag uint32
+
+// The values of enum pc_service_flag.
+const (
+	ServiceTranslated ServiceFlag = 1
+)
 
 // SourceFlag is enum pc_source_flag.
 type SourceFlag uint32
@@ -492,7 +504,7 @@ type Event struct {
 	_           [4]uint8
 }
 
-// Held is struct pc_held, 72 bytes.
+// Held is struct pc_held, 96 bytes.
 type Held struct {
 	Arrival     uint64
 	Peer        Addr
@@ -510,6 +522,9 @@ type Held struct {
 	Sport       uint16
 	Dport       uint16
 	SourceIndex uint32
+	Service     Addr
+	ServicePort uint16
+	_           [6]uint8
 }
 
 // HoldQuota is struct pc_hold_quota, 16 bytes.
@@ -572,6 +587,11 @@ type RangeKey struct {
 	Addr      Addr
 }
 
+// Service is struct pc_service, 4 bytes.
+type Service struct {
+	Flags uint32
+}
+
 // Slot is struct pc_slot, 64 bytes.
 type Slot struct {
 	Stamp      uint64
@@ -616,7 +636,7 @@ type State struct {
 	LastGeneration uint64
 	LostEvents     uint64
 	ABIVersion     uint64
-	_              uint64
+	Translation    uint64
 	RangeEpoch     uint64
 	EndpointEpoch  uint64
 	_              [6]uint64

@@ -148,7 +148,7 @@ inline_always int peer_by_mark(struct __sk_buff *skb, struct pc_life *l, __u32 i
 	struct pc_slot *s;
 	__u64 stamp;
 
-	if (!l || l->reinjected)
+	if (!skb || !l || l->reinjected)
 		return how;
 	ep = mark_sender(mark);
 	if (!ep)
@@ -262,7 +262,7 @@ separate int peer_identify(struct __sk_buff *skb, struct pc_life *l)
 {
 	int kind;
 
-	if (!l)
+	if (!skb || !l)
 		return PEER_NOBODY;
 	kind = peer_look_up(skb, l);
 

@@ -127,7 +127,7 @@ inline_always int judgement_fresh(const struct pc_judgement *j, const struct pc_
 
 	if (!j->stamp) /* needed none; or known by its range, which may have changed */
 		return !(j->flags & PC_JUDGED_BY_RANGE) || j->slot == (__u32)range_epoch();
-	if (unlikely(j->flags & PC_JUDGED_BY_MARK))
+	if (unlikely(j->flags & (PC_JUDGED_BY_MARK | PC_JUDGED_BY_SERVICE)))
 		s = slot_find(j->slot, j->stamp); /* its own address is another */
 	else
 		s = slot_of(j->slot, j->stamp, peer);

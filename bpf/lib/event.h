@@ -35,7 +35,7 @@ separate int emit(struct __sk_buff *skb, struct pc_life *l, __u32 verdict)
 	struct pc_event *e;
 	struct pc_slot *s;
 
-	if (!l)
+	if (!skb || !l)
 		return 0;
 	/* For the record only: a verdict that needed no evidence did not look. */
 	if (l->id && (l->p.kind == KIND_FLOW || l->p.kind == KIND_FRAGMENT) && l->peer.kind == PEER_NOT_ASKED)

@@ -64,7 +64,78 @@ inline_always __u32 hold_source(const struct pc_life *l)
 	return 1 + (__u32)(h >> 32) % (PC_HOLD_SOURCES - 1);
 }
 
-inline_always int hold_copy(struct __sk_buff *skb, struct pc_life *l, __u32 index, __u32 source, __u32 size)
+/* A hold's places in the quotas. */
+struct hold_place {
+	struct pc_hold_quota *own, *all, *one;
+	__u32 index, source;
+};
+
+inline_always int place_take(struct __sk_buff *skb, struct pc_life *l, struct hold_place *at)
+{
+	const struct pc_endpoint *ep;
+	__u32 zero = 0, id = l->id;
+
+	at->one = 0;
+	at->source = 0;
+	ep = endpoint_find(skb, l);
+	if (!ep || l->id != id) /* gone, or another's now */
+		return 0;
+	at->index = READ_ONCE(ep->hold_index);
+	at->own = bpf_map_lookup_elem(&hold_quota, &at->index);
+	at->all = bpf_map_lookup_elem(&hold_quota, &zero);
+	if (!at->own || !at->all || !at->index) /* an endpoint without a quota holds nothing */
+		return 0;
+	/* The narrowest first: one source's storm must not use up its
+	 * endpoint's, nor one endpoint's the common one. */
+	if (hold_per_source) {
+		at->source = hold_source(l);
+		at->one = bpf_map_lookup_elem(&hold_sources, &at->source);
+		if (!at->one || !quota_take(at->one, hold_per_source))
+			return 0;
+	}
+	if (!quota_take(at->own, hold_per_endpoint))
+		goto give_back_source;
+	if (quota_take(at->all, hold_total))
+		return 1;
+	__sync_fetch_and_add(&at->own->in, -1);
+give_back_source:
+	if (at->one)
+		__sync_fetch_and_add(&at->one->in, -1);
+	return 0;
+}
+
+inline_always void place_give(struct hold_place *at)
+{
+	__sync_fetch_and_add(&at->all->in, -1);
+	__sync_fetch_and_add(&at->own->in, -1);
+	if (at->one)
+		__sync_fetch_and_add(&at->one->in, -1);
+}
+
+/* All of the record but the packet. */
+inline_always void held_fill(struct pc_held *h, struct __sk_buff *skb, struct pc_life *l, const struct hold_place *at)
+{
+	h->arrival = bpf_ktime_get_boot_ns(); /* exact: it is compared with not-before (I1) */
+	h->peer = *life_peer(l, l->dir);
+	h->local = *life_local(l, l->dir);
+	h->endpoint = l->id;
+	h->ifindex = skb->ifindex;
+	h->hold_index = at->index;
+	h->len = skb->len;
+	h->gso_size = skb->gso_size;
+	h->gso_segs = skb->gso_segs;
+	h->direction = l->dir;
+	h->proto = l->p.proto;
+	h->reason = l->reason;
+	h->passed = !!(l->ep_flags & PC_EP_AUDIT);
+	h->sport = l->p.sport;
+	h->dport = l->p.dport;
+	h->source_index = at->source;
+	h->service.d[0] = h->service.d[1] = 0;
+	h->service_port = 0;
+}
+
+inline_always int hold_copy(struct __sk_buff *skb, struct pc_life *l, const struct hold_place *at, __u32 size)
 {
 	struct pc_held *h;
 	__u32 len = skb->len;
@@ -76,22 +147,8 @@ inline_always int hold_copy(struct __sk_buff *skb, struct pc_life *l, __u32 inde
 		h = bpf_ringbuf_reserve(&held, PC_HELD_LARGE, 0);
 	if (!h)
 		return 0;
-	h->arrival = bpf_ktime_get_boot_ns(); /* exact: it is compared with not-before (I1) */
-	h->peer = *life_peer(l, l->dir);
-	h->local = *life_local(l, l->dir);
-	h->endpoint = l->id;
-	h->ifindex = skb->ifindex;
-	h->hold_index = index;
+	held_fill(h, skb, l, at);
 	h->len = len;
-	h->gso_size = skb->gso_size;
-	h->gso_segs = skb->gso_segs;
-	h->direction = l->dir;
-	h->proto = l->p.proto;
-	h->reason = l->reason;
-	h->passed = !!(l->ep_flags & PC_EP_AUDIT);
-	h->sport = l->p.sport;
-	h->dport = l->p.dport;
-	h->source_index = source;
 	if (len < WIRE_ETH || len > size - sizeof(*h))
 		goto discard;
 	if (bpf_skb_load_bytes(skb, 0, h + 1, len))
@@ -107,47 +164,18 @@ discard:
  * audit it passes all the same: the copy is for asking whose its peer is. */
 separate int hold(struct __sk_buff *skb, struct pc_life *l)
 {
-	struct pc_hold_quota *own, *all, *one = 0;
-	__u32 index, zero = 0, id, source = 0;
-	const struct pc_endpoint *ep;
+	struct hold_place at;
 	int done;
 
-	if (!l)
+	if (!l || !place_take(skb, l, &at))
 		return 0;
-	id = l->id;
-	ep = endpoint_find(skb, l);
-	if (!ep || l->id != id) /* gone, or another's now */
-		return 0;
-	index = READ_ONCE(ep->hold_index);
-	own = bpf_map_lookup_elem(&hold_quota, &index);
-	all = bpf_map_lookup_elem(&hold_quota, &zero);
-	if (!own || !all || !index) /* an endpoint without a quota holds nothing */
-		return 0;
-	/* The narrowest first: one source's storm must not use up its
-	 * endpoint's, nor one endpoint's the common one. */
-	if (hold_per_source) {
-		source = hold_source(l);
-		one = bpf_map_lookup_elem(&hold_sources, &source);
-		if (!one || !quota_take(one, hold_per_source))
-			return 0;
-	}
-	if (!quota_take(own, hold_per_endpoint))
-		goto give_back_source;
-	if (!quota_take(all, hold_total))
-		goto give_back_own;
 	if (skb->len <= PC_HELD_SMALL - sizeof(struct pc_held))
-		done = hold_copy(skb, l, index, source, PC_HELD_SMALL);
+		done = hold_copy(skb, l, &at, PC_HELD_SMALL);
 	else
-		done = hold_copy(skb, l, index, source, PC_HELD_LARGE);
-	if (done)
-		return 1;
-	__sync_fetch_and_add(&all->in, -1);
-give_back_own:
-	__sync_fetch_and_add(&own->in, -1);
-give_back_source:
-	if (one)
-		__sync_fetch_and_add(&one->in, -1);
-	return 0;
+		done = hold_copy(skb, l, &at, PC_HELD_LARGE);
+	if (!done)
+		place_give(&at);
+	return done;
 }
 
 #endif

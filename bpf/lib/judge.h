@@ -6,6 +6,7 @@
 
 #include "conntrack.h"
 #include "policy.h"
+#include "service.h"
 
 /* A known flow's packet towards the workload must come in where its peer's
  * packets did. The device may change (two uplinks), so a difference means:
@@ -51,7 +52,7 @@ separate int judge_anew(struct __sk_buff *skb, struct pc_life *l)
 	struct pc_judgement *j;
 	__u32 jdir, id;
 
-	if (!l)
+	if (!skb || !l)
 		return PC_REASON_MALFORMED;
 	j = &l->j;
 	known = l->how & CT_KNOWN;
@@ -64,9 +65,13 @@ separate int judge_anew(struct __sk_buff *skb, struct pc_life *l)
 	ep = endpoint_find(skb, l);
 	if (!ep || l->id != id)
 		return PC_REASON_NO_ENDPOINT;
-	if (!known && l->p.proto == PROTO_TCP && !packet_opens(&l->p) &&
+	/* (Of a translated packet, from_workload has asked that.) */
+	if (!known && l->p.proto == PROTO_TCP && !packet_opens(&l->p) && !l->p.translated &&
 	    (l->ep_flags & PC_EP_STRICT_TCP))
 		return PC_REASON_NO_FLOW;
+	if (forward && jdir == PC_DIR_EGRESS && !l->p.translated && endpoint_enforces(l, PC_DIR_EGRESS) &&
+	    service_address(&l->p.dst))
+		return service_later(skb, l, ep);
 	l->expect = known && !forward ? j->stamp : 0;
 	l->flow = known ? (forward ? PC_FLOW_ESTABLISHED : PC_FLOW_REPLY) : PC_FLOW_NEW;
 	reason = policy_judge(skb, l, jdir, forward);
@@ -97,6 +102,10 @@ separate int judge_anew(struct __sk_buff *skb, struct pc_life *l)
 	j->stamp = 0;
 	j->slot = 0;
 	j->mark = 0;
+	if (l->p.translated) {
+		j->flags |= PC_JUDGED_BY_SERVICE;
+		j->mark = forward ? l->p.dport : l->p.sport;
+	}
 	if (reason) {
 		j->flags |= PC_JUDGED_AUDIT;
 		j->evidence = reason;
@@ -279,6 +288,10 @@ inline_always int judge_flow(struct __sk_buff *skb, struct pc_life *l, int dir)
 		}
 		return PC_REASON_NONE;
 	}
+	/* A service's answer is judged by who gave it. */
+	if (dir == PC_DIR_INGRESS && !forward && (l->how & CT_KNOWN) &&
+	    unlikely(j->flags & PC_JUDGED_BY_SERVICE) && !service_reply(skb, l))
+		return PC_REASON_SERVICE_UNTRANSLATED;
 	reason = judge_slow(skb, l);
 	if (!reason && (l->how & CT_KEEP))
 		ct_touch(ct, &l->p, forward, flags, l->now);

@@ -14,6 +14,7 @@ enum pc_peer_kind {
 	PEER_CHANGED, /* its binding went while it was looked at */
 	PEER_SPOOFED, /* the packet did not come from where that address lives */
 	PEER_NOBODY,  /* a node address on a forwarded packet: `unknown`, never host */
+	PEER_LATER,   /* a service: it is judged when it is known whom that leads to */
 };
 
 struct pc_peer {

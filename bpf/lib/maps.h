@@ -16,6 +16,9 @@ enum {
 	TCX_REDIRECT = 7,
 };
 
+/* What a netfilter program returns (linux/netfilter.h). */
+enum { NF_DROP = 0, NF_ACCEPT = 1 };
+
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 1024);
@@ -69,6 +72,14 @@ struct {
 	__type(key, struct pc_range_key);
 	__type(value, struct pc_range);
 } ranges SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096);
+	__type(key, struct pc_range_key);
+	__type(value, struct pc_service);
+} services SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
@@ -152,6 +163,15 @@ struct {
 	__type(key, __u32);
 	__type(value, struct pc_recent_cells);
 } recent SEC(".maps");
+
+/* A packet as the shared functions want to see it, where it is no tcx program
+ * that has it; see translated.h. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct __sk_buff);
+} seen SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);

@@ -54,6 +54,7 @@ struct pc_packet {
 	__u32 frag_id;
 	__u16 frag_at;	/* in 8 bytes */
 	__u16 frag_len; /* of its part of the datagram, in bytes */
+	__u8 translated; /* dst and dport, of a reply src and sport, are those behind the service */
 };
 
 /* The bytes [off, off + size) of the packet, or 0. What an earlier call

@@ -22,6 +22,8 @@ type Injector struct {
 	fd   int
 	hdr  [vnetHeaderLen]byte
 	turn []byte // control message: the mark of packets for from_workload
+
+	choices choices
 }
 
 // NewInjector opens the packet socket, in the calling thread's network
@@ -50,9 +52,18 @@ func NewInjector(reinject, turn uint32) (*Injector, error) {
 // judged it. A packet held at to_workload goes there; one held at
 // from_workload goes to to_workload too, with the mark that makes the program
 // turn it round. Slot, lease and binding must be live before: otherwise the
-// program would hold it again. The packet's bytes may be changed. An error
+// program would hold it again. One to a service goes back as it was sent, and
+// to whom it was held for. The packet's bytes may be changed. An error
 // means that it is lost: the caller counts it, unless it is ErrDropped.
 func (in *Injector) Inject(rec Record) error {
+	if rec.Service.IsValid() {
+		if err := asSent(rec.Packet, rec.GSOSize, rec.Service); err != nil {
+			return err
+		}
+		// Without it the packet is led to whomever the translation chooses now.
+		// That is judged again too: it is not worth a packet.
+		_ = in.choices.keep(&rec)
+	}
 	f, err := prepare(rec.Packet, rec.GSOSize, &in.hdr)
 	if err != nil {
 		return err
@@ -83,7 +94,10 @@ func markMessage(mark uint32) []byte {
 	return b
 }
 
-// Close closes the socket.
-func (in *Injector) Close() error { return unix.Close(in.fd) }
+// Close closes the sockets.
+func (in *Injector) Close() error {
+	in.choices.close()
+	return unix.Close(in.fd)
+}
 
 func htons(v uint16) uint16 { return binary.NativeEndian.Uint16([]byte{byte(v >> 8), byte(v)}) }
