@@ -1,13 +1,15 @@
 package datapath_test
 
 import (
-	"errors"
+	"io"
 	"net"
 	"net/netip"
+	"os"
 	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
 	"portcullis/bpf/abi"
@@ -51,10 +53,12 @@ func newServing(t *testing.T, is4 bool) *serving {
 // own1 installs the binding of a local address in slot 1.
 func (x *serving) own1(ep abi.Endpoint, ip netip.Addr) { x.local(1, ep.Ifindex, ip, 2000) }
 
-func (x *serving) local(slot uint32, ifindex uint32, ip netip.Addr, identity uint32) {
+func (x *serving) local(slot uint32, ifindex uint32, ip netip.Addr, identity uint32) (stamp uint64) {
 	x.t.Helper()
-	x.must(x.d.InstallSlot(slot, abi.Slot{Stamp: x.d.State().ReserveStamps(1), IP: datapath.Addr(ip), Identity: identity,
+	stamp = x.d.State().ReserveStamps(1)
+	x.must(x.d.InstallSlot(slot, abi.Slot{Stamp: stamp, IP: datapath.Addr(ip), Identity: identity,
 		Lease: uint32(abi.LeaseLocal), Ifindex: ifindex, Evidence: uint8(abi.EvidenceLocal)}, abi.SlotCold{}))
+	return stamp
 }
 
 // allow puts the workload's egress under a policy: one identity, at one port.
@@ -148,5 +152,349 @@ func TestServiceFirstPacketIsHeldForItsBackend(t *testing.T) {
 	})
 }
 
-var _ = errors.Is
-var _ = netlink.LinkByName
+// tcp opens a connection to the service and has a word echoed.
+func (x *serving) tcp(ns netns.NsHandle, backend netip.Addr) (client, server net.Conn) {
+	x.t.Helper()
+	var ln net.Listener
+	x.in(ns, func() {
+		var err error
+		ln, err = net.ListenTCP("tcp", net.TCPAddrFromAddrPort(netip.AddrPortFrom(backend, x.backendPort)))
+		x.must(err)
+	})
+	defer ln.Close()
+	dialed := make(chan error, 1)
+	go func() {
+		dialed <- inThread(x.workload, func() (err error) {
+			d := net.Dialer{Timeout: patience}
+			d.SetMultipathTCP(false)
+			client, err = d.Dial("tcp", x.service.String())
+			return err
+		})
+	}()
+	x.must(<-dialed)
+	x.t.Cleanup(func() { client.Close() })
+	server, err := ln.Accept()
+	x.must(err)
+	x.t.Cleanup(func() { server.Close() })
+	x.say(client, server, "question")
+	x.say(server, client, "answer")
+	return client, server
+}
+
+func (x *serving) say(from, to net.Conn, word string) {
+	x.t.Helper()
+	_, err := from.Write([]byte(word))
+	x.must(err)
+	b := make([]byte, len(word))
+	x.must(to.SetReadDeadline(time.Now().Add(patience)))
+	if _, err := io.ReadFull(to, b); err != nil || string(b) != word {
+		x.t.Fatalf("%q, %v, want %q; counters %v", b, err, word, counters(x.lab, x.d))
+	}
+}
+
+// backend makes a backend of a kind, which policy allows, and returns its address,
+// namespace, and what ends its binding.
+func (x *serving) backend(kind string) (ip netip.Addr, ns netns.NsHandle, end func()) {
+	x.t.Helper()
+	is4 := x.own.Is4()
+	pick := func(a, b string) netip.Addr {
+		if is4 {
+			return netip.MustParseAddr(a)
+		}
+		return netip.MustParseAddr(b)
+	}
+	switch kind {
+	case "another node":
+		stamp := x.confirm(x.d, 2, x.remote)
+		return x.remote, x.lab.remote, func() { x.must(x.d.ZeroSlot(2, stamp, x.remote)) }
+	case "the same node":
+		ns, ep := x.neighbour(x.d)
+		ip = pick("10.8.1.2", "fd08:1::2")
+		if !is4 {
+			x.address("wl1", "fd08:1::1/64")
+			x.in(ns, func() {
+				x.address("eth0", "fd08:1::2/64")
+				x.must(netlink.RouteAdd(&netlink.Route{Gw: net.ParseIP("fd08:1::1")}))
+			})
+			ep.IP6 = datapath.Addr(ip)
+		}
+		ep.Flags = 0 // nothing is asked of it
+		x.must(x.d.SetEndpoint(ep))
+		stamp := x.local(2, ep.Ifindex, ip, client)
+		return ip, ns, func() { x.must(x.d.ZeroSlot(2, stamp, ip)) }
+	case "the node itself":
+		ip = pick("10.8.0.1", "fd08::1")
+		stamp := x.local(2, 0, ip, client)
+		return ip, x.lab.node, func() { x.must(x.d.ZeroSlot(2, stamp, ip)) }
+	case "the world":
+		ip = pick("192.0.2.7", "2001:db8::7")
+		x.in(x.lab.remote, func() { x.address("eth0", netip.PrefixFrom(ip, ip.BitLen()).String()) })
+		link, err := netlink.LinkByName("up0")
+		x.must(err)
+		x.must(netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Scope: netlink.SCOPE_LINK,
+			Dst: &net.IPNet{IP: ip.AsSlice(), Mask: net.CIDRMask(ip.BitLen(), ip.BitLen())}}))
+		ranges, err := x.d.Ranges()
+		x.must(err)
+		block := netip.PrefixFrom(ip, ip.BitLen()-8).Masked()
+		ranges[block] = abi.Range{Identity: client}
+		x.must(x.d.SetRanges(ranges))
+		return ip, x.lab.remote, func() {
+			delete(ranges, block)
+			x.must(x.d.SetRanges(ranges))
+		}
+	}
+	panic(kind)
+}
+
+// A service may lead to a workload of another node or of this one, to a node, or
+// out of the cluster. In each case policy is asked for who that is, and for its
+// port; a connection lives through a change of policy, whoever speaks first then,
+// and ends with its peer's binding.
+func TestServiceBackends(t *testing.T) {
+	for _, kind := range []string{"another node", "the same node", "the node itself", "the world"} {
+		t.Run(kind, func(t *testing.T) {
+			bothFamilies(t, func(t *testing.T, is4 bool) {
+				x := newServing(t, is4)
+				ip, ns, end := x.backend(kind)
+				x.lead(ip)
+				server := x.udp(ns, ip, x.backendPort)
+				for range 3 {
+					x.call("datagram")
+					x.exchange(server, "datagram")
+				}
+				c, s := x.tcp(ns, ip)
+
+				// The set is another, of the same meaning.
+				x.allow(client, x.backendPort)
+				x.say(s, c, "the server first")
+				x.say(c, s, "the client next")
+				x.allow(client, x.backendPort)
+				x.say(c, s, "the client first")
+				x.say(s, c, "the server next")
+
+				// It allows nobody, or another port.
+				for _, deny := range []func(){func() { x.allow(client+1, x.backendPort) }, func() { x.allow(client, x.service.Port()) }} {
+					deny()
+					before := x.egress(abi.VerdictDrop, abi.ReasonPolicyDenied)
+					x.call("denied")
+					x.eventually("a drop", func() bool { return x.egress(abi.VerdictDrop, abi.ReasonPolicyDenied) == before+1 })
+					x.nothing(server)
+				}
+				x.allow(client, x.backendPort)
+				x.call("again")
+				x.exchange(server, "again")
+
+				end()
+				x.call("to nobody")
+				x.eventually("it is dropped", func() bool {
+					var n uint64
+					for _, why := range []abi.Reason{abi.ReasonUnbound, abi.ReasonPolicyDenied} {
+						n += x.egress(abi.VerdictDrop, why)
+					}
+					return n == 3
+				})
+				x.nothing(server)
+				if _, err := server.WriteToUDPAddrPort([]byte("late"), netip.AddrPortFrom(x.own, 6000)); err != nil {
+					t.Fatal(err)
+				}
+				x.nothing(x.caller)
+			})
+		})
+	}
+}
+
+// A live UDP socket whose backend goes is led to another by the node, as
+// kube-proxy does it: its connection's entry is removed. The next backend is
+// judged for itself.
+func TestServiceBackendChangesUnderALiveSocket(t *testing.T) {
+	bothFamilies(t, func(t *testing.T, is4 bool) {
+		x := newServing(t, is4)
+		first, second := x.udp(x.lab.remote, x.remote, x.backendPort), x.udp(x.lab.remote, x.remote2, x.backendPort)
+		x.confirm(x.d, 2, x.remote)
+		x.lead(x.remote)
+		x.call("one")
+		x.exchange(first, "one")
+		x.lead(x.remote2)
+		x.call("two") // its connection stands
+		x.exchange(first, "two")
+		x.forget()
+		x.call("three")
+		x.eventually("a drop", func() bool { return x.egress(abi.VerdictDrop, abi.ReasonUnbound) == 1 })
+		x.nothing(second)
+		x.confirm(x.d, 3, x.remote2)
+		x.call("four")
+		x.exchange(second, "four")
+		x.nothing(first)
+	})
+}
+
+// forget removes the connection of the caller's socket from the node's tracking.
+func (x *serving) forget() {
+	x.t.Helper()
+	family, filter := netlink.InetFamily(netlink.FAMILY_V4), &netlink.ConntrackFilter{}
+	if x.own.Is6() {
+		family = netlink.FAMILY_V6
+	}
+	x.must(filter.AddIP(netlink.ConntrackOrigDstIP, x.service.Addr().AsSlice()))
+	n, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, family, filter)
+	x.must(err)
+	if n != 1 {
+		x.t.Fatalf("%d connections were removed, want 1", n)
+	}
+}
+
+// What nobody translates, and what nobody will judge, goes nowhere.
+func TestServiceUntranslated(t *testing.T) {
+	bothFamilies(t, func(t *testing.T, is4 bool) {
+		x := newServing(t, is4)
+		x.confirm(x.d, 2, x.remote)
+		outside := x.udp(x.lab.remote, x.remote, x.backendPort)
+		drops := func() uint64 { return x.egress(abi.VerdictDrop, abi.ReasonServiceUntranslated) }
+		// It would leave by the default route.
+		link, err := netlink.LinkByName("up0")
+		x.must(err)
+		route := &netlink.Route{LinkIndex: link.Attrs().Index, Gw: x.remote.AsSlice(),
+			Dst: &net.IPNet{IP: x.service.Addr().AsSlice(), Mask: net.CIDRMask(x.service.Addr().BitLen(), x.service.Addr().BitLen())}}
+		x.must(netlink.RouteAdd(route))
+		x.in(x.lab.remote, func() { x.address("eth0", netip.PrefixFrom(x.service.Addr(), x.service.Addr().BitLen()).String()) })
+		there := x.udp(x.lab.remote, x.service.Addr(), x.service.Port())
+		x.call("untranslated")
+		x.eventually("a drop", func() bool { return drops() == 1 })
+		x.nothing(there)
+		// Where egress is open it is not asked for.
+		x.ep.Flags = 0
+		x.must(x.d.SetEndpoint(x.ep))
+		x.call("open")
+		x.exchange(there, "open")
+		x.ep.Flags = uint32(abi.EPEnforceEgress)
+		x.allow(client, x.backendPort)
+
+		// The program behind the translation is gone.
+		x.lead(x.remote)
+		var state abi.State
+		m := pinnedMap(x.lab, "state")
+		x.must(m.Lookup(uint32(0), &state))
+		state.Translation = 0
+		x.must(m.Put(uint32(0), &state))
+		before := drops()
+		x.call("unjudged")
+		x.eventually("a drop", func() bool { return drops() == before+1 })
+		x.nothing(outside)
+	})
+}
+
+// An address of the node that leads to somebody else is judged as that one too.
+func TestNodePortIsJudgedOnItsBackend(t *testing.T) {
+	bothFamilies(t, func(t *testing.T, is4 bool) {
+		x := newServing(t, is4)
+		node := netip.MustParseAddr("10.8.0.1")
+		if !is4 {
+			node = netip.MustParseAddr("fd08::1")
+		}
+		x.local(3, 0, node, uint32(abi.IDHost))
+		x.confirm(x.d, 2, x.remote)
+		server := x.udp(x.lab.remote, x.remote, x.backendPort)
+		x.service = netip.AddrPortFrom(node, x.backendPort) // the port that policy speaks of
+		x.lead(x.remote)
+		x.allow(uint32(abi.IDHost), x.backendPort)
+		x.call("not the host's")
+		x.eventually("a drop", func() bool { return x.egress(abi.VerdictDrop, abi.ReasonPolicyDenied) == 1 })
+		x.nothing(server)
+	})
+}
+
+// The hooks outlive the agent, the next one takes them over, and Remove takes
+// them away.
+func TestServiceHooksAreAdopted(t *testing.T) {
+	x := newServing(t, true)
+	x.confirm(x.d, 2, x.remote)
+	x.lead(x.remote)
+	server := x.udp(x.lab.remote, x.remote, x.backendPort)
+	x.call("before")
+	x.exchange(server, "before")
+	x.must(x.d.Close())
+	x.call("meanwhile")
+	b := make([]byte, 64)
+	x.must(server.SetReadDeadline(time.Now().Add(patience)))
+	_, _, err := server.ReadFromUDPAddrPort(b)
+	x.must(err)
+	for range 3 {
+		d := x.open()
+		x.d = d
+		x.caller = x.udp(x.workload, x.own, 0)
+		x.call("after")
+		x.exchange(server, "after")
+		if got := x.pinned(); len(got) != 4 {
+			t.Errorf("pinned are %v, want one of each hook", got)
+		}
+		x.must(d.Close())
+	}
+	x.must(datapath.Remove(x.pins))
+	x.call("unguarded")
+	x.must(server.SetReadDeadline(time.Now().Add(patience)))
+	_, _, err = server.ReadFromUDPAddrPort(b)
+	x.must(err)
+}
+
+func (x *serving) pinned() (names []string) {
+	entries, err := os.ReadDir(x.pins + "/hooks")
+	x.must(err)
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names
+}
+
+// Behind a bridge the device does not say whose a packet is any more.
+func TestServiceBehindABridge(t *testing.T) {
+	x := newServing(t, true)
+	x.must(netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br0"}}))
+	bridge, err := netlink.LinkByName("br0")
+	x.must(err)
+	port, err := netlink.LinkByName("wl0")
+	x.must(err)
+	gateway, err := netlink.ParseAddr("10.8.0.1/24")
+	x.must(err)
+	x.must(netlink.AddrDel(port, gateway))
+	x.must(netlink.LinkSetMaster(port, bridge))
+	x.address("br0", "10.8.0.1/24")
+	x.confirm(x.d, 2, x.remote)
+	x.lead(x.remote)
+	server := x.udp(x.lab.remote, x.remote, x.backendPort)
+	x.call("over the bridge")
+	x.exchange(server, "over the bridge")
+	x.allow(client+1, x.backendPort)
+	x.call("denied")
+	x.eventually("a drop", func() bool { return x.egress(abi.VerdictDrop, abi.ReasonPolicyDenied) == 1 })
+	x.nothing(server)
+	// Without its own binding the caller is nobody behind the bridge.
+	x.allow(client, x.backendPort)
+	for i, s := range x.d.Slots() {
+		if i == 1 {
+			x.must(x.d.ZeroSlot(1, s.Stamp, x.own))
+		}
+	}
+	x.must(x.caller.Close())
+	x.caller = x.udp(x.workload, x.own, 6001)
+	x.call("nobody's")
+	x.eventually("a drop", func() bool { return x.egress(abi.VerdictDrop, abi.ReasonServiceUntranslated) == 1 })
+	x.nothing(server)
+}
+
+// Under audit what would be dropped passes, and is told.
+func TestServiceUnderAudit(t *testing.T) {
+	x := newServing(t, true)
+	x.confirm(x.d, 2, x.remote)
+	x.lead(x.remote)
+	server := x.udp(x.lab.remote, x.remote, x.backendPort)
+	x.allow(client+1, x.backendPort)
+	x.ep.Flags |= uint32(abi.EPAudit)
+	x.must(x.d.SetEndpoint(x.ep))
+	for range 3 {
+		x.call("audited")
+		x.exchange(server, "audited")
+	}
+	if n := x.egress(abi.VerdictAudit, abi.ReasonPolicyDenied); n != 3 {
+		t.Errorf("%d audited, want 3: %v", n, counters(x.lab, x.d))
+	}
+}
