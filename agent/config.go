@@ -56,6 +56,10 @@ type Config struct {
 	Node    identity.NodeName
 	NodeIPs []netip.Addr
 	Ranges  []netip.Prefix
+	// ServiceRanges hold addresses that stand for others: whom a packet to one
+	// of them is for is known behind the node's translation.
+	ServiceRanges []netip.Prefix
+
 	Peers   []Peer
 	Listen  netip.AddrPort
 	Uplinks []string
@@ -360,6 +364,19 @@ func (c *Config) validateRanges() (errs []error) {
 	for _, p := range c.Ranges {
 		add(c.Node, p)
 	}
+	defer func() {
+		for _, s := range c.ServiceRanges {
+			if !s.IsValid() || s != s.Masked() || s.Addr().Is4In6() || s.Bits() == 0 {
+				bad("--service-range %s: want an address prefix without host bits, longer than /0", s)
+				continue
+			}
+			for _, o := range claims {
+				if o.prefix.Overlaps(s) {
+					bad("--service-range %s overlaps %s of node %s: a service's address is nobody's own", s, o.prefix, o.who)
+				}
+			}
+		}
+	}()
 	for _, ip := range c.NodeIPs {
 		add(c.Node, netip.PrefixFrom(ip, ip.BitLen()))
 	}

@@ -40,6 +40,9 @@ func (l *loop) openKernel() (err error) {
 	if err := l.keepRanges(); err != nil {
 		return err
 	}
+	if err := l.setServices(); err != nil {
+		return err
+	}
 	if err := l.setUplinks(); err != nil {
 		return err
 	}

@@ -181,6 +181,7 @@ func (d *Datapath) SetServices(prefixes []netip.Prefix) error {
 	if err := it.Err(); err != nil {
 		return mapError("read services", "services", err)
 	}
+	d.services.Store(int64(len(want)))
 	if changed+len(stale) == 0 {
 		return nil
 	}
@@ -195,6 +196,5 @@ func (d *Datapath) SetServices(prefixes []netip.Prefix) error {
 			return mapError("set services", "services", err)
 		}
 	}
-	d.services.Store(int64(len(want)))
 	return nil
 }

@@ -87,6 +87,7 @@ func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (printC
 	f.BoolVar(&cfg.Kubernetes, "kubernetes", false, "be the agent of a node of a Kubernetes cluster: peers, ranges, policies and who pods are come from its API server")
 	f.StringVar(&cfg.Kubeconfig, "kubeconfig", "", "how to reach the API server, as kubectl has it; implies --kubernetes (empty: as a pod of the cluster)")
 	f.StringArrayVar(&raw.forget, "forget-range", nil, "a prefix of nodes that are gone for good: its addresses are the world's again (repeat)")
+	f.StringArrayVar(&raw.services, "service-range", nil, "a prefix of addresses that stand for others, as a cluster's services do: packets to them are judged by whom the node translates them to (repeat)")
 	f.StringArrayVar(&raw.peers, "peer", nil, "another node: NAME=ADDRESS:PORT,PREFIX,PREFIX... (repeat)")
 	f.StringVar(&raw.listen, "listen", "", "ADDRESS:PORT for other agents (required without --kubernetes)")
 	f.StringArrayVar(&cfg.Uplinks, "uplink", nil, "a device by which packets of other nodes come in (repeat)")
@@ -148,7 +149,7 @@ func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (printC
 type agentFlags struct {
 	node, listen, evidence, level string
 	nodeIPs, ranges, peers        []string
-	enforceIn, forget             []string
+	enforceIn, forget, services   []string
 	nodeName                      string // of the downward API
 }
 
@@ -186,6 +187,7 @@ func (r *agentFlags) into(cfg *agent.Config, set *settings) error {
 		return out
 	}
 	cfg.Ranges, cfg.ForgetRanges = prefixes("range", r.ranges), prefixes("forget-range", r.forget)
+	cfg.ServiceRanges = prefixes("service-range", r.services)
 	for i, s := range r.enforceIn {
 		namespace, mode, ok := strings.Cut(s, "=")
 		e, err := authz.ParseEnforcement(mode)
