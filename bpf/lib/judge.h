@@ -65,12 +65,10 @@ separate int judge_anew(struct __sk_buff *skb, struct pc_life *l)
 	ep = endpoint_find(skb, l);
 	if (!ep || l->id != id)
 		return PC_REASON_NO_ENDPOINT;
-	/* (Of a translated packet, from_workload has asked that.) */
-	if (!known && l->p.proto == PROTO_TCP && !packet_opens(&l->p) && !l->p.translated &&
+	if (!known && l->p.proto == PROTO_TCP && !packet_opens(&l->p) && /* from_workload has asked: */ !l->p.translated &&
 	    (l->ep_flags & PC_EP_STRICT_TCP))
 		return PC_REASON_NO_FLOW;
-	if (forward && jdir == PC_DIR_EGRESS && !l->p.translated && endpoint_enforces(l, PC_DIR_EGRESS) &&
-	    service_address(&l->p.dst))
+	if (forward && jdir == PC_DIR_EGRESS && service_unknown(l))
 		return service_later(skb, l, ep);
 	l->expect = known && !forward ? j->stamp : 0;
 	l->flow = known ? (forward ? PC_FLOW_ESTABLISHED : PC_FLOW_REPLY) : PC_FLOW_NEW;
@@ -101,11 +99,7 @@ separate int judge_anew(struct __sk_buff *skb, struct pc_life *l)
 		j->ifindex = skb->ingress_ifindex;
 	j->stamp = 0;
 	j->slot = 0;
-	j->mark = 0;
-	if (l->p.translated) {
-		j->flags |= PC_JUDGED_BY_SERVICE;
-		j->mark = forward ? l->p.dport : l->p.sport;
-	}
+	service_mark(j, &l->p, forward);
 	if (reason) {
 		j->flags |= PC_JUDGED_AUDIT;
 		j->evidence = reason;

@@ -52,8 +52,7 @@ struct pc_packet {
 	__u8 frag; /* enum pc_frag */
 	__u8 l4;   /* where the transport header begins */
 	__u32 frag_id;
-	__u16 frag_at;	/* in 8 bytes */
-	__u16 frag_len; /* of its part of the datagram, in bytes */
+	__u16 frag_at, frag_len; /* of its part of the datagram: in 8 bytes; in bytes */
 	__u8 translated; /* dst and dport, of a reply src and sport, are those behind the service */
 };
 

@@ -53,6 +53,22 @@ separate int service_judged(struct __sk_buff *skb, struct pc_life *l)
 	return s && READ_ONCE(s->ifindex) == skb->ifindex;
 }
 
+inline_always int service_unknown(const struct pc_life *l)
+{
+	return !l->p.translated && endpoint_enforces(l, PC_DIR_EGRESS) && service_address(&l->p.dst);
+}
+
+/* Says of a judgement whether it was made behind the translation, and at which
+ * port. */
+inline_always void service_mark(struct pc_judgement *j, const struct pc_packet *p, int forward)
+{
+	j->mark = 0;
+	if (!p->translated)
+		return;
+	j->flags |= PC_JUDGED_BY_SERVICE;
+	j->mark = forward ? p->dport : p->sport;
+}
+
 /* A packet to a service whose flow is not known as it has to be. */
 inline_always int service_later(struct __sk_buff *skb, struct pc_life *l, const struct pc_endpoint *ep)
 {
