@@ -5,7 +5,8 @@ package bpf
 
 import _ "embed" // for the object
 
-// Object is the ELF object with the programs from_workload and to_workload,
+// Object is the ELF object with the programs from_workload, to_workload and
+// after_translation,
 // their maps and their BTF, for little-endian machines. `make generate` writes
 // it. It must not be modified.
 //
