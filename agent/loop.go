@@ -79,6 +79,7 @@ type loop struct {
 	policyFiles     map[authz.Ref]importedFile  // of groups and namespaces, too
 	groups          map[authz.Ref]*authz.Group
 	spaces          map[authz.Ref]*authz.NamespaceObject
+	services        map[authz.Ref]*authz.ServiceObject
 	regions         regions
 
 	topology    atomic.Pointer[topology] // the loop alone stores it; never nil

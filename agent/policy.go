@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"maps"
@@ -143,18 +144,25 @@ func (l *loop) object(ref authz.Ref) (api.Object, bool) {
 		o.Source = o.Namespace.Source
 		return o, true
 	}
+	if o.Service = l.services[ref]; o.Service != nil {
+		o.Source = o.Service.Source
+		return o, true
+	}
 	return o, false
 }
 
 // objects returns the names of all that was imported: policies, groups of
-// addresses, namespaces.
+// addresses, namespaces, services.
 func (l *loop) objects() (refs []authz.Ref) {
 	for _, p := range l.repo.List() {
 		refs = append(refs, p.Ref)
 	}
 	byName := func(a, b authz.Ref) int { return strings.Compare(a.Name, b.Name) }
 	refs = append(refs, slices.SortedFunc(maps.Keys(l.groups), byName)...)
-	return append(refs, slices.SortedFunc(maps.Keys(l.spaces), byName)...)
+	refs = append(refs, slices.SortedFunc(maps.Keys(l.spaces), byName)...)
+	return append(refs, slices.SortedFunc(maps.Keys(l.services), func(a, b authz.Ref) int {
+		return cmp.Or(strings.Compare(a.Namespace, b.Namespace), byName(a, b))
+	})...)
 }
 
 // putBack puts what stood before into the repository, and stores it. If that
@@ -173,6 +181,10 @@ func (l *loop) use(o api.Object, at time.Time) error {
 	case o.Namespace != nil:
 		l.spaces[o.Ref] = o.Namespace
 		l.repo.SetNamespaceLabels(o.Namespace.Name, o.Namespace.Labels)
+	case o.Service != nil:
+		if err := l.useService(o.Service); err != nil {
+			return err
+		}
 	default:
 		// Who enforces obeys all of a policy or none of it.
 		if err := o.Policy.Enforceable(); err != nil {
@@ -196,6 +208,10 @@ func (l *loop) forget(ref authz.Ref) (policy bool) {
 	if l.spaces[ref] != nil {
 		delete(l.spaces, ref)
 		l.repo.SetNamespaceLabels(ref.Name, nil)
+		return false
+	}
+	if s := l.services[ref]; s != nil {
+		l.forgetService(s)
 		return false
 	}
 	return l.repo.Delete(ref)

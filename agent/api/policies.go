@@ -29,8 +29,15 @@ type ParsedNamespace struct {
 	File string
 }
 
+// ParsedService is what is said of a service, and the file that says it.
+type ParsedService struct {
+	*authz.ServiceObject
+	File string
+}
+
 // Object is what can be imported, stored and deleted by its name: a policy, a
-// group of addresses, or a namespace's labels. One of the three is set.
+// group of addresses, a namespace's labels, or what stands behind a service. One
+// of the four is set.
 type Object struct {
 	authz.Ref
 	File      string
@@ -38,6 +45,7 @@ type Object struct {
 	Policy    *authz.Policy
 	Group     *authz.Group
 	Namespace *authz.NamespaceObject
+	Service   *authz.ServiceObject
 }
 
 // Parsed is what the files of one import say.
@@ -45,6 +53,7 @@ type Parsed struct {
 	Policies []ParsedPolicy
 	Groups   []ParsedGroup
 	Spaces   []ParsedNamespace
+	Services []ParsedService
 	// Not is what can be judged, but not enforced yet.
 	Not []*PolicyProblem
 }
@@ -52,7 +61,7 @@ type Parsed struct {
 // Dialects returns the parsers of every kind of policy that there is, and of
 // what policies speak of.
 func Dialects() []dialect.Dialect {
-	return append(cilium.Dialects(), k8s.Dialect, k8s.Namespaces, tree.Dialect)
+	return append(cilium.Dialects(), k8s.Dialect, k8s.Namespaces, k8s.Services, tree.Dialect)
 }
 
 // Parse parses files, in every dialect that there is. Any problem means that
@@ -85,6 +94,9 @@ func Parse(files []*PolicyFile) (out Parsed, problems []*PolicyProblem) {
 		for _, n := range parsed.Namespaces {
 			out.Spaces = append(out.Spaces, ParsedNamespace{NamespaceObject: n, File: f.GetName()})
 		}
+		for _, s := range parsed.Services {
+			out.Services = append(out.Services, ParsedService{ServiceObject: s, File: f.GetName()})
+		}
 	}
 	if len(problems) > 0 {
 		return Parsed{}, problems
@@ -103,6 +115,9 @@ func ParsePolicies(files []*PolicyFile) (objects []Object, problems []*PolicyPro
 	// them.
 	for _, n := range out.Spaces {
 		objects = append(objects, Object{Ref: n.Ref, File: n.File, Source: n.Source, Namespace: n.NamespaceObject})
+	}
+	for _, s := range out.Services {
+		objects = append(objects, Object{Ref: s.Ref, File: s.File, Source: s.Source, Service: s.ServiceObject})
 	}
 	for _, g := range out.Groups {
 		objects = append(objects, Object{Ref: g.Ref, File: g.File, Source: g.Source, Group: g.Group})

@@ -73,6 +73,9 @@ func worldOf(node string, endpoints []*Endpoint, bindings []*Binding, policies [
 		for _, n := range parsed.Namespaces {
 			w.Namespaces[n.Name] = n.Labels
 		}
+		for _, s := range parsed.Services {
+			w.Services[authz.ServiceName{Namespace: s.Namespace, Name: s.Name}] = &tools.Service{Backends: s.Backends, IPs: s.Addresses}
+		}
 	}
 	return w, nil
 }

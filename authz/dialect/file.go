@@ -38,6 +38,7 @@ type Result struct {
 	Policies   []*authz.Policy
 	Groups     []*authz.Group
 	Namespaces []*authz.NamespaceObject
+	Services   []*authz.ServiceObject
 }
 
 // Refs returns the name of each object.
@@ -51,6 +52,9 @@ func (r Result) Refs() (refs []authz.Ref) {
 	for _, n := range r.Namespaces {
 		refs = append(refs, n.Ref)
 	}
+	for _, s := range r.Services {
+		refs = append(refs, s.Ref)
+	}
 	return refs
 }
 
@@ -59,6 +63,7 @@ func (r *Result) Add(o Result) {
 	r.Policies = append(r.Policies, o.Policies...)
 	r.Groups = append(r.Groups, o.Groups...)
 	r.Namespaces = append(r.Namespaces, o.Namespaces...)
+	r.Services = append(r.Services, o.Services...)
 }
 
 // ParseFile parses every document of a file, in YAML or JSON. It returns all

@@ -43,6 +43,11 @@ func (d *Document) policy(ref authz.Ref, fields func(*authz.Policy) Fields) *aut
 	return p
 }
 
+// Meta parses the metadata of an object that is in a namespace.
+func (d *Document) Meta(kind string) Meta {
+	return d.metadata(authz.Ref{Kind: kind, Namespace: DefaultNamespace})
+}
+
 // ClusterMeta parses the metadata of an object that is in no namespace.
 func (d *Document) ClusterMeta(kind string) Meta { return d.metadata(authz.Ref{Kind: kind}) }
 

@@ -211,7 +211,9 @@ func (p *peers) services(v *dialect.Value) {
 		}
 		p.add(s)
 	})(v)
-	v.NotEnforced("what is behind services is not followed; select the service's workloads by toEndpoints, or write its addresses into toCIDR")
+	if p.action == authz.Deny {
+		v.NotEnforced("what is behind a service may not be known, so it cannot be denied; deny the service's workloads by toEndpoints, or its addresses by toCIDR")
+	}
 }
 
 // fqdns parses toFQDNs.

@@ -1,0 +1,73 @@
+package k8s
+
+import (
+	"net/netip"
+	"slices"
+
+	"portcullis/authz"
+	"portcullis/authz/dialect"
+)
+
+// ServiceKind is the kind of the objects that say what stands behind a service.
+const ServiceKind = "Service"
+
+// Services is the dialect of Service objects. Of one its labels, its selector and
+// its addresses say something to policy.
+var Services = dialect.Dialect{APIVersion: "v1", Kind: ServiceKind, Parse: parseService}
+
+func parseService(doc *dialect.Document) (dialect.Result, []authz.Problem) {
+	m := doc.Meta(ServiceKind)
+	s := &authz.ServiceObject{Ref: m.Ref, UID: m.UID, Source: doc.Source, Backends: authz.Backends{Labels: m.Labels}}
+	add := func(v *dialect.Value) {
+		text, ok := v.Text()
+		if !ok || text == "" || text == "None" { // headless, or not given one yet
+			return
+		}
+		ip, err := netip.ParseAddr(text)
+		if err != nil || ip.Zone() != "" || ip.Is4In6() || ip.IsUnspecified() || ip.IsLoopback() || ip.IsMulticast() {
+			v.Refuse("%q is not the address of a service", text)
+			return
+		}
+		if !slices.Contains(s.Addresses, ip) {
+			s.Addresses = append(s.Addresses, ip)
+		}
+	}
+	each := func(v *dialect.Value) { v.List(func(_ int, v *dialect.Value) { add(v) }) }
+	spec := doc.Root().Field("spec")
+	doc.Object(dialect.Fields{"spec": dialect.Accept})
+	if spec != nil && spec.IsObject() {
+		if f := spec.Field("selector"); f != nil {
+			f.Each(func(key string, f *dialect.Value) {
+				if value, ok := f.LabelValue(); ok && f.LabelKey(key) {
+					if s.Selector == nil {
+						s.Selector = map[string]string{}
+					}
+					s.Selector[key] = value
+				}
+			})
+		}
+		if f := spec.Field("clusterIP"); f != nil {
+			add(f)
+		}
+		for _, list := range []string{"clusterIPs", "externalIPs"} {
+			if f := spec.Field(list); f != nil {
+				each(f)
+			}
+		}
+	}
+	if f := doc.Root().Field("status"); f != nil && f.IsObject() {
+		if f = f.Field("loadBalancer"); f != nil && f.IsObject() {
+			if f = f.Field("ingress"); f != nil {
+				f.List(func(_ int, v *dialect.Value) {
+					if v.IsObject() && v.Field("ip") != nil {
+						add(v.Field("ip"))
+					}
+				})
+			}
+		}
+	}
+	if bad := doc.Problems(); len(bad) > 0 {
+		return dialect.Result{}, bad
+	}
+	return dialect.Result{Services: []*authz.ServiceObject{s}}, nil
+}
