@@ -161,8 +161,9 @@ func TestNotEnforced(t *testing.T) {
 	for _, c := range []struct{ doc, want string }{
 		{ccnp + "  nodeSelector: {matchLabels: {a: b}}\n  ingress: [{}]", "5 spec.nodeSelector"},
 		{ccnp + "  endpointSelector: {matchLabels: {'reserved:init': ''}}\n  ingress: [{fromEntities: [all]}]", "5 spec.endpointSelector"},
-		{out + "toServices: [{k8sService: {serviceName: a}}, {k8sServiceSelector: {namespace: x, selector: {matchLabels: {a: b}}}}]", "7 spec.egress[0].toServices"},
-		{out + "{toServices: [{k8sService: {serviceName: a}}], toPorts: [{ports: [{port: '80'}]}]}", "7 spec.egress[0].toServices"},
+		{out + "toServices: [{k8sService: {serviceName: a}}, {k8sServiceSelector: {namespace: x, selector: {matchLabels: {a: b}}}}]", ""},
+		{out + "{toServices: [{k8sService: {serviceName: a}}], toPorts: [{ports: [{port: '80'}]}]}", ""},
+		{deny + "toServices: [{k8sService: {serviceName: a}}]", "7 spec.egressDeny[0].toServices"},
 		{out + "toFQDNs: [{matchName: Example.COM.}, {matchPattern: '**.example.com'}, {matchPattern: '*'}]", "7 spec.egress[0].toFQDNs"},
 		{in + "toPorts: [{ports: [{port: '80', protocol: TCP}], rules: {http: [{}]}}]", "7 spec.ingress[0].toPorts[0].rules.http"},
 		{in + "toPorts: [{ports: [{port: '80', endPort: 90, protocol: TCP}], rules: {http: [{method: GET, path: '/a.*', host: '.*[.]x', headers: ['X-Y: 42', Z], headerMatches: [{name: A, value: b, mismatch: LOG}, {name: B, secret: {name: s, namespace: ns}}]}]}}]", "7 spec.ingress[0].toPorts[0].rules.http"},
