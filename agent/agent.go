@@ -250,7 +250,7 @@ func (l *loop) open(ctx context.Context) error {
 	if err := l.openAudit(); err != nil {
 		return err
 	}
-	for _, step := range []func() error{l.openKernel, l.shutStrangers, l.loadPolicies, l.restoreTable,
+	for _, step := range []func() error{l.openKernel, l.shutStrangers, l.loadPolicies, l.setServices, l.restoreTable,
 		func() error { return l.buildMachines(records, state) }, l.adoptEndpoints} {
 		if err := step(); err != nil {
 			return err

@@ -211,7 +211,8 @@ func (l *loop) forget(ref authz.Ref) (policy bool) {
 		return false
 	}
 	if s := l.services[ref]; s != nil {
-		l.forgetService(s)
+		delete(l.services, ref)
+		l.repo.SetService(authz.ServiceName{Namespace: s.Namespace, Name: s.Name}, nil)
 		return false
 	}
 	return l.repo.Delete(ref)
@@ -298,6 +299,9 @@ func (u *policyUndo) run(why error) error {
 // than before (see regions.go). A switch is one update of the endpoint; it bumps
 // the policy epoch, so that live connections are judged again.
 func (l *loop) applyPolicies() error {
+	if err := l.setServices(); err != nil {
+		return fmt.Errorf("nothing was changed: %w", err)
+	}
 	change, err := l.prepareRegions()
 	if err != nil {
 		return fmt.Errorf("nothing was changed: %w", err)

@@ -29,9 +29,9 @@ func (l *loop) setServices() error {
 	return l.dp.SetServices(slices.Collect(maps.Keys(all)))
 }
 
-// useService puts a service into force: its addresses in the kernel, and in the
-// repository what stands behind it. An address that somebody holds is no
-// service's: it would be judged as what it is not.
+// useService puts into the repository what stands behind a service. Its addresses
+// come into the kernel when policies are applied. An address that somebody holds
+// is no service's: it would be judged as what it is not.
 func (l *loop) useService(s *authz.ServiceObject) error {
 	for _, ip := range s.Addresses {
 		for p := range l.knownRanges() {
@@ -40,24 +40,7 @@ func (l *loop) useService(s *authz.ServiceObject) error {
 			}
 		}
 	}
-	before := l.services[s.Ref]
 	l.services[s.Ref] = s
-	if err := l.setServices(); err != nil {
-		if delete(l.services, s.Ref); before != nil {
-			l.services[s.Ref] = before
-		}
-		return err
-	}
 	l.repo.SetService(authz.ServiceName{Namespace: s.Namespace, Name: s.Name}, &s.Backends)
 	return nil
-}
-
-// forgetService is its opposite. Addresses that cannot be taken out of the
-// kernel's map stay services, which allows nothing more.
-func (l *loop) forgetService(s *authz.ServiceObject) {
-	delete(l.services, s.Ref)
-	l.repo.SetService(authz.ServiceName{Namespace: s.Namespace, Name: s.Name}, nil)
-	if err := l.setServices(); err != nil {
-		l.log.Warn("take a service's addresses out of the kernel: " + err.Error())
-	}
 }

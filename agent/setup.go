@@ -40,9 +40,6 @@ func (l *loop) openKernel() (err error) {
 	if err := l.keepRanges(); err != nil {
 		return err
 	}
-	if err := l.setServices(); err != nil {
-		return err
-	}
 	if err := l.setUplinks(); err != nil {
 		return err
 	}

@@ -137,13 +137,18 @@ func (d *Datapath) Ranges() (map[netip.Prefix]abi.Range, error) {
 	}
 	out := map[netip.Prefix]abi.Range{}
 	for k, r := range actual {
-		ip, bits := netip.AddrFrom16(k.Addr), int(k.Prefixlen)
-		if ip.Is4In6() && bits >= 96 {
-			ip, bits = ip.Unmap(), bits-96
-		}
-		out[netip.PrefixFrom(ip, bits)] = r
+		out[prefixOf(k)] = r
 	}
 	return out, nil
+}
+
+// prefixOf is the inverse of rangeKey.
+func prefixOf(k abi.RangeKey) netip.Prefix {
+	ip, bits := netip.AddrFrom16(k.Addr), int(k.Prefixlen)
+	if ip.Is4In6() && bits >= 96 {
+		ip, bits = ip.Unmap(), bits-96
+	}
+	return netip.PrefixFrom(ip, bits)
 }
 
 func (d *Datapath) rangesInKernel() (map[abi.RangeKey]abi.Range, error) {

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync/atomic"
 
 	"github.com/cilium/ebpf"
@@ -166,20 +167,18 @@ func (d *Datapath) SetServices(prefixes []netip.Prefix) error {
 		want[rangeKey(p)] = true
 	}
 	m := d.coll.Maps["services"]
+	have, err := d.servicesInKernel()
+	if err != nil {
+		return err
+	}
 	var stale []abi.RangeKey
-	var k abi.RangeKey
-	var v abi.Service
 	changed := len(want)
-	it := m.Iterate()
-	for it.Next(&k, &v) {
+	for k, v := range have {
 		if want[k] && v.Flags == uint32(abi.ServiceTranslated) {
 			changed--
 		} else if !want[k] {
 			stale = append(stale, k)
 		}
-	}
-	if err := it.Err(); err != nil {
-		return mapError("read services", "services", err)
 	}
 	d.services.Store(int64(len(want)))
 	if changed+len(stale) == 0 {
@@ -197,4 +196,25 @@ func (d *Datapath) SetServices(prefixes []netip.Prefix) error {
 		}
 	}
 	return nil
+}
+
+// Services returns the prefixes in the kernel, sorted.
+func (d *Datapath) Services() (out []netip.Prefix, err error) {
+	have, err := d.servicesInKernel()
+	for k := range have {
+		out = append(out, prefixOf(k))
+	}
+	slices.SortFunc(out, netip.Prefix.Compare)
+	return out, err
+}
+
+func (d *Datapath) servicesInKernel() (map[abi.RangeKey]abi.Service, error) {
+	out := map[abi.RangeKey]abi.Service{}
+	var k abi.RangeKey
+	var v abi.Service
+	it := d.coll.Maps["services"].Iterate()
+	for it.Next(&k, &v) {
+		out[k] = v
+	}
+	return out, mapError("read services", "services", it.Err())
 }
