@@ -189,7 +189,7 @@ func (l *lab) adopted(d *datapath.Datapath) {
 	for _, e := range entries {
 		names = append(names, e.Name())
 	}
-	if !slices.Equal(names, []string{"links", "maps", "progs"}) {
+	if !slices.Equal(names, []string{"hooks", "links", "maps", "progs"}) {
 		l.t.Errorf("pins: %v", names)
 	}
 	in, err := os.ReadDir(filepath.Join(l.pins, "maps"))
