@@ -23,10 +23,18 @@ func (l *loop) setServices() error {
 			all[netip.PrefixFrom(ip, ip.BitLen())] = true
 		}
 	}
+	if l.serviceSet != nil && maps.Equal(all, l.serviceSet) {
+		return nil
+	}
 	if err := l.dp.Untranslated(); err != nil && len(all) > 0 {
 		l.alarms.raise("services", fmt.Sprintf("packets to services are dropped where egress is under policy: the kernel does not let them be judged behind its translation: %v", err))
 	}
-	return l.dp.SetServices(slices.Collect(maps.Keys(all)))
+	l.serviceSet = nil // not known if it fails
+	if err := l.dp.SetServices(slices.Collect(maps.Keys(all))); err != nil {
+		return err
+	}
+	l.serviceSet = all
+	return nil
 }
 
 // useService puts into the repository what stands behind a service. Its addresses

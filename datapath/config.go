@@ -25,7 +25,7 @@ type Config struct {
 	Leases     int // lease indices, the reserved ones included; default 4096
 	Policy     int // entries of all sets, former ones included; default 262144
 	Ranges     int // prefixes: known ranges, and blocks that policies name; default 65536
-	Services   int // prefixes of addresses that stand for others; default 4096
+	Services   int // prefixes of addresses that stand for others; default 65536
 	Sources    int // prefixes that endpoints forward for, of all; default 4096
 	HeldBytes  int // of the ring of held packets; a power of two; default 8 MiB
 	EventBytes int // of the ring of events; a power of two; default 1 MiB
@@ -71,7 +71,7 @@ func (c Config) withDefaults() (Config, error) {
 		def  int
 	}{
 		{"bindings", &c.Bindings, 65536}, {"conntrack", &c.Conntrack, 131072}, {"endpoints", &c.Endpoints, 1024},
-		{"leases", &c.Leases, 4096}, {"policy", &c.Policy, 262144}, {"ranges", &c.Ranges, 65536}, {"sources", &c.Sources, 4096}, {"services", &c.Services, 4096},
+		{"leases", &c.Leases, 4096}, {"policy", &c.Policy, 262144}, {"ranges", &c.Ranges, 65536}, {"sources", &c.Sources, 4096}, {"services", &c.Services, 65536},
 		{"held bytes", &c.HeldBytes, 8 << 20}, {"event bytes", &c.EventBytes, 1 << 20},
 		{"fragments per endpoint", &c.FragmentsPerEndpoint, int(abi.FragmentsPerEndpoint)},
 		{"hold per endpoint", &c.HoldPerEndpoint, 64}, {"hold per source", &c.HoldPerSource, 16}, {"hold total", &c.HoldTotal, 4096},

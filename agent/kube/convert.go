@@ -167,7 +167,9 @@ func toNamespace(n *corev1.Namespace) (*Object, error) {
 // toObject reads a policy or a group of addresses.
 func toObject(u *unstructured.Unstructured) (*Object, error) {
 	content := maps.Clone(u.Object)
-	delete(content, "status")
+	if u.GetKind() != "Service" { // whose status has addresses of load balancers
+		delete(content, "status")
+	}
 	if meta, ok := content["metadata"].(map[string]any); ok {
 		meta = maps.Clone(meta)
 		// What changes without a change of meaning. A field that is not known
@@ -187,7 +189,7 @@ func toObject(u *unstructured.Unstructured) (*Object, error) {
 
 // dialects are the parsers of what is watched.
 func dialects() []dialect.Dialect {
-	return append(cilium.Dialects(), k8s.Dialect, k8s.Namespaces)
+	return append(cilium.Dialects(), k8s.Dialect, k8s.Namespaces, k8s.Services)
 }
 
 // parse reads one object. Its error names every field that cannot be used.
@@ -216,6 +218,9 @@ func parse(source string) (*Object, error) {
 	case len(said.Namespaces) == 1 && len(said.Refs()) == 1:
 		o.Namespace = said.Namespaces[0]
 		o.Ref = o.Namespace.Ref
+	case len(said.Services) == 1 && len(said.Refs()) == 1:
+		o.Service = said.Services[0]
+		o.Ref = o.Service.Ref
 	default:
 		return nil, fmt.Errorf("the object says %d things instead of one", len(said.Refs()))
 	}

@@ -150,6 +150,7 @@ func TestObjects(t *testing.T) {
 		{"an unknown field of the metadata", strings.Replace(goodPolicy, `"uid"`, `"novel":1,"uid"`, 1), "metadata.novel"},
 		{"a label that is of no identity", strings.Replace(goodPolicy, `"app"`, `"pod-template-hash"`, 1), "not part of an identity"},
 		{"a group", `{"apiVersion":"cilium.io/v2","kind":"CiliumCIDRGroup","metadata":{"name":"g"},"spec":{"externalCIDRs":["198.51.100.0/24"]}}`, ""},
+		{"a service", `{"apiVersion":"v1","kind":"Service","metadata":{"name":"db","namespace":"shop"},"spec":{"clusterIP":"10.96.0.7","selector":{"app":"db"}},"status":{"loadBalancer":{"ingress":[{"ip":"192.0.2.7"}]}}}`, ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			o, err := toObject(object(t, c.text))
@@ -157,7 +158,11 @@ func TestObjects(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				if strings.Contains(o.Source, "managedFields") || strings.Contains(o.Source, "status") {
+				if o.Service != nil {
+					if got := o.Service.Addresses; len(got) != 2 || got[1].String() != "192.0.2.7" || o.Service.Selector["app"] != "db" {
+						t.Errorf("read as %+v", o.Service)
+					}
+				} else if strings.Contains(o.Source, "managedFields") || strings.Contains(o.Source, "status") {
 					t.Errorf("the source has what is not of the policy: %s", o.Source)
 				}
 			} else if err == nil || !strings.Contains(err.Error(), c.problem) {

@@ -43,6 +43,8 @@ func resources(pods string) []resource {
 	return []resource{
 		{at: core.WithResource("nodes")},
 		{at: core.WithResource("namespaces")},
+		// What stands behind services, and which addresses are services'.
+		{at: core.WithResource("services"), kind: "Service"},
 		// In mode classic alone those of other nodes: who is behind their IPs
 		// their agents say.
 		{at: core.WithResource("pods"), only: pods},

@@ -53,6 +53,7 @@ type Object struct {
 	Policy    *authz.Policy
 	Group     *authz.Group
 	Namespace *authz.NamespaceObject
+	Service   *authz.ServiceObject
 }
 
 // Refused is an object that cannot be used.
