@@ -182,9 +182,7 @@ func (l *loop) use(o api.Object, at time.Time) error {
 		l.spaces[o.Ref] = o.Namespace
 		l.repo.SetNamespaceLabels(o.Namespace.Name, o.Namespace.Labels)
 	case o.Service != nil:
-		if err := l.useService(o.Service); err != nil {
-			return err
-		}
+		l.useService(o.Service)
 	default:
 		// Who enforces obeys all of a policy or none of it.
 		if err := o.Policy.Enforceable(); err != nil {

@@ -18,9 +18,22 @@ func (l *loop) setServices() error {
 	for _, p := range l.cfg.ServiceRanges {
 		all[p] = true
 	}
+	// An address that a node has (an external one, a load balancer's) is judged as
+	// the node's first, and behind the translation all the same.
+	known := l.knownRanges()
+	held := func(ip netip.Addr) bool {
+		for p := range known {
+			if p.Contains(ip) {
+				return true
+			}
+		}
+		return false
+	}
 	for _, s := range l.services {
 		for _, ip := range s.Addresses {
-			all[netip.PrefixFrom(ip, ip.BitLen())] = true
+			if p := netip.PrefixFrom(ip, ip.BitLen()); !held(ip) {
+				all[p] = true
+			}
 		}
 	}
 	if l.serviceSet != nil && maps.Equal(all, l.serviceSet) {
@@ -38,17 +51,8 @@ func (l *loop) setServices() error {
 }
 
 // useService puts into the repository what stands behind a service. Its addresses
-// come into the kernel when policies are applied. An address that somebody holds
-// is no service's: it would be judged as what it is not.
-func (l *loop) useService(s *authz.ServiceObject) error {
-	for _, ip := range s.Addresses {
-		for p := range l.knownRanges() {
-			if p.Contains(ip) {
-				return fmt.Errorf("service %s/%s has the address %s, which is in the range %s of a node", s.Namespace, s.Name, ip, p)
-			}
-		}
-	}
+// come into the kernel when policies are applied.
+func (l *loop) useService(s *authz.ServiceObject) {
 	l.services[s.Ref] = s
 	l.repo.SetService(authz.ServiceName{Namespace: s.Namespace, Name: s.Name}, &s.Backends)
-	return nil
 }

@@ -53,7 +53,7 @@ func TestImportedService(t *testing.T) {
 	}
 	service := func(selector string) string {
 		return "apiVersion: v1\nkind: Service\nmetadata: {name: b, namespace: default}\n" +
-			"spec: {clusterIP: 10.96.0.5, externalIPs: [192.0.2.9], selector: {" + selector + "}, ports: [{port: 80, targetPort: 8080}]}\n"
+			"spec: {clusterIP: 10.96.0.5, externalIPs: [192.0.2.9, 10.1.1.99], selector: {" + selector + "}, ports: [{port: 80, targetPort: 8080}]}\n"
 	}
 	verify("of a service that nobody spoke of", false)
 	n.importPolicy(l, service("app: b0"))
