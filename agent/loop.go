@@ -80,7 +80,7 @@ type loop struct {
 	groups          map[authz.Ref]*authz.Group
 	spaces          map[authz.Ref]*authz.NamespaceObject
 	services        map[authz.Ref]*authz.ServiceObject
-	serviceSet      map[netip.Prefix]bool // in the kernel; nil: not known
+	servicesSet     bool // the kernel has their addresses, as services and ranges are
 	regions         regions
 
 	topology    atomic.Pointer[topology] // the loop alone stores it; never nil

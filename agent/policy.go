@@ -210,6 +210,7 @@ func (l *loop) forget(ref authz.Ref) (policy bool) {
 	}
 	if s := l.services[ref]; s != nil {
 		delete(l.services, ref)
+		l.servicesSet = false
 		l.repo.SetService(authz.ServiceName{Namespace: s.Namespace, Name: s.Name}, nil)
 		return false
 	}

@@ -163,7 +163,11 @@ func (l *loop) knownRanges() map[netip.Prefix]abi.Range { return l.topology.Load
 // setRanges tells the kernel which IPs need a binding (I5), for whose binding
 // there is somebody to ask, and what blocks of the world policies tell apart.
 func (l *loop) setRanges() error {
-	return l.dp.SetRanges(datapath.FoldRanges(l.knownRanges(), l.regions.numbers))
+	if err := l.dp.SetRanges(datapath.FoldRanges(l.knownRanges(), l.regions.numbers)); err != nil {
+		return err
+	}
+	l.servicesSet = false // what is a node's may have changed
+	return l.setServices()
 }
 
 // keepRanges makes known what needs a binding, at the start, and leaves the

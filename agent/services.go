@@ -14,6 +14,9 @@ import (
 // configuration are ranges; those of services that were imported are single
 // addresses.
 func (l *loop) setServices() error {
+	if l.servicesSet {
+		return nil
+	}
 	all := map[netip.Prefix]bool{}
 	for _, p := range l.cfg.ServiceRanges {
 		all[p] = true
@@ -36,23 +39,19 @@ func (l *loop) setServices() error {
 			}
 		}
 	}
-	if l.serviceSet != nil && maps.Equal(all, l.serviceSet) {
-		return nil
-	}
 	if err := l.dp.Untranslated(); err != nil && len(all) > 0 {
 		l.alarms.raise("services", fmt.Sprintf("packets to services are dropped where egress is under policy: the kernel does not let them be judged behind its translation: %v", err))
 	}
-	l.serviceSet = nil // not known if it fails
 	if err := l.dp.SetServices(slices.Collect(maps.Keys(all))); err != nil {
 		return err
 	}
-	l.serviceSet = all
+	l.servicesSet = true
 	return nil
 }
 
 // useService puts into the repository what stands behind a service. Its addresses
 // come into the kernel when policies are applied.
 func (l *loop) useService(s *authz.ServiceObject) {
-	l.services[s.Ref] = s
+	l.services[s.Ref], l.servicesSet = s, false
 	l.repo.SetService(authz.ServiceName{Namespace: s.Namespace, Name: s.Name}, &s.Backends)
 }
