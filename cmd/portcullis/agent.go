@@ -186,8 +186,7 @@ func (r *agentFlags) into(cfg *agent.Config, set *settings) error {
 		}
 		return out
 	}
-	cfg.Ranges, cfg.ForgetRanges = prefixes("range", r.ranges), prefixes("forget-range", r.forget)
-	cfg.ServiceRanges = prefixes("service-range", r.services)
+	cfg.Ranges, cfg.ForgetRanges, cfg.ServiceRanges = prefixes("range", r.ranges), prefixes("forget-range", r.forget), prefixes("service-range", r.services)
 	for i, s := range r.enforceIn {
 		namespace, mode, ok := strings.Cut(s, "=")
 		e, err := authz.ParseEnforcement(mode)
