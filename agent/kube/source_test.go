@@ -35,13 +35,14 @@ type apiServer struct {
 
 const (
 	nodesPath, namespacesPath, podsPath = "/api/v1/nodes", "/api/v1/namespaces", "/api/v1/pods"
+	servicesPath                        = "/api/v1/services"
 	policiesPath                        = "/apis/networking.k8s.io/v1/networkpolicies"
 	ciliumPath                          = "/apis/cilium.io/v2/ciliumnetworkpolicies"
 )
 
 func newAPIServer(t *testing.T) *apiServer {
 	s := &apiServer{t: t, objects: map[string]map[string]map[string]any{}, watches: map[chan []byte]string{}}
-	for _, p := range []string{nodesPath, namespacesPath, podsPath, policiesPath} {
+	for _, p := range []string{nodesPath, namespacesPath, servicesPath, podsPath, policiesPath} {
 		s.objects[p] = map[string]map[string]any{}
 	}
 	s.up()
@@ -110,7 +111,7 @@ func (s *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		for _, o := range items {
 			events <- event("ADDED", o)
 		}
-		kind = map[string]string{nodesPath: "Node", namespacesPath: "Namespace", podsPath: "Pod", policiesPath: "NetworkPolicy", ciliumPath: "CiliumNetworkPolicy"}[r.URL.Path]
+		kind = map[string]string{nodesPath: "Node", namespacesPath: "Namespace", servicesPath: "Service", podsPath: "Pod", policiesPath: "NetworkPolicy", ciliumPath: "CiliumNetworkPolicy"}[r.URL.Path]
 		group := strings.TrimPrefix(strings.TrimPrefix(r.URL.Path[:strings.LastIndex(r.URL.Path, "/")], "/apis/"), "/api/")
 		events <- event("BOOKMARK", map[string]any{"kind": kind, "apiVersion": group,
 			"metadata": map[string]any{"resourceVersion": version, "annotations": map[string]any{"k8s.io/initial-events-end": "true"}}})
