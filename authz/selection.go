@@ -1,6 +1,7 @@
 package authz
 
 import (
+	"net/netip"
 	"slices"
 
 	"portcullis/identity"
@@ -15,12 +16,21 @@ type selection struct {
 	unsure   numbers // not to be excluded
 	users    map[*Subject]struct{}
 	places   []place
+	block    netip.Prefix // if valid, it selects nobody who is seen elsewhere
 	// namespaces: it looks at labels of namespaces.
 	namespaces bool
 }
 
 func newSelection(key string, s PeerSelector) *selection {
-	return &selection{key: key, selector: s, sure: numbers{}, unsure: numbers{}, users: map[*Subject]struct{}{}, places: selectorPlaces(s), namespaces: looksAtNamespaces(s)}
+	b, _ := s.(Block)
+	return &selection{key: key, selector: s, sure: numbers{}, unsure: numbers{}, users: map[*Subject]struct{}{}, places: selectorPlaces(s),
+		block: b.Prefix, namespaces: looksAtNamespaces(s)}
+}
+
+// elsewhere reports whether all of a peer is seen outside of the selection's
+// block. It is cheap, for of many blocks a peer meets few.
+func (s *selection) elsewhere(p Peer) bool {
+	return s.block.IsValid() && p.Block.IsValid() && !s.block.Overlaps(p.Block)
 }
 
 type numbers map[identity.Numeric]struct{}

@@ -358,7 +358,7 @@ func (x *Sets) meeting(p Peer) iter.Seq[*selection] {
 	return func(yield func(*selection) bool) {
 		for _, at := range p.places() {
 			for sel := range x.selectionsAt[at] {
-				if !yield(sel) {
+				if !sel.elsewhere(p) && !yield(sel) {
 					return
 				}
 			}
@@ -401,7 +401,9 @@ func (x *Sets) selectionsOf(r *Rule) []*selection {
 func (x *Sets) evaluate(sel *selection, before *facts) {
 	for _, at := range sel.places {
 		for n := range x.peersAt[at] {
-			x.see(sel, n, before)
+			if !sel.elsewhere(x.peers[n]) {
+				x.see(sel, n, before)
+			}
 		}
 	}
 }
