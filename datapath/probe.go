@@ -110,7 +110,7 @@ func probePrograms(ifindex int) (attach, load error) {
 	if err != nil {
 		return err, err
 	}
-	coll, err := ebpf.NewCollection(spec)
+	coll, _, err := newCollection(spec, nil)
 	if err != nil {
 		// Without programs the hook can still be asked for.
 		_, attach = link.QueryPrograms(link.QueryOptions{Target: ifindex, Attach: ebpf.AttachTCXIngress})
