@@ -3,7 +3,7 @@
 # for what the programs need when they run.
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-all generate lint floors race conformance bench measure prepare clean
+.PHONY: help build image demo test test-all generate lint floors race conformance bench measure prepare clean
 
 # ---- the Go command ----------------------------------------------------
 
@@ -41,6 +41,11 @@ help: ## print this list
 build: need-go ## build bin/portcullis (no clang needed: the BPF object is committed)
 	$(BUILD) -o bin/portcullis ./cmd/portcullis
 	@echo "built bin/portcullis"
+
+IMAGE ?= portcullis:dev
+image: need-go ## write out/portcullis-image.tar, the image that deploy/ names, without Docker (`ctr -n k8s.io images import` it on the nodes)
+	CGO_ENABLED=0 $(BUILD) -ldflags='-s -w' -o out/portcullis ./cmd/portcullis
+	$(GO) run ./deploy/image/pack -o out/portcullis-image.tar -tag $(IMAGE) -entrypoint /portcullis out/portcullis=portcullis
 
 demo: build ## run the story, the stale-identity attack and the agent's faults in a lab on this machine (root, under a minute)
 	@test/prepare strict

@@ -387,6 +387,9 @@ func (s *server) identify(ctx context.Context, w *workload, wait time.Duration) 
 		}
 		if pod != nil {
 			w.byUID = true
+			if w.namespace == "" && w.name == "" {
+				w.namespace, w.name = pod.Namespace, pod.Name
+			}
 			if !isPodOf(pod, w) {
 				return fmt.Errorf("%w: uid %s is that of pod %s/%s, not of %s", errMalformed, w.uid, pod.Namespace, pod.Name, w.fullName())
 			}

@@ -50,6 +50,12 @@ func TestIdentityByUID(t *testing.T) {
 	if err := identify(&w, time.Minute, nothing); !errors.Is(err, errMalformed) {
 		t.Errorf("another pod's UID: %v", err)
 	}
+	// Who was found by its processes has no name of its own to be compared.
+	nameless := w
+	nameless.namespace, nameless.name = "", ""
+	if err := identify(&nameless, time.Minute, nothing); err != nil || nameless.name != "somebody" || nameless.namespace == "" {
+		t.Errorf("by the UID alone: %s, %v", nameless.fullName(), err)
+	}
 	l.take(first)
 	told := false
 	if err := identify(&w, time.Minute, func() { // the watch brings it while the registration waits

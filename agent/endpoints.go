@@ -36,6 +36,9 @@ type workload struct {
 	after identity.Generation
 	// attachment is the sandbox it was registered for; zero: none was named.
 	attachment attachment
+	// held is for how long it had its IPs when it was registered; 0: they
+	// were new to it. It is not kept.
+	held time.Duration
 	// byUID: its identity and ports are what the cluster says of its UID.
 	byUID bool
 }
@@ -126,8 +129,18 @@ func (l *loop) register(w workload, ifindex uint32) (*endpoint, error) {
 	}
 	l.add(e)
 	l.log.Info("endpoint registered", zap.String("workload", e.fullName()), zap.Stringer("uid", e.uid), zap.Uint32("endpoint", e.id), zap.Any("ips", e.ips))
-	l.stepOwner(lease.Add{UID: e.uid, IPs: e.ips, Identity: e.identity, Ports: e.ports})
+	l.stepOwner(lease.Add{UID: e.uid, IPs: e.ips, Identity: e.identity, Ports: e.ports, HeldSince: l.heldSince(&w)})
 	return e, nil
+}
+
+// heldSince is since when a workload has had its IPs, 0 where that does not
+// count: if an agent of this boot bound anything, others may hold leases on what
+// this very workload was before.
+func (l *loop) heldSince(w *workload) lease.Time {
+	if w.held <= 0 || l.boundBefore {
+		return 0
+	}
+	return max(l.now().Add(-w.held), 1)
 }
 
 // add enters an endpoint into the books.

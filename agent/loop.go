@@ -102,6 +102,7 @@ type loop struct {
 	verifierTimer  lease.Time
 
 	heldTotal, reinjected, heldDropped uint64
+	boundBefore                        bool       // an agent of this boot bound an IP before this one's start
 	lostBefore                         lostTotals // at the start those of earlier agents
 	notTaken                           uint64     // re-injected, and dropped on the way: see inject
 

@@ -31,7 +31,8 @@ func parseRegistration(r *api.RegisterWorkloadRequest, trustDomain string) (work
 	} else if w.uid == (identity.UID{}) {
 		bad("uid: all zero is nobody's")
 	}
-	if r.Namespace == "" || r.Name == "" {
+	found := r.IdentityByUid && r.Namespace == "" && r.Name == "" // the agent finds these out too
+	if !found && (r.Namespace == "" || r.Name == "") {
 		bad("namespace and name: both are needed")
 	}
 	if len(r.Name) > maxName || !printable(r.Name) {
@@ -72,7 +73,10 @@ func parseRegistration(r *api.RegisterWorkloadRequest, trustDomain string) (work
 		bad("pid %d: want the number of a process", r.Pid)
 	}
 	w.process.PID = int(r.Pid)
-	if len(errs) == 0 {
+	if w.held = r.Held.AsDuration(); w.held < 0 || r.Held != nil && !r.Held.IsValid() {
+		bad("held %v: want for how long the workload has had its IPs", w.held)
+	}
+	if len(errs) == 0 && !found {
 		errs = append(errs, sendable(&w)...)
 	}
 	return w, errors.Join(errs...)

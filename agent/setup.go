@@ -166,8 +166,9 @@ func (l *loop) buildMachines(records []lease.Record, state lease.JournalState) (
 	if l.cfg.Evidence == ModeClassic {
 		return l.buildClassic(identity.Generation(st.LastGeneration()))
 	}
+	l.boundBefore = st.LastGeneration() != 0
 	fresh := l.cfg.FreshRanges
-	if fresh && st.LastGeneration() != 0 {
+	if fresh && l.boundBefore {
 		// The pins know better: an IP of these ranges was bound in this boot. A
 		// flag that stayed in somebody's unit file must not end a wait (I1).
 		fresh = false

@@ -695,10 +695,15 @@ type RegisterWorkloadRequest struct {
 	ExtraSources []string    `protobuf:"bytes,13,rep,name=extra_sources,json=extraSources,proto3" json:"extra_sources,omitempty"`
 	Attachment   *Attachment `protobuf:"bytes,14,opt,name=attachment,proto3" json:"attachment,omitempty"` // not set: the caller has no sandboxes
 	// identity_by_uid: the caller knows neither labels nor service account; the
-	// agent finds them out by the uid. FAILED_PRECONDITION where it has no
-	// source that could tell them.
+	// agent finds them out by the uid, and namespace and name too if both are
+	// empty. FAILED_PRECONDITION where it has no source that could tell them.
 	IdentityByUid bool   `protobuf:"varint,15,opt,name=identity_by_uid,json=identityByUid,proto3" json:"identity_by_uid,omitempty"`
 	HostIfindex   uint32 `protobuf:"varint,16,opt,name=host_ifindex,json=hostIfindex,proto3" json:"host_ifindex,omitempty"` // of host_ifname, as the caller saw it; 0: whatever has the name now
+	// held: for how long the workload has had its IPs already, under its identity,
+	// as the kernel shows it: an agent that starts without a journal, on a node
+	// where none ran in this boot, lets it go on after at most MAX_LEASE x (1 +
+	// rho) of that. Not set: the IPs are new to it.
+	Held          *durationpb.Duration `protobuf:"bytes,17,opt,name=held,proto3" json:"held,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -843,6 +848,13 @@ func (x *RegisterWorkloadRequest) GetHostIfindex() uint32 {
 		return x.HostIfindex
 	}
 	return 0
+}
+
+func (x *RegisterWorkloadRequest) GetHeld() *durationpb.Duration {
+	if x != nil {
+		return x.Held
+	}
+	return nil
 }
 
 // Attachment names, in the container runtime's words, what a workload was
@@ -3901,7 +3913,7 @@ const file_agent_proto_rawDesc = "" +
 	"reinjected\x18\x04 \x01(\x04R\n" +
 	"reinjected\x12\x18\n" +
 	"\adropped\x18\x05 \x01(\x04R\adropped\x12\x1b\n" +
-	"\tnot_taken\x18\x06 \x01(\x04R\bnotTaken\"\xa3\x05\n" +
+	"\tnot_taken\x18\x06 \x01(\x04R\bnotTaken\"\xd2\x05\n" +
 	"\x17RegisterWorkloadRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x12\n" +
@@ -3922,7 +3934,8 @@ const file_agent_proto_rawDesc = "" +
 	"attachment\x18\x0e \x01(\v2\x1f.portcullis.agent.v1.AttachmentR\n" +
 	"attachment\x12&\n" +
 	"\x0fidentity_by_uid\x18\x0f \x01(\bR\ridentityByUid\x12!\n" +
-	"\fhost_ifindex\x18\x10 \x01(\rR\vhostIfindex\x1a9\n" +
+	"\fhost_ifindex\x18\x10 \x01(\rR\vhostIfindex\x12-\n" +
+	"\x04held\x18\x11 \x01(\v2\x19.google.protobuf.DurationR\x04held\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\\\n" +
@@ -4285,87 +4298,88 @@ var file_agent_proto_depIdxs = []int32{
 	14, // 13: portcullis.agent.v1.RegisterWorkloadRequest.ports:type_name -> portcullis.agent.v1.NamedPort
 	55, // 14: portcullis.agent.v1.RegisterWorkloadRequest.wait:type_name -> google.protobuf.Duration
 	8,  // 15: portcullis.agent.v1.RegisterWorkloadRequest.attachment:type_name -> portcullis.agent.v1.Attachment
-	8,  // 16: portcullis.agent.v1.CheckWorkloadRequest.attachment:type_name -> portcullis.agent.v1.Attachment
-	53, // 17: portcullis.agent.v1.RelabelWorkloadRequest.labels:type_name -> portcullis.agent.v1.RelabelWorkloadRequest.LabelsEntry
-	12, // 18: portcullis.agent.v1.RelabelWorkloadRequest.ports:type_name -> portcullis.agent.v1.NamedPorts
-	55, // 19: portcullis.agent.v1.RelabelWorkloadRequest.wait:type_name -> google.protobuf.Duration
-	14, // 20: portcullis.agent.v1.NamedPorts.ports:type_name -> portcullis.agent.v1.NamedPort
-	55, // 21: portcullis.agent.v1.RelabelWorkloadResponse.waited:type_name -> google.protobuf.Duration
-	19, // 22: portcullis.agent.v1.RelabelWorkloadResponse.identity:type_name -> portcullis.agent.v1.Identity
-	55, // 23: portcullis.agent.v1.RegisterWorkloadResponse.waited:type_name -> google.protobuf.Duration
-	8,  // 24: portcullis.agent.v1.DeregisterWorkloadRequest.attachment:type_name -> portcullis.agent.v1.Attachment
-	19, // 25: portcullis.agent.v1.ListIdentitiesResponse.identities:type_name -> portcullis.agent.v1.Identity
-	24, // 26: portcullis.agent.v1.ListEndpointsResponse.endpoints:type_name -> portcullis.agent.v1.Endpoint
-	18, // 27: portcullis.agent.v1.Endpoint.workload:type_name -> portcullis.agent.v1.Workload
-	19, // 28: portcullis.agent.v1.Endpoint.identity:type_name -> portcullis.agent.v1.Identity
-	14, // 29: portcullis.agent.v1.Endpoint.ports:type_name -> portcullis.agent.v1.NamedPort
-	54, // 30: portcullis.agent.v1.Endpoint.created:type_name -> google.protobuf.Timestamp
-	8,  // 31: portcullis.agent.v1.Endpoint.attachment:type_name -> portcullis.agent.v1.Attachment
-	28, // 32: portcullis.agent.v1.Endpoint.grants:type_name -> portcullis.agent.v1.Grant
-	27, // 33: portcullis.agent.v1.ListBindingsResponse.bindings:type_name -> portcullis.agent.v1.Binding
-	18, // 34: portcullis.agent.v1.Binding.workload:type_name -> portcullis.agent.v1.Workload
-	19, // 35: portcullis.agent.v1.Binding.identity:type_name -> portcullis.agent.v1.Identity
-	55, // 36: portcullis.agent.v1.Binding.remaining:type_name -> google.protobuf.Duration
-	55, // 37: portcullis.agent.v1.Binding.age:type_name -> google.protobuf.Duration
-	28, // 38: portcullis.agent.v1.Binding.grants:type_name -> portcullis.agent.v1.Grant
-	55, // 39: portcullis.agent.v1.Grant.remaining:type_name -> google.protobuf.Duration
-	31, // 40: portcullis.agent.v1.ListSessionsResponse.sessions:type_name -> portcullis.agent.v1.Session
-	54, // 41: portcullis.agent.v1.Session.certificate_expiry:type_name -> google.protobuf.Timestamp
-	54, // 42: portcullis.agent.v1.Session.last_renewal:type_name -> google.protobuf.Timestamp
-	55, // 43: portcullis.agent.v1.Session.remaining:type_name -> google.protobuf.Duration
-	54, // 44: portcullis.agent.v1.Session.since:type_name -> google.protobuf.Timestamp
-	35, // 45: portcullis.agent.v1.ImportPoliciesRequest.files:type_name -> portcullis.agent.v1.PolicyFile
-	39, // 46: portcullis.agent.v1.ImportPoliciesResponse.imported:type_name -> portcullis.agent.v1.ImportedPolicy
-	36, // 47: portcullis.agent.v1.ImportPoliciesResponse.problems:type_name -> portcullis.agent.v1.PolicyProblem
-	34, // 48: portcullis.agent.v1.ImportedPolicy.ref:type_name -> portcullis.agent.v1.PolicyRef
-	42, // 49: portcullis.agent.v1.ListPoliciesResponse.policies:type_name -> portcullis.agent.v1.Policy
-	34, // 50: portcullis.agent.v1.Policy.ref:type_name -> portcullis.agent.v1.PolicyRef
-	54, // 51: portcullis.agent.v1.Policy.imported:type_name -> google.protobuf.Timestamp
-	34, // 52: portcullis.agent.v1.GetPolicyRequest.ref:type_name -> portcullis.agent.v1.PolicyRef
-	42, // 53: portcullis.agent.v1.GetPolicyResponse.policy:type_name -> portcullis.agent.v1.Policy
-	34, // 54: portcullis.agent.v1.DeletePoliciesRequest.refs:type_name -> portcullis.agent.v1.PolicyRef
-	34, // 55: portcullis.agent.v1.DeletePoliciesResponse.deleted:type_name -> portcullis.agent.v1.PolicyRef
-	50, // 56: portcullis.agent.v1.MonitorResponse.flow:type_name -> portcullis.agent.v1.FlowEvent
-	49, // 57: portcullis.agent.v1.MonitorResponse.lost:type_name -> portcullis.agent.v1.LostEvents
-	54, // 58: portcullis.agent.v1.FlowEvent.time:type_name -> google.protobuf.Timestamp
-	51, // 59: portcullis.agent.v1.FlowEvent.source:type_name -> portcullis.agent.v1.FlowEnd
-	51, // 60: portcullis.agent.v1.FlowEvent.destination:type_name -> portcullis.agent.v1.FlowEnd
-	55, // 61: portcullis.agent.v1.FlowEvent.binding_age:type_name -> google.protobuf.Duration
-	0,  // 62: portcullis.agent.v1.Agent.Status:input_type -> portcullis.agent.v1.StatusRequest
-	7,  // 63: portcullis.agent.v1.Agent.RegisterWorkload:input_type -> portcullis.agent.v1.RegisterWorkloadRequest
-	16, // 64: portcullis.agent.v1.Agent.DeregisterWorkload:input_type -> portcullis.agent.v1.DeregisterWorkloadRequest
-	9,  // 65: portcullis.agent.v1.Agent.CheckWorkload:input_type -> portcullis.agent.v1.CheckWorkloadRequest
-	11, // 66: portcullis.agent.v1.Agent.RelabelWorkload:input_type -> portcullis.agent.v1.RelabelWorkloadRequest
-	22, // 67: portcullis.agent.v1.Agent.ListEndpoints:input_type -> portcullis.agent.v1.ListEndpointsRequest
-	20, // 68: portcullis.agent.v1.Agent.ListIdentities:input_type -> portcullis.agent.v1.ListIdentitiesRequest
-	25, // 69: portcullis.agent.v1.Agent.ListBindings:input_type -> portcullis.agent.v1.ListBindingsRequest
-	29, // 70: portcullis.agent.v1.Agent.ListSessions:input_type -> portcullis.agent.v1.ListSessionsRequest
-	32, // 71: portcullis.agent.v1.Agent.ResetSession:input_type -> portcullis.agent.v1.ResetSessionRequest
-	37, // 72: portcullis.agent.v1.Agent.ImportPolicies:input_type -> portcullis.agent.v1.ImportPoliciesRequest
-	40, // 73: portcullis.agent.v1.Agent.ListPolicies:input_type -> portcullis.agent.v1.ListPoliciesRequest
-	43, // 74: portcullis.agent.v1.Agent.GetPolicy:input_type -> portcullis.agent.v1.GetPolicyRequest
-	45, // 75: portcullis.agent.v1.Agent.DeletePolicies:input_type -> portcullis.agent.v1.DeletePoliciesRequest
-	47, // 76: portcullis.agent.v1.Agent.Monitor:input_type -> portcullis.agent.v1.MonitorRequest
-	1,  // 77: portcullis.agent.v1.Agent.Status:output_type -> portcullis.agent.v1.StatusResponse
-	15, // 78: portcullis.agent.v1.Agent.RegisterWorkload:output_type -> portcullis.agent.v1.RegisterWorkloadResponse
-	17, // 79: portcullis.agent.v1.Agent.DeregisterWorkload:output_type -> portcullis.agent.v1.DeregisterWorkloadResponse
-	10, // 80: portcullis.agent.v1.Agent.CheckWorkload:output_type -> portcullis.agent.v1.CheckWorkloadResponse
-	13, // 81: portcullis.agent.v1.Agent.RelabelWorkload:output_type -> portcullis.agent.v1.RelabelWorkloadResponse
-	23, // 82: portcullis.agent.v1.Agent.ListEndpoints:output_type -> portcullis.agent.v1.ListEndpointsResponse
-	21, // 83: portcullis.agent.v1.Agent.ListIdentities:output_type -> portcullis.agent.v1.ListIdentitiesResponse
-	26, // 84: portcullis.agent.v1.Agent.ListBindings:output_type -> portcullis.agent.v1.ListBindingsResponse
-	30, // 85: portcullis.agent.v1.Agent.ListSessions:output_type -> portcullis.agent.v1.ListSessionsResponse
-	33, // 86: portcullis.agent.v1.Agent.ResetSession:output_type -> portcullis.agent.v1.ResetSessionResponse
-	38, // 87: portcullis.agent.v1.Agent.ImportPolicies:output_type -> portcullis.agent.v1.ImportPoliciesResponse
-	41, // 88: portcullis.agent.v1.Agent.ListPolicies:output_type -> portcullis.agent.v1.ListPoliciesResponse
-	44, // 89: portcullis.agent.v1.Agent.GetPolicy:output_type -> portcullis.agent.v1.GetPolicyResponse
-	46, // 90: portcullis.agent.v1.Agent.DeletePolicies:output_type -> portcullis.agent.v1.DeletePoliciesResponse
-	48, // 91: portcullis.agent.v1.Agent.Monitor:output_type -> portcullis.agent.v1.MonitorResponse
-	77, // [77:92] is the sub-list for method output_type
-	62, // [62:77] is the sub-list for method input_type
-	62, // [62:62] is the sub-list for extension type_name
-	62, // [62:62] is the sub-list for extension extendee
-	0,  // [0:62] is the sub-list for field type_name
+	55, // 16: portcullis.agent.v1.RegisterWorkloadRequest.held:type_name -> google.protobuf.Duration
+	8,  // 17: portcullis.agent.v1.CheckWorkloadRequest.attachment:type_name -> portcullis.agent.v1.Attachment
+	53, // 18: portcullis.agent.v1.RelabelWorkloadRequest.labels:type_name -> portcullis.agent.v1.RelabelWorkloadRequest.LabelsEntry
+	12, // 19: portcullis.agent.v1.RelabelWorkloadRequest.ports:type_name -> portcullis.agent.v1.NamedPorts
+	55, // 20: portcullis.agent.v1.RelabelWorkloadRequest.wait:type_name -> google.protobuf.Duration
+	14, // 21: portcullis.agent.v1.NamedPorts.ports:type_name -> portcullis.agent.v1.NamedPort
+	55, // 22: portcullis.agent.v1.RelabelWorkloadResponse.waited:type_name -> google.protobuf.Duration
+	19, // 23: portcullis.agent.v1.RelabelWorkloadResponse.identity:type_name -> portcullis.agent.v1.Identity
+	55, // 24: portcullis.agent.v1.RegisterWorkloadResponse.waited:type_name -> google.protobuf.Duration
+	8,  // 25: portcullis.agent.v1.DeregisterWorkloadRequest.attachment:type_name -> portcullis.agent.v1.Attachment
+	19, // 26: portcullis.agent.v1.ListIdentitiesResponse.identities:type_name -> portcullis.agent.v1.Identity
+	24, // 27: portcullis.agent.v1.ListEndpointsResponse.endpoints:type_name -> portcullis.agent.v1.Endpoint
+	18, // 28: portcullis.agent.v1.Endpoint.workload:type_name -> portcullis.agent.v1.Workload
+	19, // 29: portcullis.agent.v1.Endpoint.identity:type_name -> portcullis.agent.v1.Identity
+	14, // 30: portcullis.agent.v1.Endpoint.ports:type_name -> portcullis.agent.v1.NamedPort
+	54, // 31: portcullis.agent.v1.Endpoint.created:type_name -> google.protobuf.Timestamp
+	8,  // 32: portcullis.agent.v1.Endpoint.attachment:type_name -> portcullis.agent.v1.Attachment
+	28, // 33: portcullis.agent.v1.Endpoint.grants:type_name -> portcullis.agent.v1.Grant
+	27, // 34: portcullis.agent.v1.ListBindingsResponse.bindings:type_name -> portcullis.agent.v1.Binding
+	18, // 35: portcullis.agent.v1.Binding.workload:type_name -> portcullis.agent.v1.Workload
+	19, // 36: portcullis.agent.v1.Binding.identity:type_name -> portcullis.agent.v1.Identity
+	55, // 37: portcullis.agent.v1.Binding.remaining:type_name -> google.protobuf.Duration
+	55, // 38: portcullis.agent.v1.Binding.age:type_name -> google.protobuf.Duration
+	28, // 39: portcullis.agent.v1.Binding.grants:type_name -> portcullis.agent.v1.Grant
+	55, // 40: portcullis.agent.v1.Grant.remaining:type_name -> google.protobuf.Duration
+	31, // 41: portcullis.agent.v1.ListSessionsResponse.sessions:type_name -> portcullis.agent.v1.Session
+	54, // 42: portcullis.agent.v1.Session.certificate_expiry:type_name -> google.protobuf.Timestamp
+	54, // 43: portcullis.agent.v1.Session.last_renewal:type_name -> google.protobuf.Timestamp
+	55, // 44: portcullis.agent.v1.Session.remaining:type_name -> google.protobuf.Duration
+	54, // 45: portcullis.agent.v1.Session.since:type_name -> google.protobuf.Timestamp
+	35, // 46: portcullis.agent.v1.ImportPoliciesRequest.files:type_name -> portcullis.agent.v1.PolicyFile
+	39, // 47: portcullis.agent.v1.ImportPoliciesResponse.imported:type_name -> portcullis.agent.v1.ImportedPolicy
+	36, // 48: portcullis.agent.v1.ImportPoliciesResponse.problems:type_name -> portcullis.agent.v1.PolicyProblem
+	34, // 49: portcullis.agent.v1.ImportedPolicy.ref:type_name -> portcullis.agent.v1.PolicyRef
+	42, // 50: portcullis.agent.v1.ListPoliciesResponse.policies:type_name -> portcullis.agent.v1.Policy
+	34, // 51: portcullis.agent.v1.Policy.ref:type_name -> portcullis.agent.v1.PolicyRef
+	54, // 52: portcullis.agent.v1.Policy.imported:type_name -> google.protobuf.Timestamp
+	34, // 53: portcullis.agent.v1.GetPolicyRequest.ref:type_name -> portcullis.agent.v1.PolicyRef
+	42, // 54: portcullis.agent.v1.GetPolicyResponse.policy:type_name -> portcullis.agent.v1.Policy
+	34, // 55: portcullis.agent.v1.DeletePoliciesRequest.refs:type_name -> portcullis.agent.v1.PolicyRef
+	34, // 56: portcullis.agent.v1.DeletePoliciesResponse.deleted:type_name -> portcullis.agent.v1.PolicyRef
+	50, // 57: portcullis.agent.v1.MonitorResponse.flow:type_name -> portcullis.agent.v1.FlowEvent
+	49, // 58: portcullis.agent.v1.MonitorResponse.lost:type_name -> portcullis.agent.v1.LostEvents
+	54, // 59: portcullis.agent.v1.FlowEvent.time:type_name -> google.protobuf.Timestamp
+	51, // 60: portcullis.agent.v1.FlowEvent.source:type_name -> portcullis.agent.v1.FlowEnd
+	51, // 61: portcullis.agent.v1.FlowEvent.destination:type_name -> portcullis.agent.v1.FlowEnd
+	55, // 62: portcullis.agent.v1.FlowEvent.binding_age:type_name -> google.protobuf.Duration
+	0,  // 63: portcullis.agent.v1.Agent.Status:input_type -> portcullis.agent.v1.StatusRequest
+	7,  // 64: portcullis.agent.v1.Agent.RegisterWorkload:input_type -> portcullis.agent.v1.RegisterWorkloadRequest
+	16, // 65: portcullis.agent.v1.Agent.DeregisterWorkload:input_type -> portcullis.agent.v1.DeregisterWorkloadRequest
+	9,  // 66: portcullis.agent.v1.Agent.CheckWorkload:input_type -> portcullis.agent.v1.CheckWorkloadRequest
+	11, // 67: portcullis.agent.v1.Agent.RelabelWorkload:input_type -> portcullis.agent.v1.RelabelWorkloadRequest
+	22, // 68: portcullis.agent.v1.Agent.ListEndpoints:input_type -> portcullis.agent.v1.ListEndpointsRequest
+	20, // 69: portcullis.agent.v1.Agent.ListIdentities:input_type -> portcullis.agent.v1.ListIdentitiesRequest
+	25, // 70: portcullis.agent.v1.Agent.ListBindings:input_type -> portcullis.agent.v1.ListBindingsRequest
+	29, // 71: portcullis.agent.v1.Agent.ListSessions:input_type -> portcullis.agent.v1.ListSessionsRequest
+	32, // 72: portcullis.agent.v1.Agent.ResetSession:input_type -> portcullis.agent.v1.ResetSessionRequest
+	37, // 73: portcullis.agent.v1.Agent.ImportPolicies:input_type -> portcullis.agent.v1.ImportPoliciesRequest
+	40, // 74: portcullis.agent.v1.Agent.ListPolicies:input_type -> portcullis.agent.v1.ListPoliciesRequest
+	43, // 75: portcullis.agent.v1.Agent.GetPolicy:input_type -> portcullis.agent.v1.GetPolicyRequest
+	45, // 76: portcullis.agent.v1.Agent.DeletePolicies:input_type -> portcullis.agent.v1.DeletePoliciesRequest
+	47, // 77: portcullis.agent.v1.Agent.Monitor:input_type -> portcullis.agent.v1.MonitorRequest
+	1,  // 78: portcullis.agent.v1.Agent.Status:output_type -> portcullis.agent.v1.StatusResponse
+	15, // 79: portcullis.agent.v1.Agent.RegisterWorkload:output_type -> portcullis.agent.v1.RegisterWorkloadResponse
+	17, // 80: portcullis.agent.v1.Agent.DeregisterWorkload:output_type -> portcullis.agent.v1.DeregisterWorkloadResponse
+	10, // 81: portcullis.agent.v1.Agent.CheckWorkload:output_type -> portcullis.agent.v1.CheckWorkloadResponse
+	13, // 82: portcullis.agent.v1.Agent.RelabelWorkload:output_type -> portcullis.agent.v1.RelabelWorkloadResponse
+	23, // 83: portcullis.agent.v1.Agent.ListEndpoints:output_type -> portcullis.agent.v1.ListEndpointsResponse
+	21, // 84: portcullis.agent.v1.Agent.ListIdentities:output_type -> portcullis.agent.v1.ListIdentitiesResponse
+	26, // 85: portcullis.agent.v1.Agent.ListBindings:output_type -> portcullis.agent.v1.ListBindingsResponse
+	30, // 86: portcullis.agent.v1.Agent.ListSessions:output_type -> portcullis.agent.v1.ListSessionsResponse
+	33, // 87: portcullis.agent.v1.Agent.ResetSession:output_type -> portcullis.agent.v1.ResetSessionResponse
+	38, // 88: portcullis.agent.v1.Agent.ImportPolicies:output_type -> portcullis.agent.v1.ImportPoliciesResponse
+	41, // 89: portcullis.agent.v1.Agent.ListPolicies:output_type -> portcullis.agent.v1.ListPoliciesResponse
+	44, // 90: portcullis.agent.v1.Agent.GetPolicy:output_type -> portcullis.agent.v1.GetPolicyResponse
+	46, // 91: portcullis.agent.v1.Agent.DeletePolicies:output_type -> portcullis.agent.v1.DeletePoliciesResponse
+	48, // 92: portcullis.agent.v1.Agent.Monitor:output_type -> portcullis.agent.v1.MonitorResponse
+	78, // [78:93] is the sub-list for method output_type
+	63, // [63:78] is the sub-list for method input_type
+	63, // [63:63] is the sub-list for extension type_name
+	63, // [63:63] is the sub-list for extension extendee
+	0,  // [0:63] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }

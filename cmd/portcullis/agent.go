@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -14,6 +15,7 @@ import (
 	"go.uber.org/zap/zapcore"
 
 	"portcullis/agent"
+	"portcullis/agent/cni"
 	"portcullis/authz"
 	"portcullis/identity"
 )
@@ -54,10 +56,12 @@ run out, and the gate falls shut.`,
 			defer log.Sync() //nolint:errcheck // stderr cannot be synced on Linux
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM)
 			defer stop()
+			place := raw.plugin
+			place.Socket, place.PinDir, place.Log = cfg.APISocket, cfg.PinDir, log
 			if *cleanup {
-				return agent.Cleanup(ctx, cfg, log)
+				return errors.Join(place.Remove(), agent.Cleanup(ctx, cfg, log))
 			}
-			return agent.Run(ctx, cfg, log)
+			return place.With(ctx, func(ctx context.Context) error { return agent.Run(ctx, cfg, log) })
 		},
 	}
 	printConfig, cleanup = addAgentFlags(cmd.Flags(), &raw, &cfg)
@@ -100,6 +104,8 @@ func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (printC
 	f.StringVar(&cfg.IssuerBundle, "issuer-bundle", "", "file of the trust bundle by which the issuer is known, from its ConfigMap")
 	f.StringVar(&cfg.APISocket, "api-socket", "", "unix socket of the local API (default: --socket)")
 	f.StringVar(&cfg.PinDir, "pin-dir", cfg.PinDir, "directory on a bpffs for programs and maps")
+	f.StringVar(&raw.plugin.BinDir, "cni-bin-dir", "", "directory of CNI plugins to keep "+cni.BinaryName+" in, e.g. /opt/cni/bin (empty: nowhere; --cleanup removes it)")
+	f.StringVar(&raw.plugin.ConfDir, "cni-conf-dir", "", "directory of network configurations, e.g. /etc/cni/net.d: the plugin is kept the last of the one in use (empty: they are left alone; --cleanup takes it out)")
 	f.StringVar(&cfg.JournalDir, "journal-dir", cfg.JournalDir, "directory of the grant journal; on a tmpfs, it must not outlive a boot")
 	f.StringVar(&cfg.StateDir, "state-dir", cfg.StateDir, "directory of imported policies; outlives a boot")
 	f.StringVar(&cfg.AuditLog, "audit-log", cfg.AuditLog, "file of the confirmation log (JSON lines)")
@@ -151,6 +157,7 @@ type agentFlags struct {
 	nodeIPs, ranges, peers        []string
 	enforceIn, forget, services   []string
 	nodeName                      string // of the downward API
+	plugin                        cni.Installation
 }
 
 // into parses the flags and reports everything that is wrong at once, with

@@ -30,12 +30,16 @@ type (
 	VerifierGone struct{ Stream StreamID }
 
 	// Add: a workload asks for its IPs. Its endpoint exists already,
-	// quarantined and enforced.
+	// quarantined and enforced. HeldSince, if not 0, is a time by which it had
+	// them already, with this identity, and nobody else was granted them: the
+	// start-up wait, for leases that nobody remembers, need not go beyond
+	// MaxLease x (1 + rho) from then.
 	Add struct {
-		UID      identity.UID
-		IPs      []netip.Addr
-		Identity identity.Identity
-		Ports    []identity.NamedPort
+		UID       identity.UID
+		IPs       []netip.Addr
+		Identity  identity.Identity
+		Ports     []identity.NamedPort
+		HeldSince Time
 	}
 	// Adopt: the pinned endpoints map holds this very workload, active: it
 	// is not a rebind. Adopts come before every other input; a later one is

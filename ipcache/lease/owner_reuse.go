@@ -144,8 +144,12 @@ func (o *Owner) openAt(w *workload) (Time, bool) {
 		// the exception to I1 that mode prompt is.
 		return t, true
 	}
-	if o.coldUntil != 0 {
-		t = later(t, o.coldUntil.Add(o.cfg.ReuseMargin))
+	if cold := o.coldUntil; cold != 0 {
+		if w.HeldSince != 0 {
+			// Leases on whoever had the IPs before were granted before then.
+			cold = min(cold, w.HeldSince.Add(stretch(MaxLease)))
+		}
+		t = later(t, cold.Add(o.cfg.ReuseMargin))
 	}
 	for _, ip := range w.IPs {
 		a := o.ips[ip]

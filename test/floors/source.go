@@ -56,7 +56,8 @@ func Root(dir string) (string, error) {
 }
 
 // Walk calls f for every file of the source tree: not for what is built, for
-// testdata, or for directories whose name begins with a dot or an underscore.
+// testdata, for modules of their own, or for directories whose name begins with
+// a dot or an underscore.
 func Walk(root string, f func(path string) error) error {
 	return filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
@@ -70,6 +71,9 @@ func Walk(root string, f func(path string) error) error {
 		if d.IsDir() {
 			name := d.Name()
 			if rel != "." && (name == "testdata" || strings.HasPrefix(name, ".") || strings.HasPrefix(name, "_") || rel == "bin" || rel == "out") {
+				return filepath.SkipDir
+			}
+			if _, err := os.Stat(filepath.Join(path, "go.mod")); err == nil && rel != "." {
 				return filepath.SkipDir
 			}
 			return nil

@@ -30,6 +30,8 @@ var Table = []Row{
 	{Path: "bpf/tests", Kind: Tests, Holds: "packet-life tests by program test-run"},
 	{Path: "identity", Floor: 0, Leaf: []string{"bpf/abi"}, Holds: "labels, identities, bindings"},
 
+	{Path: "deploy/image", Floor: 0, Leaf: nothing, Holds: "writes archives of container images"},
+	{Path: "deploy/image/pack", Kind: Tool, Holds: "packs the product's image"},
 	{Path: "docs/examples", Floor: 0, Leaf: nothing, Holds: "the files of the examples, embedded"},
 
 	{Path: "observe/flow", Floor: 1, Holds: "flow and confirmation records"},

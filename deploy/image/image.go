@@ -1,0 +1,159 @@
+package image
+
+import (
+	"archive/tar"
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"io"
+	"maps"
+	"path"
+	"slices"
+	"strings"
+)
+
+// Layer is a layer of files, packed.
+type Layer struct {
+	tar    []byte
+	digest string // sha256 of tar, in hex
+}
+
+// File is one file of a layer.
+type File struct {
+	Path   string // without a leading slash
+	Data   []byte
+	Mode   int64  // permissions; 0: 0755
+	LinkTo string // not empty: a symbolic link; Data and Mode say nothing
+	Dir    bool   // a directory; those on the way to a file need not be named
+}
+
+// Config says how an image is run.
+type Config struct {
+	Entrypoint []string          `json:"Entrypoint,omitempty"`
+	Cmd        []string          `json:"Cmd,omitempty"`
+	Env        []string          `json:"Env,omitempty"`
+	WorkingDir string            `json:"WorkingDir,omitempty"`
+	Labels     map[string]string `json:"Labels,omitempty"`
+}
+
+// Image is one image of an archive.
+type Image struct {
+	Tags         []string // whole names, as docker.io/library/busybox:1
+	Architecture string   // Go's name of it
+	Layers       []Layer
+	Config       Config
+}
+
+// Pack makes a layer. Order does not matter: files are sorted by path.
+func Pack(files []File) (Layer, error) {
+	all := map[string]File{}
+	for _, f := range files {
+		f.Path = strings.Trim(path.Clean("/"+f.Path), "/")
+		if f.Path == "" {
+			return Layer{}, fmt.Errorf("a file without a path")
+		}
+		if _, twice := all[f.Path]; twice {
+			return Layer{}, fmt.Errorf("file %s: twice", f.Path)
+		}
+		all[f.Path] = f
+	}
+	for _, f := range slices.Collect(maps.Values(all)) {
+		for dir := path.Dir(f.Path); dir != "."; dir = path.Dir(dir) {
+			if at, ok := all[dir]; ok && !at.Dir {
+				return Layer{}, fmt.Errorf("file %s: %s is no directory", f.Path, dir)
+			} else if !ok {
+				all[dir] = File{Path: dir, Dir: true}
+			}
+		}
+	}
+	var buf bytes.Buffer
+	w := tar.NewWriter(&buf)
+	for _, name := range slices.Sorted(maps.Keys(all)) {
+		if err := add(w, all[name]); err != nil {
+			return Layer{}, fmt.Errorf("file %s: %w", name, err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		return Layer{}, err
+	}
+	return Layer{tar: buf.Bytes(), digest: digest(buf.Bytes())}, nil
+}
+
+func add(w *tar.Writer, f File) error {
+	h := &tar.Header{Name: f.Path, Mode: f.Mode, Typeflag: tar.TypeReg, Size: int64(len(f.Data)), Format: tar.FormatPAX}
+	if h.Mode == 0 {
+		h.Mode = 0o755
+	}
+	switch {
+	case f.Dir:
+		h.Typeflag, h.Name, h.Size = tar.TypeDir, f.Path+"/", 0
+	case f.LinkTo != "":
+		h.Typeflag, h.Linkname, h.Size, h.Mode = tar.TypeSymlink, f.LinkTo, 0, 0o777
+	}
+	if err := w.WriteHeader(h); err != nil {
+		return err
+	}
+	if h.Typeflag != tar.TypeReg {
+		return nil
+	}
+	_, err := w.Write(f.Data)
+	return err
+}
+
+// Write writes an archive of images. Layers that several images have are
+// written once.
+func Write(out io.Writer, images []Image) error {
+	w := tar.NewWriter(out)
+	written := map[string]bool{}
+	put := func(name string, data []byte) error {
+		if written[name] {
+			return nil
+		}
+		written[name] = true
+		return add(w, File{Path: name, Data: data, Mode: 0o644})
+	}
+	type entry struct {
+		Config   string
+		RepoTags []string
+		Layers   []string
+	}
+	var manifest []entry
+	for _, i := range images {
+		e := entry{RepoTags: i.Tags}
+		ids := []string{}
+		for _, l := range i.Layers {
+			e.Layers = append(e.Layers, l.digest+".tar")
+			ids = append(ids, "sha256:"+l.digest)
+			if err := put(l.digest+".tar", l.tar); err != nil {
+				return err
+			}
+		}
+		config, err := json.Marshal(map[string]any{
+			"architecture": i.Architecture, "os": "linux", "config": i.Config,
+			"rootfs": map[string]any{"type": "layers", "diff_ids": ids},
+		})
+		if err != nil {
+			return err
+		}
+		e.Config = digest(config) + ".json"
+		if err := put(e.Config, config); err != nil {
+			return err
+		}
+		manifest = append(manifest, e)
+	}
+	b, err := json.Marshal(manifest)
+	if err != nil {
+		return err
+	}
+	if err := put("manifest.json", b); err != nil {
+		return err
+	}
+	return w.Close()
+}
+
+func digest(b []byte) string {
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:])
+}
