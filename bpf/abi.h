@@ -275,7 +275,9 @@ enum pc_service_flag { PC_SERVICE_TRANSLATED = 1 };
  *
  * A number is given to another identity or region no sooner than a second after
  * the last slot or range ceased to name it, and its entries stay that long: a
- * program may look it up that long after it has read it.
+ * program may look it up that long after it has read it. One that was
+ * descheduled for longer finds out by itself: with the entry in its hand it
+ * looks whether the number is the peer's still.
  */
 struct pc_policy_key {
 	__u32 prefixlen;   /* 72: all protocols; 80: one protocol; 80 + n: n bits of its port */

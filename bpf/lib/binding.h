@@ -278,4 +278,20 @@ separate int peer_identify(struct __sk_buff *skb, struct pc_life *l)
 	return kind;
 }
 
+/* Is the peer's number its own still? Asked after policy was looked up by it:
+ * since the number was read the program may have been descheduled for any time,
+ * and the number be another's by now, or nobody's, its denials gone. */
+separate int peer_still(struct pc_life *l)
+{
+	struct pc_slot *s;
+
+	if (!l)
+		return 0;
+	barrier();
+	if (l->peer.kind == PEER_RANGE)
+		return l->peer.slot == (__u32)range_epoch();
+	s = slot_find(l->peer.slot, l->peer.stamp);
+	return s && READ_ONCE(s->identity) == l->peer.identity && slot_still(s, l->peer.stamp);
+}
+
 #endif

@@ -137,6 +137,8 @@ inline_always int policy_judge(struct __sk_buff *skb, struct pc_life *l, int dir
 	if (reason)
 		return reason;
 	peer = policy_entry(l->policy, l->peer.identity, dir, l->p.proto, port);
+	if (!peer_still(l))
+		return PC_REASON_GENERATION_CHANGED;
 	if (peer.flags & PC_POLICY_DENY) {
 		if (needs_peer(flags))
 			l->rule = peer.rule;
