@@ -249,6 +249,16 @@ func TestNotEnforcedIsRefused(t *testing.T) {
 	}
 }
 
+// breakRanges makes the kernel's ranges such as cannot be written, until mend.
+func (l *loop) breakRanges() (mend func()) {
+	good := l.topology.Load()
+	bad := *good
+	bad.claims = maps.Clone(good.claims)
+	bad.claims[netip.Prefix{}] = "" // no prefix: SetRanges refuses
+	l.topology.Store(&bad)
+	return func() { l.topology.Store(good) }
+}
+
 // While ranges cannot be written, what is to be released then does not grow; and
 // then all of it is.
 func TestRangesThatCannotBeWritten(t *testing.T) {
@@ -258,11 +268,7 @@ func TestRangesThatCannotBeWritten(t *testing.T) {
 	defer n.crash(l)
 	n.run(l, app("a0", "10.1.1.2"))
 	n.importPolicy(l, blockPolicy)
-	good := l.topology.Load()
-	bad := *good
-	bad.claims = maps.Clone(good.claims)
-	bad.claims[netip.Prefix{}] = "n1" // no prefix: SetRanges refuses
-	l.topology.Store(&bad)
+	mend := l.breakRanges()
 	if err := l.deletePolicies([]authz.Ref{{Kind: "CiliumNetworkPolicy", Namespace: "default", Name: "out"}}); err == nil {
 		t.Fatal("a failure is not told")
 	}
@@ -275,7 +281,7 @@ func TestRangesThatCannotBeWritten(t *testing.T) {
 	if got, most := len(l.regions.former), len(l.regions.numbers); got > most {
 		t.Errorf("%d numbers are to be released, of %d blocks", got, most)
 	}
-	l.topology.Store(good)
+	mend()
 	l.retry()
 	if l.regions.behind || l.retryPolicies || len(l.regions.former) != 0 || l.alarmText("policy-not-applied") != "" {
 		t.Errorf("not made good: %+v, alarm %q", l.regions, l.alarmText("policy-not-applied"))
@@ -303,10 +309,7 @@ func TestRangeKnownNoMore(t *testing.T) {
 	l := n.mustStart()
 	defer n.crash(l)
 	n.importPolicy(l, strings.Replace(blockPolicy, "198.51.0.0/16, except: [198.51.100.0/24]", "10.0.0.0/8, except: [10.1.2.0/25]", 1))
-	alone := l.sight(nil)
-	alone.peers = nil // 10.1.2.0/24
-	peers := l.topology.Load()
-	l.topology.Store(newTopology(alone))
+	l.topology.Store(newTopology(sight{node: l.cfg.Node, ranges: l.cfg.Ranges, nodeIPs: l.cfg.NodeIPs})) // without the peer's 10.1.2.0/24
 	verify := func(when string) {
 		t.Helper()
 		for _, ip := range []string{"10.1.2.7", "10.1.2.200", "10.3.0.1"} {
@@ -327,5 +330,4 @@ func TestRangeKnownNoMore(t *testing.T) {
 	if _, known := n.worldAt(l, "10.1.2.7"); known {
 		t.Error("its range is known still")
 	}
-	l.topology.Store(peers)
 }
