@@ -122,6 +122,7 @@ type Config struct {
 	Endpoints            int // workloads of this node
 	RangeEntries         int // nodes' ranges and addresses, and blocks of addresses that policies name
 	SourceEntries        int // prefixes that workloads forward for, of all
+	ServiceEntries       int // ranges and addresses of services
 	PolicyEntries        int // of the policies of all workloads, and while they change of the former ones too
 	Grants               int // leases that this node gives on its bindings, at a time
 	Sessions             int // with owners, at a time
@@ -155,7 +156,7 @@ func Default() Config {
 		TTL: 30 * time.Second, Heartbeat: 5 * time.Second, ReuseMargin: time.Second, AddWait: 3 * time.Second,
 		HoldTimeout: time.Second, IdleBinding: 5 * time.Minute,
 		HoldPerEndpoint: 64, HoldPerSource: 16, HoldTotal: 4096, Bindings: 65536, Conntrack: 131072, PolicyEntries: 262144,
-		FragmentsPerEndpoint: 64, Endpoints: 1024, RangeEntries: 65536, SourceEntries: 4096,
+		FragmentsPerEndpoint: 64, Endpoints: 1024, RangeEntries: 65536, SourceEntries: 4096, ServiceEntries: 65536,
 		Grants: 65536, Sessions: 4093, Connections: session.DefaultConnections, HeldBytes: 8 << 20, EventBytes: 1 << 20,
 	}
 }
@@ -263,7 +264,7 @@ func (c *Config) validateSizes() (errs []error) {
 		bad("--bindings %d: want at most %d", c.Bindings, maxBindings)
 	}
 	for flag, n := range map[string]int{"--hold-per-endpoint": c.HoldPerEndpoint, "--hold-per-source": c.HoldPerSource, "--hold-total": c.HoldTotal, "--bindings": c.Bindings, "--conntrack": c.Conntrack, "--policy-entries": c.PolicyEntries,
-		"--grants": c.Grants, "--sessions": c.Sessions, "--connections": c.Connections, "--endpoints": c.Endpoints, "--range-entries": c.RangeEntries, "--source-entries": c.SourceEntries, "--fragments-per-endpoint": c.FragmentsPerEndpoint} {
+		"--grants": c.Grants, "--sessions": c.Sessions, "--connections": c.Connections, "--endpoints": c.Endpoints, "--range-entries": c.RangeEntries, "--source-entries": c.SourceEntries, "--service-entries": c.ServiceEntries, "--fragments-per-endpoint": c.FragmentsPerEndpoint} {
 		if n < 1 {
 			bad("%s %d: want at least 1", flag, n)
 		}

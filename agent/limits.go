@@ -19,7 +19,7 @@ func (c *Config) leases() int { return c.Sessions + int(ipcache.LeaseFirst) }
 func (l *loop) kernelConfig() datapath.Config {
 	c := &l.cfg
 	return datapath.Config{PinDir: c.PinDir, Classic: c.Evidence == ModeClassic, Log: l.log,
-		Bindings: c.Bindings, Endpoints: c.Endpoints, Leases: c.leases(), Policy: c.PolicyEntries, Ranges: c.RangeEntries, Sources: c.SourceEntries,
+		Bindings: c.Bindings, Endpoints: c.Endpoints, Leases: c.leases(), Policy: c.PolicyEntries, Ranges: c.RangeEntries, Sources: c.SourceEntries, Services: c.ServiceEntries,
 		Conntrack: c.Conntrack, ConntrackPerEndpoint: c.ConntrackPerEndpoint, FragmentsPerEndpoint: c.FragmentsPerEndpoint,
 		HoldPerEndpoint: c.HoldPerEndpoint, HoldPerSource: c.HoldPerSource, HoldTotal: c.HoldTotal, HoldTimeout: c.HoldTimeout,
 		HeldBytes: c.HeldBytes, EventBytes: c.EventBytes, MarkMask: c.MarkMask, EndpointMarkMask: c.EndpointMarkMask}
@@ -96,7 +96,7 @@ func (l *loop) alarmLimits() {
 
 // sizedBy are the flags that set the sizes of what pressure tells of.
 var sizedBy = map[string]string{
-	"endpoints": "endpoints", "bindings": "bindings", "policy": "policy-entries", "ranges": "range-entries", "sources": "source-entries",
+	"endpoints": "endpoints", "bindings": "bindings", "policy": "policy-entries", "ranges": "range-entries", "sources": "source-entries", "services": "service-entries",
 	"conntrack": "conntrack", "conntrack-endpoint": "conntrack-per-endpoint", "fragments": "fragments-per-endpoint",
 	"held": "hold-total", "held-endpoint": "hold-per-endpoint", "held-source": "hold-per-source", "grants": "grants", "sessions": "sessions",
 }

@@ -27,7 +27,7 @@ import (
 func (l *loop) openKernel() (err error) {
 	if l.dp, err = datapath.Open(l.kernelConfig()); err != nil {
 		if errors.Is(err, datapath.ErrMapFull) {
-			err = fmt.Errorf("what an earlier agent left does not fit into the sizes of this one; raise --endpoints, --range-entries or --policy-entries to what they were: %w", err)
+			err = fmt.Errorf("what an earlier agent left does not fit into the sizes of this one; raise --endpoints, --range-entries, --service-entries or --policy-entries to what they were: %w", err)
 		}
 		return err
 	}

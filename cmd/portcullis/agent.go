@@ -127,6 +127,16 @@ func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (printC
 	f.DurationVar(&cfg.ReuseMargin, "reuse-margin", cfg.ReuseMargin, "least time between two workloads on one IP")
 	f.TextVar(&cfg.Relabel, "relabel", cfg.Relabel, "when a relabelled workload goes on under its new identity: prompt (at once; others may believe the former one until their leases end), or strict (when no lease on the former one is left)")
 	f.DurationVar(&cfg.AddWait, "add-wait", cfg.AddWait, "how long a registration that states no wait of its own waits for activation")
+	addLimitFlags(f, cfg)
+	f.Uint32Var(&cfg.MarkMask, "mark-mask", 0, "bits of the packet mark for the agent's own use, e.g. 0xffff0000 (0: all that --endpoint-mark-mask leaves)")
+	f.Uint32Var(&cfg.EndpointMarkMask, "endpoint-mark-mask", 0, "one row of bits of the packet mark that carries a packet's sender through the node, so that masquerade does not hide it, e.g. 0x0000fff0 (0: none)")
+	f.DurationVar(&cfg.IdleBinding, "idle-binding", cfg.IdleBinding, "give a binding back when it was not used for this long")
+	f.StringVar(&raw.level, "log-level", raw.level, "debug, info, warn or error")
+	return printConfig, cleanup
+}
+
+// addLimitFlags adds the flags of what has a limit.
+func addLimitFlags(f *pflag.FlagSet, cfg *agent.Config) {
 	f.DurationVar(&cfg.HoldTimeout, "hold-timeout", cfg.HoldTimeout, "how long a packet is held while its binding is confirmed")
 	f.IntVar(&cfg.HoldPerEndpoint, "hold-per-endpoint", cfg.HoldPerEndpoint, "packets held for one endpoint")
 	f.IntVar(&cfg.HoldPerSource, "hold-per-source", cfg.HoldPerSource, "packets held of one source address")
@@ -138,17 +148,13 @@ func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (printC
 	f.IntVar(&cfg.Endpoints, "endpoints", cfg.Endpoints, "workloads of this node")
 	f.IntVar(&cfg.RangeEntries, "range-entries", cfg.RangeEntries, "ranges and addresses of nodes, and blocks of addresses that policies name")
 	f.IntVar(&cfg.SourceEntries, "source-entries", cfg.SourceEntries, "prefixes that workloads forward for, of all workloads")
+	f.IntVar(&cfg.ServiceEntries, "service-entries", cfg.ServiceEntries, "ranges of services, and services' addresses outside of them")
 	f.IntVar(&cfg.PolicyEntries, "policy-entries", cfg.PolicyEntries, "entries of all workloads' policies; a change needs room for the former and the new ones of whom it touches")
 	f.IntVar(&cfg.Grants, "grants", cfg.Grants, "leases that this node gives on its addresses, at a time")
 	f.IntVar(&cfg.Sessions, "sessions", cfg.Sessions, "sessions with owners, at a time")
 	f.IntVar(&cfg.Connections, "connections", cfg.Connections, "connections of other agents, at a time; an eighth as many places are beside those for who is no known node")
 	f.IntVar(&cfg.HeldBytes, "held-bytes", cfg.HeldBytes, "size of the ring of held packets; a power of two")
 	f.IntVar(&cfg.EventBytes, "event-bytes", cfg.EventBytes, "size of the ring of flow events; a power of two")
-	f.Uint32Var(&cfg.MarkMask, "mark-mask", 0, "bits of the packet mark for the agent's own use, e.g. 0xffff0000 (0: all that --endpoint-mark-mask leaves)")
-	f.Uint32Var(&cfg.EndpointMarkMask, "endpoint-mark-mask", 0, "one row of bits of the packet mark that carries a packet's sender through the node, so that masquerade does not hide it, e.g. 0x0000fff0 (0: none)")
-	f.DurationVar(&cfg.IdleBinding, "idle-binding", cfg.IdleBinding, "give a binding back when it was not used for this long")
-	f.StringVar(&raw.level, "log-level", raw.level, "debug, info, warn or error")
-	return printConfig, cleanup
 }
 
 // agentFlags are the flags that need parsing.
