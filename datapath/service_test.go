@@ -38,7 +38,7 @@ func newServing(t *testing.T, is4 bool) *serving {
 	if !is4 {
 		x.own, x.remote, x.remote2 = workload6, remote6, netip.MustParseAddr("fd09::3")
 		x.service, services = netip.MustParseAddrPort("[fd96::10]:80"), netip.MustParsePrefix("fd96::/112")
-		x.in(x.lab.remote, func() { x.address("eth0", "fd09::3/64") })
+		x.in(x.lab.remote, func() { x.answers("eth0", "fd09::3/64") })
 	}
 	x.d = x.open()
 	x.must(x.d.Untranslated())
@@ -48,6 +48,18 @@ func newServing(t *testing.T, is4 bool) *serving {
 	x.own1(x.ep, x.own)
 	x.caller = x.udp(x.workload, x.own, 6000)
 	return x
+}
+
+// answers gives a device an address, and waits until the kernel takes what comes
+// for it: of IPv6 it does so some time later, by itself.
+func (x *serving) answers(name, prefix string) {
+	x.t.Helper()
+	x.address(name, prefix)
+	ip := netip.MustParsePrefix(prefix).Addr()
+	x.eventually("the address is in use", func() bool {
+		routes, err := netlink.RouteGet(ip.AsSlice())
+		return err == nil && len(routes) == 1 && routes[0].Type == unix.RTN_LOCAL
+	})
 }
 
 // own1 installs the binding of a local address in slot 1.
@@ -211,9 +223,9 @@ func (x *serving) backend(kind string) (ip netip.Addr, ns netns.NsHandle, end fu
 		ns, ep := x.neighbour(x.d)
 		ip = pick("10.8.1.2", "fd08:1::2")
 		if !is4 {
-			x.address("wl1", "fd08:1::1/64")
+			x.answers("wl1", "fd08:1::1/64")
 			x.in(ns, func() {
-				x.address("eth0", "fd08:1::2/64")
+				x.answers("eth0", "fd08:1::2/64")
 				x.must(netlink.RouteAdd(&netlink.Route{Gw: net.ParseIP("fd08:1::1")}))
 			})
 			ep.IP6 = datapath.Addr(ip)
@@ -228,7 +240,7 @@ func (x *serving) backend(kind string) (ip netip.Addr, ns netns.NsHandle, end fu
 		return ip, x.lab.node, func() { x.must(x.d.ZeroSlot(2, stamp, ip)) }
 	case "the world":
 		ip = pick("192.0.2.7", "2001:db8::7")
-		x.in(x.lab.remote, func() { x.address("eth0", netip.PrefixFrom(ip, ip.BitLen()).String()) })
+		x.in(x.lab.remote, func() { x.answers("eth0", netip.PrefixFrom(ip, ip.BitLen()).String()) })
 		link, err := netlink.LinkByName("up0")
 		x.must(err)
 		x.must(netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Scope: netlink.SCOPE_LINK,
@@ -356,7 +368,7 @@ func TestServiceUntranslated(t *testing.T) {
 		route := &netlink.Route{LinkIndex: link.Attrs().Index, Gw: x.remote.AsSlice(),
 			Dst: &net.IPNet{IP: x.service.Addr().AsSlice(), Mask: net.CIDRMask(x.service.Addr().BitLen(), x.service.Addr().BitLen())}}
 		x.must(netlink.RouteAdd(route))
-		x.in(x.lab.remote, func() { x.address("eth0", netip.PrefixFrom(x.service.Addr(), x.service.Addr().BitLen()).String()) })
+		x.in(x.lab.remote, func() { x.answers("eth0", netip.PrefixFrom(x.service.Addr(), x.service.Addr().BitLen()).String()) })
 		there := x.udp(x.lab.remote, x.service.Addr(), x.service.Port())
 		x.call("untranslated")
 		x.eventually("a drop", func() bool { return drops() == 1 })
