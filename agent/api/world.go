@@ -39,7 +39,7 @@ func (c *Client) World(ctx context.Context) (*tools.World, error) {
 func worldOf(node string, endpoints []*Endpoint, bindings []*Binding, policies []*Policy) (*tools.World, error) {
 	w := &tools.World{
 		Notes: []string{"judged by what this agent knows: of workloads on other nodes, those whose bindings it holds, without their policies and their ports' names; of namespaces, their names; an address that it has no binding of counts as world"},
-		Files: []string{"the agent of node " + node}, Services: map[authz.ServiceName]*tools.Service{},
+		Files: []string{"the agent of node " + node}, Services: map[authz.ServiceName]*tools.Service{}, Namespaces: map[string]map[string]string{},
 	}
 	for _, e := range endpoints {
 		if e.GetIdentity() == nil {

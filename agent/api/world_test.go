@@ -55,7 +55,13 @@ func TestWorldOf(t *testing.T) {
 			{Ip: "10.0.1.2", Identity: wire(b), State: "stale", Owner: "n2"},
 			{Ip: "192.0.2.1", Identity: wire(node), State: "live", Owner: "n2"},
 		},
-		[]*Policy{{Ref: &PolicyRef{Kind: "NetworkPolicy", Namespace: "x", Name: "p"}, File: "p.yaml", Source: source}})
+		[]*Policy{
+			{Ref: &PolicyRef{Kind: "NetworkPolicy", Namespace: "x", Name: "p"}, File: "p.yaml", Source: source},
+			{Ref: &PolicyRef{Kind: "Namespace", Name: "y"}, File: "ns.yaml", Source: "apiVersion: v1\nkind: Namespace\nmetadata: {name: y, labels: {team: z}}\n"},
+		})
+	if err == nil && w.Namespaces["y"]["team"] != "z" {
+		t.Errorf("namespaces: %v", w.Namespaces)
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
