@@ -57,7 +57,7 @@ func TestWorldOf(t *testing.T) {
 		},
 		[]*Policy{
 			{Ref: &PolicyRef{Kind: "NetworkPolicy", Namespace: "x", Name: "p"}, File: "p.yaml", Source: source},
-			{Ref: &PolicyRef{Kind: "Namespace", Name: "y"}, File: "ns.yaml", Source: "apiVersion: v1\nkind: Namespace\nmetadata: {name: y, labels: {team: z}}\n"},
+			{Ref: &PolicyRef{Kind: "Namespace", Name: "y"}, File: "ns.yaml", Source: "apiVersion: v1\nkind: Namespace\nmetadata: {name: \"y\", labels: {team: z}}\n"},
 		})
 	if err == nil && w.Namespaces["y"]["team"] != "z" {
 		t.Errorf("namespaces: %v", w.Namespaces)
