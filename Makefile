@@ -3,7 +3,7 @@
 # for what the programs need when they run.
 
 .DEFAULT_GOAL := help
-.PHONY: help build image demo test test-all generate lint floors race conformance bench measure prepare clean
+.PHONY: help build image demo test test-all e2e e2e-up e2e-down generate lint floors race conformance bench measure prepare clean
 
 # ---- the Go command ----------------------------------------------------
 
@@ -57,6 +57,19 @@ test: need-go ## run all tests, the privileged ones too when root; ends with a c
 	@echo "running the tests of $(TEST_PACKAGES); a line for each package as it ends"
 	@out/summary $(TEST_FLAGS) $(TEST_PACKAGES)
 
+# A real Kubernetes: three nodes on this machine. The first time it is built
+# from source, for minutes; see test/e2e.
+E2E_FLAGS ?= -count=1 -timeout=40m
+e2e: need-go ## install on a real Kubernetes that is made on this machine, and try it there; ends with a count (root)
+	@$(BUILD) -o out/summary ./test/summary
+	@out/summary -tags=e2e $(E2E_FLAGS) ./test/e2e
+
+e2e-up: need-go ## make such a cluster and leave it, with Portcullis in it (root; `go run ./test/e2e/cluster/cmd kubectl ...`)
+	$(GO) run ./test/e2e/cluster/cmd up
+
+e2e-down: need-go ## remove it
+	$(GO) run ./test/e2e/cluster/cmd down
+
 # ---- for those who change it -------------------------------------------
 
 test-all: test ## `test`, then the lease simulation with 1,000,000 schedules and a minute of every fuzz target (hours)
@@ -69,6 +82,7 @@ generate: need-go ## rebuild what is generated and committed (needs clang 19.1.x
 lint: need-go ## gofmt, go vet, staticcheck
 	@echo gofmt; files=$$(find . -name '*.go' -not -path './out/*' -not -path './.git/*' -print0 | xargs -0 "$$($(GO) env GOROOT)/bin/gofmt" -l) && test -z "$$files" || { echo "gofmt would change:" $$files; exit 1; }
 	$(GO) vet ./...
+	$(GO) vet -tags=e2e ./test/e2e
 	$(GO) tool staticcheck ./...
 
 floors: need-go ## check the layout: who imports whom, purity, sizes, comments, documents

@@ -1,0 +1,145 @@
+// Command cmd makes and removes real Kubernetes clusters on this machine, for
+// developers and scripts. It needs root.
+//
+//	go run ./test/e2e/cluster/cmd up                  and kubectl apply -f deploy/, unless -bare
+//	go run ./test/e2e/cluster/cmd kubectl get pods -A
+//	go run ./test/e2e/cluster/cmd node n1 nft list ruleset
+//	go run ./test/e2e/cluster/cmd down
+//
+// -name before the command chooses among several clusters.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+
+	"portcullis/test/e2e/cluster"
+)
+
+func main() {
+	cluster.Reexec()
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	err := run(ctx, os.Args[1:])
+	stop()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		os.Exit(max(exit.ExitCode(), 1))
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "cluster:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, args []string) error {
+	f := flag.NewFlagSet("cluster", flag.ContinueOnError)
+	name := f.String("name", "dev", "name of the cluster")
+	nodes := f.Int("nodes", 3, "up: number of nodes")
+	bare := f.Bool("bare", false, "up: without Portcullis")
+	if err := f.Parse(args); err != nil {
+		return err
+	}
+	if f.NArg() == 0 {
+		return errors.New("want up, kubectl ARGS, node NODE COMMAND, logs, down, or build")
+	}
+	switch rest := f.Args()[1:]; f.Arg(0) {
+	case "build":
+		_, err := build(ctx)
+		return err
+	case "up":
+		return up(ctx, *name, *nodes, *bare)
+	case "kubectl":
+		c, err := cluster.Open(*name)
+		if err != nil {
+			return err
+		}
+		return foreground(c.KubectlCommand(ctx, rest...))
+	case "node":
+		c, err := cluster.Open(*name)
+		if err != nil {
+			return err
+		}
+		if len(rest) < 2 {
+			return errors.New("node: want the node's name and a command")
+		}
+		cmd, err := c.NodeCommand(ctx, rest[0], rest[1:]...)
+		if err != nil {
+			return err
+		}
+		return foreground(cmd)
+	case "logs":
+		c, err := cluster.Open(*name)
+		if err != nil {
+			return err
+		}
+		fmt.Println(filepath.Join(c.Dir(), "log"))
+		return nil
+	case "down":
+		cluster.Sweep(os.Stderr)
+		c, err := cluster.Open(*name)
+		if errors.Is(err, os.ErrNotExist) {
+			fmt.Fprintf(os.Stderr, "there is no cluster %s\n", *name)
+			return nil
+		}
+		if c == nil {
+			return err
+		}
+		return c.Down()
+	}
+	return fmt.Errorf("no command %q", f.Arg(0))
+}
+
+func foreground(cmd *exec.Cmd) error {
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	return cmd.Run()
+}
+
+func build(ctx context.Context) (cluster.Parts, error) {
+	root, err := cluster.ModuleRoot(ctx)
+	if err != nil {
+		return cluster.Parts{}, err
+	}
+	return cluster.Build(ctx, root, os.Stderr)
+}
+
+func up(ctx context.Context, name string, nodes int, bare bool) error {
+	if err := cluster.Install(ctx, os.Stderr); err != nil {
+		return err
+	}
+	parts, err := build(ctx)
+	if err != nil {
+		return err
+	}
+	root, err := cluster.ModuleRoot(ctx)
+	if err != nil {
+		return err
+	}
+	dir, err := os.MkdirTemp("", "portcullis-e2e-images")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	base, portcullis, err := cluster.Images(ctx, root, dir, parts)
+	if err != nil {
+		return err
+	}
+	c, err := cluster.Up(ctx, cluster.Config{Name: name, Parts: parts, Images: []string{base, portcullis}, Nodes: nodes, Log: os.Stderr})
+	if err != nil || bare {
+		return err
+	}
+	for _, args := range [][]string{{"apply", "-f", filepath.Join(root, "deploy")},
+		{"-n", "portcullis", "rollout", "status", "deployment/portcullis-issuer", "--timeout=3m"},
+		{"-n", "portcullis", "rollout", "status", "daemonset/portcullis-agent", "--timeout=3m"}} {
+		if err := foreground(c.KubectlCommand(ctx, args...)); err != nil {
+			return err
+		}
+	}
+	return nil
+}

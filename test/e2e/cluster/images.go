@@ -1,0 +1,113 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	goruntime "runtime"
+	"strings"
+
+	"portcullis/deploy/image"
+)
+
+// Names of images that every node has.
+const (
+	PauseImage      = "e2e.local/pause:1"
+	ProbeImage      = "e2e.local/probe:1" // test/e2e/probe, and busybox
+	HelloworldV1    = "e2e.local/helloworld:v1"
+	HelloworldV2    = "e2e.local/helloworld:v2"
+	deathstarImage  = "docker.io/cilium/starwars:latest" // as the story's manifests name it
+	shipImage       = "docker.io/tgraf/netperf:latest"
+	corednsImage    = "e2e.local/coredns:1"
+	PortcullisImage = "docker.io/library/portcullis:dev"
+)
+
+// Images builds this module's programs and writes the archives of all images
+// to dir. The last is the agent's own, which a cluster need not have at first.
+func Images(ctx context.Context, root, dir string, parts Parts) (base, portcullis string, err error) {
+	programs := map[string]string{}
+	for name, pkg := range map[string]string{"pause": "./test/e2e/pause", "probe": "./test/e2e/probe", "portcullis": "./cmd/portcullis"} {
+		programs[name] = filepath.Join(dir, name)
+		cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o", programs[name], pkg)
+		cmd.Dir = root
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return "", "", fmt.Errorf("build %s: %w: %s", pkg, err, out)
+		}
+	}
+	programs["coredns"] = parts.CoreDNS
+	layers := map[string]image.Layer{}
+	for name, file := range programs {
+		if layers[name], err = pack(file, name); err != nil {
+			return "", "", err
+		}
+	}
+	if layers["busybox"], err = packBusybox(); err != nil {
+		return "", "", err
+	}
+	make := func(tag string, entrypoint []string, names ...string) image.Image {
+		i := image.Image{Tags: []string{tag}, Architecture: goruntime.GOARCH, Config: image.Config{Entrypoint: entrypoint, Env: []string{"PATH=/:/bin"}}}
+		for _, n := range names {
+			i.Layers = append(i.Layers, layers[n])
+		}
+		return i
+	}
+	base, portcullis = filepath.Join(dir, "base.tar"), filepath.Join(dir, "portcullis.tar")
+	err = errors.Join(
+		archive(base,
+			make(PauseImage, []string{"/pause"}, "pause"),
+			make(ProbeImage, []string{"/probe"}, "busybox", "probe"),
+			make(deathstarImage, []string{"/probe", "deathstar"}, "busybox", "probe"),
+			make(shipImage, []string{"/probe", "sleep"}, "busybox", "probe"),
+			make(HelloworldV1, []string{"/probe", "helloworld", "-version", "v1"}, "busybox", "probe"),
+			make(HelloworldV2, []string{"/probe", "helloworld", "-version", "v2"}, "busybox", "probe"),
+			make(corednsImage, []string{"/coredns"}, "coredns")),
+		archive(portcullis, make(PortcullisImage, []string{"/portcullis"}, "portcullis")))
+	return base, portcullis, err
+}
+
+func pack(file, name string) (image.Layer, error) {
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return image.Layer{}, err
+	}
+	files := []image.File{{Path: name, Data: data}, {Path: "tmp", Dir: true, Mode: 0o1777}}
+	if name == "probe" {
+		files = append(files, image.File{Path: "curl", LinkTo: "probe"})
+	}
+	return image.Pack(files)
+}
+
+// packBusybox makes a layer with a shell.
+func packBusybox() (l image.Layer, err error) {
+	path, err := exec.LookPath("busybox")
+	if err != nil {
+		return l, err
+	}
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return l, err
+	}
+	list, err := exec.Command(path, "--list").Output()
+	if err != nil {
+		return l, err
+	}
+	files := []image.File{{Path: "bin/busybox", Data: data}, {Path: "etc/passwd", Data: []byte("root:x:0:0:root:/root:/bin/sh\n"), Mode: 0o644}}
+	for name := range strings.FieldsSeq(string(list)) {
+		if name != "busybox" {
+			files = append(files, image.File{Path: "bin/" + name, LinkTo: "busybox"})
+		}
+	}
+	return image.Pack(files)
+}
+
+func archive(path string, images ...image.Image) error {
+	f, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(image.Write(f, images), f.Close())
+}

@@ -1,0 +1,275 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+)
+
+// stage is a server that only its friends may reach: friend and foe on its own
+// node, and on another.
+type stage struct {
+	server, friend, stranger, near, foe pod
+}
+
+const stop = "/tmp/stop"
+
+func newStage(t *testing.T, namespace string) stage {
+	t.Helper()
+	newNamespace(t, namespace, nil)
+	good, bad := map[string]string{"is": "friend"}, map[string]string{"is": "foe"}
+	apply(t,
+		newPod(namespace, "server", "n1", map[string]string{"is": "server"}),
+		newPod(namespace, "friend", "n2", good), newPod(namespace, "near", "n1", good),
+		newPod(namespace, "stranger", "n2", bad), newPod(namespace, "foe", "n1", bad),
+		policy(namespace, "friends", object{"podSelector": labels("is", "server"), "ingress": []any{object{"from": []any{object{"podSelector": labels("is", "friend")}}}}}))
+	awaitReady(t, namespace)
+	of := func(name string) pod { return podNamed(t, namespace, name) }
+	s := stage{of("server"), of("friend"), of("stranger"), of("near"), of("foe")}
+	must(t, eventually(t.Context(), func() error { return s.judge(t, s.server.ip(), s.server.ip6()) }))
+	return s
+}
+
+// judge tries all four clients on addresses of the server, by their nodes'
+// runtimes: no API server is asked.
+func (s stage) judge(t *testing.T, ips ...string) (err error) {
+	t.Helper()
+	for _, c := range []struct {
+		from pod
+		want bool
+	}{{s.friend, true}, {s.near, true}, {s.stranger, false}, {s.foe, false}} {
+		for _, ip := range ips {
+			o := s.ask(t, c.from, "tcp/"+hostPort(ip))
+			if o.OK != c.want {
+				err = errors.Join(err, fmt.Errorf("%s -> %s: passed %v, want %v (%s)", c.from.name(), o.Target, o.OK, c.want, o.Error))
+			}
+		}
+	}
+	return err
+}
+
+func (s stage) ask(t *testing.T, from pod, target string) outcome {
+	t.Helper()
+	return onNode[outcome](t, from, "check", "-timeout", "3s", target)()
+}
+
+func hostPort(ip string) string {
+	if strings.Contains(ip, ":") {
+		return "[" + ip + "]:80"
+	}
+	return ip + ":80"
+}
+
+// traffic is a connection that lasts and ever new ones of friends, and attempts
+// of the others, all at a time.
+type traffic struct {
+	t     *testing.T
+	stage stage
+	held  map[string]func() held
+	tries map[string]func() hammered
+	foes  map[string]func() hammered
+}
+
+func (s stage) traffic(t *testing.T) *traffic {
+	t.Helper()
+	f := &traffic{t: t, stage: s, held: map[string]func() held{}, tries: map[string]func() hammered{}, foes: map[string]func() hammered{}}
+	for _, p := range []pod{s.friend, s.near} {
+		for _, ip := range []string{s.server.ip(), s.server.ip6()} {
+			key := p.Metadata.Name + " " + ip
+			f.held[key] = onNode[held](t, p, "hold", "-for", "30m", "-until", stop, hostPort(ip))
+			f.tries[key] = onNode[hammered](t, p, "hammer", "-for", "30m", "-until", stop, "-interval", "200ms", "-timeout", "20s", hostPort(ip))
+		}
+	}
+	for _, p := range []pod{s.stranger, s.foe} {
+		f.foes[p.Metadata.Name] = onNode[hammered](t, p, "hammer", "-for", "30m", "-until", stop, "-interval", "200ms", "-timeout", "1s", hostPort(s.server.ip()))
+	}
+	return f
+}
+
+// end stops the traffic and judges it: no connection was lost, none that may
+// not be was made.
+func (f *traffic) end() {
+	f.t.Helper()
+	for _, p := range []pod{f.stage.friend, f.stage.near, f.stage.stranger, f.stage.foe} {
+		if _, err := k8s.Exec(f.t.Context(), p.Spec.NodeName, "ctr", "-n", "k8s.io", "tasks", "exec", "--exec-id", "stop-"+p.Metadata.Name, p.container(), "touch", stop); err != nil {
+			f.t.Fatal(err)
+		}
+	}
+	for name, wait := range f.held {
+		h := wait()
+		if h.Error != "" || h.Messages == 0 {
+			f.t.Errorf("connection of %s: %+v", name, h)
+		}
+		f.t.Logf("connection of %s: %d messages, longest wait %.0f ms", name, h.Messages, float64(h.GapUS)/1e3)
+	}
+	for name, wait := range f.tries {
+		h := wait()
+		if h.OK != h.Tried || h.Tried == 0 {
+			f.t.Errorf("new connections of %s: %d of %d: %s", name, h.OK, h.Tried, strings.Join(h.Errors, "; "))
+		}
+		f.t.Logf("new connections of %s: %d of %d, slowest %.0f ms", name, h.OK, h.Tried, float64(h.SlowestUS)/1e3)
+	}
+	for name, wait := range f.foes {
+		h := wait()
+		if h.OK != 0 || h.Tried == 0 {
+			f.t.Errorf("forbidden connections of %s: %d of %d were made", name, h.OK, h.Tried)
+		}
+		f.t.Logf("forbidden connections of %s: %d of %d", name, h.OK, h.Tried)
+	}
+}
+
+// testRollingRestart restarts every agent under traffic.
+func testRollingRestart(t *testing.T) {
+	s := newStage(t, "rolling")
+	flow := s.traffic(t)
+	begin := time.Now()
+	kubectl(t, "-n", "portcullis", "rollout", "restart", "daemonset/portcullis-agent")
+	kubectl(t, "-n", "portcullis", "rollout", "status", "daemonset/portcullis-agent", "--timeout="+(2*patience).String())
+	t.Logf("all agents restarted in %.1f s", time.Since(begin).Seconds())
+	flow.end()
+	must(t, eventually(t.Context(), func() error { return enforced(t) }))
+}
+
+// testOutage takes the API server away: everything goes on, and a pod's new
+// sandbox is who its pod is.
+func testOutage(t *testing.T) {
+	steady, s := newStage(t, "steady"), newStage(t, "churn")
+	if err := k8s.Kill("kube-apiserver"); err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	back := func() {
+		if err := k8s.Start("kube-apiserver"); err != nil && !strings.Contains(err.Error(), "already") {
+			t.Error(err)
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		if err := eventually(ctx, func() error { _, err := k8s.Kubectl(ctx, "get", "--raw", "/readyz"); return err }); err != nil {
+			t.Error(err)
+		}
+	}
+	defer back()
+	flow := steady.traffic(t)
+	must(t, s.judge(t, s.server.ip(), s.server.ip6()))
+
+	// The server's sandbox dies: its kubelet makes another, with other addresses.
+	former := s.server.ip()
+	begin := time.Now()
+	if err := killSandbox(t, s.server); err != nil {
+		t.Fatal(err)
+	}
+	var now endpoint
+	must(t, eventually(t.Context(), func() error {
+		list, err := endpoints(t.Context(), s.server.Spec.NodeName)
+		if err != nil {
+			return err
+		}
+		for _, e := range list {
+			if e.Workload.UID == s.server.Metadata.UID && e.State == "active" && e.IPs[0] != former {
+				now = e
+				return nil
+			}
+		}
+		return fmt.Errorf("%s has no new sandbox", s.server.name())
+	}))
+	t.Logf("without an API server, %s has a new sandbox and is enforced after %.1f s", s.server.name(), time.Since(begin).Seconds())
+	must(t, eventually(t.Context(), func() error { return s.judge(t, now.IPs...) }))
+	// Its former addresses are nobody's.
+	if o := s.ask(t, s.friend, "tcp/"+hostPort(former)); o.OK {
+		t.Errorf("the former address %s answers", former)
+	}
+	for left := time.Until(began.Add(*outageFlag)); left > 0; left = time.Until(began.Add(*outageFlag)) {
+		must(t, s.judge(t, now.IPs...))
+		time.Sleep(min(left, 5*time.Second))
+	}
+	flow.end()
+	t.Logf("the API server was gone for %.0f s", time.Since(began).Seconds())
+	back()
+	must(t, eventually(t.Context(), func() error { return enforced(t) }))
+	must(t, s.judge(t, now.IPs...))
+}
+
+// killSandbox kills the process that holds a pod's namespaces.
+func killSandbox(t *testing.T, p pod) error {
+	t.Helper()
+	filter := fmt.Sprintf(`labels."io.kubernetes.pod.uid"==%s,labels."io.cri-containerd.kind"==sandbox`, p.Metadata.UID)
+	id, err := k8s.Exec(t.Context(), p.Spec.NodeName, "ctr", "-n", "k8s.io", "containers", "list", "-q", filter)
+	if err != nil {
+		return err
+	}
+	_, err = k8s.Exec(t.Context(), p.Spec.NodeName, "ctr", "-n", "k8s.io", "tasks", "kill", "-s", "SIGKILL", strings.TrimSpace(id))
+	return err
+}
+
+const networkConfig = "/etc/cni/net.d/10-pods.conflist"
+
+func plugins(t *testing.T, node string) string {
+	t.Helper()
+	out, err := k8s.Exec(t.Context(), node, "cat", networkConfig)
+	must(t, err)
+	return out
+}
+
+// testRepair: whoever wrote the network configuration writes it anew, without
+// the plugin.
+func testRepair(t *testing.T) {
+	const node = "n2"
+	chained := plugins(t, node)
+	if !strings.Contains(chained, "portcullis-cni") {
+		t.Fatalf("not in place at first: %s", chained)
+	}
+	var list struct {
+		Name       string           `json:"name"`
+		CNIVersion string           `json:"cniVersion"`
+		Plugins    []map[string]any `json:"plugins"`
+	}
+	must(t, json.Unmarshal([]byte(chained), &list))
+	list.Plugins = list.Plugins[:len(list.Plugins)-1]
+	anew, err := json.Marshal(list)
+	must(t, err)
+	_, err = k8s.Exec(t.Context(), node, "busybox", "sh", "-c", `printf '%s' "$0" >`+networkConfig+`; rm /opt/cni/bin/portcullis-cni`, string(anew))
+	must(t, err)
+	must(t, eventually(t.Context(), func() error {
+		if !strings.Contains(plugins(t, node), "portcullis-cni") {
+			return errors.New("the plugin is not back")
+		}
+		_, err := k8s.Exec(t.Context(), node, "ls", "/opt/cni/bin/portcullis-cni")
+		return err
+	}))
+	newNamespace(t, "repaired", nil)
+	apply(t, newPod("repaired", "new", node, nil))
+	awaitReady(t, "repaired")
+	must(t, eventually(t.Context(), func() error { return enforced(t) }))
+}
+
+// testUninstall follows docs/kubernetes.md: nothing is left on the nodes, and
+// pods go on.
+func testUninstall(t *testing.T) {
+	kubectl(t, "-n", "portcullis", "delete", "daemonset/portcullis-agent", "--wait=true", "--cascade=foreground")
+	kubectl(t, "apply", "-f", root+"/deploy/uninstall/")
+	kubectl(t, "-n", "portcullis", "rollout", "status", "daemonset/portcullis-cleanup", "--timeout="+patience.String())
+	for _, n := range k8s.Nodes() {
+		if text := plugins(t, n.Name); strings.Contains(text, "portcullis") {
+			t.Errorf("%s: %s", n.Name, text)
+		}
+		if out, err := k8s.Exec(t.Context(), n.Name, "ls", "/opt/cni/bin", "/sys/fs/bpf"); err != nil || strings.Contains(out, "portcullis") {
+			t.Errorf("%s: left over: %s, %v", n.Name, out, err)
+		}
+	}
+	kubectl(t, "delete", "-f", root+"/deploy/uninstall/")
+	kubectl(t, "delete", "-f", root+"/deploy/")
+	apply(t, newPod("before", "after", "n2", nil))
+	awaitReady(t, "before")
+	server := podNamed(t, "before", "server")
+	out, err := check(t.Context(), "before", "after", "tcp/"+hostPort(server.ip()))
+	must(t, err)
+	if !out[0].OK {
+		t.Errorf("after the removal: %+v", out[0])
+	}
+}

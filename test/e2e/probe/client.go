@@ -1,0 +1,195 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"time"
+)
+
+// Outcome is what became of one target.
+type Outcome struct {
+	Target string `json:"target"`
+	OK     bool   `json:"ok"`
+	Name   string `json:"name,omitempty"` // of the server that answered
+	US     int64  `json:"us"`
+	Error  string `json:"error,omitempty"`
+}
+
+// check tries all targets at a time, so that those which time out cost one
+// timeout together.
+func check(ctx context.Context, targets []string, timeout time.Duration) error {
+	outcomes := make([]Outcome, len(targets))
+	var wg sync.WaitGroup
+	for i, target := range targets {
+		wg.Go(func() {
+			begin := time.Now()
+			name, err := ask(ctx, target, timeout)
+			outcomes[i] = Outcome{Target: target, OK: err == nil, Name: name, US: time.Since(begin).Microseconds()}
+			if err != nil {
+				outcomes[i].Error = err.Error()
+			}
+		})
+	}
+	wg.Wait()
+	enc := json.NewEncoder(os.Stdout)
+	for _, o := range outcomes {
+		if err := enc.Encode(o); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// ask returns the name of the server at PROTOCOL/HOST:PORT. A datagram is sent
+// again every quarter of the timeout, as TCP would.
+func ask(ctx context.Context, target string, timeout time.Duration) (string, error) {
+	protocol, addr, ok := strings.Cut(target, "/")
+	if !ok {
+		protocol, addr = "tcp", target
+	}
+	deadline := time.Now().Add(timeout)
+	c, err := dialer(timeout).DialContext(ctx, protocol, addr)
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	if protocol == "tcp" {
+		if err := c.SetDeadline(deadline); err != nil {
+			return "", err
+		}
+		name, err := bufio.NewReader(c).ReadString('\n')
+		return strings.TrimSuffix(name, "\n"), err
+	}
+	buf := make([]byte, 512)
+	for {
+		if _, err = c.Write([]byte("who are you?")); err != nil {
+			return "", err
+		}
+		if err = c.SetReadDeadline(time.Now().Add(timeout / 4)); err != nil {
+			return "", err
+		}
+		n, err := c.Read(buf)
+		if err == nil {
+			return strings.TrimSuffix(string(buf[:n]), "\n"), nil
+		}
+		if !time.Now().Before(deadline) || ctx.Err() != nil {
+			return "", err
+		}
+		if !os.IsTimeout(err) {
+			time.Sleep(timeout / 10) // an ICMP error comes back at once
+		}
+	}
+}
+
+func dialer(timeout time.Duration) *net.Dialer {
+	d := &net.Dialer{Timeout: timeout}
+	d.SetMultipathTCP(false)
+	return d
+}
+
+// end is when a probe that goes on ends: at a time, or when a file is there.
+type end struct {
+	at   time.Time
+	file string // empty: none
+}
+
+func (e end) reached() bool {
+	if e.file != "" {
+		if _, err := os.Stat(e.file); err == nil {
+			return true
+		}
+	}
+	return !time.Now().Before(e.at)
+}
+
+// Held is what became of a long connection.
+type Held struct {
+	Messages int    `json:"messages"` // that came back
+	GapUS    int64  `json:"gap_us"`   // the longest wait for one
+	Error    string `json:"error,omitempty"`
+}
+
+// hold keeps one connection busy. It fails when the connection ends, not when
+// it is slow: that is what GapUS says.
+func hold(ctx context.Context, target string, until end, interval, timeout time.Duration) (h Held) {
+	err := func() error {
+		c, err := dialer(timeout).DialContext(ctx, "tcp", target)
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		r := bufio.NewReader(c)
+		if err := c.SetReadDeadline(time.Now().Add(timeout)); err != nil {
+			return err
+		}
+		if _, err := r.ReadString('\n'); err != nil { // the server's name
+			return err
+		}
+		for ; !until.reached() && ctx.Err() == nil; time.Sleep(interval) {
+			begin := time.Now()
+			if _, err := fmt.Fprintf(c, "%d\n", h.Messages); err != nil {
+				return err
+			}
+			if err := c.SetReadDeadline(begin.Add(time.Minute)); err != nil {
+				return err
+			}
+			if _, err := r.ReadString('\n'); err != nil {
+				return err
+			}
+			h.Messages++
+			h.GapUS = max(h.GapUS, time.Since(begin).Microseconds())
+		}
+		return nil
+	}()
+	if err != nil {
+		h.Error = err.Error()
+	}
+	return h
+}
+
+// Hammered is what became of many connections, one after the other.
+type Hammered struct {
+	Tried     int      `json:"tried"`
+	OK        int      `json:"ok"`
+	SlowestUS int64    `json:"slowest_us"` // of those that succeeded
+	Errors    []string `json:"errors,omitempty"`
+}
+
+func hammer(ctx context.Context, target string, until end, interval, timeout time.Duration) (h Hammered) {
+	for ; !until.reached() && ctx.Err() == nil; time.Sleep(interval) {
+		begin := time.Now()
+		_, err := ask(ctx, target, timeout)
+		h.Tried++
+		if err == nil {
+			h.OK++
+			h.SlowestUS = max(h.SlowestUS, time.Since(begin).Microseconds())
+		} else if len(h.Errors) < 10 {
+			h.Errors = append(h.Errors, begin.UTC().Format(time.RFC3339Nano)+" "+err.Error())
+		}
+	}
+	return h
+}
+
+// lookup resolves names by the pod's own DNS settings.
+func lookup(ctx context.Context, names []string, timeout time.Duration) error {
+	enc := json.NewEncoder(os.Stdout)
+	for _, name := range names {
+		ctx, cancel := context.WithTimeout(ctx, timeout)
+		addrs, err := net.DefaultResolver.LookupHost(ctx, name)
+		cancel()
+		line := map[string]any{"name": name, "addresses": addrs}
+		if err != nil {
+			line["error"] = err.Error()
+		}
+		if err := enc.Encode(line); err != nil {
+			return err
+		}
+	}
+	return nil
+}
