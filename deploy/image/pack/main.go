@@ -29,7 +29,7 @@ func main() {
 
 func run(out, tag, arch, entrypoint string, args []string) error {
 	if out == "" || tag == "" || entrypoint == "" || len(args) == 0 {
-		return errors.New("want -o FILE -tag NAME -entrypoint PROGRAM FILE=PATH...")
+		return errors.New("want -o FILE, -tag NAME, -entrypoint PROGRAM and at least one FILE=PATH")
 	}
 	var files []image.File
 	for _, a := range args {
