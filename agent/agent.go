@@ -203,6 +203,12 @@ func newLoop(ctx context.Context, cfg Config, log *zap.Logger) (*loop, error) {
 		numerics: map[uint64]identity.Numeric{}, installedAt: map[uint64]lease.Time{}, policyFiles: map[authz.Ref]importedFile{}, groups: map[authz.Ref]*authz.Group{}, spaces: map[authz.Ref]*authz.NamespaceObject{}, services: map[authz.Ref]*authz.ServiceObject{},
 		names: newDirectory(), peerSessions: map[identity.NodeName]*audit.Session{}, monitors: newMonitors(), alarms: newAlarms()}
 
+	if cfg.IdentityTemplate != "" { // Validate asks for one; without, no workload has a SPIFFE ID
+		var err error
+		if l.template, err = identity.ParseTemplate(cfg.IdentityTemplate); err != nil {
+			return nil, err
+		}
+	}
 	if l.cluster != nil {
 		l.known.picture, _ = l.cluster.Next()
 	}

@@ -68,7 +68,10 @@ type Config struct {
 	// registers a workload behind them. None: at the registration.
 	WorkloadDevices []string
 	TrustDomain     string
-	WorkloadAPI     string // unix:///path
+	// IdentityTemplate says which SPIFFE ID a workload's SVID must have: see
+	// identity.Template.
+	IdentityTemplate string
+	WorkloadAPI      string // unix:///path
 
 	SVIDDir string // in the Workload API's place: PEM files that somebody keeps
 
@@ -150,7 +153,7 @@ type Config struct {
 func Default() Config {
 	return Config{
 		APISocket: "/run/portcullis/agent.sock", PinDir: "/sys/fs/bpf/portcullis", JournalDir: "/run/portcullis/journal",
-		StateDir: "/var/lib/portcullis",
+		StateDir: "/var/lib/portcullis", IdentityTemplate: identity.DefaultTemplate,
 		AuditLog: "/var/log/portcullis/confirmations.jsonl", AuditSync: "interval", AuditMaxBytes: 64 << 20, AuditMaxAge: 24 * time.Hour, AuditKeep: 64, AuditCheckpoint: time.Minute,
 		Evidence: ModeLease, AllowLocalHost: LocalHostAlways, ClusterName: "default",
 		TTL: 30 * time.Second, Heartbeat: 5 * time.Second, ReuseMargin: time.Second, AddWait: 3 * time.Second,
@@ -184,6 +187,9 @@ func (c *Config) Validate() error {
 	errs = append(errs, c.validatePlace()...)
 	if _, err := spiffeid.TrustDomainFromString(c.TrustDomain); err != nil {
 		bad("--trust-domain %q: %v", c.TrustDomain, err)
+	}
+	if _, err := identity.ParseTemplate(c.IdentityTemplate); err != nil {
+		bad("--identity-template: %v", err)
 	}
 	errs = append(errs, c.validateSVID()...)
 	for flag, path := range map[string]string{"--api-socket": c.APISocket, "--pin-dir": c.PinDir, "--journal-dir": c.JournalDir, "--state-dir": c.StateDir, "--audit-log": c.AuditLog} {

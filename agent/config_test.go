@@ -35,8 +35,9 @@ func TestConfigValidate(t *testing.T) {
 		{"two places for the SVID", func(c *Config) {
 			c.Issuer, c.IssuerToken, c.IssuerBundle, c.SVIDDir = "https://192.0.2.9:4261", "/t", "/b", "/d"
 		}, []string{"--svid-dir"}},
+		{"a template of nobody's IDs", func(c *Config) { c.IdentityTemplate = "spiffe://{trust_domain}/sa/{service_account}" }, []string{"--identity-template", "{namespace} is missing"}},
 		{"a relative directory of SVIDs", func(c *Config) { c.SVIDDir = "d" }, []string{"--svid-dir"}},
-		{"empty", func(c *Config) { *c = Config{} }, []string{"--node ", "--node-ip", "--range", "--listen", "--trust-domain", "--workload-api", "--ttl", "--heartbeat", "--evidence", "--bindings"}},
+		{"empty", func(c *Config) { *c = Config{} }, []string{"--node ", "--node-ip", "--range", "--listen", "--trust-domain", "--identity-template", "--workload-api", "--ttl", "--heartbeat", "--evidence", "--bindings"}},
 		{"classic must be asked for twice", func(c *Config) { c.Evidence = ModeClassic }, []string{"--unsafe-classic"}},
 		{"unsafe lease", func(c *Config) { c.UnsafeClassic = true }, []string{"--unsafe-classic"}},
 		{"ttl above MAX_LEASE", func(c *Config) { c.TTL = 61 * time.Second }, []string{"--ttl"}},

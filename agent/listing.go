@@ -19,8 +19,14 @@ import (
 	"portcullis/ipcache/lease"
 )
 
-func identityMessage(n identity.Numeric, id identity.Identity) *api.Identity {
-	return &api.Identity{Numeric: uint32(n), Text: id.String(), Labels: id.LabelList(), SpiffeId: id.SPIFFEID(), Hash: id.Hash().String()}
+// identityMessage describes an identity, as that of a workload on a node. Without
+// node or UID the SPIFFE ID is empty if the template asks for them.
+func (l *loop) identityMessage(n identity.Numeric, id identity.Identity, on identity.NodeName, uid identity.UID) *api.Identity {
+	spiffeID, err := l.template.ID(id, on, uid)
+	if err != nil {
+		spiffeID = "" // it can have none
+	}
+	return &api.Identity{Numeric: uint32(n), Text: id.String(), Labels: id.LabelList(), SpiffeId: spiffeID, Hash: id.Hash().String()}
 }
 
 func portMessages(ports []identity.NamedPort) (out []*api.NamedPort) {
@@ -44,7 +50,7 @@ func (l *loop) listEndpoints(uid string) (out []*api.Endpoint) {
 			continue
 		}
 		m := &api.Endpoint{Id: e.id, Workload: &api.Workload{Uid: e.uid.String(), Namespace: e.namespace, Name: e.name},
-			Identity: identityMessage(e.numeric, e.identity), Ips: ipTexts(e.ips), Mac: e.mac.String(), Ifname: e.ifname, Ifindex: e.ifindex,
+			Identity: l.identityMessage(e.numeric, e.identity, l.cfg.Node, e.uid), Ips: ipTexts(e.ips), Mac: e.mac.String(), Ifname: e.ifname, Ifindex: e.ifindex,
 			Generation: uint64(e.generation), State: e.state.String(), Detail: l.endpointDetail(e),
 			IngressEnforced: e.policy.set.EnforceIngress, EgressEnforced: e.policy.set.EnforceEgress, PolicyEpoch: e.policy.id,
 			Ports: portMessages(e.ports), Created: timestamppb.New(e.created), Pid: uint32(e.process.PID), Attachment: e.attachment.message()}
@@ -86,7 +92,7 @@ func (l *loop) listIdentities(reserved bool) (out []*api.Identity) {
 		if id.Reserved != "" && !reserved || l.ids.Users(n) == 0 {
 			continue
 		}
-		m := identityMessage(n, id)
+		m := l.identityMessage(n, id, "", identity.UID{})
 		if in := l.ids.Region(n); !in.IsZero() {
 			m.Text += " in " + in.String()
 		}
@@ -134,7 +140,7 @@ func (l *loop) bindingMessage(e ipcache.Entry, now lease.Time, grants []*api.Gra
 			m.State = "stale"
 		}
 	}
-	m.Identity = identityMessage(n, b.Identity)
+	m.Identity = l.identityMessage(n, b.Identity, b.Owner, b.UID)
 	if at, ok := l.installedAt[e.Stamp]; ok {
 		m.Age = durationpb.New(now.Sub(at))
 	}

@@ -53,6 +53,8 @@ type loop struct {
 	audit     *audit.Log // safe for concurrent use
 	signer    *lateSigner
 
+	template identity.Template // of the SPIFFE IDs of workloads
+
 	peerSessions map[identity.NodeName]*audit.Session // by certificate, of streams that are up
 
 	owner    lease.OwnerMachine

@@ -172,7 +172,7 @@ func (s *server) RelabelWorkload(ctx context.Context, r *api.RelabelWorkloadRequ
 			return fmt.Errorf("workload %s ended: %w", uid, errNotFound)
 		}
 		resp.Generation, resp.State, resp.Endpoint = uint64(e.generation), e.state.String(), e.id
-		resp.Detail, resp.Identity = s.l.endpointDetail(e), identityMessage(e.numeric, e.identity)
+		resp.Detail, resp.Identity = s.l.endpointDetail(e), s.l.identityMessage(e.numeric, e.identity, s.l.cfg.Node, e.uid)
 		return nil
 	})
 	return resp, err

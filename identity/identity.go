@@ -60,9 +60,9 @@ func (id Identity) Equal(o Identity) bool {
 		id.ServiceAccount == o.ServiceAccount && maps.Equal(id.Labels, o.Labels)
 }
 
-// SPIFFEID returns the SPIFFE ID of the identity's workloads, in the template
-// that SPIRE's Kubernetes registrar uses: spiffe://<td>/ns/<ns>/sa/<sa>. It is
-// empty for reserved identities.
+// SPIFFEID returns the SPIFFE ID of the identity's workloads by DefaultTemplate,
+// for display: a Template says which one counts, and whether there can be one.
+// It is empty for reserved identities.
 func (id Identity) SPIFFEID() string {
 	if id.Reserved != "" {
 		return ""

@@ -181,7 +181,9 @@ func (s segment) of(id Identity, on NodeName, uid UID) string {
 	case varNode:
 		return string(on)
 	case varUID:
-		return uid.String()
+		if uid != (UID{}) { // all zero is nobody's
+			return uid.String()
+		}
 	}
 	return ""
 }

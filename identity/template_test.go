@@ -84,6 +84,10 @@ func TestTemplateOfWhatHasNoID(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	withUID, err := ParseTemplate("spiffe://{trust_domain}/{namespace}/{service_account}/{uid}")
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, test := range []struct {
 		name string
 		id   Identity
@@ -100,6 +104,7 @@ func TestTemplateOfWhatHasNoID(t *testing.T) {
 		{"no service account", New("td", "ns", "", nil), "n1", tmpl},
 		{"a space", New("td", "ns", "a b", nil), "n1", tmpl},
 		{"no node", New("td", "ns", "sa", nil), "", tmpl},
+		{"no UID", New("td", "ns", "sa", nil), "n1", withUID},
 		{"no template", New("td", "ns", "sa", nil), "n1", Template{}},
 		{"too long", New("td", strings.Repeat("n", 1100), strings.Repeat("s", 1100), nil), "n1", tmpl},
 	} {

@@ -97,6 +97,7 @@ func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (printC
 	f.StringArrayVar(&cfg.Uplinks, "uplink", nil, "a device by which packets of other nodes come in (repeat)")
 	f.StringArrayVar(&cfg.WorkloadDevices, "workload-device", nil, "a pattern of the names of workloads' veths, e.g. cali*: such a device is shut as soon as it appears, until its workload is registered (repeat)")
 	f.StringVar(&cfg.TrustDomain, "trust-domain", "", "SPIFFE trust domain of agents and workloads (required)")
+	f.StringVar(&cfg.IdentityTemplate, "identity-template", cfg.IdentityTemplate, "the SPIFFE ID that a workload's SVID must have, of {namespace}, {service_account}, {node} and {uid}")
 	f.StringVar(&cfg.WorkloadAPI, "workload-api", "unix:///run/spire/agent-sockets/spire-agent.sock", "SPIFFE Workload API that gives this agent its SVID")
 	f.StringVar(&cfg.SVIDDir, "svid-dir", "", "directory of PEM files with this agent's SVID, as cert-manager or spiffe-helper keep them, in the place of --workload-api")
 	f.StringVar(&cfg.Issuer, "issuer", "", "https://HOST:PORT of a portcullis issuer that gives this agent its SVID, in the place of --workload-api")
