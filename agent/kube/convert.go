@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 
 	"portcullis/authz"
@@ -26,6 +27,13 @@ var notOfIdentity = []string{
 	"pod-template-hash", "controller-revision-hash", "pod-template-generation",
 	"controller-uid", "batch.kubernetes.io/controller-uid",
 }
+
+// maxAddresses bounds what a node has of its own. Its kubelet writes them, and
+// each is a range that all agents know, also when the node is gone.
+const (
+	maxAddresses = 16
+	maxDeparted  = 64 // that it had before
+)
 
 // toNode reads a Node. What cannot be used is left out and told: an address that
 // nobody claims is at worst unbound.
@@ -53,7 +61,11 @@ func toNode(n *corev1.Node) Node {
 			problems = append(problems, fmt.Sprintf("InternalIP %q is not a unicast address", a.Address))
 			continue
 		}
-		if ip = ip.Unmap(); !slices.Contains(out.Addresses, ip) {
+		switch ip = ip.Unmap(); {
+		case slices.Contains(out.Addresses, ip):
+		case len(out.Addresses) == maxAddresses:
+			problems = append(problems, fmt.Sprintf("more than %d InternalIPs", maxAddresses))
+		default:
 			out.Addresses = append(out.Addresses, ip)
 		}
 	}
@@ -93,8 +105,10 @@ func toPod(p *corev1.Pod) (Pod, bool) {
 	if out.ServiceAccount == "" {
 		out.ServiceAccount = "default"
 	}
-	// The object of a static pod is a mirror, with a UID of its own.
-	if hash, ok := p.Annotations[corev1.MirrorPodAnnotationKey]; ok {
+	// The object of a static pod is a mirror, with a UID of its own. Anybody may
+	// write the annotation into a pod; the kubelet also names its node the owner,
+	// which not everybody can.
+	if hash, ok := p.Annotations[corev1.MirrorPodAnnotationKey]; ok && ownedByNode(p) {
 		if static, err := identity.ParseUID(hash); err == nil {
 			out.Static = static
 		}
@@ -120,6 +134,12 @@ func toPod(p *corev1.Pod) (Pod, bool) {
 		}
 	}
 	return out, true
+}
+
+func ownedByNode(p *corev1.Pod) bool {
+	return slices.ContainsFunc(p.OwnerReferences, func(o metav1.OwnerReference) bool {
+		return o.APIVersion == "v1" && o.Kind == "Node" && o.Name == p.Spec.NodeName
+	})
 }
 
 // podIPs returns what a pod says of its addresses: nothing if it has ended, for
@@ -193,12 +213,19 @@ func dialects() []dialect.Dialect {
 }
 
 // parse reads one object. Its error names every field that cannot be used.
-func parse(source string) (*Object, error) {
+func parse(source string) (o *Object, err error) {
+	// Whoever may write a policy could else end every agent of the cluster, and
+	// again whenever it starts. One that a parser fails at is refused.
+	defer func() {
+		if what := recover(); what != nil {
+			o, err = nil, fmt.Errorf("its parser failed: %v", what)
+		}
+	}()
 	said, err := dialect.ParseFile("kubernetes", []byte(source), dialects()...)
 	if err != nil {
 		return nil, problemText(err)
 	}
-	o := &Object{Source: source}
+	o = &Object{Source: source}
 	switch {
 	case len(said.Policies) == 1 && len(said.Refs()) == 1:
 		o.Policy = said.Policies[0]
@@ -272,7 +299,16 @@ func depart(departed []Range, before, after []Node) []Range {
 		}
 	}
 	slices.SortFunc(out, func(a, b Range) int { return a.Prefix.Compare(b.Prefix) })
-	return out
+	// Of one node's own addresses not more than so many: whoever writes others
+	// into its object all day fills no map with them.
+	of := map[identity.NodeName]int{}
+	return slices.DeleteFunc(out, func(r Range) bool {
+		if !r.Prefix.IsSingleIP() {
+			return false
+		}
+		of[r.Node]++
+		return of[r.Node] > maxDeparted
+	})
 }
 
 // covered reports whether one of the prefixes contains all of p.

@@ -107,6 +107,10 @@ func TestPod(t *testing.T) {
 	}
 	static := aPod("static")
 	static.Annotations = map[string]string{corev1.MirrorPodAnnotationKey: "6f5902ac237024bdd0c176cb93063dc4"}
+	if got, _ := toPod(static); got.Static != (identity.UID{}) {
+		t.Errorf("anybody's pod is taken for the static pod %v", got.Static)
+	}
+	static.OwnerReferences = []metav1.OwnerReference{{APIVersion: "v1", Kind: "Node", Name: static.Spec.NodeName}}
 	if got, _ := toPod(static); got.Static.String() != "6f5902ac-2370-24bd-d0c1-76cb93063dc4" {
 		t.Errorf("the kubelet's UID of a static pod is %v", got.Static)
 	}
@@ -252,6 +256,7 @@ func TestPodsByUID(t *testing.T) {
 	liar := aPod("liar")
 	liar.UID, liar.Namespace = "0b8c2f6e-6a5e-4a5c-9c58-2f3b8f0a1c12", "evil"
 	liar.Annotations = map[string]string{corev1.MirrorPodAnnotationKey: podUID}
+	liar.OwnerReferences = []metav1.OwnerReference{{APIVersion: "v1", Kind: "Node", Name: "n1"}}
 	tb.put(r, mustConvert(t, r, liar))
 	if got := tb.picture().Pods[uid]; got != first {
 		t.Errorf("the UID is that of %+v", got)

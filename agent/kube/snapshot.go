@@ -1,6 +1,9 @@
 package kube
 
 import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,7 +18,7 @@ import (
 )
 
 // snapshotFormat changes when an older agent could misread the file.
-const snapshotFormat = 1
+const snapshotFormat = 2
 
 // SnapshotFile is the name of the snapshot in the state directory.
 const SnapshotFile = "kubernetes.json"
@@ -56,7 +59,11 @@ func readSnapshot(path string, node identity.NodeName, authority string) (*snaps
 		return nil, nil, err
 	}
 	var s snapshot
-	if err := json.Unmarshal(data, &s); err != nil {
+	body, err := unseal(data)
+	if err == nil {
+		err = json.Unmarshal(body, &s)
+	}
+	if err != nil {
 		return nil, nil, fmt.Errorf("%s is not a snapshot: %w", path, err)
 	}
 	switch {
@@ -81,6 +88,9 @@ func (s *snapshot) tables() (*tables, error) {
 	}
 	t.departed = depart(s.Departed, nil, s.Nodes)
 	for _, p := range s.Pods {
+		if p == nil {
+			return nil, errors.New("it has a pod that is none")
+		}
 		t.pods[p.Namespace+"/"+p.Name] = p
 	}
 	for _, o := range s.Objects {
@@ -95,6 +105,22 @@ func (s *snapshot) tables() (*tables, error) {
 		into[o.Key] = entry{good: parsed}
 	}
 	return t, nil
+}
+
+// seal puts a sum of the content before it, on a line of its own: one bit that
+// a disk turned round could be a label's, or a selector's.
+func seal(body []byte) []byte {
+	sum := sha256.Sum256(body)
+	return append([]byte(hex.EncodeToString(sum[:])+"\n"), body...)
+}
+
+// unseal returns the content, if it is all of what was written.
+func unseal(data []byte) ([]byte, error) {
+	sum, body, found := bytes.Cut(data, []byte("\n"))
+	if want := sha256.Sum256(body); !found || hex.EncodeToString(want[:]) != string(sum) {
+		return nil, errors.New("it is damaged, or of a version that wrote no sum")
+	}
+	return body, nil
 }
 
 // take makes a snapshot of what is known. What is refused is not in it, but the
@@ -124,6 +150,7 @@ func (s *snapshot) write(path string) (err error) {
 	if err != nil {
 		return err
 	}
+	data = seal(data)
 	dir := filepath.Dir(path)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err

@@ -23,6 +23,7 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 
+	"portcullis/authz"
 	"portcullis/identity"
 )
 
@@ -69,6 +70,7 @@ type Source struct {
 	watches  map[string]*watchState // guarded by mu; by resource
 	changed  chan struct{}          // guarded by mu; closed at the next change
 	last     *Picture               // guarded by mu; nil: not made since the last change
+	former   []*Object              // guarded by mu; of the snapshot, until everything is listed
 	version  uint64                 // guarded by mu; counts changes
 	cluster  string                 // guarded by mu; UID of kube-system, "" not known
 	other    bool                   // guarded by mu; the snapshot was of another cluster
@@ -162,6 +164,7 @@ func (s *Source) takeUp() {
 		s.log.Error("the snapshot is not used: until the API server answers, nothing is known of the cluster", zap.Error(err))
 	default:
 		s.tables, s.taken, s.cluster = t, snap.Written, snap.Cluster
+		s.former = t.picture().Objects
 		t.departed = slices.DeleteFunc(t.departed, func(r Range) bool {
 			gone := slices.ContainsFunc(s.cfg.Forget, func(p netip.Prefix) bool { return p.Overlaps(r.Prefix) && p.Bits() <= r.Prefix.Bits() })
 			if gone {
@@ -203,8 +206,27 @@ func (s *Source) Next() (*Picture, <-chan struct{}) {
 	if s.last == nil {
 		s.last = s.tables.picture()
 		s.last.Listed, s.last.Other = s.listed(), s.other
+		s.keepFormer(s.last)
 	}
 	return s.last, s.changed
+}
+
+// keepFormer leaves in force, with mu held, what the snapshot has and a list did
+// not, until all lists are there: a policy whose place one of another kind has
+// taken would go before that one comes, and what it shuts be open in between.
+func (s *Source) keepFormer(p *Picture) {
+	if p.Listed {
+		s.former = nil
+	}
+	there := map[authz.Ref]bool{}
+	for _, o := range p.Objects {
+		there[o.Ref] = true
+	}
+	for _, o := range s.former {
+		if !there[o.Ref] {
+			p.Objects = append(p.Objects, o)
+		}
+	}
 }
 
 // Usable reports whether the agent can begin with what is known: a snapshot was

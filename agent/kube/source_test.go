@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -31,6 +30,8 @@ type apiServer struct {
 	objects map[string]map[string]map[string]any // guarded by mu; by path, by namespace/name; a path that is missing is not served
 	watches map[chan []byte]string               // guarded by mu; to their paths
 	asked   []string                             // guarded by mu
+	fails   map[string]bool                      // guarded by mu; paths that answer with an error
+	aged    bool                                 // guarded by mu; old: no lists by watches, and "any version" is one of long ago, before there was anything
 }
 
 const (
@@ -82,6 +83,15 @@ func (s *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.mu.Lock()
 	s.asked = append(s.asked, r.URL.Path+"?"+r.URL.RawQuery)
 	all, served := s.objects[r.URL.Path]
+	if s.fails[r.URL.Path] || s.aged && r.URL.Query().Get("sendInitialEvents") == "true" {
+		s.mu.Unlock()
+		w.WriteHeader(http.StatusUnprocessableEntity)
+		json.NewEncoder(w).Encode(map[string]any{"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "Invalid", "code": http.StatusUnprocessableEntity})
+		return
+	}
+	if s.aged && r.URL.Query().Get("resourceVersion") == "0" {
+		all = nil
+	}
 	if r.URL.Path == "/apis/cilium.io/v2" {
 		_, has := s.objects[ciliumPath]
 		s.mu.Unlock()
@@ -98,21 +108,23 @@ func (s *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		json.NewEncoder(w).Encode(map[string]any{"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404})
 		return
 	}
-	items := slices.Collect(maps.Values(all))
+	var items []any
+	for _, o := range all {
+		items = append(items, o)
+	}
+	kind := map[string]string{nodesPath: "Node", namespacesPath: "Namespace", servicesPath: "Service", podsPath: "Pod", policiesPath: "NetworkPolicy", ciliumPath: "CiliumNetworkPolicy"}[r.URL.Path]
+	group := strings.TrimPrefix(strings.TrimPrefix(r.URL.Path[:strings.LastIndex(r.URL.Path, "/")], "/apis/"), "/api/")
 	version := strconv.Itoa(s.version)
 	if watch, _ := strconv.ParseBool(r.URL.Query().Get("watch")); !watch {
 		s.mu.Unlock()
-		json.NewEncoder(w).Encode(map[string]any{"kind": "List", "apiVersion": "v1", "metadata": map[string]any{"resourceVersion": version}, "items": items})
+		json.NewEncoder(w).Encode(map[string]any{"kind": kind + "List", "apiVersion": group, "metadata": map[string]any{"resourceVersion": version}, "items": append([]any{}, items...)})
 		return
 	}
 	events := make(chan []byte, 1000)
 	if r.URL.Query().Get("sendInitialEvents") == "true" {
-		kind := ""
 		for _, o := range items {
-			events <- event("ADDED", o)
+			events <- event("ADDED", o.(map[string]any))
 		}
-		kind = map[string]string{nodesPath: "Node", namespacesPath: "Namespace", servicesPath: "Service", podsPath: "Pod", policiesPath: "NetworkPolicy", ciliumPath: "CiliumNetworkPolicy"}[r.URL.Path]
-		group := strings.TrimPrefix(strings.TrimPrefix(r.URL.Path[:strings.LastIndex(r.URL.Path, "/")], "/apis/"), "/api/")
 		events <- event("BOOKMARK", map[string]any{"kind": kind, "apiVersion": group,
 			"metadata": map[string]any{"resourceVersion": version, "annotations": map[string]any{"k8s.io/initial-events-end": "true"}}})
 	}

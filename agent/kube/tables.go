@@ -208,13 +208,20 @@ func (t *tables) sortedNodes() []Node {
 // picture returns what is known now.
 func (t *tables) picture() *Picture {
 	p := &Picture{Nodes: t.sortedNodes(), Departed: t.departed, Pods: make(map[identity.UID]*Pod, len(t.pods))}
+	claims := map[identity.UID]int{}
 	for _, pod := range t.pods {
 		if pod.Node != t.node {
 			p.addRemote(pod)
 			continue
 		}
-		if pod.Static != (identity.UID{}) && p.Pods[pod.Static] == nil {
+		if pod.Static != (identity.UID{}) {
+			claims[pod.Static]++
 			p.Pods[pod.Static] = pod
+		}
+	}
+	for uid, n := range claims {
+		if n > 1 { // who of them it is, nobody knows: the annotation is anybody's to write
+			delete(p.Pods, uid)
 		}
 	}
 	for _, pod := range t.pods {

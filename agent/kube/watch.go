@@ -60,6 +60,11 @@ func (s *Source) reflect(ctx context.Context, r resource, gone func()) {
 	}
 	watched := &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
+			if o.ResourceVersion == "0" {
+				// "Any", which may be older than the snapshot: a policy that
+				// is in that, and not in a stale cache, must not go. The latest.
+				o.ResourceVersion = ""
+			}
 			list, err := lw.ListWithContextFunc(ctx, o)
 			if err != nil {
 				failed(ctx, err)
@@ -328,6 +333,7 @@ func (s *Source) identify(namespaces []converted) {
 
 // forget drops, with mu held, everything that is of the snapshot still.
 func (s *Source) forget() {
+	s.former = nil
 	fresh := newTables(s.cfg.Node)
 	for _, r := range resources("") {
 		if !s.watches[r.name()].listed {
