@@ -3,7 +3,7 @@
 # for what the programs need when they run.
 
 .DEFAULT_GOAL := help
-.PHONY: help build image demo test test-all e2e e2e-up e2e-down generate lint floors race conformance bench measure prepare clean
+.PHONY: help build image demo test test-all chaos chaos-long e2e e2e-up e2e-down generate lint floors race conformance bench measure prepare clean
 
 # ---- the Go command ----------------------------------------------------
 
@@ -56,6 +56,15 @@ test: need-go ## run all tests, the privileged ones too when root; ends with a c
 	@$(BUILD) -o out/summary ./test/summary
 	@echo "running the tests of $(TEST_PACKAGES); a line for each package as it ends"
 	@out/summary $(TEST_FLAGS) $(TEST_PACKAGES)
+
+CHAOS_FLAGS ?=
+chaos: build ## break the lab in every way under every kind of evidence, and write docs/chaos-results.md (root, half an hour; goes on where it was stopped)
+	@test/prepare strict
+	$(GO) run ./test/chaos -write docs/chaos-results.md $(CHAOS_FLAGS)
+
+chaos-long: build ## 5000 reuses of IPs without a fault and under a partition, and write docs/chaos-results-long.md (root, an hour; goes on where it was stopped)
+	@test/prepare strict
+	$(GO) run ./test/chaos -long -write docs/chaos-results-long.md $(CHAOS_FLAGS)
 
 # A real Kubernetes: three nodes on this machine. The first time it is built
 # from source, for minutes; see test/e2e.

@@ -18,7 +18,7 @@ import (
 )
 
 func TestPlan(t *testing.T) {
-	good := Options{Scenario: "ip-reuse", Evidence: "lease", Events: 10, Faults: []string{"partition", "kill-owner"}}
+	good := Options{Scenario: "ip-reuse", Evidence: "lease", Events: 10, Faults: []string{"partition", "rogue-owner"}}
 	if err := Check(good); err != nil {
 		t.Error(err)
 	}

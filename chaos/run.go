@@ -46,13 +46,16 @@ func Run(ctx context.Context, o Options) (*check.Result, error) {
 		return nil, errors.Join(err, w.down(context.WithoutCancel(ctx)))
 	}
 	failed := w.play(ctx)
-	run.Complete = failed == nil && ctx.Err() == nil && int(w.reused.Load()) >= p.Events
+	run.Complete = failed == nil && ctx.Err() == nil && w.enough()
 	after, dropsErr := w.drops()
 	run.End = now()
 	fmt.Fprintf(p.Progress, "chaos: judging\n")
 	downErr := w.down(context.WithoutCancel(ctx))
 	h := w.rec.history(run, rules())
 	h.Drops = difference(before, after)
+	for i := range h.Drops {
+		h.Drops[i].Unknown = h.Drops[i].Unknown || w.lost.turn(h.Drops[i].Node) > 0 // it was made anew
+	}
 	if p.History != nil {
 		failed = errors.Join(failed, h.Write(p.History))
 	}
@@ -109,33 +112,55 @@ func (w *world) play(ctx context.Context) error {
 func (w *world) slot(ctx context.Context, i int, r *rand.Rand, round *barrier) error {
 	ips := []netip.Addr{netip.AddrFrom4([4]byte{10, 1, 1, byte(i + 1)}), netip.MustParseAddr(fmt.Sprintf("fd00:1::1:%x", i+1))}
 	is := []string{sleepV1, sleepV2}[r.IntN(2)]
-	for first := true; ctx.Err() == nil && int(w.reused.Load()) < w.Events; first = false {
+	for first := true; ctx.Err() == nil && !w.enough(); first = false {
 		if w.scenario.storm {
 			round.wait(ctx)
 		}
 		spec := lab.Workload{Namespace: "default", Name: fmt.Sprintf("w%d-%d", i, w.counter.Add(1)), Node: ownerNode, Labels: map[string]string{"is": is}, IPs: ips}
+		turn := w.lost.turn(ownerNode)
 		came, err := w.life(ctx, spec, is, i, r)
 		if err != nil && ctx.Err() == nil {
-			return fmt.Errorf("workload %s: %w", spec.FullName(), err)
-		}
-		if came {
-			if !first {
-				w.reused.Add(1)
+			if !w.lost.since(ownerNode, turn) {
+				return fmt.Errorf("workload %s: %w", spec.FullName(), err)
 			}
-			is = map[string]string{sleepV1: sleepV2, sleepV2: sleepV1}[is]
+			sleep(ctx, 50*time.Millisecond) // its node is not there
 		}
+		if came == absent {
+			continue
+		}
+		if came == registered && !first {
+			w.reused.Add(1)
+		}
+		is = map[string]string{sleepV1: sleepV2, sleepV2: sleepV1}[is]
 	}
 	return nil
 }
 
-// life is one workload's. came is false when its node's agent did not take it,
-// which is no error of the run.
-func (w *world) life(ctx context.Context, spec lab.Workload, is string, slot int, r *rand.Rand) (came bool, err error) {
+// enough: so many IPs were used again as were asked for, and everything that was
+// to break has broken, and was mended, at least once.
+func (w *world) enough() bool {
+	return int(w.reused.Load()) >= w.Events && int(w.mended.Load()) >= len(w.faults)
+}
+
+// presence is what came of a workload.
+type presence int
+
+const (
+	absent     presence = iota // its node's agent did not take it, which is no error of the run
+	imposed                    // it was put there by a rogue owner
+	registered                 // it was active
+)
+
+// life is one workload's.
+func (w *world) life(ctx context.Context, spec lab.Workload, is string, slot int, r *rand.Rand) (came presence, err error) {
 	x, err := w.prepare(ctx, spec, is)
 	if err != nil {
-		return false, err
+		return absent, err
 	}
 	w.target(slot, x.run.IPs)
+	if w.rogue.Load() {
+		return imposed, w.impose(ctx, x, r)
+	}
 	if w.scenario.late {
 		sleep(ctx, between(r, 0, 100*time.Millisecond))
 	}
@@ -143,27 +168,45 @@ func (w *world) life(ctx context.Context, spec lab.Workload, is string, slot int
 		if ctx.Err() == nil {
 			sleep(ctx, 50*time.Millisecond) // its agent is not there
 		}
-		return false, w.leave(x)
+		return absent, w.leave(x)
 	}
 	// It speaks as soon as it is enforced: in its quarantine, too.
 	if err := w.open(ctx, x); err != nil {
-		return false, errors.Join(err, w.leave(x))
+		return absent, errors.Join(err, w.leave(x))
 	}
-	tctx, stop := context.WithCancel(ctx)
-	var traffic sync.WaitGroup
-	speak := w.random()
-	traffic.Go(func() { w.speak(tctx, x, speak) })
+	stop := w.speaking(ctx, x)
 	if err := w.activate(ctx, x); err == nil {
-		came = true
+		came = registered
 		if w.scenario.late {
 			_ = w.registration(ctx, x, lab.RunOptions{NoWait: true}) // once more, and nothing changes
 		}
 		w.live(ctx, x, r)
 	}
-	stop()
-	err = w.leave(x)
-	traffic.Wait()
-	return came, err
+	return came, stop()
+}
+
+// impose lets a workload live that no agent was told of.
+func (w *world) impose(ctx context.Context, x *present, r *rand.Rand) error {
+	if err := w.open(ctx, x); err != nil {
+		return errors.Join(err, w.leave(x))
+	}
+	stop := w.speaking(ctx, x)
+	sleep(ctx, between(r, w.scenario.least, w.scenario.most))
+	return stop()
+}
+
+// speaking lets a workload speak until it is told to leave.
+func (w *world) speaking(ctx context.Context, x *present) (leave func() error) {
+	ctx, cancel := context.WithCancel(ctx)
+	var traffic sync.WaitGroup
+	r := w.random()
+	traffic.Go(func() { w.speak(ctx, x, r) })
+	return func() error {
+		cancel()
+		err := w.leave(x)
+		traffic.Wait()
+		return err
+	}
 }
 
 // live lets the workload be.
@@ -218,7 +261,7 @@ func (w *world) speak(ctx context.Context, x *present, r *rand.Rand) {
 	defer wg.Wait()
 	busy := make(chan struct{}, 12) // attempts under way
 	for first := true; ctx.Err() == nil; first = false {
-		for _, s := range w.servers {
+		for _, s := range w.serving() {
 			ip, from := pick(s.ips, r), netip.Addr{}
 			for _, own := range x.run.IPs {
 				if own.Is4() == ip.Is4() {
@@ -305,16 +348,22 @@ func (w *world) cause(ctx context.Context, k fault.Kind, r *rand.Rand, locks *lo
 	if k.Begin == nil { // it is in the lab's configuration
 		f := w.rec.begins(check.Fault{Kind: k.Name, Impairs: k.Impairs, Loses: k.Loses})
 		w.rec.set(func() { f.Began = now() })
+		w.mended.Add(1)
 		<-ctx.Done()
 		return nil
 	}
-	for sleep(ctx, between(r, w.TTL/2, 2*w.TTL)) {
+	for first := true; sleep(ctx, between(r, w.TTL/2, 2*w.TTL)); first = false {
 		nodes := map[fault.Who][][]string{
 			fault.Verifier: {{verifierNode}, {otherNode}}, fault.Owner: {{ownerNode}},
 			fault.Between: {{ownerNode, verifierNode}, {ownerNode, otherNode}}, fault.Everybody: {{ownerNode, verifierNode, otherNode}},
+			fault.Spare: {{otherNode}},
 		}[k.Who]
 		if err := w.happen(ctx, k, nodes[r.IntN(len(nodes))], r, locks); err != nil {
 			return fmt.Errorf("fault %s: %w", k.Name, err)
+		}
+		if first && ctx.Err() == nil {
+			sleep(ctx, w.TTL) // to see what comes after
+			w.mended.Add(1)
 		}
 	}
 	return nil
@@ -326,21 +375,35 @@ func (w *world) happen(ctx context.Context, k fault.Kind, nodes []string, r *ran
 	if ctx.Err() != nil {
 		return nil
 	}
-	said := check.Fault{Kind: k.Name, Nodes: nodes, Silent: k.Silent, Impairs: k.Impairs, Loses: k.Loses, Lease: k.Lease(w.TTL)}
+	said := check.Fault{Kind: k.Name, Nodes: nodes, Silent: k.Silent, Impairs: k.Impairs, Loses: k.Loses, Rogue: k.Rogue, Lease: k.Lease(w.TTL)}
 	if k.Who == fault.Everybody {
 		said.Nodes = nil
 	}
 	f := w.rec.begins(said)
+	if k.Remakes {
+		if err := w.lose(nodes); err != nil {
+			return err
+		}
+	}
 	end, err := k.Begin(ctx, w.lab, nodes)
 	if err != nil {
 		w.rec.forget(f)
 		return err
 	}
 	w.rec.set(func() { f.Began = now() })
+	if k.Rogue {
+		w.rogue.Store(true)
+	}
 	least, most := k.Lasts(w.TTL)
 	sleep(ctx, between(r, least, most))
+	if k.Rogue {
+		w.rogue.Store(false)
+	}
 	w.rec.set(func() { f.To = now() })
 	err = end(context.WithoutCancel(ctx))
+	if err == nil && k.Remakes {
+		err = w.found(context.WithoutCancel(ctx), nodes)
+	}
 	w.rec.set(func() { f.Ended = now() })
 	return err
 }

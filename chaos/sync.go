@@ -6,6 +6,7 @@ import (
 	"sync"
 
 	"portcullis/agent/api"
+	"portcullis/chaos/fault"
 )
 
 // relabelCall gives the workload other labels, by the agent's local API.
@@ -27,17 +28,17 @@ func newLocks() *locks {
 	return l
 }
 
-// take waits until what kind of thing, at the nodes, is nobody's. "" is
-// everybody's.
-func (l *locks) take(what string, nodes []string) (release func()) {
+// take waits until what a fault takes, at the nodes, is nobody's, and takes all
+// of it at once. Nothing is everybody's.
+func (l *locks) take(what, nodes []string) (release func()) {
 	var keys []string
-	switch what {
-	case "":
-	case "authority":
-		keys = []string{what}
-	default:
+	for _, w := range what {
+		if w == fault.Authority {
+			keys = append(keys, w)
+			continue
+		}
 		for _, n := range nodes {
-			keys = append(keys, what+"/"+n)
+			keys = append(keys, w+"/"+n)
 		}
 	}
 	l.mu.Lock()

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -33,20 +34,22 @@ type world struct {
 	rnd   *rand.Rand // guarded by rndMu: the seed makes the plan, not the interleaving
 	rndMu sync.Mutex
 
-	servers []*standing
 	callers []*standing
 
 	mu      sync.Mutex
+	servers []*standing          // guarded by mu; copied to be changed
 	targets map[int][]netip.Addr // guarded by mu; by slot, the IPs in use
 
+	rogue   atomic.Bool  // workloads are put on the owner's IPs behind its back
+	lost    losses       // of nodes
 	reused  atomic.Int64 // how many times an IP was used again
+	mended  atomic.Int64 // kinds of faults that have happened and ended
 	counter atomic.Int64 // for names
 }
 
 // standing is a workload that lives as long as the run.
 type standing struct {
-	*talker
-	is  string
+	*present
 	ips []netip.Addr
 }
 
@@ -80,7 +83,7 @@ func newWorld(ctx context.Context, p *plan) (w *world, err error) {
 	}
 	w = &world{plan: p, lab: l, rec: newRecorder(), rnd: rand.New(rand.NewPCG(p.Seed, 0x706f7274)), targets: map[int][]netip.Addr{}}
 	if err = l.ImportPolicies(ctx, &api.PolicyFile{Name: "chaos.yaml", Content: []byte(policies)}); err == nil {
-		err = w.populate(ctx)
+		err = w.populate(ctx, ownerNode, verifierNode, otherNode)
 	}
 	if err != nil {
 		return nil, errors.Join(err, w.down(context.WithoutCancel(ctx)))
@@ -88,23 +91,100 @@ func newWorld(ctx context.Context, p *plan) (w *world, err error) {
 	return w, nil
 }
 
-func (w *world) populate(ctx context.Context) error {
-	for _, s := range []struct{ is, node string }{
-		{helloV1, verifierNode}, {helloV2, verifierNode}, {helloV1, otherNode}, {helloV1, ownerNode}, {callerV, verifierNode},
-	} {
-		spec := lab.Workload{Namespace: "default", Name: s.is + "-" + s.node, Node: s.node, Labels: map[string]string{"is": s.is}}
+// places are where workloads stand.
+var places = []struct{ is, node string }{
+	{helloV1, verifierNode}, {helloV2, verifierNode}, {helloV1, otherNode}, {helloV1, ownerNode}, {callerV, verifierNode},
+}
+
+// populate puts standing workloads on the nodes.
+func (w *world) populate(ctx context.Context, nodes ...string) error {
+	for _, s := range places {
+		if !slices.Contains(nodes, s.node) {
+			continue
+		}
+		spec := lab.Workload{Namespace: "default", Name: fmt.Sprintf("%s-%s%d", s.is, s.node, w.counter.Add(1)), Node: s.node, Labels: map[string]string{"is": s.is}}
 		x, err := w.come(ctx, spec, s.is)
 		if err != nil {
 			return err
 		}
-		st := &standing{talker: x.talker, is: s.is, ips: x.run.IPs}
+		st := &standing{x, x.run.IPs}
 		if s.is == callerV {
 			w.callers = append(w.callers, st)
-		} else {
-			w.servers = append(w.servers, st)
+			continue
 		}
+		w.mu.Lock()
+		w.servers = append(slices.Clone(w.servers), st)
+		w.mu.Unlock()
 	}
 	return nil
+}
+
+// serving are the standing workloads that serve.
+func (w *world) serving() []*standing {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.servers
+}
+
+// losses count how often each node was lost and found: while the number is odd
+// it is lost. The zero value is ready.
+type losses struct {
+	mu    sync.Mutex
+	turns map[string]int // guarded by mu
+}
+
+func (l *losses) turn(node string) int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.turns[node]
+}
+
+// since reports whether the node was lost at some time since a turn.
+func (l *losses) since(node string, turn int) bool {
+	now := l.turn(node)
+	return now != turn || now%2 == 1
+}
+
+func (l *losses) next(nodes []string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.turns == nil {
+		l.turns = map[string]int{}
+	}
+	for _, n := range nodes {
+		l.turns[n]++
+	}
+}
+
+// lose ends what stands on nodes that are about to be lost.
+func (w *world) lose(nodes []string) error {
+	w.lost.next(nodes)
+	var gone []*standing
+	w.mu.Lock()
+	w.servers = slices.DeleteFunc(slices.Clone(w.servers), func(s *standing) bool {
+		if !slices.Contains(nodes, s.run.Spec.Node) {
+			return false
+		}
+		gone = append(gone, s)
+		return true
+	})
+	w.mu.Unlock()
+	var errs []error
+	for _, s := range gone {
+		errs = append(errs, w.leave(s.present))
+	}
+	return errors.Join(errs...)
+}
+
+// found is lose's reverse, when the nodes are there again. Policies come first.
+func (w *world) found(ctx context.Context, nodes []string) error {
+	for _, n := range nodes {
+		if err := w.lab.ImportPoliciesAt(ctx, n, &api.PolicyFile{Name: "chaos.yaml", Content: []byte(policies)}); err != nil {
+			return err
+		}
+	}
+	w.lost.next(nodes)
+	return w.populate(ctx, nodes...)
 }
 
 // down ends the traffic and the lab.
@@ -199,7 +279,7 @@ func (w *world) registration(ctx context.Context, x *present, o lab.RunOptions) 
 
 // registerLimit is how long a registration may take: the longest wait for leases
 // that anybody can hold, and some.
-const registerLimit = 80 * time.Second
+const registerLimit = 120 * time.Second
 
 // come is prepare, register and activate.
 func (w *world) come(ctx context.Context, spec lab.Workload, is string) (*present, error) {

@@ -318,3 +318,31 @@ func ExampleCheck() {
 	fmt.Println(r.Verdict, r.Reuses, err)
 	// Output: held 1 <nil>
 }
+
+// What a rogue owner puts on a dead workload's IP may be taken for the dead one
+// until the leases have ended, and no longer; and only there.
+func TestRogueOwner(t *testing.T) {
+	rogue := func(node string, received int64) *check.Result {
+		t.Helper()
+		h := story()
+		h.Faults = []check.Fault{{Kind: "rogue-owner", Nodes: []string{node}, From: 4000 * ms, Began: 4010 * ms, To: 9000 * ms, Ended: 9100 * ms, Lease: time.Second, Impairs: true, Rogue: true}}
+		w := &h.Workloads[2]
+		w.Names, w.Asked, w.Ready, w.Quarantined = nil, 0, 0, 0
+		m := first(h, "new", "udp", received)
+		m.Received = []check.Receipt{{UID: "hello", At: m.Sent + ms}}
+		r, err := check.Check(h)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r
+	}
+	if r := rogue("n1", 4300*ms); r.Verdict != check.Held || r.Excused != 1 || r.Admitted.Impostor != 0 {
+		t.Errorf("while its leases last: %s, %d excused, %v", r.Verdict, r.Excused, r.Violations)
+	}
+	if r := rogue("n1", 5500*ms); r.Verdict != check.Violated || r.Excused != 0 || r.Violations[0].Invariant != check.UnknownWorld {
+		t.Errorf("when they have ended: %s, %d excused, %v", r.Verdict, r.Excused, r.Violations)
+	}
+	if r := rogue("n2", 4300*ms); r.Verdict != check.Violated || r.Excused != 0 {
+		t.Errorf("another node's fault: %s, %d excused", r.Verdict, r.Excused)
+	}
+}

@@ -128,6 +128,10 @@ type Fault struct {
 	// Loses: from From to Ended packets between the nodes' workloads can be lost
 	// without being judged.
 	Loses bool `json:"loses,omitempty"`
+	// Rogue: a workload of the node that was never registered may be taken for
+	// the former holder of its IP: on the node until Ended, elsewhere until the
+	// leases that had been given have ended.
+	Rogue bool `json:"rogue,omitempty"`
 }
 
 // Drops is what a node counted from the begin of the run to its end.

@@ -37,8 +37,11 @@ type Quantiles struct {
 // Result is what a history comes to.
 type Result struct {
 	Run
-	Attempts       Counts            `json:"attempts"`
-	Admitted       Counts            `json:"admitted"`
+	Attempts Counts `json:"attempts"`
+	Admitted Counts `json:"admitted"`
+	// Excused are messages that passed wrongly by the doing of a rogue owner,
+	// while its leases lasted; they are not in Admitted.
+	Excused        uint64            `json:"excused"`
 	Reuses         uint64            `json:"reuses"`
 	FirstContactMS Quantiles         `json:"first_contact_ms"`
 	ReuseDelayMS   Quantiles         `json:"reuse_delay_ms"`

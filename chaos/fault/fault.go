@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"slices"
 	"strings"
@@ -29,6 +30,8 @@ const (
 	Between
 	// Everybody is all nodes.
 	Everybody
+	// Spare is a node that judges, and whose loss ends no caller.
+	Spare
 )
 
 // Kind is one kind of fault.
@@ -48,9 +51,15 @@ type Kind struct {
 	// Lasts is how long it lasts at least and at most, by the lab's TTL; 0:
 	// from the begin of the run to its end.
 	Lasts func(ttl time.Duration) (least, most time.Duration)
-	// Takes says what only one fault at a time can happen to: "agents" of the
-	// nodes, or "authority"; "" if any number can.
-	Takes string
+	// Takes says what only one fault at a time can happen to, of the nodes and,
+	// if it is Authority, of all. None: any number can.
+	Takes []string
+	// Rogue: what is made on the node meanwhile is never registered, and nothing
+	// judges at its veth. What such a workload is taken for is the node's own
+	// doing, until the leases on its IPs have ended.
+	Rogue bool
+	// Remakes: the node is lost with all that it has, and made again.
+	Remakes bool
 	// Waits says that its end includes a wait of MaxLease, so that few fit
 	// into a run.
 	Waits bool
@@ -67,52 +76,91 @@ func about(ttl time.Duration) (a, b time.Duration)  { return ttl / 2, 3 * ttl }
 func under(ttl time.Duration) (a, b time.Duration)  { return ttl / 4, ttl * 3 / 4 }
 func longer(ttl time.Duration) (a, b time.Duration) { return ttl * 3 / 2, 3 * ttl }
 
+// What a fault takes.
+const (
+	agents    = "agents"    // of the nodes
+	line      = "line"      // between their agents
+	cable     = "cable"     // likewise, and it may be cut while the line is disturbed
+	Authority = "authority" // the trust domain, of all nodes
+)
+
 // Kinds are all faults, by name.
 func Kinds() []Kind {
-	kinds := []Kind{
+	kinds := slices.Concat(ofLines(), ofAgents(), ofTheRest())
+	slices.SortFunc(kinds, func(a, b Kind) int { return strings.Compare(a.Name, b.Name) })
+	return kinds
+}
+
+func ofLines() []Kind {
+	return []Kind{
 		{Name: "partition", Who: Between, Silent: true, Impairs: true, Lease: ttl, Lasts: about,
 			Does:  "the agents of owner and verifier cannot talk, in neither direction",
-			Begin: cut((*lab.Lab).Cut, (*lab.Lab).Heal)},
+			Takes: []string{cable}, Begin: cut((*lab.Lab).Cut, (*lab.Lab).Heal)},
 		{Name: "partition-one-way", Who: Between, Silent: true, Impairs: true, Lease: ttl, Lasts: about,
 			Does:  "what the owner's agent sends does not reach the verifier's",
-			Begin: cut((*lab.Lab).CutOneWay, (*lab.Lab).Heal)},
+			Takes: []string{cable}, Begin: cut((*lab.Lab).CutOneWay, (*lab.Lab).Heal)},
+		{Name: "delay", Who: Between, Impairs: true, Lease: ttl, Lasts: about,
+			Does:  "what the agents of owner and verifier send each other comes 50 to 250 ms later, out of its order, and now and then twice",
+			Takes: []string{line}, Begin: relay(lab.Disturbance{Least: 50 * time.Millisecond, Most: 250 * time.Millisecond, Twice: 0.1})},
+		{Name: "loss", Who: Between, Impairs: true, Lease: ttl, Lasts: about,
+			Does:  "a third of what the agents of owner and verifier send each other is lost",
+			Takes: []string{line}, Begin: relay(lab.Disturbance{Loss: 1. / 3})},
+	}
+}
+
+func ofAgents() []Kind {
+	return []Kind{
 		{Name: "kill-verifier", Who: Verifier, Silent: true, Impairs: true, Lease: ttl, Lasts: about,
 			Does:  "the verifier's agent is killed (SIGKILL) and started again",
-			Takes: "agents", Begin: kill(nil)},
+			Takes: []string{agents}, Begin: kill(nil)},
 		{Name: "kill-owner", Who: Owner, Silent: true, Impairs: true, Lease: ttl, Lasts: about,
 			Does:  "the owner's agent is killed (SIGKILL) and started again with its journal",
-			Takes: "agents", Begin: kill(nil)},
+			Takes: []string{agents}, Begin: kill(nil)},
 		{Name: "owner-without-journal", Who: Owner, Silent: true, Impairs: true, Lease: ttl, Lasts: about, Waits: true,
 			Does:  "the owner's agent is killed, its journal removed, and it is started again: it waits for the end of every lease that can be",
-			Takes: "agents", Begin: kill(func(l *lab.Lab, node string) error { return os.RemoveAll(l.JournalDir(node)) })},
+			Takes: []string{agents}, Begin: kill(func(l *lab.Lab, node string) error { return os.RemoveAll(l.JournalDir(node)) })},
 		{Name: "stop-verifier", Who: Verifier, Silent: true, Impairs: true, Lease: ttl, Lasts: longer,
 			Does:  "the verifier's agent is stopped (SIGSTOP) for longer than a lease, and goes on",
-			Takes: "agents", Begin: pause},
+			Takes: []string{agents}, Begin: pause},
 		{Name: "stop-owner", Who: Owner, Silent: true, Impairs: true, Lease: ttl, Lasts: longer,
 			Does:  "the owner's agent is stopped (SIGSTOP) for longer than a lease, and goes on",
-			Takes: "agents", Begin: pause},
+			Takes: []string{agents}, Begin: pause},
 		{Name: "stop-short", Who: Everybody, Impairs: true, Lease: ttl, Lasts: under,
 			Does:  "every agent is stopped (SIGSTOP) for less than a lease, and goes on",
-			Takes: "agents", Begin: pause},
+			Takes: []string{agents}, Begin: pause},
 		{Name: "starve", Who: Everybody, Impairs: true, Lease: ttl, Lasts: longer,
 			Does:  "every agent gets a tenth of the processor, in pieces",
-			Takes: "agents", Begin: starve},
+			Takes: []string{agents}, Begin: starve},
+		{Name: "rogue-owner", Who: Owner, Silent: true, Impairs: true, Lease: ttl, Lasts: longer, Rogue: true,
+			Does:  "the owner's agent is killed, and workloads are put on dead ones' IPs behind its back, with nothing that judges at their veths",
+			Takes: []string{agents}, Begin: kill(nil)},
+		{Name: "lost-verifier", Who: Spare, Silent: true, Impairs: true, Loses: true, Lease: ttl, Lasts: under, Waits: true, Remakes: true,
+			Does:  "a verifier's node is lost, with its namespace, its workloads and all that its agent kept, and made again",
+			Takes: []string{agents, line, cable}, Begin: lose},
+		{Name: "lost-owner", Who: Owner, Silent: true, Impairs: true, Loses: true, Lease: ttl, Lasts: under, Waits: true, Remakes: true,
+			Does:  "the owner's node is lost, with its namespace, its workloads and all that its agent kept, and made again: it waits for the end of every lease that can be",
+			Takes: []string{agents, line, cable}, Begin: lose},
 		{Name: "upgrade-verifier", Who: Verifier, Silent: true, Impairs: true, Lease: most, Lasts: under,
 			Does:  "the verifier's agent is stopped as for an upgrade (SIGTERM, with hand-over) and started again",
-			Takes: "agents", Begin: upgrade},
+			Takes: []string{agents}, Begin: upgrade},
 		{Name: "upgrade-owner", Who: Owner, Silent: true, Impairs: true, Lease: most, Lasts: under,
 			Does:  "the owner's agent is stopped as for an upgrade and started again",
-			Takes: "agents", Begin: upgrade},
+			Takes: []string{agents}, Begin: upgrade},
+	}
+}
+
+func ofTheRest() []Kind {
+	return []Kind{
 		{Name: "workload-api-gone", Who: Everybody, Impairs: true, Lease: ttl, Lasts: longer,
 			Does:  "the trust domain is killed, so that nobody gets an SVID, and started again",
-			Takes: "authority", Begin: authorityGone},
+			Takes: []string{Authority}, Begin: authorityGone},
 		{Name: "svid-expiry", Who: Everybody, Impairs: true, Lease: ttl, Lasts: longer,
 			Does:    "SVIDs live for 4 s, and the trust domain is killed for longer than that",
 			Prepare: func(c *lab.Config) { c.SVIDTTL = 4 * time.Second },
-			Takes:   "authority", Begin: authorityGone},
+			Takes:   []string{Authority}, Begin: authorityGone},
 		{Name: "bundle-swap", Who: Everybody, Impairs: true, Lease: ttl, Lasts: under,
 			Does:  "the trust domain gets new keys at a stroke",
-			Takes: "authority", Begin: swap},
+			Takes: []string{Authority}, Begin: swap},
 		{Name: "maps-full", Who: Everybody, Impairs: true, Lease: ttl,
 			Does: "tables of bindings, connections and grants are so small that they are full",
 			Prepare: func(c *lab.Config) {
@@ -124,8 +172,6 @@ func Kinds() []Kind {
 				c.AgentFlags = append(c.AgentFlags, "--held-bytes=131072", "--event-bytes=4096", "--hold-total=4")
 			}},
 	}
-	slices.SortFunc(kinds, func(a, b Kind) int { return strings.Compare(a.Name, b.Name) })
-	return kinds
 }
 
 // Find returns the kind of that name.
@@ -173,6 +219,26 @@ func cut(begin, heal func(l *lab.Lab, ctx context.Context, a, b string) error) f
 		}
 		return func(ctx context.Context) error { return heal(l, ctx, nodes[0], nodes[1]) }, nil
 	}
+}
+
+// relay disturbs what two agents send each other.
+func relay(d lab.Disturbance) func(context.Context, *lab.Lab, []string) (end, error) {
+	return func(_ context.Context, l *lab.Lab, nodes []string) (end, error) {
+		d := d
+		d.Seed = rand.Uint64()
+		stop, err := l.Relay(nodes[0], nodes[1], d)
+		return func(context.Context) error { return stop() }, err
+	}
+}
+
+// lose takes a whole node away.
+func lose(ctx context.Context, l *lab.Lab, nodes []string) (end, error) {
+	return each(ctx, nodes, func(node string) (end, error) {
+		if err := l.LoseNode(node); err != nil {
+			return nil, err
+		}
+		return func(ctx context.Context) error { return l.RemakeNode(ctx, node) }, nil
+	})
 }
 
 func kill(meanwhile func(l *lab.Lab, node string) error) func(context.Context, *lab.Lab, []string) (end, error) {

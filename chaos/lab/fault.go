@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
 
 	"github.com/vishvananda/netlink"
@@ -106,7 +107,7 @@ func cutRules(peer []netip.Addr) (rules []*netlink.Rule) {
 			if ip.Is6() {
 				r.Family = unix.AF_INET6
 			}
-			r.Src, r.IPProto, r.IifName = ipnet(host(ip)), unix.IPPROTO_TCP, uplink
+			r.Src, r.IPProto = ipnet(host(ip)), unix.IPPROTO_TCP
 			if dport {
 				r.Dport = port
 			} else {
@@ -116,4 +117,51 @@ func cutRules(peer []netip.Addr) (rules []*netlink.Rule) {
 		}
 	}
 	return rules
+}
+
+// LoseNode takes a node away as if its machine were gone: its agent, all that the
+// agent kept, its devices and its namespace. Its workloads stay, cut off, until
+// they are deleted.
+func (l *Lab) LoseNode(node string) error {
+	err := l.endAgent(node, Process.kill)
+	errs := []error{err, l.update(func(s *state) error {
+		n, err := s.node(node)
+		if err != nil {
+			return err
+		}
+		// At once, and not when the kernel comes round to it: the next one has
+		// the same name in the underlay.
+		h, err := handleAt(l.nodeNS(node))
+		if err != nil {
+			return err
+		}
+		defer h.Close()
+		link, err := h.LinkByName(uplink)
+		if err == nil {
+			err = h.LinkDel(link)
+		}
+		s.Cuts = slices.DeleteFunc(s.Cuts, func(p [2]string) bool { return slices.Contains(p[:], n.Name) })
+		return err
+	}), removeNamespace(l.nodeNS(node))}
+	if _, err := os.Stat(l.pinDir(node)); err == nil {
+		errs = append(errs, removePins(l.pinDir(node)))
+	}
+	return errors.Join(append(errs, os.RemoveAll(l.JournalDir(node)), os.RemoveAll(l.stateDir(node)))...)
+}
+
+// RemakeNode makes a lost node again, with nothing on it, and waits until its
+// agent is healthy. Nobody states that its ranges are fresh.
+func (l *Lab) RemakeNode(ctx context.Context, node string) error {
+	s, err := l.read()
+	if err != nil {
+		return err
+	}
+	n, err := s.node(node)
+	if err != nil {
+		return err
+	}
+	if err := l.makeNode(n, s.Nodes); err != nil {
+		return err
+	}
+	return l.StartAgent(ctx, node)
 }

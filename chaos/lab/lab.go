@@ -336,6 +336,8 @@ func (l *Lab) PinDir(node string) string { return l.pinDir(node) }
 // of workloads.
 func (l *Lab) JournalDir(node string) string { return filepath.Join(l.nodeDir(node), "journal") }
 
+func (l *Lab) stateDir(node string) string { return filepath.Join(l.nodeDir(node), "state") }
+
 // startAuthority starts the trust domain and waits until it serves every node.
 func (l *Lab) startAuthority(ctx context.Context, s *state) error {
 	l.say("starting the trust domain")

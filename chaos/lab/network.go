@@ -351,8 +351,11 @@ func (l *Lab) route(w *workloadState) error {
 }
 
 // removeWorkloadLink removes the veth, both ends at once, and its routes. One
-// that is gone is no error.
+// that is gone, perhaps with its node, is no error.
 func (l *Lab) removeWorkloadLink(w *workloadState) error {
+	if !isNamespace(l.nodeNS(w.Spec.Node)) {
+		return nil
+	}
 	node, err := handleAt(l.nodeNS(w.Spec.Node))
 	if err != nil {
 		return err

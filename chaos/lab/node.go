@@ -50,12 +50,11 @@ func (l *Lab) startAgent(node string, fresh bool) error {
 
 func (l *Lab) agentArgs(s *state, n *nodeState, fresh bool) []string {
 	addr := func(n *nodeState) string { return netip.AddrPortFrom(n.IPs[0], agentPort).String() }
-	dir := l.nodeDir(n.Name)
 	args := []string{s.Binary, "agent", "--config=", "--node", n.Name,
 		"--listen", addr(n), "--uplink", uplink, "--workload-device", workloadDevice + "*",
 		"--trust-domain", TrustDomain, "--workload-api", l.workloadAPI(n.Name),
 		"--api-socket", l.Socket(n.Name), "--pin-dir", l.pinDir(n.Name),
-		"--journal-dir", dir + "/journal", "--state-dir", dir + "/state", "--audit-log", l.AuditLog(n.Name),
+		"--journal-dir", l.JournalDir(n.Name), "--state-dir", l.stateDir(n.Name), "--audit-log", l.AuditLog(n.Name),
 		"--evidence", s.Config.Evidence,
 		"--ttl", s.Config.TTL.String(), "--heartbeat", s.Config.Heartbeat.String(),
 		"--reuse-margin", s.Config.ReuseMargin.String(), "--add-wait", s.Config.addWait().String(),

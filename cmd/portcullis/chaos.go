@@ -227,6 +227,9 @@ func resultTable(out io.Writer, r *check.Result) error {
 		row("Availability", "%.5f (%d of %d attempts failed with nothing in their way)", r.Availability.Rate, r.Availability.Failed, r.Availability.Attempts)
 		row("First contact", "p50 %.1f ms, p99 %.1f ms, of %d", r.FirstContactMS.P50, r.FirstContactMS.P99, r.FirstContactMS.N)
 		row("Wait for an IP", "p50 %.1f ms, p99 %.1f ms, longest %.1f ms", r.ReuseDelayMS.P50, r.ReuseDelayMS.P99, r.ReuseDelayMS.Max)
+		if r.Excused > 0 {
+			row("By a rogue owner", "%d messages passed wrongly while its leases lasted", r.Excused)
+		}
 		row("Taken for another", "for at most %.1f ms", r.StaleWindowMS)
 		var dropped []string
 		for reason, n := range r.Dropped {

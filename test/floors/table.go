@@ -87,6 +87,7 @@ var Table = []Row{
 	{Path: "test/bench/rig", Kind: Tests, Holds: "what the measuring commands share"},
 	{Path: "test/bench/scale", Kind: Tests, Holds: "memory, CPU and map writes with many bindings"},
 	{Path: "test/bench/throughput", Kind: Tests, Holds: "connections, packets and streams with and without programs"},
+	{Path: "test/chaos", Kind: Tests, Holds: "every fault in the lab, under every kind of evidence"},
 	{Path: "test/conformance", Kind: Tests},
 	{Path: "test/e2e", Kind: Tests},
 	{Path: "test/e2e/cluster", Kind: Tests, Holds: "a real Kubernetes on one machine"},

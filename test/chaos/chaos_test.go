@@ -1,0 +1,71 @@
+package main
+
+import (
+	"slices"
+	"strings"
+	"testing"
+
+	"portcullis/chaos"
+	"portcullis/chaos/check"
+	"portcullis/chaos/fault"
+)
+
+// Every fault and every scenario is in the table, and every cell can be run.
+func TestCells(t *testing.T) {
+	all := append(cells([]string{"lease", "classic"}), longCells([]string{"lease"})...)
+	names := map[string]bool{}
+	for _, c := range all[:len(all)-2] {
+		if names[c.name()] {
+			t.Errorf("two cells %s", c.name())
+		}
+		names[c.name()] = true
+	}
+	for _, c := range all {
+		n, events := c.runs()
+		if n*events < c.Events {
+			t.Errorf("%s: %d runs of %d reuses", c, n, events)
+		}
+		if err := chaos.Check(chaos.Options{Scenario: c.Scenario, Evidence: c.Evidence, Faults: c.Faults, Events: events, Parallel: c.Parallel}); err != nil {
+			t.Errorf("%s: %v", c, err)
+		}
+		for _, f := range c.Faults {
+			k, err := fault.Find(f)
+			if least := 200; err != nil || !k.Waits && c.Events < least || c.Events < 20 {
+				t.Errorf("%s: %d reuses, %v", c, c.Events, err)
+			}
+		}
+	}
+	for _, k := range fault.Kinds() {
+		if !slices.ContainsFunc(all, func(c Cell) bool { return len(c.Faults) == 1 && c.Faults[0] == k.Name }) {
+			t.Errorf("fault %s is not in the table", k.Name)
+		}
+	}
+	for _, s := range chaos.Scenarios() {
+		if !slices.ContainsFunc(all, func(c Cell) bool { return c.Scenario == s.Name && len(c.Faults) == 0 }) {
+			t.Errorf("scenario %s is not in the table", s.Name)
+		}
+	}
+	if some := only(all, []string{"none"}); len(some) == 0 || slices.ContainsFunc(some, func(c Cell) bool { return len(c.Faults) > 0 }) {
+		t.Errorf("without a fault: %v", some)
+	}
+}
+
+// The page adds up, names what was violated, and says what did not run.
+func TestPage(t *testing.T) {
+	of := []Cell{{Scenario: "ip-reuse", Evidence: "lease"}, {Scenario: "ip-reuse", Evidence: "lease", Faults: []string{"loss"}}, {Scenario: "ip-reuse", Evidence: "classic"}}
+	held := &check.Result{Reuses: 100, Attempts: check.Counts{Legitimate: 10, Impostor: 7}, Admitted: check.Counts{Legitimate: 9}, Availability: check.Availability{Attempts: 4000, Failed: 4}, Run: check.Run{}, Verdict: check.Held}
+	broken := &check.Result{Reuses: 5, Attempts: check.Counts{Impostor: 3}, Admitted: check.Counts{Impostor: 2}, ViolationCount: map[check.Invariant]uint64{check.Safety: 2}, StaleWindowMS: 40, Verdict: check.Violated}
+	text, failed := page(of, [][]*check.Result{{held, held, held}, nil, {broken}}, false)
+	for _, want := range []string{"| 300 | 0 of 21 | 27 of 30 | 99.90 % of 12000 |", "held, < 0.01", "did not run", "| 2 of 3 |", "**I1: 2**; taken for another for up to 40 ms"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("want %q in\n%s", want, text)
+		}
+	}
+	if failed != 0 {
+		t.Errorf("a violation of classic counts as a failure")
+	}
+	of[0].Evidence = "svid"
+	if _, failed := page(of[:1], [][]*check.Result{{held, broken}}, false); failed != 1 {
+		t.Errorf("%d runs failed, want 1", failed)
+	}
+}

@@ -1,0 +1,184 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"portcullis/chaos/check"
+)
+
+type options struct {
+	binary   string
+	dir      string
+	evidence []string
+	faults   []string
+	long     bool
+	page     string
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop)
+	var o options
+	var evidence, faults string
+	flag.StringVar(&o.binary, "portcullis", "bin/portcullis", "the binary that is judged")
+	flag.StringVar(&o.dir, "dir", "out/chaos", "where the results of runs are kept: what is there is not run again")
+	flag.StringVar(&evidence, "evidence", "lease,classic", "kinds of evidence, with commas")
+	flag.StringVar(&faults, "faults", "", "only cells with one of these faults, with commas; none: those without")
+	flag.BoolVar(&o.long, "long", false, "instead of every fault: 5000 reuses without a fault and under a partition")
+	flag.StringVar(&o.page, "write", "", "file that gets the tables, as Markdown; empty: standard output")
+	flag.Parse()
+	o.evidence = strings.Split(evidence, ",")
+	if faults != "" {
+		o.faults = strings.Split(faults, ",")
+	}
+	if err := run(ctx, o); err != nil {
+		fmt.Fprintln(os.Stderr, "chaos:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, o options) error {
+	all := cells(o.evidence)
+	if o.long {
+		all = longCells(o.evidence)
+	}
+	all = only(all, o.faults)
+	if len(all) == 0 {
+		return errors.New("there is no such cell")
+	}
+	judged, err := os.ReadFile(o.binary)
+	if err != nil {
+		return fmt.Errorf("%w (make build makes it)", err)
+	}
+	sum := sha256.Sum256(judged)
+	k := &keeper{options: o, dir: filepath.Join(o.dir, hex.EncodeToString(sum[:6])), total: len(all)}
+	if o.long {
+		k.dir = filepath.Join(k.dir, "long")
+	}
+	if err := os.MkdirAll(k.dir, 0o755); err != nil {
+		return err
+	}
+	fmt.Fprintf(os.Stderr, "chaos: %d cells; results in %s; Ctrl-C ends it, and the next time it goes on from there\n", len(all), k.dir)
+	results := make([][]*check.Result, len(all))
+	errs := make([]error, 2)
+	var wg sync.WaitGroup
+	for lane, waits := range []bool{false, true} {
+		wg.Go(func() {
+			for i, c := range all {
+				if c.Waits != waits || ctx.Err() != nil {
+					continue
+				}
+				var err error
+				if results[i], err = k.cell(ctx, c, lane); err != nil && ctx.Err() == nil {
+					errs[lane] = errors.Join(errs[lane], fmt.Errorf("%s: %w", c, err))
+				}
+			}
+		})
+	}
+	wg.Wait()
+	text, failed := page(all, results, o.long)
+	if o.page == "" || ctx.Err() != nil {
+		fmt.Print(text)
+	} else if err := os.WriteFile(o.page, []byte(text), 0o644); err != nil {
+		return err
+	}
+	if failed > 0 {
+		errs = append(errs, fmt.Errorf("%d runs with leases were violated", failed))
+	}
+	return errors.Join(append(errs, ctx.Err())...)
+}
+
+// keeper runs what has not been run.
+type keeper struct {
+	options
+	dir   string
+	total int
+
+	mu   sync.Mutex
+	done int // guarded by mu
+}
+
+// cell returns the results of all its runs. Those that come to no end are tried
+// again the next time.
+func (k *keeper) cell(ctx context.Context, c Cell, lane int) (out []*check.Result, err error) {
+	begin := time.Now()
+	n, events := c.runs()
+	for i := range n {
+		file := filepath.Join(k.dir, fmt.Sprintf("%s-%d.json", c.name(), i+1))
+		r, err := read(file)
+		if err != nil {
+			if r, err = k.judge(ctx, c, events, uint64(i+1), lane, file); err != nil {
+				return out, err
+			}
+		}
+		out = append(out, r)
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.done++
+	fmt.Fprintf(os.Stderr, "chaos: %3d/%d  %-60s %s, %.0f s\n", k.done, k.total, c, verdict(out), time.Since(begin).Seconds())
+	return out, nil
+}
+
+func read(file string) (*check.Result, error) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	r := &check.Result{}
+	return r, json.Unmarshal(b, r)
+}
+
+func (k *keeper) judge(ctx context.Context, c Cell, events int, seed uint64, lane int, file string) (*check.Result, error) {
+	args := []string{"chaos", "run", c.Scenario, "--evidence", c.Evidence, "--events", strconv.Itoa(events),
+		"--seed", strconv.FormatUint(seed, 10), "--lab", fmt.Sprintf("chaos%d-%d", os.Getpid(), lane), "-o", "json"}
+	if len(c.Faults) > 0 {
+		args = append(args, "--fault", strings.Join(c.Faults, ","))
+	}
+	if c.Parallel > 0 {
+		args = append(args, "--parallel", strconv.Itoa(c.Parallel))
+	}
+	cmd := exec.Command(k.binary, args...)
+	var out, log bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C is ours to pass on
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	stop := context.AfterFunc(ctx, func() { cmd.Process.Signal(syscall.SIGTERM) })
+	failed := cmd.Wait()
+	stop()
+	r := &check.Result{}
+	if err := json.Unmarshal(out.Bytes(), r); err != nil {
+		return nil, fmt.Errorf("portcullis %s: %w\n%s", strings.Join(args, " "), errors.Join(failed, err), tail(log.String()))
+	}
+	if r.Verdict == check.Interrupted {
+		return nil, fmt.Errorf("portcullis %s: it did not come to its end: %w\n%s", strings.Join(args, " "), failed, tail(log.String()))
+	}
+	// Written in one step: half a file would be taken for a run.
+	if err := os.WriteFile(file+".new", out.Bytes(), 0o644); err != nil {
+		return nil, err
+	}
+	return r, os.Rename(file+".new", file)
+}
+
+func tail(s string) string {
+	lines := strings.Split(strings.TrimSpace(s), "\n")
+	return strings.Join(lines[max(0, len(lines)-5):], "\n")
+}
