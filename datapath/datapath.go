@@ -49,6 +49,7 @@ type Datapath struct {
 	untranslated error // why services cannot be judged; nil: they are
 
 	emptied map[uint32]int64                        // slot -> CLOCK_BOOTTIME when it was emptied; until it is filled again
+	resting map[abi.Addr]rest                       // entries of local IPs whose bindings ended
 	sets    map[uint32]map[abi.PolicyKey]abi.Policy // what the map `policy` holds
 	doomed  []doomedSet                             // to be removed, oldest first
 
@@ -100,7 +101,7 @@ func prepare(cfg Config) (*Datapath, error) {
 	if err := prepareBPFFS(cfg.PinDir, cfg.Log); err != nil {
 		return nil, err
 	}
-	return &Datapath{cfg: cfg, pins: pinDir(filepath.Clean(cfg.PinDir)), emptied: map[uint32]int64{}, sets: map[uint32]map[abi.PolicyKey]abi.Policy{}}, nil
+	return &Datapath{cfg: cfg, pins: pinDir(filepath.Clean(cfg.PinDir)), emptied: map[uint32]int64{}, resting: map[abi.Addr]rest{}, sets: map[uint32]map[abi.PolicyKey]abi.Policy{}}, nil
 }
 
 // open takes the first steps of Open, of which there may be fewer; done is

@@ -5,8 +5,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink"
-
 	"portcullis/bpf/abi"
 	"portcullis/datapath"
 )
@@ -56,16 +54,7 @@ func (x *serving) pinned() (names []string) {
 // Behind a bridge the device does not say whose a packet is any more.
 func TestServiceBehindABridge(t *testing.T) {
 	x := newServing(t, true)
-	x.must(netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br0"}}))
-	bridge, err := netlink.LinkByName("br0")
-	x.must(err)
-	port, err := netlink.LinkByName("wl0")
-	x.must(err)
-	gateway, err := netlink.ParseAddr("10.8.0.1/24")
-	x.must(err)
-	x.must(netlink.AddrDel(port, gateway))
-	x.must(netlink.LinkSetMaster(port, bridge))
-	x.address("br0", "10.8.0.1/24")
+	x.bridge()
 	x.confirm(x.d, 2, x.remote)
 	x.lead(x.remote)
 	server := x.udp(x.lab.remote, x.remote, x.backendPort)

@@ -33,8 +33,15 @@ type Slot struct {
 	Cold abi.SlotCold
 }
 
-// slotRest is how long an emptied slot stays empty.
+// slotRest is how long an emptied slot stays empty, and at least how long the
+// entry of a local IP stays after its binding.
 const slotRest = time.Second
+
+// rest is an entry of bindings that leads to no slot any more.
+type rest struct {
+	stamp uint64
+	since int64 // BOOTTIME, ns
+}
 
 // words is a slot as it is stored: each word in one piece.
 type words [unsafe.Sizeof(abi.Slot{}) / 8]uint64
@@ -57,6 +64,7 @@ func (d *Datapath) InstallSlot(slot uint32, s abi.Slot, c abi.SlotCold) error {
 		}
 		delete(d.emptied, slot)
 	}
+	d.endRests()
 	p, w := (*words)(unsafe.Pointer(d.slots.at(slot))), (*words)(unsafe.Pointer(&s))
 	atomic.StoreUint64(&p[0], 0)
 	c.Stamp = s.Stamp
@@ -79,7 +87,9 @@ func (d *Datapath) InstallSlot(slot uint32, s abi.Slot, c abi.SlotCold) error {
 
 // ZeroSlot revokes a binding: one store, after which no program counts it. It
 // changes nothing if the slot has another stamp by then. Then the IP's entry
-// is removed, if it still leads here. It may be repeated.
+// is removed, if it still leads here. That of a local workload's IP stays for a
+// second more: by it after_translation knows the packets that from_workload has
+// let go for it to judge, and that are nobody's by then. It may be repeated.
 //
 // The only error is a slot or stamp out of range. When the entry cannot be
 // removed the revocation holds all the same, for the entry names a stamp that
@@ -89,10 +99,22 @@ func (d *Datapath) ZeroSlot(slot uint32, stamp uint64, ip netip.Addr) error {
 	if slot == 0 || slot >= d.slots.n || stamp == 0 {
 		return fmt.Errorf("zero slot %d: stamp %d: out of range", slot, stamp)
 	}
-	if atomic.CompareAndSwapUint64(&d.slots.at(slot).Stamp, stamp, 0) {
-		d.emptied[slot] = d.Now()
-	}
+	d.endRests()
 	key := Addr(ip)
+	if s := d.slots.at(slot); atomic.CompareAndSwapUint64(&s.Stamp, stamp, 0) {
+		d.emptied[slot] = d.Now()
+		if s.Ifindex != 0 {
+			d.resting[key] = rest{stamp, d.Now()}
+		}
+	}
+	if d.resting[key].stamp != stamp {
+		d.unbind(key, stamp)
+	}
+	return nil
+}
+
+// unbind removes the entry of an IP, if it leads to that stamp.
+func (d *Datapath) unbind(key abi.Addr, stamp uint64) {
 	var b abi.Binding
 	m := d.coll.Maps["bindings"]
 	err := m.Lookup(&key, &b)
@@ -100,9 +122,19 @@ func (d *Datapath) ZeroSlot(slot uint32, stamp uint64, ip netip.Addr) error {
 		err = m.Delete(&key)
 	}
 	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-		d.log().Warn("a revoked binding's entry stays in the map", zap.Stringer("ip", ip), zap.Error(err))
+		d.log().Warn("a revoked binding's entry stays in the map", zap.Stringer("ip", AddrFrom(key)), zap.Error(err))
 	}
-	return nil
+}
+
+// endRests removes the entries that have rested for long enough. It comes with
+// every change of a slot: what stays longer takes room, and does no harm.
+func (d *Datapath) endRests() {
+	for key, r := range d.resting {
+		if d.Now()-r.since >= int64(slotRest) {
+			d.unbind(key, r.stamp)
+			delete(d.resting, key)
+		}
+	}
 }
 
 // SwitchLease puts a standing binding on another lease, by one store. The

@@ -69,7 +69,7 @@ func TombstoneDevice(dir string, ip netip.Addr, uid identity.UID, ifindex uint32
 }
 
 // buriedMaps are the maps that Tombstone reads or writes.
-var buriedMaps = []string{"endpoints", "slots", "slots_cold", "bindings", "state"}
+var buriedMaps = []string{"endpoints", "slots", "slots_cold", "state"}
 
 // judging returns the maps by which packets are judged: those that are pinned,
 // and those of the programs under each link, which are others where an upgrade
@@ -169,7 +169,7 @@ func buryIn(maps map[string]*ebpf.Map, ip netip.Addr, uid identity.UID, only uin
 	}
 	if m := maps["slots"]; m != nil {
 		// Also after an error: each of the two is worth having alone.
-		err = errors.Join(err, zeroLocal(m, maps["slots_cold"], maps["bindings"], ips, closed, uid, only))
+		err = errors.Join(err, zeroLocal(m, maps["slots_cold"], ips, closed, uid, only))
 	}
 	return err
 }
@@ -248,7 +248,7 @@ func raiseEndpointEpoch(state *ebpf.Map) error {
 
 // zeroLocal zeroes the workload's slots: those of its devices, or that say its
 // UID, with one of its IPs, if any are known.
-func zeroLocal(slots, cold, bindings *ebpf.Map, ips []abi.Addr, ifindices []uint32, uid identity.UID, only uint32) error {
+func zeroLocal(slots, cold *ebpf.Map, ips []abi.Addr, ifindices []uint32, uid identity.UID, only uint32) error {
 	at, err := offsets(slots, "slots", "stamp", "ip.d", "ifindex")
 	if err != nil {
 		return err
@@ -269,8 +269,8 @@ func zeroLocal(slots, cold, bindings *ebpf.Map, ips []abi.Addr, ifindices []uint
 		if !slices.Contains(ifindices, ifindex) && !describes(cold, i, was, uid) {
 			continue
 		}
+		// The IP's entry stays until the next agent comes: see ZeroSlot.
 		atomic.StoreUint64(stamp, 0)
-		unbind(bindings, ip, was)
 	}
 	return nil
 }
@@ -286,19 +286,4 @@ func describes(cold *ebpf.Map, slot uint32, stamp uint64, uid identity.UID) bool
 	}
 	v, err := cold.LookupBytes(slot)
 	return err == nil && v != nil && uint64At(v, at[0]) == stamp && fromBytes[identity.UID](v[at[1]:at[1]+16]) == uid
-}
-
-// unbind removes the entry that leads to a zeroed slot. It names a stamp that
-// no slot has, so it may as well stay: errors do not matter.
-func unbind(bindings *ebpf.Map, ip abi.Addr, stamp uint64) {
-	if bindings == nil {
-		return
-	}
-	at, err := offsets(bindings, "bindings", "stamp")
-	if err != nil {
-		return
-	}
-	if v, err := bindings.LookupBytes(&ip); err == nil && v != nil && uint64At(v, at[0]) == stamp {
-		_ = bindings.Delete(&ip)
-	}
 }

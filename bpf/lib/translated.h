@@ -74,9 +74,13 @@ separate int hold_translated(struct bpf_nf_ctx *ctx, struct __sk_buff *skb, stru
 	return done;
 }
 
-/* The endpoint that sent it: that of the device by which it came in, or behind a
- * bridge that of the source's binding. 0: it is none's, or its gate is closed,
- * which *closed tells. */
+/* The endpoint that sent it: that of the device by which it came in, or else, for
+ * behind a bridge the device does not say so, that of the source's binding. Which
+ * devices are uplinks does not matter: one may be such a bridge, or an endpoint's
+ * that forwards. 0: it is none's. Or, which *closed tells, its gate is closed, or
+ * its binding has ended: from_workload may have let the packet go before, for it
+ * to be judged here, so it goes no further. (The binding's entry outlives it by
+ * more than the way from there to here takes; see ZeroSlot.) */
 inline_always const struct pc_endpoint *translated_sender(struct pc_life *l, __u32 in, int *closed)
 {
 	const struct pc_endpoint *ep;
@@ -89,14 +93,44 @@ inline_always const struct pc_endpoint *translated_sender(struct pc_life *l, __u
 	if (!*closed) {
 		own = l->p.src;
 		b = bpf_map_lookup_elem(&bindings, &own);
-		s = b ? slot_of(READ_ONCE(b->slot), READ_ONCE(b->stamp), &own) : 0;
-		in = s ? READ_ONCE(s->ifindex) : 0;
-		if (!in)
+		if (!b)
 			return 0;
-		*closed = 1;
+		s = slot_of(READ_ONCE(b->slot), READ_ONCE(b->stamp), &own);
+		in = s ? READ_ONCE(s->ifindex) : 0;
+		*closed = !s || in;
+		if (!in) /* ended; or of another node, or a node's own address */
+			return 0;
 	}
 	ep = endpoint_of(in, l);
 	return ep && l->ep_state == PC_EP_ACTIVE ? ep : 0;
+}
+
+/* Is the packet that belongs to another's connection an ICMP error? Else it opens
+ * a connection that a helper of the node has foreseen (FTP's data), like any other. */
+separate int translated_error(struct bpf_nf_ctx *ctx)
+{
+	void *at = ctx->skb->head + ctx->skb->network_header;
+	int is6 = ctx->state->pf == NF_IP6;
+	__u8 proto = 0;
+
+	at += is6 ? __builtin_offsetof(struct wire_ip6, next) : __builtin_offsetof(struct wire_ip4, proto);
+	/* One behind extension headers is judged as its connection is. */
+	return !bpf_probe_read_kernel(&proto, 1, at) && proto == (is6 ? PROTO_ICMP6 : PROTO_ICMP);
+}
+
+/* The ports as the parser has them: other protocols have none, and an echo
+ * request its identifier, its type and its code. */
+inline_always void translated_ports(struct pc_packet *p, const struct nf_tuple *t)
+{
+	p->proto = t->proto;
+	if (t->proto == PROTO_TCP || t->proto == PROTO_UDP || t->proto == PROTO_SCTP) {
+		p->sport = bpf_ntohs(t->sport);
+		p->dport = bpf_ntohs(t->dport);
+	} else if (t->proto == PROTO_ICMP || t->proto == PROTO_ICMP6) {
+		p->sport = bpf_ntohs(t->sport);
+		p->type = bpf_ntohs(t->dport) >> 8;
+		p->code = bpf_ntohs(t->dport);
+	}
 }
 
 /* Who called, whom, and whom that leads to, as the connection has it. */
@@ -109,15 +143,14 @@ separate int translated_parse(__u64 nfct, struct pc_life *l)
 		return 0;
 	addr_from_nf(&l->p.src, t.src, l->p.is6);
 	addr_from_nf(&l->p.dst, t.dst, l->p.is6);
-	l->p.sport = bpf_ntohs(t.sport);
-	l->p.dport = bpf_ntohs(t.dport);
-	l->p.proto = t.proto;
+	translated_ports(&l->p, &t);
 	l->p.kind = KIND_FLOW;
 	l->src_is_b = flow_of(&l->p, &l->f);
 	if (!nf_tuple_read(ct, 1, &t))
 		return 0;
 	addr_from_nf(&l->p.dst, t.src, l->p.is6);
-	l->p.dport = bpf_ntohs(t.sport);
+	if (l->p.dport)
+		l->p.dport = bpf_ntohs(t.sport);
 	l->p.translated = 1;
 	return 1;
 }
@@ -229,11 +262,8 @@ inline_always int translated_gate(struct bpf_nf_ctx *ctx)
 	int closed, counted;
 	struct pc_life l;
 
-	/* What comes from outside is no endpoint's; an answer was judged as one,
-	 * and an error by the packet that it quotes. */
-	if (bpf_map_lookup_elem(&uplinks, &in))
-		return NF_ACCEPT;
-	if (ct && ((nfct & NF_INFO) >= NF_REPLY || (nfct & NF_INFO) == NF_RELATED))
+	/* An answer was judged as one, and an error by the packet that it quotes. */
+	if (ct && ((nfct & NF_INFO) >= NF_REPLY || ((nfct & NF_INFO) == NF_RELATED && translated_error(ctx))))
 		return NF_ACCEPT;
 	__builtin_memset(&l, 0, sizeof(l));
 	l.dir = PC_DIR_EGRESS;

@@ -1,0 +1,153 @@
+package datapath_test
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"portcullis/bpf/abi"
+)
+
+// bridge puts the workload behind a bridge, which has the node's address then.
+func (x *serving) bridge() netlink.Link {
+	x.t.Helper()
+	x.must(netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br0"}}))
+	bridge, err := netlink.LinkByName("br0")
+	x.must(err)
+	port, err := netlink.LinkByName("wl0")
+	x.must(err)
+	for _, a := range []string{"10.8.0.1/24", "fd08::1/64"} {
+		gateway, err := netlink.ParseAddr(a)
+		x.must(err)
+		x.must(netlink.AddrDel(port, gateway))
+	}
+	x.must(netlink.LinkSetMaster(port, bridge))
+	x.answers("br0", "10.8.0.1/24")
+	x.answers("br0", "fd08::1/64")
+	bridge, err = netlink.LinkByName("br0") // its address is that of a port
+	x.must(err)
+	return bridge
+}
+
+// door is a way onto the bridge at which no program is: a packet that comes by it
+// is as one that from_workload has let go already.
+type door struct {
+	x       *serving
+	ifindex int
+	from    []byte // MAC
+	to      []byte
+}
+
+func (x *serving) door(bridge netlink.Link) *door {
+	x.t.Helper()
+	x.veth2("door0")
+	inside, err := netlink.LinkByName("door0")
+	x.must(err)
+	x.must(netlink.LinkSetMaster(inside, bridge))
+	x.up0("door0")
+	x.up0("peer")
+	outside, err := netlink.LinkByName("peer")
+	x.must(err)
+	bridge, err = netlink.LinkByName("br0")
+	x.must(err)
+	return &door{x: x, ifindex: outside.Attrs().Index, from: outside.Attrs().HardwareAddr, to: bridge.Attrs().HardwareAddr}
+}
+
+// send sends a datagram to the service.
+func (d *door) send(src netip.Addr, sport uint16, payload string) {
+	d.x.t.Helper()
+	dst := d.x.service.Addr()
+	udp := binary.BigEndian.AppendUint16(nil, sport)
+	udp = binary.BigEndian.AppendUint16(udp, d.x.service.Port())
+	udp = binary.BigEndian.AppendUint16(udp, uint16(8+len(payload)))
+	udp = append(append(udp, 0, 0), payload...)
+	a, b := src.AsSlice(), dst.AsSlice()
+	pseudo := binary.BigEndian.AppendUint16(append(append([]byte{0, 17}, a...), b...), uint16(len(udp)))
+	binary.BigEndian.PutUint16(udp[6:], checksum(append(pseudo, udp...)))
+	p := append(append([]byte{}, d.to...), d.from...)
+	if src.Is4() {
+		h := append(append([]byte{0x45, 0, 0, byte(20 + len(udp)), 0, 9, 0, 0, 64, 17, 0, 0}, a...), b...)
+		binary.BigEndian.PutUint16(h[10:], checksum(h))
+		p = append(append(p, 8, 0), h...)
+	} else {
+		p = append(append(append(p, 0x86, 0xdd, 0x60, 0, 0, 0, 0, byte(len(udp)), 17, 64), a...), b...)
+	}
+	p = append(p, udp...)
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+	d.x.must(err)
+	defer unix.Close(fd)
+	d.x.must(unix.Sendto(fd, p, 0, &unix.SockaddrLinklayer{Ifindex: d.ifindex, Halen: 6, Protocol: binary.NativeEndian.Uint16(p[12:14])}))
+}
+
+// Behind a bridge, what from_workload has let go before its workload ended is
+// dropped behind the translation. Somebody who never was a workload is none of our
+// business.
+func TestServiceSenderHasEnded(t *testing.T) {
+	bothFamilies(t, func(t *testing.T, is4 bool) {
+		x := newServing(t, is4)
+		way := x.door(x.bridge())
+		x.confirm(x.d, 2, x.remote)
+		x.lead(x.remote)
+		server := x.udp(x.lab.remote, x.remote, x.backendPort)
+		x.call("in force")
+		x.exchange(server, "in force")
+		way.send(x.own, 6001, "under way")
+		x.receive(server, "under way")
+
+		for i, s := range x.d.Slots() {
+			if i == 1 {
+				x.must(x.d.ZeroSlot(1, s.Stamp, x.own))
+				x.must(x.d.ZeroSlot(1, s.Stamp, x.own)) // it may be repeated
+			}
+		}
+		way.send(x.own, 6001, "too late")
+		way.send(x.own, 6002, "another's")
+		x.eventually("two drops", func() bool { return x.egress(abi.VerdictDrop, abi.ReasonNoEndpoint) == 2 })
+		x.nothing(server)
+		nobody := netip.MustParseAddr("10.8.0.77")
+		if !is4 {
+			nobody = netip.MustParseAddr("fd08::77")
+		}
+		way.send(nobody, 6001, "not managed")
+		x.receive(server, "not managed")
+
+		// Bound again, it is who it is now.
+		x.local(3, x.ep.Ifindex, x.own, 2001)
+		way.send(x.own, 6003, "again")
+		x.receive(server, "again")
+		x.ep.State = uint32(abi.EPClosed)
+		x.must(x.d.SetEndpoint(x.ep))
+		way.send(x.own, 6003, "closed")
+		x.eventually("a drop", func() bool { return x.egress(abi.VerdictDrop, abi.ReasonNoEndpoint) == 3 })
+		x.nothing(server)
+	})
+}
+
+// A device that is an uplink too may have endpoints behind it: one that forwards,
+// or those of a bridge which the node's own link is a port of.
+func TestServiceOfAnEndpointBehindAnUplink(t *testing.T) {
+	for _, bridged := range []bool{false, true} {
+		t.Run(map[bool]string{false: "its own device", true: "a bridge"}[bridged], func(t *testing.T) {
+			bothFamilies(t, func(t *testing.T, is4 bool) {
+				x := newServing(t, is4)
+				in := int(x.ep.Ifindex)
+				if bridged {
+					in = x.bridge().Attrs().Index
+				}
+				x.must(x.d.SetUplinks([]int{x.up, in}))
+				x.confirm(x.d, 2, x.remote)
+				x.lead(x.remote)
+				server := x.udp(x.lab.remote, x.remote, x.backendPort)
+				x.call("allowed")
+				x.exchange(server, "allowed")
+				x.allow(client+1, x.backendPort)
+				x.call("denied")
+				x.eventually("a drop", func() bool { return x.egress(abi.VerdictDrop, abi.ReasonPolicyDenied) == 1 })
+				x.nothing(server)
+			})
+		})
+	}
+}
