@@ -73,19 +73,29 @@ func (d *Delegated) Workload(selectors []Selector) (Provider, error) {
 	if len(selectors) == 0 {
 		return nil, errors.New("svid: a workload has selectors: none would fit no entry")
 	}
-	w := &delegatedWorkload{d: d}
-	for _, s := range selectors {
-		if s.Type == "" || s.Value == "" {
-			return nil, fmt.Errorf("svid: the selector %q:%q has an empty half", s.Type, s.Value)
-		}
-		w.selectors = append(w.selectors, &types.Selector{Type: s.Type, Value: s.Value})
+	messages, err := selectorMessages(selectors)
+	if err != nil {
+		return nil, err
 	}
-	return w, nil
+	return &delegatedWorkload{d: d, selectors: messages}, nil
 }
 
+func selectorMessages(selectors []Selector) (out []*types.Selector, err error) {
+	for _, s := range selectors {
+		if s.Type == "" || s.Value == "" || strings.HasSuffix(s.Value, ":") {
+			return nil, fmt.Errorf("svid: the selector %q:%q has an empty half", s.Type, s.Value)
+		}
+		out = append(out, &types.Selector{Type: s.Type, Value: s.Value})
+	}
+	return out, nil
+}
+
+// delegatedWorkload asks for one workload: by selectors, or by a process.
 type delegatedWorkload struct {
 	d         *Delegated
 	selectors []*types.Selector
+	pid       int32
+	svidsOnly bool // who asks has the bundles from elsewhere
 }
 
 // Kind implements Provider.
@@ -102,13 +112,15 @@ func (w *delegatedWorkload) WatchX509Context(parent context.Context, to workload
 	bundles := make(chan *x509bundle.Set)
 	bad := make(chan error)
 	group.Go(func() error { return w.follow(ctx, svids, bad) })
-	group.Go(func() error { return w.followBundles(ctx, bundles) })
-	group.Go(func() error { return join(ctx, svids, bundles, bad, to) })
+	if !w.svidsOnly {
+		group.Go(func() error { return w.followBundles(ctx, bundles) })
+	}
+	group.Go(func() error { return join(ctx, svids, bundles, bad, to, w.svidsOnly) })
 	return w.explain(group.Wait())
 }
 
 // join tells of SVIDs and bundles together, once there are both.
-func join(ctx context.Context, svids <-chan []*x509svid.SVID, bundles <-chan *x509bundle.Set, bad <-chan error, to workloadapi.X509ContextWatcher) error {
+func join(ctx context.Context, svids <-chan []*x509svid.SVID, bundles <-chan *x509bundle.Set, bad <-chan error, to workloadapi.X509ContextWatcher, svidsOnly bool) error {
 	var now workloadapi.X509Context
 	had := false // an SVID, in this stream
 	for {
@@ -127,7 +139,7 @@ func join(ctx context.Context, svids <-chan []*x509svid.SVID, bundles <-chan *x5
 		case err := <-bad:
 			to.OnX509ContextWatchError(err)
 		}
-		if now.Bundles != nil && had {
+		if (svidsOnly || now.Bundles != nil) && had {
 			c := now
 			to.OnX509ContextUpdate(&c)
 		}
@@ -136,7 +148,7 @@ func join(ctx context.Context, svids <-chan []*x509svid.SVID, bundles <-chan *x5
 
 // follow hands on the SVIDs of each answer.
 func (w *delegatedWorkload) follow(ctx context.Context, out chan<- []*x509svid.SVID, bad chan<- error) error {
-	stream, err := w.d.api.SubscribeToX509SVIDs(ctx, &delegated.SubscribeToX509SVIDsRequest{Selectors: w.selectors})
+	stream, err := w.d.api.SubscribeToX509SVIDs(ctx, &delegated.SubscribeToX509SVIDsRequest{Selectors: w.selectors, Pid: w.pid})
 	if err != nil {
 		return err
 	}

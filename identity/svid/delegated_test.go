@@ -30,9 +30,11 @@ type spireAgent struct {
 	authority *authority
 
 	mu       sync.Mutex
-	entries  []entry       // guarded by mu
-	stranger bool          // guarded by mu; the caller is no delegate
-	changed  chan struct{} // guarded by mu; closed and replaced at each change
+	entries  []entry            // guarded by mu
+	stranger bool               // guarded by mu; the caller is no delegate
+	process  map[int32][]string // guarded by mu; what the attestors find of a process, by pid
+	streams  int                // guarded by mu; of SVIDs that are open
+	changed  chan struct{}      // guarded by mu; closed and replaced at each change
 }
 
 type entry struct {
@@ -62,6 +64,15 @@ func (a *spireAgent) SubscribeToX509SVIDs(r *delegated.SubscribeToX509SVIDsReque
 	for _, s := range r.Selectors {
 		asked = append(asked, s.Type+":"+s.Value)
 	}
+	a.mu.Lock()
+	asked = append(asked, a.process[r.Pid]...)
+	a.streams++
+	a.mu.Unlock()
+	defer func() {
+		a.mu.Lock()
+		a.streams--
+		a.mu.Unlock()
+	}()
 	for {
 		a.mu.Lock()
 		entries, stranger, changed := a.entries, a.stranger, a.changed

@@ -59,6 +59,8 @@ type Config struct {
 	ID spiffeid.ID
 	// Log gets rotations, failures and alarms. nil: none.
 	Log *zap.Logger
+
+	onChange func() // called after each change, without locks; may be nil
 }
 
 // Source holds the newest SVID and bundles. It implements x509svid.Source and
@@ -214,6 +216,13 @@ func life(svid *x509svid.SVID) (begin, end time.Time) {
 func (s *Source) notify() { // mu is held
 	close(s.changed)
 	s.changed = make(chan struct{})
+}
+
+// told tells whoever asked for it of a change. mu is not held.
+func (s *Source) told() {
+	if s.cfg.onChange != nil {
+		s.cfg.onChange()
+	}
 }
 
 func pause(ctx context.Context, d time.Duration) {

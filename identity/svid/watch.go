@@ -41,6 +41,7 @@ func (s *Source) update(c *workloadapi.X509Context) {
 	s.svid, s.bundles, s.last, s.gaveUp = svid, c.Bundles, nil, ""
 	s.notify()
 	s.mu.Unlock()
+	s.told()
 
 	_, end := life(svid)
 	switch err := usable(svid, time.Now()); {
@@ -85,6 +86,7 @@ func (s *Source) missing(c *workloadapi.X509Context) {
 	s.bundles, s.last = c.Bundles, why
 	s.notify()
 	s.mu.Unlock()
+	s.told()
 	s.cfg.Log.Warn("no SVID of this name was given", zap.Stringer("want", s.cfg.ID), zap.Stringer("from", s.cfg.From), zap.Strings("got", ids), zap.NamedError("because", why))
 }
 
