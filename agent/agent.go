@@ -78,6 +78,9 @@ func Run(signalled context.Context, cfg Config, log *zap.Logger) error {
 		return err
 	}
 	l.useSource(source)
+	if err := l.useWorkloads(source); err != nil {
+		return err
+	}
 	listener, err := api.Listen(cfg.APISocket)
 	if err != nil {
 		return err
@@ -116,6 +119,8 @@ func (l *loop) runParts(ctx context.Context, group *errgroup.Group, source *svid
 	}
 	run("loop", l.run)
 	run("SVID", source.Run)
+	run("workloads' SVIDs", l.runWorkloads)
+	run("trust bundles", l.trust.Run)
 	run("sessions", l.transport.Run)
 	run("held packets", func(ctx context.Context) error { return l.dp.Held(ctx, func(r hold.Record) { l.receive(ctx, r) }) })
 	run("events", func(ctx context.Context) error { return l.dp.Events(ctx, l.publish) })

@@ -80,6 +80,16 @@ type Config struct {
 	IssuerToken  string // file of a token for it
 	IssuerBundle string // file of the trust bundle, by which it is known
 
+	// Where workloads' own SVIDs come from; at most one, none: they have none.
+	DelegatedSocket string // unix:///path of a SPIRE agent's admin socket
+	DelegatedBy     string // selectors or process; empty: selectors with Kubernetes
+	WorkloadSVIDDir string // PEM files that somebody keeps
+
+	// What workloads' SVIDs are verified with, beside the bundle that comes with
+	// the agent's own.
+	WorkloadBundle   string   // file; may vouch for workloads of TrustDomain, and for no agent
+	FederatedBundles []string // TRUST-DOMAIN=FILE
+
 	APISocket  string
 	PinDir     string
 	JournalDir string
@@ -192,6 +202,7 @@ func (c *Config) Validate() error {
 		bad("--identity-template: %v", err)
 	}
 	errs = append(errs, c.validateSVID()...)
+	errs = append(errs, c.validateWorkloadSVIDs()...)
 	for flag, path := range map[string]string{"--api-socket": c.APISocket, "--pin-dir": c.PinDir, "--journal-dir": c.JournalDir, "--state-dir": c.StateDir, "--audit-log": c.AuditLog} {
 		if !filepath.IsAbs(path) {
 			bad("%s %q: want an absolute path", flag, path)

@@ -36,6 +36,13 @@ func TestConfigValidate(t *testing.T) {
 			c.Issuer, c.IssuerToken, c.IssuerBundle, c.SVIDDir = "https://192.0.2.9:4261", "/t", "/b", "/d"
 		}, []string{"--svid-dir"}},
 		{"a template of nobody's IDs", func(c *Config) { c.IdentityTemplate = "spiffe://{trust_domain}/sa/{service_account}" }, []string{"--identity-template", "{namespace} is missing"}},
+		{"two places for workloads' SVIDs", func(c *Config) { c.DelegatedSocket, c.WorkloadSVIDDir = "unix:///a.sock", "/d" }, []string{"--workload-svid-dir"}},
+		{"an admin socket that is none", func(c *Config) { c.DelegatedSocket, c.DelegatedBy = "tcp://h:1", "name" }, []string{"--delegated-socket", "--delegated-by"}},
+		{"relative files of workloads' SVIDs", func(c *Config) { c.WorkloadSVIDDir, c.WorkloadBundle = "d", "f" }, []string{"--workload-svid-dir", "--workload-bundle"}},
+		{"bundles of nobody", func(c *Config) {
+			c.FederatedBundles = []string{"partner.example", "x=f", "A b=/f", "ok.example=/f", "ok.example=/g"}
+		}, []string{"--federated-bundle \"partner", "\"x=f\"", "\"A b=", "twice"}},
+		{"a foreign bundle of ours", func(c *Config) { c.FederatedBundles = []string{c.TrustDomain + "=/f"} }, []string{"own trust domain"}},
 		{"a relative directory of SVIDs", func(c *Config) { c.SVIDDir = "d" }, []string{"--svid-dir"}},
 		{"empty", func(c *Config) { *c = Config{} }, []string{"--node ", "--node-ip", "--range", "--listen", "--trust-domain", "--identity-template", "--workload-api", "--ttl", "--heartbeat", "--evidence", "--bindings"}},
 		{"classic must be asked for twice", func(c *Config) { c.Evidence = ModeClassic }, []string{"--unsafe-classic"}},

@@ -44,14 +44,17 @@ type loop struct {
 	injector  *hold.Injector
 	transport *session.Transport // set before run, safe for concurrent use
 	source    *svid.Source       // set before run, safe for concurrent use
-	journal   *journal.Journal
-	unwritten bool // the journal could not be written
-	store     *store
-	storeKept int        // bytes that the store had when it was rewritten last
-	processes *processes // safe for concurrent use
-	devices   *devices   // set before run; what the loop calls of it is safe for concurrent use
-	audit     *audit.Log // safe for concurrent use
-	signer    *lateSigner
+	// workloadSVIDs and trust are set before run, and safe for concurrent use.
+	workloadSVIDs svid.Workloads // nil: nothing gives workloads' own SVIDs
+	trust         *svid.Bundles
+	journal       *journal.Journal
+	unwritten     bool // the journal could not be written
+	store         *store
+	storeKept     int        // bytes that the store had when it was rewritten last
+	processes     *processes // safe for concurrent use
+	devices       *devices   // set before run; what the loop calls of it is safe for concurrent use
+	audit         *audit.Log // safe for concurrent use
+	signer        *lateSigner
 
 	template identity.Template // of the SPIFFE IDs of workloads
 
@@ -170,6 +173,7 @@ func (l *loop) retry() {
 		l.alarms.clear("policy-not-applied")
 	}
 	l.alarmSVID()
+	l.alarmWorkloadSVIDs()
 	l.alarmAudit()
 	l.alarms.expire()
 	l.compactJournal()

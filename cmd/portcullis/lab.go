@@ -298,6 +298,7 @@ func newLabCACmd(env *Env) *cobra.Command {
 	td := cmd.Flags().String("trust-domain", lab.TrustDomain, "trust domain")
 	nodes := cmd.Flags().StringArray("node", nil, "node to serve (repeat)")
 	cmd.Flags().DurationVar(&cfg.TTL, "svid-ttl", 0, "how long an SVID lives; 0: the default")
+	cmd.Flags().DurationVar(&cfg.WorkloadDelay, "workload-delay", 0, "how long a workload's SVID is not there yet, each time that it is asked for")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) (err error) {
 		if cfg.TrustDomain, err = spiffeid.TrustDomainFromString(*td); err != nil {
 			return usagef("--trust-domain: %v", err)

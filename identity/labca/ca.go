@@ -15,6 +15,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	delegated "github.com/spiffe/spire-api-sdk/proto/spire/api/agent/delegatedidentity/v1"
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
@@ -40,15 +41,20 @@ type Config struct {
 	// TTL of an SVID; 0 is DefaultTTL, at least 2 s. SVIDs are renewed at
 	// half-life.
 	TTL time.Duration
+	// WorkloadDelay is how long a workload's SVID is not there yet, each time that
+	// it is asked for; 0: not at all. An entry of SPIRE takes some seconds.
+	WorkloadDelay time.Duration
 	// Log may be nil.
 	Log *zap.Logger
 }
 
 // CA is a running lab authority.
 type CA struct {
-	cfg   Config
-	ids   map[identity.NodeName]spiffeid.ID
-	ready chan struct{} // closed when every socket listens
+	cfg Config
+	ids map[identity.NodeName]spiffeid.ID
+	// template is of workloads' SPIFFE IDs: the default one.
+	template identity.Template
+	ready    chan struct{} // closed when every socket listens
 
 	mu        sync.Mutex
 	authority *authority                    // guarded by mu
@@ -86,6 +92,10 @@ func New(cfg Config) (*CA, error) {
 		cfg: cfg, ids: map[identity.NodeName]spiffeid.ID{}, ready: make(chan struct{}),
 		svids: map[identity.NodeName]*issued{}, changed: make(chan struct{}),
 	}
+	var err error
+	if ca.template, err = identity.ParseTemplate(identity.DefaultTemplate); err != nil {
+		return nil, err
+	}
 	for _, node := range cfg.Nodes {
 		id, err := spiffeid.FromPath(cfg.TrustDomain, identity.AgentSPIFFEPath(node))
 		if err != nil || filepath.Base(string(node)) != string(node) {
@@ -99,7 +109,6 @@ func New(cfg Config) (*CA, error) {
 		}
 		ca.ids[node] = id
 	}
-	var err error
 	if ca.authority, err = openAuthority(cfg.Dir, cfg.TrustDomain); err != nil {
 		return nil, err
 	}
@@ -128,22 +137,36 @@ func (ca *CA) Run(parent context.Context) error {
 			s.Stop()
 		}
 	}()
-	if err := os.MkdirAll(filepath.Dir(SocketPath(ca.cfg.Dir, "x")), 0o700); err != nil {
-		return fmt.Errorf("the lab's authority: %w", err)
-	}
-	for _, node := range slices.Sorted(maps.Keys(ca.ids)) {
-		ln, err := listen(SocketPath(ca.cfg.Dir, node))
+	serve := func(what, path string, register func(*grpc.Server)) error {
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			return fmt.Errorf("%s: %w", what, err)
+		}
+		ln, err := listen(path)
 		if err != nil {
-			return fmt.Errorf("the Workload API of node %s: %w", node, err)
+			return fmt.Errorf("%s: %w", what, err)
 		}
 		s := grpc.NewServer(grpc.WaitForHandlers(true))
-		workload.RegisterSpiffeWorkloadAPIServer(s, &server{ca: ca, node: node})
+		register(s)
 		servers = append(servers, s)
 		wg.Go(func() {
 			if err := s.Serve(ln); err != nil {
-				cancel(fmt.Errorf("the Workload API of node %s: %w", node, err))
+				cancel(fmt.Errorf("%s: %w", what, err))
 			}
 		})
+		return nil
+	}
+	// The Workload API last: who sees its socket finds the other one, too.
+	for _, node := range slices.Sorted(maps.Keys(ca.ids)) {
+		if err := serve("the Delegated Identity API of node "+string(node), AdminPath(ca.cfg.Dir, node), func(s *grpc.Server) {
+			delegated.RegisterDelegatedIdentityServer(s, &admin{ca: ca})
+		}); err != nil {
+			return err
+		}
+		if err := serve("the Workload API of node "+string(node), SocketPath(ca.cfg.Dir, node), func(s *grpc.Server) {
+			workload.RegisterSpiffeWorkloadAPIServer(s, &server{ca: ca, node: node})
+		}); err != nil {
+			return err
+		}
 	}
 	close(ca.ready)
 	ca.cfg.Log.Info("the lab's trust domain is served", zap.Stringer("trust_domain", ca.cfg.TrustDomain),

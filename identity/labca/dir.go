@@ -47,6 +47,18 @@ func Address(dir string, node identity.NodeName) string {
 	return "unix://" + SocketPath(dir, node)
 }
 
+// AdminPath returns where the Delegated Identity API of a node is served. It is
+// no longer than SocketPath.
+func AdminPath(dir string, node identity.NodeName) string {
+	return filepath.Join(dir, "admin", string(node)+".sock")
+}
+
+// AdminAddress returns the Delegated Identity API's address of a node, for an
+// agent's --delegated-socket.
+func AdminAddress(dir string, node identity.NodeName) string {
+	return "unix://" + AdminPath(dir, node)
+}
+
 // checkLab refuses what is not a lab.
 func checkLab(dir string, td spiffeid.TrustDomain) error {
 	if name := td.Name(); name != "lab" && !strings.HasSuffix(name, ".lab") {

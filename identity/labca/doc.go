@@ -3,7 +3,10 @@
 // of a lab use it exactly as they would use SPIRE.
 //
 // Who connects to a node's socket gets that node's agent SVID,
-// spiffe://<trust domain>/portcullis/node/<node>; nothing else is attested. That
+// spiffe://<trust domain>/portcullis/node/<node>. On a second socket each node has
+// SPIRE's Delegated Identity API, on which its agent fetches the SVIDs of its
+// workloads, spiffe://<trust domain>/ns/<namespace>/sa/<service account>: of any
+// that it asks for. Nothing else is attested. That
 // is enough for network namespaces on one machine and for nothing more, so the
 // package refuses to serve outside a lab, twice over:
 //
@@ -13,7 +16,7 @@
 //     SPIFFE ID, so an agent of a real trust domain refuses a lab's SVID, and
 //     whoever reads a log sees where an identity came from.
 //
-// It may import identity and go-spiffe's published protocol. CA.Run owns one
-// gRPC server per node and one goroutine that renews SVIDs; the rest is safe for
+// It may import identity and the published protocols of SPIFFE and SPIRE. CA.Run
+// owns two gRPC servers per node and one goroutine that renews SVIDs; the rest is safe for
 // concurrent use.
 package labca

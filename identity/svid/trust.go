@@ -64,8 +64,8 @@ type bundleFile struct {
 	err    error
 }
 
-// NewBundles reads the files for the first time: one that cannot be read is an
-// error here.
+// NewBundles reads the files for the first time. What is wrong with them is told
+// by Problem: an agent starts without a partner.
 func NewBundles(cfg TrustConfig) (*Bundles, error) {
 	if cfg.Own.IsZero() || cfg.Agent == nil {
 		return nil, errors.New("svid: TrustConfig.Own and Agent are required")
@@ -84,7 +84,7 @@ func NewBundles(cfg TrustConfig) (*Bundles, error) {
 		b.files[cfg.Own] = &bundleFile{path: cfg.OwnFile}
 	}
 	b.read()
-	return b, b.Problem()
+	return b, nil
 }
 
 // Changed implements Trust.

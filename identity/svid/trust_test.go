@@ -187,7 +187,11 @@ func TestBundleFiles(t *testing.T) {
 			if !verifies(b, v)() {
 				t.Error("what was read before does not stand")
 			}
-			if _, err := NewBundles(cfg); err == nil || !strings.Contains(err.Error(), test.want) {
+			fresh, err := NewBundles(cfg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := fresh.Problem(); err == nil || !strings.Contains(err.Error(), test.want) || verifies(fresh, v)() {
 				t.Errorf("at the start: %v", err)
 			}
 		})
