@@ -2,13 +2,16 @@ package datapath_test
 
 import (
 	"encoding/binary"
+	"errors"
 	"net/netip"
 	"testing"
 
+	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"portcullis/bpf/abi"
+	"portcullis/datapath"
 )
 
 // bridge puts the workload behind a bridge, which has the node's address then.
@@ -113,6 +116,16 @@ func TestServiceSenderHasEnded(t *testing.T) {
 		}
 		way.send(nobody, 6001, "not managed")
 		x.receive(server, "not managed")
+
+		entry := func(ip netip.Addr) error {
+			key := datapath.Addr(ip)
+			return pinnedMap(x.lab, "bindings").Lookup(&key, &abi.Binding{})
+		}
+		x.must(entry(x.own))
+		x.eventually("its entry goes in the end", func() bool {
+			x.must(x.d.ZeroSlot(9, 1, x.remote2)) // any change of a slot, even one of nothing
+			return errors.Is(entry(x.own), ebpf.ErrKeyNotExist)
+		})
 
 		// Bound again, it is who it is now.
 		x.local(3, x.ep.Ifindex, x.own, 2001)

@@ -103,7 +103,7 @@ func (d *Datapath) ZeroSlot(slot uint32, stamp uint64, ip netip.Addr) error {
 	key := Addr(ip)
 	if s := d.slots.at(slot); atomic.CompareAndSwapUint64(&s.Stamp, stamp, 0) {
 		d.emptied[slot] = d.Now()
-		if s.Ifindex != 0 {
+		if s.Lease == uint32(abi.LeaseLocal) && s.Ifindex != 0 {
 			d.resting[key] = rest{stamp, d.Now()}
 		}
 	}
