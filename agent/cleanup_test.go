@@ -39,3 +39,32 @@ func TestCleanup(t *testing.T) {
 	}
 	n.run(l, app("a0", "10.1.1.2"))
 }
+
+// TestPurge: nothing but the confirmation log is left, and what others put
+// beside it.
+func TestPurge(t *testing.T) {
+	n := newNode(t)
+	n.veth("a0")
+	l := n.mustStart()
+	n.run(l, app("a0", "10.1.1.2"))
+	if err := Purge(t.Context(), n.cfg, zap.NewNop()); err == nil {
+		t.Fatal("purged under a running agent")
+	}
+	if _, err := os.Stat(n.cfg.JournalDir); err != nil {
+		t.Fatalf("the journal of a running agent: %v", err)
+	}
+	n.crash(l)
+	for range 2 { // the second time there is nothing
+		if err := Purge(t.Context(), n.cfg, zap.NewNop()); err != nil {
+			t.Fatal(err)
+		}
+		for _, path := range []string{n.cfg.PinDir, n.cfg.JournalDir, n.cfg.StateDir, n.cfg.APISocket} {
+			if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("%s is there still: %v", path, err)
+			}
+		}
+	}
+	if _, err := os.Stat(n.cfg.AuditLog); err != nil {
+		t.Errorf("the confirmation log: %v", err)
+	}
+}

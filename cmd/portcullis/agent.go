@@ -23,7 +23,7 @@ import (
 func newAgentCmd(env *Env) *cobra.Command {
 	cfg := agent.Default()
 	raw := agentFlags{level: "info"}
-	var printConfig, cleanup *bool
+	var instead agentInstead
 	cmd := &cobra.Command{
 		Use:   "agent",
 		Short: "Run the daemon of this node",
@@ -46,7 +46,7 @@ run out, and the gate falls shut.`,
 			if err := loadAgent(env, set, &raw, &cfg); err != nil {
 				return usageError{err}
 			}
-			if *printConfig {
+			if *instead.printConfig {
 				return set.write(env.Stdout)
 			}
 			log, err := newLogger(env, raw.level)
@@ -58,13 +58,16 @@ run out, and the gate falls shut.`,
 			defer stop()
 			place := raw.plugin
 			place.Socket, place.PinDir, place.Log = cfg.APISocket, cfg.PinDir, log
-			if *cleanup {
+			switch {
+			case *instead.purge:
+				return errors.Join(place.Remove(), agent.Purge(ctx, cfg, log))
+			case *instead.cleanup:
 				return errors.Join(place.Remove(), agent.Cleanup(ctx, cfg, log))
 			}
 			return place.With(ctx, func(ctx context.Context) error { return agent.Run(ctx, cfg, log) })
 		},
 	}
-	printConfig, cleanup = addAgentFlags(cmd.Flags(), &raw, &cfg)
+	instead = addAgentFlags(cmd.Flags(), &raw, &cfg)
 	return cmd
 }
 
@@ -80,11 +83,15 @@ func loadAgent(env *Env, set *settings, raw *agentFlags, cfg *agent.Config) erro
 }
 
 // addAgentFlags adds every setting of the agent.
-func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (printConfig, cleanup *bool) {
+// agentInstead are what the command does in the place of running the agent.
+type agentInstead struct{ printConfig, cleanup, purge *bool }
+
+func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (instead agentInstead) {
 	f.SortFlags = false
 	f.String("config", defaultConfigFile, "file of settings for what neither flags nor environment set; empty: none")
-	printConfig = f.Bool("print-config", false, "print the settings in force as such a file, with where each comes from, and exit")
-	cleanup = f.Bool("cleanup", false, "remove programs and maps that an agent with these settings left in the kernel, and exit: workloads are not judged any more")
+	instead.printConfig = f.Bool("print-config", false, "print the settings in force as such a file, with where each comes from, and exit")
+	instead.cleanup = f.Bool("cleanup", false, "remove programs and maps that an agent with these settings left in the kernel, and exit: workloads are not judged any more")
+	instead.purge = f.Bool("purge", false, "like --cleanup, and remove journal, state and socket too: of the agent nothing is left on this node but the confirmation log")
 	f.StringVar(&raw.node, "node", "", "name of this node, as in the agents' SPIFFE IDs (required; with --kubernetes: NODE_NAME of the environment)")
 	f.StringArrayVar(&raw.nodeIPs, "node-ip", nil, "an address of this node (repeat; required without --kubernetes)")
 	f.StringArrayVar(&raw.ranges, "range", nil, "a prefix whose addresses this node gives to its workloads (repeat; required without --kubernetes)")
@@ -138,7 +145,7 @@ func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (printC
 	f.Uint32Var(&cfg.EndpointMarkMask, "endpoint-mark-mask", 0, "one row of bits of the packet mark that carries a packet's sender through the node, so that masquerade does not hide it, e.g. 0x0000fff0 (0: none)")
 	f.DurationVar(&cfg.IdleBinding, "idle-binding", cfg.IdleBinding, "give a binding back when it was not used for this long")
 	f.StringVar(&raw.level, "log-level", raw.level, "debug, info, warn or error")
-	return printConfig, cleanup
+	return instead
 }
 
 // addLimitFlags adds the flags of what has a limit.

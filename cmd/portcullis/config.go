@@ -32,7 +32,7 @@ type settings struct {
 }
 
 // notInFile are flags that tell the command what to do with the file.
-var notInFile = []string{"config", "print-config", "cleanup", "help"}
+var notInFile = []string{"config", "print-config", "cleanup", "purge", "help"}
 
 // newSettings takes the flags of a command, its own ones again in local.
 func newSettings(flags, local *pflag.FlagSet) *settings {

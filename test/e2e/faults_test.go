@@ -4,7 +4,6 @@ package e2e
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -92,15 +91,20 @@ func (s stage) traffic(t *testing.T) *traffic {
 	return f
 }
 
+// halt ends what goes on in pods until there is the file stop.
+func (s stage) halt(t *testing.T, pods ...pod) {
+	t.Helper()
+	for _, p := range pods {
+		_, err := k8s.Exec(t.Context(), p.Spec.NodeName, "ctr", "-n", "k8s.io", "tasks", "exec", "--exec-id", "stop-"+p.Metadata.Name, p.container(), "touch", stop)
+		must(t, err)
+	}
+}
+
 // end stops the traffic and judges it: no connection was lost, none that may
 // not be was made.
 func (f *traffic) end() {
 	f.t.Helper()
-	for _, p := range []pod{f.stage.friend, f.stage.near, f.stage.stranger, f.stage.foe} {
-		if _, err := k8s.Exec(f.t.Context(), p.Spec.NodeName, "ctr", "-n", "k8s.io", "tasks", "exec", "--exec-id", "stop-"+p.Metadata.Name, p.container(), "touch", stop); err != nil {
-			f.t.Fatal(err)
-		}
-	}
+	f.stage.halt(f.t, f.stage.friend, f.stage.near, f.stage.stranger, f.stage.foe)
 	for name, wait := range f.held {
 		h := wait()
 		if h.Error != "" || h.Messages == 0 {
@@ -205,71 +209,4 @@ func killSandbox(t *testing.T, p pod) error {
 	}
 	_, err = k8s.Exec(t.Context(), p.Spec.NodeName, "ctr", "-n", "k8s.io", "tasks", "kill", "-s", "SIGKILL", strings.TrimSpace(id))
 	return err
-}
-
-const networkConfig = "/etc/cni/net.d/10-pods.conflist"
-
-func plugins(t *testing.T, node string) string {
-	t.Helper()
-	out, err := k8s.Exec(t.Context(), node, "cat", networkConfig)
-	must(t, err)
-	return out
-}
-
-// testRepair: whoever wrote the network configuration writes it anew, without
-// the plugin.
-func testRepair(t *testing.T) {
-	const node = "n2"
-	chained := plugins(t, node)
-	if !strings.Contains(chained, "portcullis-cni") {
-		t.Fatalf("not in place at first: %s", chained)
-	}
-	var list struct {
-		Name       string           `json:"name"`
-		CNIVersion string           `json:"cniVersion"`
-		Plugins    []map[string]any `json:"plugins"`
-	}
-	must(t, json.Unmarshal([]byte(chained), &list))
-	list.Plugins = list.Plugins[:len(list.Plugins)-1]
-	anew, err := json.Marshal(list)
-	must(t, err)
-	_, err = k8s.Exec(t.Context(), node, "busybox", "sh", "-c", `printf '%s' "$0" >`+networkConfig+`; rm /opt/cni/bin/portcullis-cni`, string(anew))
-	must(t, err)
-	must(t, eventually(t.Context(), func() error {
-		if !strings.Contains(plugins(t, node), "portcullis-cni") {
-			return errors.New("the plugin is not back")
-		}
-		_, err := k8s.Exec(t.Context(), node, "ls", "/opt/cni/bin/portcullis-cni")
-		return err
-	}))
-	newNamespace(t, "repaired", nil)
-	apply(t, newPod("repaired", "new", node, nil))
-	awaitReady(t, "repaired")
-	must(t, eventually(t.Context(), func() error { return enforced(t) }))
-}
-
-// testUninstall follows docs/kubernetes.md: nothing is left on the nodes, and
-// pods go on.
-func testUninstall(t *testing.T) {
-	kubectl(t, "-n", "portcullis", "delete", "daemonset/portcullis-agent", "--wait=true", "--cascade=foreground")
-	kubectl(t, "apply", "-f", root+"/deploy/uninstall/")
-	kubectl(t, "-n", "portcullis", "rollout", "status", "daemonset/portcullis-cleanup", "--timeout="+patience.String())
-	for _, n := range k8s.Nodes() {
-		if text := plugins(t, n.Name); strings.Contains(text, "portcullis") {
-			t.Errorf("%s: %s", n.Name, text)
-		}
-		if out, err := k8s.Exec(t.Context(), n.Name, "ls", "/opt/cni/bin", "/sys/fs/bpf"); err != nil || strings.Contains(out, "portcullis") {
-			t.Errorf("%s: left over: %s, %v", n.Name, out, err)
-		}
-	}
-	kubectl(t, "delete", "-f", root+"/deploy/uninstall/")
-	kubectl(t, "delete", "-f", root+"/deploy/")
-	apply(t, newPod("before", "after", "n2", nil))
-	awaitReady(t, "before")
-	server := podNamed(t, "before", "server")
-	out, err := check(t.Context(), "before", "after", "tcp/"+hostPort(server.ip()))
-	must(t, err)
-	if !out[0].OK {
-		t.Errorf("after the removal: %+v", out[0])
-	}
 }

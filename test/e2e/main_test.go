@@ -20,6 +20,7 @@ import (
 var (
 	outageFlag = flag.Duration("e2e.outage", 2*time.Minute, "how long the API server is gone")
 	keepFlag   = flag.Bool("e2e.keep", false, "leave the cluster of a test that fails: `go run ./test/e2e/cluster/cmd -name NAME ...`")
+	onFlag     = flag.String("e2e.cluster", "", "NAME of a cluster that runs, made by test/e2e/cluster/cmd: try on it, and leave it; its images are as they are, and bin/portcullis is the command")
 )
 
 // the cluster of all tests, and the product's binary as it is in the image.
@@ -50,6 +51,9 @@ func run(m *testing.M) int {
 		return 1
 	}
 	status := m.Run()
+	if *onFlag != "" {
+		return status
+	}
 	if status != 0 {
 		if logs, err := k8s.KeepLogs(); err == nil {
 			fmt.Fprintln(os.Stderr, "e2e: logs of the cluster:", logs)
@@ -68,6 +72,11 @@ func run(m *testing.M) int {
 
 func setUp(ctx context.Context, name, dir string) (err error) {
 	if root, err = cluster.ModuleRoot(ctx); err != nil {
+		return err
+	}
+	if *onFlag != "" {
+		program = filepath.Join(root, "bin", "portcullis") // of `make build`
+		k8s, err = cluster.Open(*onFlag)
 		return err
 	}
 	if err := cluster.Install(ctx, os.Stderr); err != nil {

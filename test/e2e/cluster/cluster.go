@@ -374,6 +374,15 @@ func (c *Cluster) NodeCommand(ctx context.Context, node string, args ...string) 
 	return cmd, nil
 }
 
+// NodeRoot is where the node's file system is found from this machine's.
+func (c *Cluster) NodeRoot(node string) (string, error) {
+	_, pid, err := ask(c.plan.path("nodes", node, "node.sock"), request{Op: "alive"})
+	if err != nil {
+		return "", fmt.Errorf("node %s: %w", node, err)
+	}
+	return "/proc/" + strconv.Itoa(pid) + "/root", nil
+}
+
 // Exec runs a command on a node and returns its output.
 func (c *Cluster) Exec(ctx context.Context, node string, args ...string) (string, error) {
 	cmd, err := c.NodeCommand(ctx, node, args...)

@@ -46,14 +46,31 @@ func check(ctx context.Context, targets []string, timeout time.Duration) error {
 	return nil
 }
 
-// ask returns the name of the server at PROTOCOL/HOST:PORT. A datagram is sent
-// again every quarter of the timeout, as TCP would.
+// ask returns the name of the server at PROTOCOL/HOST:PORT, where the protocol
+// is tcp, udp, sendto (UDP by a socket that is not connected), or connect (TCP,
+// and nothing is read). A datagram is sent again every quarter of the timeout,
+// as TCP would.
 func ask(ctx context.Context, target string, timeout time.Duration) (string, error) {
 	protocol, addr, ok := strings.Cut(target, "/")
 	if !ok {
 		protocol, addr = "tcp", target
 	}
 	deadline := time.Now().Add(timeout)
+	switch protocol {
+	case "connect":
+		c, err := dialer(timeout).DialContext(ctx, "tcp", addr)
+		if err != nil {
+			return "", err
+		}
+		return "", c.Close()
+	case "sendto":
+		u, err := newUnconnected(addr)
+		if err != nil {
+			return "", err
+		}
+		defer u.Close()
+		return exchange(ctx, u, deadline, timeout/4)
+	}
 	c, err := dialer(timeout).DialContext(ctx, protocol, addr)
 	if err != nil {
 		return "", err
@@ -66,25 +83,94 @@ func ask(ctx context.Context, target string, timeout time.Duration) (string, err
 		name, err := bufio.NewReader(c).ReadString('\n')
 		return strings.TrimSuffix(name, "\n"), err
 	}
+	return exchange(ctx, c, deadline, timeout/4)
+}
+
+// exchange sends datagrams, one in each interval, until one is answered.
+func exchange(ctx context.Context, c net.Conn, deadline time.Time, interval time.Duration) (string, error) {
 	buf := make([]byte, 512)
 	for {
-		if _, err = c.Write([]byte("who are you?")); err != nil {
-			return "", err
-		}
-		if err = c.SetReadDeadline(time.Now().Add(timeout / 4)); err != nil {
-			return "", err
-		}
-		n, err := c.Read(buf)
+		next := time.Now().Add(interval)
+		_, err := c.Write([]byte("who are you?"))
 		if err == nil {
-			return strings.TrimSuffix(string(buf[:n]), "\n"), nil
+			if err = c.SetReadDeadline(next); err != nil {
+				return "", err
+			}
+			var n int
+			if n, err = c.Read(buf); err == nil {
+				return strings.TrimSuffix(string(buf[:n]), "\n"), nil
+			}
 		}
 		if !time.Now().Before(deadline) || ctx.Err() != nil {
 			return "", err
 		}
-		if !os.IsTimeout(err) {
-			time.Sleep(timeout / 10) // an ICMP error comes back at once
+		time.Sleep(time.Until(next)) // an ICMP error comes back at once
+	}
+}
+
+// unconnected is a UDP socket that was never connected, which sends to one
+// address, and takes what comes from there only.
+type unconnected struct {
+	net.PacketConn
+	to net.Addr
+}
+
+func newUnconnected(addr string) (u unconnected, err error) {
+	to, err := net.ResolveUDPAddr("udp", addr)
+	if err != nil {
+		return u, err
+	}
+	network := "udp4"
+	if to.IP.To4() == nil {
+		network = "udp6"
+	}
+	u.to = to
+	u.PacketConn, err = net.ListenPacket(network, ":0")
+	return u, err
+}
+
+func (u unconnected) RemoteAddr() net.Addr        { return u.to }
+func (u unconnected) Write(b []byte) (int, error) { return u.WriteTo(b, u.to) }
+func (u unconnected) Read(b []byte) (n int, err error) {
+	for {
+		n, from, err := u.ReadFrom(b)
+		if err != nil || from.String() == u.to.String() {
+			return n, err
 		}
 	}
+}
+
+// talk asks one server over and over by one UDP socket, and says as lines of
+// JSON who answers whenever that changes, also that nobody does: nobody is who
+// has not answered for two seconds.
+func talk(ctx context.Context, target string, until end) error {
+	protocol, addr, _ := strings.Cut(target, "/")
+	var c net.Conn
+	var err error
+	if protocol == "sendto" {
+		c, err = newUnconnected(addr)
+	} else {
+		c, err = dialer(time.Second).DialContext(ctx, "udp", addr)
+	}
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	enc := json.NewEncoder(os.Stdout)
+	for last := "-"; !until.reached() && ctx.Err() == nil; time.Sleep(50 * time.Millisecond) {
+		name, err := exchange(ctx, c, time.Now().Add(2*time.Second), 200*time.Millisecond)
+		if err != nil {
+			name = ""
+		}
+		if name == last {
+			continue
+		}
+		last = name
+		if err := enc.Encode(Outcome{Target: target, OK: err == nil, Name: name}); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func dialer(timeout time.Duration) *net.Dialer {

@@ -6,8 +6,9 @@
 //	probe serve -tcp 80,81 -udp 80       answer with a name, then echo
 //	probe check tcp/10.0.0.1:80 udp/...  each target once, as lines of JSON
 //	probe hold -for 30s 10.0.0.1:80      one connection, a message every 50 ms
+//	probe talk -for 30s udp/10.0.0.1:80  one UDP socket, a line whenever another answers
 //	probe hammer -for 30s 10.0.0.1:80    a new connection every 50 ms
-//	      -until FILE                    the last two: or until there is a file
+//	      -until FILE                    the last three: or until there is a file
 //	probe lookup NAME...                 addresses of names, as lines of JSON
 //
 // Started as curl it is a small part of curl, so that commands of the stories
@@ -46,7 +47,7 @@ func run(ctx context.Context, name string, args []string) error {
 		return curl(ctx, args)
 	}
 	if len(args) == 0 {
-		return errors.New("want deathstar, helloworld, sleep, serve, check, hold, hammer or lookup")
+		return errors.New("want deathstar, helloworld, sleep, serve, check, talk, hold, hammer or lookup")
 	}
 	f := flag.NewFlagSet(args[0], flag.ContinueOnError)
 	addr := f.String("addr", ":80", "address of deathstar")
@@ -83,6 +84,8 @@ func run(ctx context.Context, name string, args []string) error {
 		return serve(ctx, host, ports(*tcp), ports(*udp))
 	case "check":
 		return check(ctx, f.Args(), *timeout)
+	case "talk":
+		return talk(ctx, f.Arg(0), until)
 	case "hold":
 		return one(func(target string) any { return hold(ctx, target, until, *interval, *timeout) })
 	case "hammer":

@@ -2,6 +2,7 @@
 // developers and scripts. It needs root.
 //
 //	go run ./test/e2e/cluster/cmd up                  and kubectl apply -f deploy/, unless -bare
+//	go run ./test/e2e/cluster/cmd load                images as they are built now, into one that runs
 //	go run ./test/e2e/cluster/cmd kubectl get pods -A
 //	go run ./test/e2e/cluster/cmd node n1 nft list ruleset
 //	go run ./test/e2e/cluster/cmd down
@@ -47,7 +48,7 @@ func run(ctx context.Context, args []string) error {
 		return err
 	}
 	if f.NArg() == 0 {
-		return errors.New("want up, kubectl ARGS, node NODE COMMAND, logs, down, or build")
+		return errors.New("want up, load, kubectl ARGS, node NODE COMMAND, logs, down, or build")
 	}
 	switch rest := f.Args()[1:]; f.Arg(0) {
 	case "build":
@@ -55,6 +56,17 @@ func run(ctx context.Context, args []string) error {
 		return err
 	case "up":
 		return up(ctx, *name, *nodes, *bare)
+	case "load":
+		c, err := cluster.Open(*name)
+		if err != nil {
+			return err
+		}
+		_, archives, remove, err := images(ctx)
+		defer remove()
+		for _, archive := range archives {
+			err = errors.Join(err, c.Load(ctx, archive))
+		}
+		return err
 	case "kubectl":
 		c, err := cluster.Open(*name)
 		if err != nil {
@@ -101,6 +113,28 @@ func foreground(cmd *exec.Cmd) error {
 	return cmd.Run()
 }
 
+// images builds everything and returns the archives, which remove removes.
+func images(ctx context.Context) (parts cluster.Parts, archives []string, remove func(), err error) {
+	remove = func() {}
+	if err := cluster.Install(ctx, os.Stderr); err != nil {
+		return parts, nil, remove, err
+	}
+	root, err := cluster.ModuleRoot(ctx)
+	if err != nil {
+		return parts, nil, remove, err
+	}
+	if parts, err = cluster.Build(ctx, root, os.Stderr); err != nil {
+		return parts, nil, remove, err
+	}
+	dir, err := os.MkdirTemp("", "portcullis-e2e-images")
+	if err != nil {
+		return parts, nil, remove, err
+	}
+	remove = func() { os.RemoveAll(dir) }
+	base, portcullis, err := cluster.Images(ctx, root, dir, parts)
+	return parts, []string{base, portcullis}, remove, err
+}
+
 func build(ctx context.Context) (cluster.Parts, error) {
 	root, err := cluster.ModuleRoot(ctx)
 	if err != nil {
@@ -110,10 +144,8 @@ func build(ctx context.Context) (cluster.Parts, error) {
 }
 
 func up(ctx context.Context, name string, nodes int, bare bool) error {
-	if err := cluster.Install(ctx, os.Stderr); err != nil {
-		return err
-	}
-	parts, err := build(ctx)
+	parts, archives, remove, err := images(ctx)
+	defer remove()
 	if err != nil {
 		return err
 	}
@@ -121,16 +153,7 @@ func up(ctx context.Context, name string, nodes int, bare bool) error {
 	if err != nil {
 		return err
 	}
-	dir, err := os.MkdirTemp("", "portcullis-e2e-images")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(dir)
-	base, portcullis, err := cluster.Images(ctx, root, dir, parts)
-	if err != nil {
-		return err
-	}
-	c, err := cluster.Up(ctx, cluster.Config{Name: name, Parts: parts, Images: []string{base, portcullis}, Nodes: nodes, Log: os.Stderr})
+	c, err := cluster.Up(ctx, cluster.Config{Name: name, Parts: parts, Images: archives, Nodes: nodes, Log: os.Stderr})
 	if err != nil || bare {
 		return err
 	}
