@@ -100,7 +100,7 @@ func (l *loop) retryCluster() {
 // sight joins what the configuration says with what the cluster does. Where
 // both speak of one thing, the configuration counts.
 func (l *loop) sight(p *kube.Picture) sight {
-	s := sight{node: l.cfg.Node, ranges: l.cfg.Ranges, nodeIPs: l.cfg.NodeIPs, peers: slices.Clone(l.cfg.Peers)}
+	s := sight{node: l.cfg.Node, ranges: l.cfg.Ranges, nodeIPs: l.cfg.NodeIPs, peers: slices.Clone(l.cfg.Peers), unmanaged: map[identity.NodeName]bool{}}
 	if p == nil {
 		return s
 	}
@@ -127,6 +127,9 @@ func (l *loop) sight(p *kube.Picture) sight {
 			continue
 		}
 		peer := peerOf(n)
+		if n.Unmanaged && !slices.ContainsFunc(l.cfg.Peers, func(p Peer) bool { return p.Name == n.Name }) {
+			s.unmanaged[n.Name] = true
+		}
 		if validNodeName(string(n.Name)) {
 			s.peers = append(s.peers, peer)
 		} else { // no SPIFFE ID could name it, so nobody speaks for it

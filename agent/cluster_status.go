@@ -39,6 +39,7 @@ func (l *loop) alarmCluster(p *kube.Picture) {
 	for ref, why := range l.known.failed {
 		failed = append(failed, ref.String()+": "+why)
 	}
+	l.alarmUnmanaged(p)
 	l.alarms.clear("policy-refused")
 	l.alarms.clear("node-unusable")
 	l.alarms.clear("policy-failed")
@@ -59,6 +60,25 @@ func (l *loop) alarmCluster(p *kube.Picture) {
 		l.alarms.raise("node-missing", fmt.Sprintf("the cluster has no node %s: what it was told last of its ranges stands until another node has them", l.cfg.Node))
 	} else {
 		l.alarms.clear("node-missing")
+	}
+}
+
+// alarmUnmanaged tells that the gate is not shut towards all nodes as it is meant
+// to be one day.
+func (l *loop) alarmUnmanaged(p *kube.Picture) {
+	l.alarms.clear("migration")
+	l.alarms.clear("node-unmanaged")
+	others := 0
+	for _, n := range p.Nodes {
+		if n.Unmanaged && n.Name != l.cfg.Node {
+			others++
+		}
+	}
+	if l.cfg.Migration {
+		l.alarms.raise("migration", fmt.Sprintf("--migration is on: whoever has an address of one of %d nodes without agents passes as unmanaged, where policies name that; leave it out when every node has its agent", others))
+	}
+	if own, _ := p.Node(l.cfg.Node); own.Unmanaged {
+		l.alarms.raise("node-unmanaged", fmt.Sprintf("the cluster says that this node has no agent, so others do not ask this one: kubectl label node %s %s-", l.cfg.Node, kube.UnmanagedLabel))
 	}
 }
 

@@ -135,7 +135,7 @@ func TestNodesComeAndGo(t *testing.T) {
 	}
 	// Two claim it: nobody speaks for it.
 	l.take(with(first, func(p *kube.Picture) { p.Nodes = append(slices.Clone(p.Nodes), third) }))
-	if r, _ := n.rangeInKernel(l, "10.1.2.0/24"); r.Flags != uint32(abi.RangeKnown) || l.nodeOf(b.IP) != "" || !raised(l, "conflict") {
+	if r, _ := n.rangeInKernel(l, "10.1.2.0/24"); r.Flags != uint32(abi.RangeKnown|abi.RangeConflict) || l.nodeOf(b.IP) != "" || !raised(l, "conflict") {
 		t.Errorf("a range that two claim: %+v, of %q, alarm %v", r, l.nodeOf(b.IP), raised(l, "conflict"))
 	}
 	l.take(first)

@@ -147,7 +147,10 @@ type Config struct {
 	// from the API server, by the service account of a pod, or by Kubeconfig.
 	// NodeIPs, Ranges, Listen and Uplinks may then be left out: they come from
 	// the Node object of this node.
-	Kubernetes   bool
+	Kubernetes bool
+	// Migration: workloads of nodes that the cluster says to be unmanaged have
+	// the identity unmanaged, instead of none.
+	Migration    bool
 	Kubeconfig   string
 	ForgetRanges []netip.Prefix // of nodes that are gone for good, see kube.Config.Forget
 
@@ -271,6 +274,9 @@ func (c *Config) validatePlace() (errs []error) {
 	}
 	if len(c.ForgetRanges) > 0 {
 		bad("--forget-range speaks of a cluster's nodes: say --kubernetes too")
+	}
+	if c.Migration {
+		bad("--migration speaks of a cluster's nodes: say --kubernetes too")
 	}
 	return errs
 }

@@ -158,7 +158,9 @@ func (l *loop) settled(n identity.Numeric, b identity.Binding) {
 }
 
 // knownRanges are the ranges whose IPs need a binding (I5).
-func (l *loop) knownRanges() map[netip.Prefix]abi.Range { return l.topology.Load().known() }
+func (l *loop) knownRanges() map[netip.Prefix]abi.Range {
+	return l.topology.Load().known(l.cfg.Migration)
+}
 
 // setRanges tells the kernel which IPs need a binding (I5), for whose binding
 // there is somebody to ask, and what blocks of the world policies tell apart.
@@ -185,6 +187,10 @@ func (l *loop) keepRanges() error {
 	for p, r := range there {
 		_, still := known[p]
 		switch {
+		case r.Identity == uint32(identity.NumUnmanaged):
+			if !still { // neither let in any more, nor the world's
+				known[p] = abi.Range{Flags: uint32(abi.RangeKnown)}
+			}
 		case r.Flags&uint32(abi.RangeKnown) == 0:
 			world[p] = identity.Numeric(r.Identity)
 		case !still:
@@ -207,7 +213,7 @@ func (l *loop) adoptRanges() error {
 	l.regions.behind = true // until policies are applied
 	for p, r := range there {
 		n := identity.Numeric(r.Identity)
-		if r.Flags&uint32(abi.RangeKnown) != 0 || n == identity.NumWorld {
+		if r.Flags&uint32(abi.RangeKnown) != 0 || n == identity.NumWorld || n == identity.NumUnmanaged {
 			continue
 		}
 		if in := l.store.region(n, world.Hash()); in.Block != p {

@@ -9,7 +9,6 @@ import (
 
 	"go.uber.org/zap"
 
-	"portcullis/bpf/abi"
 	"portcullis/identity"
 	"portcullis/ipcache/lease"
 	"portcullis/ipcache/session"
@@ -25,6 +24,7 @@ type topology struct {
 	claims   map[netip.Prefix]identity.NodeName // "": known, and nobody's
 	bits     [2][]int                           // lengths of claims, longest first; of IPv4, of IPv6
 	disputes []dispute
+	classes  map[netip.Prefix]class // of claims by nobody; missing: ownerless
 }
 
 // dispute is a prefix that more than one node claims: nobody speaks for it
@@ -47,8 +47,9 @@ type sight struct {
 	node      identity.NodeName
 	ranges    []netip.Prefix
 	nodeIPs   []netip.Addr
-	peers     []Peer         // the first of a name counts
-	ownerless []netip.Prefix // known; whoever claims a part of one has it
+	peers     []Peer                     // the first of a name counts
+	ownerless []netip.Prefix             // known; whoever claims a part of one has it
+	unmanaged map[identity.NodeName]bool // of the peers: those without an agent
 	// yields: this node's own claims are of a time when the cluster still had
 	// it, so they give way to others' and dispute nothing.
 	yields bool
@@ -103,6 +104,7 @@ func newTopology(s sight) *topology {
 		}
 	}
 	slices.SortFunc(t.disputes, func(a, b dispute) int { return a.prefix.Compare(b.prefix) })
+	t.classify(s.unmanaged)
 	t.index()
 	return t
 }
@@ -180,24 +182,10 @@ func (t *topology) overlapping(p netip.Prefix) (identity.NodeName, bool) {
 	return "", false
 }
 
-// known are the ranges whose IPs need a binding (I5), and those for whose there
-// is somebody to ask.
-func (t *topology) known() map[netip.Prefix]abi.Range {
-	out := map[netip.Prefix]abi.Range{}
-	for p, n := range t.claims {
-		r := abi.Range{Flags: uint32(abi.RangeKnown)}
-		if n != "" && n != t.node {
-			r.Flags |= uint32(abi.RangeHoldable)
-		}
-		out[p] = r
-	}
-	return out
-}
-
 func (t *topology) equal(o *topology) bool {
 	same := func(a, b Peer) bool { return a.Address == b.Address }
 	return maps.Equal(t.claims, o.claims) && maps.EqualFunc(t.peers, o.peers, same) && slices.Equal(t.ranges, o.ranges) && slices.Equal(t.nodeIPs, o.nodeIPs) &&
-		slices.EqualFunc(t.disputes, o.disputes, func(a, b dispute) bool { return a.String() == b.String() })
+		maps.Equal(t.classes, o.classes) && slices.EqualFunc(t.disputes, o.disputes, func(a, b dispute) bool { return a.String() == b.String() })
 }
 
 // ---- what follows from a change ------------------------------------------

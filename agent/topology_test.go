@@ -63,7 +63,7 @@ func TestTopology(t *testing.T) {
 			s := own
 			c.change(&s)
 			tp := newTopology(s)
-			known := tp.known()
+			known := tp.known(false)
 			covers := func(ip netip.Addr) (flags uint32, ok bool) {
 				for bits := ip.BitLen(); bits >= 0 && !ok; bits-- {
 					p, _ := ip.Prefix(bits)

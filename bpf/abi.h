@@ -51,6 +51,7 @@ enum pc_reason {
 	PC_REASON_NO_FLOW = 17,		 /* strict TCP: not a SYN, and of no known flow */
 	PC_REASON_TRANSLATED = 18,	 /* forwarded with the node's own address: whose it is, nobody knows */
 	PC_REASON_SERVICE_UNTRANSLATED = 19, /* to a service address, and nobody will say whom it leads to */
+	PC_REASON_UNMANAGED = 20,	 /* an address of a node that has no agent yet */
 	PC_REASON_MAX,
 };
 
@@ -227,6 +228,9 @@ struct pc_range_key {
 enum pc_range_flag {
 	PC_RANGE_KNOWN = 1, /* an IP in it needs a binding; never world (I5) */
 	PC_RANGE_HOLDABLE = 2, /* and it has an owner who can be asked */
+	/* And why it has none. */
+	PC_RANGE_CONFLICT = 4, /* two nodes claim it */
+	PC_RANGE_UNMANAGED = 8, /* its node has no agent yet, as the operator says */
 };
 
 struct pc_range {

@@ -38,7 +38,7 @@ const (
 // toNode reads a Node. What cannot be used is left out and told: an address that
 // nobody claims is at worst unbound.
 func toNode(n *corev1.Node) Node {
-	out := Node{Name: identity.NodeName(n.Name), UID: string(n.UID)}
+	out := Node{Name: identity.NodeName(n.Name), UID: string(n.UID), Unmanaged: n.Labels[UnmanagedLabel] == "true"}
 	var problems []string
 	cidrs := n.Spec.PodCIDRs
 	if len(cidrs) == 0 && n.Spec.PodCIDR != "" {

@@ -16,6 +16,11 @@ const AgentPort = 4260
 // the address must be one of the node's own.
 const AgentAnnotation = "portcullis.io/agent-address"
 
+// UnmanagedLabel of a Node, with the value "true", says that no agent runs there.
+// The prefix is one that no kubelet may write, not even into its own Node: a node
+// must not change who its workloads are taken for.
+const UnmanagedLabel = "node-restriction.kubernetes.io/portcullis-unmanaged"
+
 // Node is what a Node object says.
 type Node struct {
 	Name      identity.NodeName `json:"name"`
@@ -23,6 +28,7 @@ type Node struct {
 	Ranges    []netip.Prefix    `json:"ranges,omitempty"`    // podCIDRs
 	Addresses []netip.Addr      `json:"addresses,omitempty"` // of type InternalIP
 	Agent     netip.AddrPort    `json:"agent,omitzero"`      // where its agent listens; zero: no address is known
+	Unmanaged bool              `json:"unmanaged,omitempty"` // it has no agent, as its label says
 	Problem   string            `json:"problem,omitempty"`   // what of the object could not be used
 }
 

@@ -293,8 +293,10 @@ type RangeFlag uint32
 
 // The values of enum pc_range_flag.
 const (
-	RangeKnown    RangeFlag = 1
-	RangeHoldable RangeFlag = 2
+	RangeKnown     RangeFlag = 1
+	RangeHoldable  RangeFlag = 2
+	RangeConflict  RangeFlag = 4
+	RangeUnmanaged RangeFlag = 8
 )
 
 // Reason is enum pc_reason.
@@ -322,7 +324,8 @@ const (
 	ReasonNoFlow              Reason = 17
 	ReasonTranslated          Reason = 18
 	ReasonServiceUntranslated Reason = 19
-	ReasonMax                 Reason = 20
+	ReasonUnmanaged           Reason = 20
+	ReasonMax                 Reason = 21
 )
 
 // String returns the word for the value, as everywhere in logs, metrics and records.
@@ -368,6 +371,8 @@ func (x Reason) String() string {
 		return "translated"
 	case 19:
 		return "service-untranslated"
+	case 20:
+		return "unmanaged"
 	}
 	return "Reason(" + strconv.FormatUint(uint64(x), 10) + ")"
 }

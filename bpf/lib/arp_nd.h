@@ -108,7 +108,7 @@ inline_always int nd_to_link(struct __sk_buff *skb, struct pc_life *l)
 		s = slot_find(l->peer.slot, l->peer.stamp);
 		return s && (l->peer.host || READ_ONCE(s->ifindex));
 	}
-	return l->peer.kind == PEER_MISSING && !l->peer.holdable;
+	return (l->peer.kind == PEER_MISSING || l->peer.kind == PEER_CONFLICT) && !l->peer.holdable;
 }
 
 inline_always int nd_from_workload(struct __sk_buff *skb, struct pc_life *l, const struct pc_endpoint *ep)

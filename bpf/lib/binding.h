@@ -191,7 +191,11 @@ inline_always int range_of(struct __sk_buff *skb, struct pc_life *l, const struc
 	if (kind == PEER_EXPIRED || (flags & PC_RANGE_KNOWN)) {
 		if (l->dir == PC_DIR_INGRESS && l->peer.holdable && !from_uplink(skb, l))
 			return PEER_SPOOFED;
-		return kind == PEER_EXPIRED ? PEER_EXPIRED : PEER_MISSING;
+		if (kind == PEER_EXPIRED)
+			return PEER_EXPIRED;
+		if (unlikely(flags & PC_RANGE_CONFLICT))
+			return PEER_CONFLICT;
+		return unlikely(flags & PC_RANGE_UNMANAGED) ? PEER_UNMANAGED : PEER_MISSING;
 	}
 	l->peer.identity = r ? READ_ONCE(r->identity) : PC_ID_WORLD;
 	if (l->dir == PC_DIR_INGRESS && !from_uplink(skb, l))

@@ -30,7 +30,8 @@ inline_always int origin_same(struct __sk_buff *skb, const struct pc_life *l, in
 inline_always int audit_unsettled(int reason)
 {
 	return reason == PC_REASON_UNBOUND || reason == PC_REASON_STALE_LEASE ||
-	       reason == PC_REASON_TRANSLATED;
+	       reason == PC_REASON_TRANSLATED || reason == PC_REASON_CONFLICT ||
+	       reason == PC_REASON_UNMANAGED;
 }
 
 inline_always int audit_remembers(const struct pc_life *l, int reason)

@@ -15,6 +15,8 @@ enum pc_peer_kind {
 	PEER_SPOOFED, /* the packet did not come from where that address lives */
 	PEER_NOBODY,  /* a node address on a forwarded packet: `unknown`, never host */
 	PEER_LATER,   /* a service: it is judged when it is known whom that leads to */
+	PEER_CONFLICT, /* in a known range that two nodes claim */
+	PEER_UNMANAGED, /* in the range of a node without an agent */
 };
 
 struct pc_peer {

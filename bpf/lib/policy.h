@@ -96,6 +96,10 @@ inline_always int peer_unknown(const struct pc_life *l)
 		return PC_REASON_SPOOFED;
 	case PEER_NOBODY:
 		return PC_REASON_TRANSLATED;
+	case PEER_CONFLICT:
+		return PC_REASON_CONFLICT;
+	case PEER_UNMANAGED:
+		return PC_REASON_UNMANAGED;
 	default:
 		return PC_REASON_UNBOUND;
 	}

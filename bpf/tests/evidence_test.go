@@ -14,7 +14,7 @@ func wantPeer(t *testing.T, f family, opts ...option) (*gate, abi.Endpoint) {
 	g := newGate(t, opts...)
 	ep := g.endpoint(g.pod, f, f.pod, enforceIn)
 	for _, proto := range []uint8{protoTCP, protoUDP} {
-		for _, id := range []abi.Identity{idClient, abi.IDWorld, abi.IDHost, abi.IDRemoteNode, idCIDR} {
+		for _, id := range []abi.Identity{idClient, abi.IDWorld, abi.IDHost, abi.IDRemoteNode, abi.IDUnmanaged, idCIDR} {
 			g.policy(ep.Policy,
 				rule{identity: idAny, dir: ingress, proto: proto, port: 80, flags: peerAllow},
 				rule{identity: id, dir: ingress, proto: proto, port: 80, flags: allow})
@@ -140,6 +140,12 @@ func TestEvidence(t *testing.T) {
 			p, _ := f.peer.Prefix(8)
 			g.ipRange(p, 0, idCIDR)
 		}, verdict: held, reason: abi.ReasonUnbound},
+		{name: "a range that two nodes claim", setup: func(g *gate, f family) { g.ipRange(f.remote, abi.RangeKnown|abi.RangeConflict, 0) },
+			verdict: drop, reason: abi.ReasonConflict},
+		{name: "a range of a node without an agent", setup: func(g *gate, f family) { g.ipRange(f.remote, abi.RangeKnown|abi.RangeUnmanaged, 0) },
+			verdict: drop, reason: abi.ReasonUnmanaged},
+		{name: "a node without an agent, during a migration", setup: func(g *gate, f family) { g.ipRange(f.remote, 0, abi.IDUnmanaged) },
+			verdict: pass, ident: abi.IDUnmanaged},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

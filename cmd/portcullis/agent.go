@@ -98,6 +98,7 @@ func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (instea
 	f.BoolVar(&cfg.Kubernetes, "kubernetes", false, "be the agent of a node of a Kubernetes cluster: peers, ranges, policies and who pods are come from its API server")
 	f.StringVar(&cfg.Kubeconfig, "kubeconfig", "", "how to reach the API server, as kubectl has it; implies --kubernetes (empty: as a pod of the cluster)")
 	f.StringArrayVar(&raw.forget, "forget-range", nil, "a prefix of nodes that are gone for good: its addresses are the world's again (repeat)")
+	f.BoolVar(&cfg.Migration, "migration", false, "while a cluster gets its agents: let policies that name the entity unmanaged speak of nodes labelled as having none (else what needs evidence of them is dropped)")
 	f.StringArrayVar(&raw.services, "service-range", nil, "a prefix of addresses that stand for others, as a cluster's services do: packets to them are judged by whom the node translates them to (repeat)")
 	f.StringArrayVar(&raw.peers, "peer", nil, "another node: NAME=ADDRESS:PORT,PREFIX,PREFIX... (repeat)")
 	f.StringVar(&raw.listen, "listen", "", "ADDRESS:PORT for other agents (required without --kubernetes)")

@@ -87,7 +87,7 @@ func (p *peers) add(s ...authz.PeerSelector) { p.selectors = append(p.selectors,
 
 // unbound are the entities that nothing on this node is known to be yet. An
 // allow rule allows nobody by them.
-var unbound = []string{"init", "ingress", "unmanaged", "health", "kube-apiserver"}
+var unbound = []string{"init", "ingress", "health", "kube-apiserver"}
 
 // denyUnbound keeps a rule that denies from being taken where it could not
 // find whom it names.
