@@ -111,6 +111,9 @@ func (l *loop) adoptSlot(slot uint32, s datapath.Slot, id identity.Identity, por
 	if s.Lease == ipcache.LeaseClassic && l.cfg.Evidence != ModeClassic {
 		return fmt.Errorf("slot %d is of mode classic", slot)
 	}
+	if watch := s.Evidence == uint8(identity.EvidenceWatch); s.Lease >= ipcache.LeaseFirst && watch != (l.cfg.Evidence == ModeWatch) {
+		return fmt.Errorf("slot %d is of another mode, and nobody would move its deadline", slot)
+	}
 	if s.Lease >= ipcache.LeaseFirst && l.cfg.Evidence == ModeClassic {
 		return fmt.Errorf("slot %d has a lease, which nobody renews in mode classic", slot)
 	}

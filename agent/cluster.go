@@ -15,7 +15,6 @@ import (
 	"portcullis/agent/kube"
 	"portcullis/authz"
 	"portcullis/identity"
-	"portcullis/ipcache"
 	"portcullis/ipcache/lease"
 )
 
@@ -325,11 +324,12 @@ func (l *loop) takePods(p *kube.Picture) {
 	}
 }
 
-// believe is mode classic in a cluster: who holds the IPs of other nodes is what
-// the API server said last, however long ago. That is the hole that the product
-// is without, so it is done in this mode only.
+// believe is modes classic and watch in a cluster: who holds the IPs of other
+// nodes is what the API server said last, however long ago (classic), or no longer
+// ago than the bound (watch). That is the hole that the product is without, so it
+// is done in these modes only.
 func (l *loop) believe(p *kube.Picture) {
-	if l.cfg.Evidence != ModeClassic {
+	if !l.cfg.Evidence.told() {
 		return
 	}
 	told := map[netip.Addr]identity.Binding{}
@@ -346,12 +346,15 @@ func (l *loop) believe(p *kube.Picture) {
 	}
 	for _, e := range slices.Collect(l.table.All()) {
 		// A snapshot does not say who holds IPs, so it ends nothing.
-		if b, ok := told[e.Binding.IP]; p.Listed && e.Lease == ipcache.LeaseClassic && (!ok || b.UID != e.Binding.UID) {
+		if b, ok := told[e.Binding.IP]; p.Listed && e.Evidence == identity.EvidenceWatch && !e.Condemned && (!ok || b.UID != e.Binding.UID) {
 			l.stepVerifier(lease.Untold{IP: e.Binding.IP, UID: e.Binding.UID})
 		}
 	}
 	for _, b := range told {
 		l.stepVerifier(lease.Told{Binding: b})
+	}
+	if p.Listed && p.Fresh != 0 { // after all that the picture says
+		l.stepVerifier(lease.Proved{At: lease.Time(p.Fresh)})
 	}
 }
 

@@ -115,6 +115,9 @@ func (l *loop) statusCluster(s *api.StatusResponse) {
 		if !w.Heard.IsZero() {
 			line.Detail += fmt.Sprintf(", last heard of %v ago", now.Sub(w.Heard).Round(time.Second))
 		}
+		if w.Resource == "pods" {
+			line.Detail += watchAge(h.Prove, h.Fresh, h.FreshErr)
+		}
 		if w.Err != "" {
 			line.Detail += ": " + w.Err
 		}

@@ -28,6 +28,7 @@ type Mode string
 const (
 	ModeClassic Mode = "classic"
 	ModeLease   Mode = "lease"
+	ModeWatch   Mode = "watch" // see watch.go
 )
 
 // LocalHost is whether a node reaches its own workloads, as the kubelet's probes
@@ -105,7 +106,9 @@ type Config struct {
 
 	Evidence      Mode
 	UnsafeClassic bool
-	FreshRanges   bool
+	// WatchFreshness is how long ModeWatch believes what was proved.
+	WatchFreshness time.Duration
+	FreshRanges    bool
 
 	Enforce   authz.Enforcement            // how far policy is enforced
 	EnforceIn map[string]authz.Enforcement // in a namespace, otherwise than Enforce says
@@ -168,7 +171,7 @@ func Default() Config {
 		APISocket: "/run/portcullis/agent.sock", PinDir: "/sys/fs/bpf/portcullis", JournalDir: "/run/portcullis/journal",
 		StateDir: "/var/lib/portcullis", IdentityTemplate: identity.DefaultTemplate,
 		AuditLog: "/var/log/portcullis/confirmations.jsonl", AuditSync: "interval", AuditMaxBytes: 64 << 20, AuditMaxAge: 24 * time.Hour, AuditKeep: 64, AuditCheckpoint: time.Minute,
-		Evidence: ModeLease, AllowLocalHost: LocalHostAlways, ClusterName: "default",
+		Evidence: ModeLease, WatchFreshness: 90 * time.Second, AllowLocalHost: LocalHostAlways, ClusterName: "default",
 		TTL: 30 * time.Second, Heartbeat: 5 * time.Second, ReuseMargin: time.Second, AddWait: 3 * time.Second,
 		HoldTimeout: time.Second, IdleBinding: 5 * time.Minute,
 		HoldPerEndpoint: 64, HoldPerSource: 16, HoldTotal: 4096, Bindings: 65536, Conntrack: 131072, PolicyEntries: 262144,
@@ -220,8 +223,10 @@ func (c *Config) Validate() error {
 		if !c.UnsafeClassic {
 			bad("--evidence=classic lets a new workload pass as the dead one that had its IP: say --unsafe-classic too if you want that")
 		}
+	case ModeWatch:
+		errs = append(errs, c.validateWatch()...)
 	default:
-		bad("--evidence %q: want lease, or classic", c.Evidence)
+		bad("--evidence %q: want lease, watch, or classic", c.Evidence)
 	}
 	if !clusterName.MatchString(c.ClusterName) {
 		bad("--cluster-name %q: want the name that policies call the cluster by: up to 63 small letters, digits and -", c.ClusterName)
@@ -229,8 +234,8 @@ func (c *Config) Validate() error {
 	if c.AllowLocalHost != LocalHostAlways && c.AllowLocalHost != LocalHostPolicy {
 		bad("--allow-local-host %q: want always, or policy", c.AllowLocalHost)
 	}
-	if c.Relabel == lease.RelabelStrict && c.Evidence == ModeClassic {
-		bad("--relabel=strict has no leases to wait for with --evidence=classic: leave it out")
+	if c.Relabel == lease.RelabelStrict && c.Evidence.told() {
+		bad("--relabel=strict has no leases to wait for with --evidence=%s: leave it out", c.Evidence)
 	}
 	if c.ConntrackPerEndpoint < 0 || c.ConntrackPerEndpoint > c.Conntrack {
 		bad("--conntrack-per-endpoint %d: want at most --conntrack (%d)", c.ConntrackPerEndpoint, c.Conntrack)

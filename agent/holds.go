@@ -79,6 +79,8 @@ func unansweredReason(why lease.Unanswered, refusal lease.Refusal) abi.Reason {
 		return abi.ReasonMapFull
 	case lease.UnansweredWaitsFull:
 		return abi.ReasonHoldOverflow
+	case lease.UnansweredStale:
+		return abi.ReasonStaleLease
 	}
 	return abi.ReasonHoldTimeout
 }

@@ -24,7 +24,7 @@ import (
 func joinCluster(signalled, ctx context.Context, group *errgroup.Group, cfg *Config, log *zap.Logger) error {
 	if cfg.cluster == nil { // tests have their own
 		source, err := kube.New(kube.Config{Node: cfg.Node, Kubeconfig: cfg.Kubeconfig, StateDir: cfg.StateDir, Forget: cfg.ForgetRanges,
-			AllPods: cfg.Evidence == ModeClassic, UserAgent: "portcullis-agent/" + Version(), Log: log})
+			AllPods: cfg.Evidence.told(), Prove: cfg.Evidence == ModeWatch, UserAgent: "portcullis-agent/" + Version(), Log: log})
 		if err != nil {
 			return err
 		}

@@ -134,6 +134,9 @@ func (l *loop) bindingMessage(e ipcache.Entry, now lease.Time, grants []*api.Gra
 	case ipcache.LeaseClassic:
 		m.Mode = string(ModeClassic)
 	default:
+		if e.Evidence == identity.EvidenceWatch {
+			m.Mode = string(ModeWatch)
+		}
 		left := max(0, l.verifier.LeaseDeadline(e.Lease).Sub(now))
 		m.Remaining = durationpb.New(left)
 		if left == 0 {

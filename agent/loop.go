@@ -63,11 +63,13 @@ type loop struct {
 	owner    lease.OwnerMachine
 	grants   grantBook // of the owner; nil in mode classic
 	verifier lease.VerifierMachine
-	table    *ipcache.Table
-	ids      *identity.Allocator
-	repo     *authz.Repository
-	sets     *authz.Sets // of repo's policies: one for each endpoint
-	holds    *hold.Queue
+	// watchLease is the lease index of mode watch; 0 in others.
+	watchLease uint32
+	table      *ipcache.Table
+	ids        *identity.Allocator
+	repo       *authz.Repository
+	sets       *authz.Sets // of repo's policies: one for each endpoint
+	holds      *hold.Queue
 
 	endpoints       map[identity.UID]*endpoint
 	byIP            map[netip.Addr]*endpoint // active ones
@@ -172,6 +174,7 @@ func (l *loop) retry() {
 		l.retryPolicies = false
 		l.alarms.clear("policy-not-applied")
 	}
+	l.alarmWatch()
 	l.alarmSVID()
 	l.alarmWorkloadSVIDs()
 	l.alarmAudit()

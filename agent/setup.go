@@ -163,7 +163,7 @@ func (l *loop) restoreTable() (err error) {
 
 func (l *loop) buildMachines(records []lease.Record, state lease.JournalState) (err error) {
 	st := l.dp.State()
-	if l.cfg.Evidence == ModeClassic {
+	if l.cfg.Evidence.told() {
 		return l.buildClassic(identity.Generation(st.LastGeneration()))
 	}
 	l.boundBefore = st.LastGeneration() != 0
@@ -193,10 +193,23 @@ func newNonce() (n lease.Nonce) {
 }
 
 // mine: the addresses for which this node is the authority.
-func (l *loop) mine(ip netip.Addr) bool { return l.nodeOf(ip) == l.cfg.Node }
+func (l *loop) mine(ip netip.Addr) bool { return l.nodeOf(ip) == l.cfg.Node || l.floating(ip) }
 
 // speaks: whether a peer may speak for an IP.
-func (l *loop) speaks(owner identity.NodeName, ip netip.Addr) bool { return l.nodeOf(ip) == owner }
+func (l *loop) speaks(owner identity.NodeName, ip netip.Addr) bool {
+	return l.nodeOf(ip) == owner || l.floating(ip)
+}
+
+// floating reports whether an IP may be any node's: it lies in no range. No owner
+// can be asked about it, so only modes that believe what they are told let
+// workloads have such IPs.
+func (l *loop) floating(ip netip.Addr) bool {
+	if !l.cfg.Evidence.told() || l.cluster == nil {
+		return false
+	}
+	_, known := l.topology.Load().overlapping(netip.PrefixFrom(ip, ip.BitLen()))
+	return !known
+}
 
 // sink hands what the transport reads to the loop. It blocks while the loop is
 // behind, which holds the stream up: nothing is dropped.
@@ -295,11 +308,19 @@ func (l *loop) close() error {
 	return errors.Join(errs...)
 }
 
-// buildClassic builds the machines of mode classic, which believe an entry
-// until told otherwise.
+// buildClassic builds the machines of modes classic and watch, which believe an
+// entry until told otherwise; watch until its deadline at most.
 func (l *loop) buildClassic(lastGeneration identity.Generation) (err error) {
 	if l.owner, err = lease.NewClassicOwner(lease.OwnerConfig{Node: l.cfg.Node, Mine: l.mine, LastGeneration: lastGeneration}); err != nil {
 		return err
+	}
+	if l.cfg.Evidence == ModeWatch {
+		v, err := lease.NewWatchVerifier(lease.VerifierConfig{Node: l.cfg.Node, Speaks: l.speaks, Waits: l.cfg.HoldTotal}, l.table, l.cfg.WatchFreshness)
+		if err != nil {
+			return err
+		}
+		l.verifier, l.watchLease = v, v.Lease()
+		return nil
 	}
 	owners := l.announcers(l.topology.Load())
 	l.verifier, err = lease.NewClassicVerifier(lease.VerifierConfig{Node: l.cfg.Node, Speaks: l.speaks}, l.table, owners)

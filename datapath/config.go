@@ -56,6 +56,9 @@ type Config struct {
 	// Classic is mode classic: bindings that are believed until told
 	// otherwise. Unsafe; without it such slots never count.
 	Classic bool
+	// Watch is mode watch: evidence watch is enough where a policy asks for no
+	// other, and its bindings have a deadline as others have.
+	Watch bool
 
 	Log *zap.Logger // nil: none
 }

@@ -224,6 +224,9 @@ func (d *Datapath) spec() (*ebpf.CollectionSpec, error) {
 	if d.cfg.Classic {
 		constants["default_evidence"], constants["classic"] = uint32(abi.EvidenceWatch), uint32(1)
 	}
+	if d.cfg.Watch {
+		constants["default_evidence"] = uint32(abi.EvidenceWatch)
+	}
 	for name, value := range constants {
 		v := spec.Variables[name]
 		if v == nil {

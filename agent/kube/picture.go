@@ -82,6 +82,9 @@ type Picture struct {
 	// Listed: all of it was told by the API server since the start. What was not
 	// is of the snapshot.
 	Listed bool
+	// Fresh is the moment, in ns of CLOCK_BOOTTIME, as of which Remote is all that
+	// was so: proved, and not later than what the picture says. 0: never.
+	Fresh int64
 	// Other: the snapshot was of another cluster, which the API server told.
 	Other bool
 }
@@ -129,11 +132,14 @@ func (w Watch) State(now time.Time) string {
 type Health struct {
 	Server      string // URL of the API server
 	Watches     []Watch
-	Snapshot    string    // how the one on the disk was taken up: "" none was there
-	Taken       time.Time // when that was written; zero: none is in use
-	Written     time.Time // when it was written last
-	WriteErr    string    // why it could not be; empty: it could
-	Requests    uint64    // sent to the API server since the start
-	PerMinute   float64   // of the last ten minutes
-	RefusedEver uint64    // refusals since the start, versions of one object counted each
+	Snapshot    string        // how the one on the disk was taken up: "" none was there
+	Taken       time.Time     // when that was written; zero: none is in use
+	Written     time.Time     // when it was written last
+	WriteErr    string        // why it could not be; empty: it could
+	Requests    uint64        // sent to the API server since the start
+	PerMinute   float64       // of the last ten minutes
+	Prove       bool          // how late the watch over pods is is proved
+	Fresh       time.Duration // how late it is at most; 0: that was never proved
+	FreshErr    string        // why the last question proved nothing; empty: it did, or may
+	RefusedEver uint64        // refusals since the start, versions of one object counted each
 }

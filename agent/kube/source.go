@@ -35,6 +35,7 @@ type Config struct {
 	// AllPods: the pods of other nodes are watched too, for Picture.Remote. It is
 	// what mode classic believes.
 	AllPods   bool
+	Prove     bool   // with AllPods: how late that watch is is proved, for Picture.Fresh
 	UserAgent string // to the API server
 	// Forget: ranges within these that a node had and no node has now are not
 	// remembered from here on: they pass for the world.
@@ -59,6 +60,7 @@ type Source struct {
 	snapshot  string // how it was taken up
 	taken     time.Time
 
+	clock         func() int64  // CLOCK_BOOTTIME in ns; set before Run
 	discoverEvery time.Duration // whether a resource that was missing is there now; set before Run
 
 	discovery    sync.Mutex              // held while it is asked
@@ -75,6 +77,7 @@ type Source struct {
 	cluster  string                 // guarded by mu; UID of kube-system, "" not known
 	other    bool                   // guarded by mu; the snapshot was of another cluster
 	shown    []Refused              // guarded by mu; refusals that were logged
+	fresh    freshness              // guarded by mu; of the watch over pods
 	written  time.Time              // guarded by mu
 	writeErr string                 // guarded by mu
 }
@@ -92,7 +95,7 @@ func New(cfg Config) (*Source, error) {
 	rc.UserAgent = cfg.UserAgent
 	rc.QPS, rc.Burst = 20, 40
 	s := &Source{cfg: cfg, log: cfg.Log.Named("kubernetes"), server: rc.Host, authority: authority(rc), path: filepath.Join(cfg.StateDir, SnapshotFile),
-		discoverEvery: 3 * time.Minute, tables: newTables(cfg.Node), watches: map[string]*watchState{}, changed: make(chan struct{})}
+		clock: bootTime, discoverEvery: 3 * time.Minute, tables: newTables(cfg.Node), watches: map[string]*watchState{}, changed: make(chan struct{})}
 	for _, r := range resources("") {
 		s.watches[r.name()] = &watchState{}
 	}
@@ -188,6 +191,9 @@ func (s *Source) Run(ctx context.Context) error {
 		wg.Go(func() { s.watch(ctx, r) })
 	}
 	wg.Go(func() { s.keepSnapshot(ctx) })
+	if s.cfg.Prove {
+		wg.Go(func() { s.prove(ctx) })
+	}
 	wg.Wait()
 	return nil
 }
@@ -205,7 +211,7 @@ func (s *Source) Next() (*Picture, <-chan struct{}) {
 	defer s.mu.Unlock()
 	if s.last == nil {
 		s.last = s.tables.picture()
-		s.last.Listed, s.last.Other = s.listed(), s.other
+		s.last.Listed, s.last.Other, s.last.Fresh = s.listed(), s.other, s.fresh.at
 		s.keepFormer(s.last)
 	}
 	return s.last, s.changed
@@ -274,7 +280,11 @@ func (s *Source) Health() Health {
 	total, rate := s.requests.rate()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	h := Health{Server: s.server, Snapshot: s.snapshot, Written: s.written, WriteErr: s.writeErr, Requests: total, PerMinute: rate, RefusedEver: s.tables.refused}
+	h := Health{Server: s.server, Snapshot: s.snapshot, Written: s.written, WriteErr: s.writeErr, Requests: total, PerMinute: rate, RefusedEver: s.tables.refused,
+		Prove: s.cfg.Prove, FreshErr: s.fresh.err}
+	if s.fresh.at != 0 {
+		h.Fresh = time.Duration(s.clock() - s.fresh.at)
+	}
 	if !s.listed() {
 		h.Taken = s.taken
 	}

@@ -190,6 +190,13 @@ func (s *apiServer) remove(path, key string) {
 	s.tell(path, event("DELETED", o))
 }
 
+// bookmark tells the watches over a path how far they are.
+func (s *apiServer) bookmark(path, kind string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.tell(path, event("BOOKMARK", map[string]any{"kind": kind, "apiVersion": "v1", "metadata": map[string]any{"resourceVersion": strconv.Itoa(s.version)}}))
+}
+
 func (s *apiServer) tell(path string, e []byte) {
 	for c, p := range s.watches {
 		if p == path {

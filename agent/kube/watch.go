@@ -94,8 +94,11 @@ func (s *Source) reflect(ctx context.Context, r resource, gone func()) {
 		u.SetGroupVersionKind(r.at.GroupVersion().WithKind(r.kind))
 		example = u
 	}
-	quiet := klog.New(nil)
-	cache.NewReflectorWithOptions(watched, example, &store{s, r}, cache.ReflectorOptions{Name: r.name(), Logger: &quiet, MinWatchTimeout: watchTime,
+	quiet, least := klog.New(nil), watchTime
+	if s.cfg.Prove && r.name() == "pods" {
+		least = podWatchTime
+	}
+	cache.NewReflectorWithOptions(watched, example, &store{s, r}, cache.ReflectorOptions{Name: r.name(), Logger: &quiet, MinWatchTimeout: least,
 		Backoff: &utilwait.Backoff{Duration: 500 * time.Millisecond, Factor: 2, Jitter: 1, Steps: 6, Cap: 15 * time.Second}}).RunWithContext(ctx)
 }
 
@@ -240,12 +243,15 @@ var (
 	_ cache.ReflectorBookmarkStore = (*store)(nil)
 )
 
-func (t *store) take(change func(*tables) bool) {
+func (t *store) take(version string, change func(*tables) bool) {
 	t.s.mu.Lock()
 	defer t.s.mu.Unlock()
 	w := t.s.hear(t.r)
-	if change(t.s.tables) && w.listed {
+	changed := change(t.s.tables)
+	if changed && w.listed {
 		t.s.changedRefusals()
+	}
+	if proved := t.s.progressed(t.r, version, false); (changed || proved) && w.listed {
 		t.s.touch()
 	}
 }
@@ -256,7 +262,11 @@ func (t *store) Add(obj any) error {
 	if err != nil {
 		return err
 	}
-	t.take(func(x *tables) bool { return x.put(t.r, c) })
+	m, err := meta.Accessor(obj)
+	if err != nil {
+		return err
+	}
+	t.take(m.GetResourceVersion(), func(x *tables) bool { return x.put(t.r, c) })
 	return nil
 }
 
@@ -269,12 +279,12 @@ func (t *store) Delete(obj any) error {
 	if err != nil {
 		return fmt.Errorf("%s: a deletion without an object: %w", t.r.name(), err)
 	}
-	t.take(func(x *tables) bool { return x.drop(t.r, m.GetNamespace()+"/"+m.GetName()) })
+	t.take(m.GetResourceVersion(), func(x *tables) bool { return x.drop(t.r, m.GetNamespace()+"/"+m.GetName()) })
 	return nil
 }
 
 // Replace implements cache.ReflectorStore: it takes up a list.
-func (t *store) Replace(objs []any, _ string) error {
+func (t *store) Replace(objs []any, version string) error {
 	all := make([]converted, 0, len(objs))
 	for _, obj := range objs {
 		c, err := convert(t.r, obj)
@@ -291,6 +301,7 @@ func (t *store) Replace(objs []any, _ string) error {
 		s.identify(all)
 	}
 	changed := s.tables.replace(t.r, all)
+	proved := s.progressed(t.r, version, true)
 	if !w.listed {
 		w.listed, changed = true, true
 		if s.listed() {
@@ -299,6 +310,8 @@ func (t *store) Replace(objs []any, _ string) error {
 	}
 	if changed {
 		s.changedRefusals()
+	}
+	if changed || proved {
 		s.touch()
 	}
 	return nil
@@ -308,8 +321,8 @@ func (t *store) Replace(objs []any, _ string) error {
 func (t *store) Resync() error { return nil }
 
 // Bookmark implements cache.ReflectorBookmarkStore.
-func (t *store) Bookmark(string) error {
-	t.s.heard(t.r)
+func (t *store) Bookmark(version string) error {
+	t.take(version, func(*tables) bool { return false })
 	return nil
 }
 

@@ -178,6 +178,11 @@ type ClassicVerifier struct {
 	timer Time
 	out   []VerifierOutput
 	last  []VerifierOutput
+	// lease is the index that its bindings name. bound and deadline are those of
+	// mode watch; 0 in mode classic.
+	lease    uint32
+	bound    time.Duration
+	deadline Time
 }
 
 type classicPeer struct {
@@ -196,7 +201,7 @@ func NewClassicVerifier(cfg VerifierConfig, table *ipcache.Table, owners []ident
 	if cfg.Node == "" || cfg.Speaks == nil || table == nil {
 		return nil, errors.New("lease: classic verifier without node name, authorisation or table")
 	}
-	v := &ClassicVerifier{cfg: cfg, table: table, waits: map[netip.Addr]Time{}}
+	v := &ClassicVerifier{cfg: cfg, table: table, waits: map[netip.Addr]Time{}, lease: ipcache.LeaseClassic}
 	for _, n := range slices.Sorted(slices.Values(owners)) {
 		v.peers = append(v.peers, &classicPeer{name: n})
 	}
@@ -252,9 +257,11 @@ func (v *ClassicVerifier) step(in VerifierInput) {
 	case Told:
 		v.announced(in.Binding.Owner, in.Binding)
 	case Untold:
-		if e, ok := v.table.Get(in.IP); ok && e.Lease == ipcache.LeaseClassic && e.Binding.UID == in.UID {
+		if e, ok := v.table.Get(in.IP); ok && e.Lease == v.lease && e.Binding.UID == in.UID {
 			v.zero(e)
 		}
+	case Proved:
+		v.proved(in.At)
 	case Used, AskMax, VerifierTick:
 	}
 }
@@ -262,7 +269,7 @@ func (v *ClassicVerifier) step(in VerifierInput) {
 // setOwners listens to these owners, and ends what nobody may say any more.
 func (v *ClassicVerifier) setOwners(owners []identity.NodeName) {
 	for _, e := range slices.Collect(v.table.All()) {
-		if e.Lease == ipcache.LeaseClassic && !e.Condemned && !v.cfg.Speaks(e.Binding.Owner, e.Binding.IP) {
+		if e.Lease == v.lease && !e.Condemned && !v.cfg.Speaks(e.Binding.Owner, e.Binding.IP) {
 			v.zero(e)
 		}
 	}
@@ -300,18 +307,18 @@ func (v *ClassicVerifier) lost(p *classicPeer) {
 }
 
 func (v *ClassicVerifier) want(in Want) {
-	if e, ok := v.table.Get(in.IP); ok && e.Lease < ipcache.LeaseFirst {
+	if e, ok := v.table.Get(in.IP); ok && (e.Lease < ipcache.LeaseFirst || e.Lease == v.lease && v.live()) {
 		v.emit(Answer{IP: in.IP, Live: true})
 		return
 	}
 	p := v.peer(in.Owner)
 	switch {
-	case p == nil:
+	case p == nil && v.bound == 0:
 		v.emit(Answer{IP: in.IP, Asked: v.now, Why: UnansweredNoOwner})
 	case len(v.waits) >= v.cfg.Waits:
 		v.emit(Answer{IP: in.IP, Asked: v.now, Why: UnansweredWaitsFull})
 	default:
-		v.waits[in.IP] = later(v.waits[in.IP], in.Arrival) // until it is announced
+		v.waits[in.IP] = later(v.waits[in.IP], in.Arrival) // until it is announced, or told
 	}
 }
 
@@ -345,7 +352,7 @@ func (v *ClassicVerifier) announced(by identity.NodeName, b identity.Binding) {
 		return
 	}
 	if e, ok := v.table.Get(b.IP); ok {
-		same := e.Lease == ipcache.LeaseClassic && e.Binding.Generation == b.Generation && e.Binding.UID == b.UID && e.Hash == b.Identity.Hash()
+		same := e.Lease == v.lease && e.Binding.Generation == b.Generation && e.Binding.UID == b.UID && e.Hash == b.Identity.Hash()
 		if e.Lease == ipcache.LeaseLocal || same {
 			if same && e.Binding.Identity.Equal(identity.Identity{}) {
 				v.table.SetBinding(e.Slot, b)
@@ -357,14 +364,14 @@ func (v *ClassicVerifier) announced(by identity.NodeName, b identity.Binding) {
 		// more, so it would stay shut.
 		v.zero(e)
 	}
-	e, err := v.table.Install(b, ipcache.LeaseClassic, identity.EvidenceWatch, identity.BootID{})
+	e, err := v.table.Install(b, v.lease, identity.EvidenceWatch, identity.BootID{})
 	if err != nil {
 		v.refuse(b.IP, UnansweredMapFull)
 		return
 	}
 	v.emit(Install{Stamp: e.Stamp, Slot: e.Slot, Lease: e.Lease, Binding: b, Evidence: e.Evidence})
 	v.emit(VerifierLog{LogEntry{Kind: LogConfirmed, Peer: by, IP: b.IP, Generation: b.Generation, UID: b.UID, Identity: b.Identity, Evidence: e.Evidence}})
-	if _, ok := v.waits[b.IP]; ok {
+	if _, ok := v.waits[b.IP]; ok && v.live() {
 		delete(v.waits, b.IP)
 		v.emit(Answer{IP: b.IP, Live: true})
 	}
@@ -401,6 +408,7 @@ func (v *ClassicVerifier) storeFailed(outs []VerifierOutput, w Write) {
 	}
 	v.committed(outs[:i])
 	v.timer = 0
+	v.deadline = 0 // whatever it is in the kernel: it moves with the next proof
 	for k, out := range outs[i:] {
 		in, ok := out.(Install)
 		if !ok {
@@ -446,16 +454,27 @@ func (v *ClassicVerifier) tick() {
 func (v *ClassicVerifier) Sessions() []VerifierSession {
 	out := make([]VerifierSession, 0, len(v.peers))
 	for _, p := range v.peers {
-		out = append(out, VerifierSession{Owner: p.name, Stream: p.stream, State: p.state, Lease: ipcache.LeaseClassic, Bindings: v.table.CountOf(p.name)})
+		out = append(out, VerifierSession{Owner: p.name, Stream: p.stream, State: p.state, Lease: v.lease, Bindings: v.table.CountOf(p.name)})
 	}
 	return out
 }
 
 // Reason implements VerifierMachine.
-func (v *ClassicVerifier) Reason(netip.Addr) (Unanswered, Refusal) { return UnansweredTimeout, 0 }
+func (v *ClassicVerifier) Reason(netip.Addr) (Unanswered, Refusal) {
+	if !v.live() {
+		return UnansweredStale, 0
+	}
+	return UnansweredTimeout, 0
+}
 
-// LeaseDeadline implements VerifierMachine: nothing has a deadline.
-func (v *ClassicVerifier) LeaseDeadline(uint32) Time { return 0 }
+// LeaseDeadline implements VerifierMachine: in mode classic nothing has a
+// deadline.
+func (v *ClassicVerifier) LeaseDeadline(lease uint32) Time {
+	if lease != v.lease {
+		return 0
+	}
+	return v.deadline
+}
 
 var (
 	_ OwnerMachine    = (*Owner)(nil)

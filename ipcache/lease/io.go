@@ -256,6 +256,9 @@ type (
 		IP  netip.Addr
 		UID identity.UID
 	}
+	// Proved: everything that was so at that time, and is not any more, was told
+	// before. Mode watch believes no longer than its bound after it.
+	Proved struct{ At Time }
 	// VerifierTick: time has passed, as OwnerTick.
 	VerifierTick struct{}
 )
@@ -315,9 +318,10 @@ const (
 	UnansweredMapFull                     // no room for the binding or the lease
 	UnansweredTimeout                     // asked, no answer yet (Verifier.Reason only)
 	UnansweredWaitsFull                   // too many IPs are waited for
+	UnansweredStale                       // nobody proves that what was told is all (Reason of mode watch)
 )
 
-var unansweredNames = [...]string{"refused", "no-owner", "no-session", "map-full", "timeout", "waits-full"}
+var unansweredNames = [...]string{"refused", "no-owner", "no-session", "map-full", "timeout", "waits-full", "stale"}
 
 // String returns the word used in logs.
 func (u Unanswered) String() string {
@@ -378,6 +382,7 @@ func (ResetSession) isVerifierInput() {}
 func (SetOwners) isVerifierInput()    {}
 func (Told) isVerifierInput()         {}
 func (Untold) isVerifierInput()       {}
+func (Proved) isVerifierInput()       {}
 func (VerifierTick) isVerifierInput() {}
 
 func (OpenStream) isVerifierOutput()    {}
