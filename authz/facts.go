@@ -36,6 +36,8 @@ func (f *facts) of(id identity.Identity) attributes {
 			return id.ServiceAccount, true, true
 		case Cluster:
 			return f.cluster, true, true
+		case TrustDomain:
+			return id.TrustDomain, id.TrustDomain != "", true
 		case NamespaceLabel:
 			if r.Key == nameLabel {
 				return id.Namespace, true, true

@@ -165,6 +165,9 @@ func genSelector(r *rand.Rand) Selector {
 		}
 		s = append(s, q)
 	}
+	if r.IntN(20) == 0 {
+		s = append(s, Requirement{Attribute: TrustDomain, Operator: In, Values: oneOf(r, [][]string{{genTrustDomain}, {"elsewhere"}, {"elsewhere", genTrustDomain}})})
+	}
 	return s
 }
 

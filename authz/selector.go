@@ -37,6 +37,11 @@ const (
 	ServiceLabel // in Service
 
 	Cluster // of a workload: the name of the cluster, Options.Cluster
+
+	// TrustDomain is that of the workload's SPIFFE ID. A selector that looks at
+	// it selects peers of the trust domains that it names, by In only; any
+	// other selects peers of Options.TrustDomain.
+	TrustDomain
 )
 
 // Operator is the relation that a requirement asks for.
@@ -105,9 +110,13 @@ func (s Selector) selectsWorkload(id identity.Identity, f *facts, doubt bool) bo
 }
 
 // selects implements PeerSelector. A workload of another trust domain is
-// nobody to policies, whatever its labels.
+// nobody to policies, whatever its labels, unless they name its trust domain.
 func (s Selector) selects(p Peer, f *facts, doubt bool) bool {
-	return p.Identity.TrustDomain == f.trustDomain && s.selectsWorkload(p.Identity, f, doubt)
+	return (p.Identity.TrustDomain == f.trustDomain || s.namesTrustDomains()) && s.selectsWorkload(p.Identity, f, doubt)
+}
+
+func (s Selector) namesTrustDomains() bool {
+	return slices.ContainsFunc(s, func(r Requirement) bool { return r.Attribute == TrustDomain })
 }
 
 // meets reports whether attributes that are all known meet the selector.
@@ -140,7 +149,7 @@ func (r Requirement) has(value string) bool {
 }
 
 func (s Selector) validate() error {
-	return s.validateFor(PodLabel, NamespaceLabel, Namespace, ServiceAccount, Cluster)
+	return s.validateFor(PodLabel, NamespaceLabel, Namespace, ServiceAccount, Cluster, TrustDomain)
 }
 
 // validateFor reports a selector that looks at other attributes than these.
@@ -148,6 +157,9 @@ func (s Selector) validateFor(allowed ...Attribute) error {
 	for _, r := range s {
 		if !slices.Contains(allowed, r.Attribute) || r.Operator < In || r.Operator > DoesNotExist {
 			return fmt.Errorf("attribute %d or operator %d has no place here", r.Attribute, r.Operator)
+		}
+		if r.Attribute == TrustDomain && r.Operator != In {
+			return fmt.Errorf("operator %d of a trust domain: a selector names those that it means", r.Operator)
 		}
 		if r.Operator.TakesValues() != (len(r.Values) > 0) {
 			return fmt.Errorf("operator %d with %d values", r.Operator, len(r.Values))

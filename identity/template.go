@@ -146,7 +146,7 @@ func (t Template) ID(id Identity, on NodeName, uid UID) (string, error) {
 	case id.Reserved != "":
 		return "", fmt.Errorf("reserved:%s has no SPIFFE ID", id.Reserved)
 	}
-	if err := checkTrustDomain(id.TrustDomain); err != nil {
+	if err := CheckTrustDomain(id.TrustDomain); err != nil {
 		return "", err
 	}
 	var b strings.Builder
@@ -188,10 +188,10 @@ func (s segment) of(id Identity, on NodeName, uid UID) string {
 	return ""
 }
 
-// checkTrustDomain looks at a trust domain's name.
-func checkTrustDomain(name string) error {
-	if name == "" {
-		return errors.New("a workload without a trust domain has no SPIFFE ID")
+// CheckTrustDomain says what is wrong with the name of a trust domain.
+func CheckTrustDomain(name string) error {
+	if name == "" || len(name) > 255 {
+		return fmt.Errorf("a trust domain's name has 1 to 255 characters, not %d", len(name))
 	}
 	for _, c := range []byte(name) {
 		switch {

@@ -17,6 +17,8 @@ func attribute(r authz.Requirement) string {
 		return "service account"
 	case authz.Cluster:
 		return "cluster"
+	case authz.TrustDomain:
+		return "trust domain"
 	case authz.NamespaceLabel:
 		return "namespace label " + r.Key
 	case authz.NodeLabel:
@@ -164,6 +166,8 @@ func (j *Judge) has(r authz.Requirement, p authz.Peer) string {
 		value = p.Identity.ServiceAccount
 	case authz.Cluster:
 		return "another"
+	case authz.TrustDomain:
+		value = p.Identity.TrustDomain
 	case authz.NamespaceLabel:
 		value, there = j.world.Namespaces[p.Identity.Namespace][r.Key]
 	default:

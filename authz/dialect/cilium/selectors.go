@@ -25,6 +25,14 @@ const (
 	clusterLabel    = "io.cilium.k8s.policy.cluster"
 )
 
+// Our own label, by which a policy names the trust domain of a workload's SPIFFE
+// ID. Cilium has no such source of labels, so no policy that was written for it
+// means another thing.
+const (
+	spiffeSource     = "spiffe"
+	trustDomainLabel = "trust-domain"
+)
+
 // candidate is what a selector can select beside workloads.
 type candidate struct {
 	name   string
@@ -52,8 +60,8 @@ func parseEndpoints(v *dialect.Value, namespace string, subject bool) (out endpo
 		out.named = append(out.named, c.name)
 	}
 	v.LabelSelector(func(at *dialect.Value, r authz.Requirement) {
-		source, key, ok := splitLabel(at, r.Key, "k8s", "any", "reserved")
-		if !ok {
+		source, key, ok := splitLabel(at, r.Key, "k8s", "any", "reserved", spiffeSource)
+		if !ok || source == spiffeSource && !trustDomains(at, key, r) {
 			return
 		}
 		if source == "reserved" && !slices.ContainsFunc(candidates, func(c candidate) bool { return slices.Contains(c.labels, key) }) {
@@ -67,6 +75,11 @@ func parseEndpoints(v *dialect.Value, namespace string, subject bool) (out endpo
 			out.noWorkload = out.noWorkload || !meets(nil, key, r)
 			return
 		}
+		if source == spiffeSource {
+			r.Attribute, r.Key = authz.TrustDomain, ""
+			out.workloads = append(out.workloads, r)
+			return
+		}
 		out.workload(at, key, r, namespace, subject)
 	})
 	// Both families are world.
@@ -75,6 +88,25 @@ func parseEndpoints(v *dialect.Value, namespace string, subject bool) (out endpo
 		out.named = append(out.named, "world")
 	}
 	return out
+}
+
+// trustDomains checks a requirement of the trust domain.
+func trustDomains(at *dialect.Value, key string, r authz.Requirement) bool {
+	if key != trustDomainLabel {
+		at.Refuse("of labels with the source %s: there is %s:%s", spiffeSource, spiffeSource, trustDomainLabel)
+		return false
+	}
+	if r.Operator != authz.In {
+		at.Refuse("name the trust domains that are meant, by matchLabels or by In: any other would be whoever is federated")
+		return false
+	}
+	for _, name := range r.Values {
+		if err := identity.CheckTrustDomain(name); err != nil {
+			at.Refuse("%v", err)
+			return false
+		}
+	}
+	return true
 }
 
 // keep leaves those of the named that meet the requirement too.
