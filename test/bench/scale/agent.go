@@ -59,7 +59,7 @@ func startAgent(ctx context.Context, o options, n *network, dir string) (a *agen
 		"--bindings", fmt.Sprint(o.capacity), "--conntrack", fmt.Sprint(4 * o.capacity), "--idle-binding", "1h",
 		"--hold-per-endpoint", "4000", "--hold-timeout", "10s", "--log-level", "warn"}
 	for i := range o.owners {
-		args = append(args, "--peer", fmt.Sprintf("%s=%v,%v", ownerNode(i), netip.AddrPortFrom(ownerIP(i), agentPort), ownerRange(i)))
+		args = append(args, "--peer", fmt.Sprintf("%s=%v,%v", ownerNode(i), netip.AddrPortFrom(ownerIP(i), agentPort), ownerRange(i, o.owners)))
 	}
 	log, err := os.Create(a.log)
 	if err != nil {

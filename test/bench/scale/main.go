@@ -87,8 +87,8 @@ func run(ctx context.Context) error {
 	var results []*result
 	for _, s := range strings.Split(*sizes, ",") {
 		n, err := strconv.Atoi(s)
-		if err != nil || n < o.owners || n > o.owners*perOwner {
-			return fmt.Errorf("-bindings %q: want numbers from %d to %d", s, o.owners, o.owners*perOwner)
+		if err != nil || n < o.owners || n > o.owners*perOwner(o.owners) {
+			return fmt.Errorf("-bindings %q: want numbers from %d to %d", s, o.owners, o.owners*perOwner(o.owners))
 		}
 		r, err := measure(ctx, o, n)
 		if err != nil {

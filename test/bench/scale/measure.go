@@ -77,7 +77,7 @@ func measure(parent context.Context, o options, n int) (r *result, err error) {
 		for k := i; k < n; k += o.owners {
 			ips = append(ips, remote(k, o.owners))
 		}
-		own, err := startOwner(ctx, &running, dir, i, ips)
+		own, err := startOwner(ctx, &running, dir, i, o.owners, ips)
 		if err != nil {
 			return nil, err
 		}

@@ -14,9 +14,23 @@ import (
 )
 
 const (
-	maxOwners = 200
-	perOwner  = 65000 // addresses used of its /16
+	maxOwners = 2000
+	// wideOwners is how many owners may have a /16 each; more have a /22.
+	wideOwners = 200
+	// skipped: a range's first addresses look like a network's.
+	skipped = 256
 )
+
+// rangeBits is the binary logarithm of an owner's range's size.
+func rangeBits(owners int) int {
+	if owners > wideOwners {
+		return 10
+	}
+	return 16
+}
+
+// perOwner is how many addresses of a range are used.
+func perOwner(owners int) int { return 1<<rangeBits(owners) - 2*skipped }
 
 var (
 	agentIP    = netip.MustParseAddr("172.31.0.10")
@@ -24,6 +38,7 @@ var (
 	podIP      = netip.MustParseAddr("10.9.0.5")
 	podMAC     = net.HardwareAddr{2, 0x50, 0x43, 1, 0, 1}
 	podHostMAC = net.HardwareAddr{2, 0x50, 0x43, 1, 0, 2}
+	ownersMAC  = net.HardwareAddr{2, 0x50, 0x43, 1, 0, 3}
 	gateway    = netip.MustParseAddr("169.254.1.1")
 )
 
@@ -32,22 +47,30 @@ const (
 	hostSide = "pod0"
 )
 
-func ownerIP(i int) netip.Addr { return netip.AddrFrom4([4]byte{172, 31, 1, byte(i + 1)}) }
+func ownerIP(i int) netip.Addr {
+	return netip.AddrFrom4([4]byte{172, 31, byte(1 + i/250), byte(1 + i%250)})
+}
 
-func ownerRange(i int) netip.Prefix {
-	return netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(20 + i), 0, 0}), 16)
+// place returns an address by its number from 10.20.0.0 on.
+func place(n int) netip.Addr {
+	return netip.AddrFrom4([4]byte{10, byte(20 + n>>16), byte(n >> 8), byte(n)})
+}
+
+func ownerRange(i, owners int) netip.Prefix {
+	bits := rangeBits(owners)
+	return netip.PrefixFrom(place(i<<bits), 32-bits)
 }
 
 // remote returns the n-th remote address: they go round the owners.
 func remote(n, owners int) netip.Addr {
-	k := n/owners + 256 // a range's first addresses look like a network's
-	return netip.AddrFrom4([4]byte{10, byte(20 + n%owners), byte(k >> 8), byte(k)})
+	return place((n%owners)<<rangeBits(owners) + n/owners + skipped)
 }
 
 // number is remote's inverse.
 func number(a netip.Addr, owners int) int {
-	b := a.As4()
-	return (int(b[2])<<8|int(b[3])-256)*owners + int(b[1]) - 20
+	b, bits := a.As4(), rangeBits(owners)
+	at := int(b[1]-20)<<16 | int(b[2])<<8 | int(b[3])
+	return (at&(1<<bits-1)-skipped)*owners + at>>bits
 }
 
 // network is what the agent lives in.
@@ -109,7 +132,7 @@ func (n *network) outside(owners int) error {
 		return err
 	}
 	attrs := netlink.NewLinkAttrs()
-	attrs.Name = "net0"
+	attrs.Name, attrs.HardwareAddr = "net0", ownersMAC
 	veth := netlink.NewVeth(attrs)
 	veth.PeerName, veth.PeerNamespace = "eth0", netlink.NsFd(int(n.agent))
 	if err := netlink.LinkAdd(veth); err != nil {
@@ -143,7 +166,8 @@ func (n *network) node(owners int) error {
 	err := errors.Join(up("lo"), address("eth0", netip.PrefixFrom(agentIP, 16)), netlink.LinkAdd(veth), up(hostSide),
 		route(hostSide, netip.PrefixFrom(podIP, 32), netip.Addr{}), neighbour(hostSide, podIP, podMAC))
 	for i := range owners {
-		err = errors.Join(err, route("eth0", ownerRange(i), ownerIP(i)))
+		// Known for good: the kernel's table of neighbours has a bound.
+		err = errors.Join(err, neighbour("eth0", ownerIP(i), ownersMAC), route("eth0", ownerRange(i, owners), ownerIP(i)))
 	}
 	return err
 }

@@ -62,8 +62,8 @@ func now() lease.Time {
 	return lease.Time(ts.Nano())
 }
 
-// startOwner runs owner i, which holds these addresses, until ctx ends.
-func startOwner(ctx context.Context, running *sync.WaitGroup, dir string, i int, ips []netip.Addr) (*owner, error) {
+// startOwner runs owner i of so many, which holds these addresses, until ctx ends.
+func startOwner(ctx context.Context, running *sync.WaitGroup, dir string, i, owners int, ips []netip.Addr) (*owner, error) {
 	td := spiffeid.RequireTrustDomainFromString(trustDomain)
 	name := ownerNode(i)
 	source, err := startSource(ctx, running, dir, td, name)
@@ -79,9 +79,9 @@ func startOwner(ctx context.Context, running *sync.WaitGroup, dir string, i int,
 		return nil, err
 	}
 	o := &owner{inbox: make(chan lease.OwnerInput, 256), done: ctx.Done(), timer: time.NewTimer(time.Hour), failed: make(chan error, 2)}
-	o.machine, err = lease.NewOwner(lease.OwnerConfig{Node: name, Boot: boot, ReuseMargin: time.Millisecond, Grants: 8 * perOwner, MaxWorkloads: perOwner,
+	o.machine, err = lease.NewOwner(lease.OwnerConfig{Node: name, Boot: boot, ReuseMargin: time.Millisecond, Grants: 8 * perOwner(owners), MaxWorkloads: perOwner(owners),
 		ConfirmRate: 1 << 20, ConfirmBurst: 1 << 20, Journal: lease.JournalMissing, FreshRanges: true,
-		Nonce: func() (n lease.Nonce) { rand.Read(n[:]); return n }, Mine: ownerRange(i).Contains}, now())
+		Nonce: func() (n lease.Nonce) { rand.Read(n[:]); return n }, Mine: ownerRange(i, owners).Contains}, now())
 	if err != nil {
 		return nil, err
 	}
