@@ -26,6 +26,9 @@ type Config struct {
 	Parts  Parts  // what Build made
 	Images []string
 	Nodes  int // 0: three
+	// PodBits is the length of each node's IPv4 range of pods, 24 to 28; 0: 24.
+	// The longer, the sooner an address is handed out again.
+	PodBits int
 	// Owned: the cluster ends with the process that made it.
 	Owned bool
 	Log   io.Writer // progress; nil: none
@@ -57,7 +60,10 @@ func Up(ctx context.Context, cfg Config) (_ *Cluster, err error) {
 		cfg.Log = io.Discard
 	}
 	Sweep(cfg.Log)
-	p := plan{Name: cfg.Name, Dir: filepath.Join(Root(), cfg.Name), Binaries: cfg.Parts.Kubernetes, Images: cfg.Images}
+	p := plan{Name: cfg.Name, Dir: filepath.Join(Root(), cfg.Name), Binaries: cfg.Parts.Kubernetes, Images: cfg.Images, PodBits: cmpOr(cfg.PodBits, 24)}
+	if p.PodBits < 24 || p.PodBits > 28 {
+		return nil, fmt.Errorf("a node's range of /%d: want /24 to /28", p.PodBits)
+	}
 	for i := range cmpOr(cfg.Nodes, 3) {
 		p.Nodes = append(p.Nodes, "n"+strconv.Itoa(i+1))
 	}

@@ -27,6 +27,7 @@ type plan struct {
 	Binaries string   `json:"binaries"` // directory of the links to the all-in-one binary
 	Images   []string `json:"images"`   // archives that every node imports
 	Nodes    []string `json:"nodes"`
+	PodBits  int      `json:"podBits"`
 }
 
 func (p plan) write() error {
@@ -68,7 +69,7 @@ func (p plan) node(i int) Node {
 		Name:  p.Nodes[i],
 		IP4:   netip.MustParseAddr(fmt.Sprintf("10.77.0.%d", 11+i)),
 		IP6:   netip.MustParseAddr(fmt.Sprintf("fd77::%d", 11+i)),
-		Pods4: netip.MustParsePrefix(fmt.Sprintf("10.244.%d.0/24", 1+i)),
+		Pods4: netip.MustParsePrefix(fmt.Sprintf("10.244.%d.0/%d", 1+i, p.PodBits)),
 		Pods6: netip.MustParsePrefix(fmt.Sprintf("fd44:0:0:%d::/64", 1+i)),
 	}
 }

@@ -43,6 +43,7 @@ func run(ctx context.Context, args []string) error {
 	f := flag.NewFlagSet("cluster", flag.ContinueOnError)
 	name := f.String("name", "dev", "name of the cluster")
 	nodes := f.Int("nodes", 3, "up: number of nodes")
+	bits := f.Int("pod-bits", 24, "up: length of each node's IPv4 range of pods, 24 to 28")
 	bare := f.Bool("bare", false, "up: without Portcullis")
 	if err := f.Parse(args); err != nil {
 		return err
@@ -55,7 +56,7 @@ func run(ctx context.Context, args []string) error {
 		_, err := build(ctx)
 		return err
 	case "up":
-		return up(ctx, *name, *nodes, *bare)
+		return up(ctx, cluster.Config{Name: *name, Nodes: *nodes, PodBits: *bits}, *bare)
 	case "load":
 		c, err := cluster.Open(*name)
 		if err != nil {
@@ -143,7 +144,7 @@ func build(ctx context.Context) (cluster.Parts, error) {
 	return cluster.Build(ctx, root, os.Stderr)
 }
 
-func up(ctx context.Context, name string, nodes int, bare bool) error {
+func up(ctx context.Context, cfg cluster.Config, bare bool) error {
 	parts, archives, remove, err := images(ctx)
 	defer remove()
 	if err != nil {
@@ -153,7 +154,8 @@ func up(ctx context.Context, name string, nodes int, bare bool) error {
 	if err != nil {
 		return err
 	}
-	c, err := cluster.Up(ctx, cluster.Config{Name: name, Parts: parts, Images: archives, Nodes: nodes, Log: os.Stderr})
+	cfg.Parts, cfg.Images, cfg.Log = parts, archives, os.Stderr
+	c, err := cluster.Up(ctx, cfg)
 	if err != nil || bare {
 		return err
 	}
