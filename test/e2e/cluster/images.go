@@ -15,12 +15,14 @@ import (
 
 // Names of images that every node has.
 const (
-	PauseImage      = "e2e.local/pause:1"
-	ProbeImage      = "e2e.local/probe:1" // test/e2e/probe, and busybox
-	HelloworldV1    = "e2e.local/helloworld:v1"
-	HelloworldV2    = "e2e.local/helloworld:v2"
-	deathstarImage  = "docker.io/cilium/starwars:latest" // as the story's manifests name it
+	PauseImage = "e2e.local/pause:1"
+	ProbeImage = "e2e.local/probe:1" // test/e2e/probe, and busybox
+	// As the stories' manifests name them; what is in them is ours.
+	deathstarImage  = "docker.io/cilium/starwars:latest"
 	shipImage       = "docker.io/tgraf/netperf:latest"
+	helloworldV1    = "docker.io/istio/examples-helloworld-v1:1.0"
+	helloworldV2    = "docker.io/istio/examples-helloworld-v2:1.0"
+	curlImage       = "docker.io/curlimages/curl:8.9.1"
 	corednsImage    = "e2e.local/coredns:1"
 	PortcullisImage = "docker.io/library/portcullis:dev"
 )
@@ -62,8 +64,9 @@ func Images(ctx context.Context, root, dir string, parts Parts) (base, portculli
 			make(ProbeImage, []string{"/probe"}, "busybox", "probe"),
 			make(deathstarImage, []string{"/probe", "deathstar"}, "busybox", "probe"),
 			make(shipImage, []string{"/probe", "sleep"}, "busybox", "probe"),
-			make(HelloworldV1, []string{"/probe", "helloworld", "-version", "v1"}, "busybox", "probe"),
-			make(HelloworldV2, []string{"/probe", "helloworld", "-version", "v2"}, "busybox", "probe"),
+			make(helloworldV1, []string{"/probe", "helloworld", "-version", "v1"}, "busybox", "probe"),
+			make(helloworldV2, []string{"/probe", "helloworld", "-version", "v2"}, "busybox", "probe"),
+			make(curlImage, nil, "busybox", "probe"),
 			make(corednsImage, []string{"/coredns"}, "coredns")),
 		archive(portcullis, make(PortcullisImage, []string{"/portcullis"}, "portcullis")))
 	return base, portcullis, err
