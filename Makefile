@@ -3,7 +3,7 @@
 # for what the programs need when they run.
 
 .DEFAULT_GOAL := help
-.PHONY: help build image demo test test-all chaos chaos-long e2e e2e-up e2e-down generate lint floors race conformance bench measure prepare clean
+.PHONY: help build image demo test test-all chaos chaos-long e2e e2e-up e2e-down e2e-measure generate lint floors race conformance bench measure prepare clean
 
 # ---- the Go command ----------------------------------------------------
 
@@ -78,6 +78,9 @@ e2e-up: need-go ## make such a cluster and leave it, with Portcullis in it (root
 
 e2e-down: need-go ## remove it
 	$(GO) run ./test/e2e/cluster/cmd down
+
+e2e-measure: need-go ## memory, requests, pod starts and policy changes of agents on such a cluster, measured (root, half an hour)
+	$(GO) run ./test/e2e/measure
 
 # ---- for those who change it -------------------------------------------
 

@@ -23,11 +23,14 @@ var (
 	onFlag     = flag.String("e2e.cluster", "", "NAME of a cluster that runs, made by test/e2e/cluster/cmd: try on it, and leave it; its images are as they are, and bin/portcullis is the command")
 )
 
-// the cluster of all tests, and the product's binary as it is in the image.
+// the cluster of most tests, the product's binary as it is in the image, and
+// what clusters are made of.
 var (
 	k8s     *cluster.Cluster
 	program string
 	root    string
+	parts   cluster.Parts
+	images  []string
 )
 
 func TestMain(m *testing.M) {
@@ -82,15 +85,14 @@ func setUp(ctx context.Context, name, dir string) (err error) {
 	if err := cluster.Install(ctx, os.Stderr); err != nil {
 		return err
 	}
-	parts, err := cluster.Build(ctx, root, os.Stderr)
-	if err != nil {
+	if parts, err = cluster.Build(ctx, root, os.Stderr); err != nil {
 		return err
 	}
 	base, image, err := cluster.Images(ctx, root, dir, parts)
 	if err != nil {
 		return err
 	}
-	program = filepath.Join(dir, "portcullis")
-	k8s, err = cluster.Up(ctx, cluster.Config{Name: name, Parts: parts, Images: []string{base, image}, Owned: !*keepFlag, Log: os.Stderr})
+	program, images = filepath.Join(dir, "portcullis"), []string{base, image}
+	k8s, err = cluster.Up(ctx, cluster.Config{Name: name, Parts: parts, Images: images, Owned: !*keepFlag, Log: os.Stderr})
 	return err
 }

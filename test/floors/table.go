@@ -92,6 +92,7 @@ var Table = []Row{
 	{Path: "test/e2e", Kind: Tests},
 	{Path: "test/e2e/cluster", Kind: Tests, Holds: "a real Kubernetes on one machine"},
 	{Path: "test/e2e/cluster/cmd", Kind: Tests, Holds: "makes and removes one by hand"},
+	{Path: "test/e2e/measure", Kind: Tests, Holds: "what an agent costs in a cluster"},
 	{Path: "test/e2e/pause", Kind: Tests, Leaf: nothing, Holds: "what holds a pod's namespaces"},
 	{Path: "test/e2e/probe", Kind: Tests, Leaf: []string{"chaos/lab/probe"}, Holds: "what runs in the pods of the tests"},
 	{Path: "test/floors", Kind: Tests},

@@ -9,6 +9,8 @@
 //	probe talk -for 30s udp/10.0.0.1:80  one UDP socket, a line whenever another answers
 //	probe hammer -for 30s 10.0.0.1:80    a new connection every 50 ms
 //	      -until FILE                    the last three: or until there is a file
+//	probe changes -for 30s 10.0.0.1:80   a new UDP flow every 50 ms: when answers
+//	                                     begin and cease, as lines of JSON
 //	probe lookup NAME...                 addresses of names, as lines of JSON
 //
 // Started as curl it is a small part of curl, so that commands of the stories
@@ -47,7 +49,7 @@ func run(ctx context.Context, name string, args []string) error {
 		return curl(ctx, args)
 	}
 	if len(args) == 0 {
-		return errors.New("want deathstar, helloworld, sleep, serve, check, talk, hold, hammer or lookup")
+		return errors.New("want deathstar, helloworld, sleep, serve, check, talk, hold, hammer, changes or lookup")
 	}
 	f := flag.NewFlagSet(args[0], flag.ContinueOnError)
 	addr := f.String("addr", ":80", "address of deathstar")
@@ -90,6 +92,11 @@ func run(ctx context.Context, name string, args []string) error {
 		return one(func(target string) any { return hold(ctx, target, until, *interval, *timeout) })
 	case "hammer":
 		return one(func(target string) any { return hammer(ctx, target, until, *interval, *timeout) })
+	case "changes":
+		if f.NArg() != 1 {
+			return errors.New("changes: want one HOST:PORT")
+		}
+		return changes(ctx, os.Stdout, f.Arg(0), until, *interval, *timeout)
 	case "lookup":
 		return lookup(ctx, f.Args(), *timeout)
 	}
