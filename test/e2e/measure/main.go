@@ -19,6 +19,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 
 	"portcullis/test/bench/rig"
@@ -35,11 +36,12 @@ type Report struct {
 }
 
 var (
-	pairs   = flag.Int("pairs", 60, "pods that are started on each of two nodes, one with and one without Portcullis; 0: not measured")
-	samples = flag.Int("policies", 60, "changes of a policy; 0: not measured")
-	idle    = flag.Duration("idle", 5*time.Minute, "how long the requests of idle agents are counted")
-	settle  = flag.Duration("settle", time.Minute, "how long agents rest before their memory is read")
-	name    = flag.String("name", "", "of the cluster; empty: one of its own")
+	pairs     = flag.Int("pairs", 60, "pods that are started on each of two nodes, one with and one without Portcullis; 0: not measured")
+	samples   = flag.Int("policies", 60, "changes of a policy; 0: not measured")
+	densities = flag.String("pods", "30,100", "pods per node at which memory is read, those of the system included; rising")
+	idle      = flag.Duration("idle", 5*time.Minute, "how long the requests of idle agents are counted")
+	settle    = flag.Duration("settle", time.Minute, "how long agents rest before their memory is read")
+	name      = flag.String("name", "", "of the cluster; empty: one of its own")
 )
 
 func main() {
@@ -109,7 +111,11 @@ func (b *bench) measure(ctx context.Context, root string, r *Report) error {
 			return err
 		}
 	}
-	for _, n := range []int{30, 100} {
+	for text := range strings.SplitSeq(*densities, ",") {
+		n, err := strconv.Atoi(text)
+		if err != nil {
+			return fmt.Errorf("-pods: %w", err)
+		}
 		say("%d pods per node", n)
 		m, err := b.memory(ctx, n, *settle)
 		if err != nil {
