@@ -157,6 +157,9 @@ type Config struct {
 	Kubeconfig   string
 	ForgetRanges []netip.Prefix // of nodes that are gone for good, see kube.Config.Forget
 
+	// Notices of what runs beside the agent; may be nil.
+	Notices *Notices
+
 	cluster cluster // set by Run; nil without Kubernetes
 
 	// Bits of skb->mark: those of the agent's own marks (0: all that are not

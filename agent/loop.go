@@ -175,6 +175,7 @@ func (l *loop) retry() {
 		l.alarms.clear("policy-not-applied")
 	}
 	l.alarmWatch()
+	l.alarmNotices()
 	l.alarmSVID()
 	l.alarmWorkloadSVIDs()
 	l.alarmAudit()

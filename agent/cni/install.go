@@ -34,7 +34,16 @@ type Installation struct {
 	PinDir string
 
 	Log *zap.Logger
+	// Tell notes a problem that an operator must know of, under its name; an empty
+	// text: it is over. May be nil.
+	Tell func(problem, text string)
 }
+
+// Problems that Tell is told of.
+const (
+	ProblemPlace = "cni-plugin"
+	ProblemPods  = "pods-unenforced"
+)
 
 // How often Run looks, though it was told of no change, and how long it waits
 // after an agent that did not answer or a step that failed.
@@ -64,17 +73,20 @@ func (i Installation) Run(ctx context.Context) error {
 		i.Log.Warn("watch the directories of the network configuration", zap.Error(err))
 	}
 	defer stop()
+	sweepBeside(i.BinDir, i.ConfDir)
 	told, toldOf := "", map[identity.UID]string{}
 	for {
 		wait := installEvery
 		if err := i.Put(); err != nil {
 			if text := err.Error(); text != told {
 				i.Log.Error("the CNI plugin is not in place: workloads that start now are not registered by it", zap.Error(err))
+				i.tell(ProblemPlace, "the CNI plugin is not in place, so workloads that start now are enforced some seconds later only, when they are found: "+text)
 				told = text
 			}
 			wait = installRetry
 		} else if told != "" {
 			i.Log.Info("the CNI plugin is in place")
+			i.tell(ProblemPlace, "")
 			told = ""
 		}
 		// After the plugin is there, so that whoever starts meanwhile is one
@@ -88,6 +100,12 @@ func (i Installation) Run(ctx context.Context) error {
 		case <-changes:
 		case <-time.After(wait):
 		}
+	}
+}
+
+func (i Installation) tell(problem, text string) {
+	if i.Tell != nil {
+		i.Tell(problem, text)
 	}
 }
 
@@ -143,32 +161,71 @@ func (i Installation) Put() error {
 	}
 	name, err := i.active()
 	if err != nil {
-		return fmt.Errorf("network configuration: %w", err)
+		return errors.Join(fmt.Errorf("network configuration: %w", err), i.removeDerived(""))
 	}
 	path := filepath.Join(i.ConfDir, name)
 	list, err := os.ReadFile(path)
 	if err != nil {
 		return fmt.Errorf("network configuration: %w", err)
 	}
-	target := path
-	if filepath.Ext(name) != ".conflist" && !isList(list) {
-		if list, err = listOf(list); err != nil {
-			return fmt.Errorf("network configuration %s: %w", path, err)
-		}
-		target = filepath.Join(i.ConfDir, derivedPrefix+strings.TrimSuffix(name, filepath.Ext(name))+".conflist")
+	chained := func(list []byte) ([]byte, error) {
+		out, _, err := chain(list, entry)
+		return out, err
 	}
-	out, _, err := chain(list, entry)
+	target, wrote := path, false
+	if filepath.Ext(name) == ".conflist" || isList(list) {
+		err = edit(path, list, func(list []byte) ([]byte, error) {
+			out, err := chained(list)
+			wrote = wrote || !bytes.Equal(out, list)
+			return out, err
+		})
+	} else {
+		target = filepath.Join(i.ConfDir, derivedPrefix+strings.TrimSuffix(name, filepath.Ext(name))+".conflist")
+		wrote, err = derive(target, list, chained)
+	}
 	if err != nil {
 		return fmt.Errorf("network configuration %s: %w", path, err)
 	}
+	if wrote {
+		i.Log.Info("the CNI plugin is the last of the network configuration", zap.String("file", target))
+	}
+	return i.removeDerived(target)
+}
+
+// derive writes the list that is made of a single plugin's configuration.
+func derive(target string, single []byte, chained func([]byte) ([]byte, error)) (wrote bool, err error) {
+	list, err := listOf(single)
+	if err != nil {
+		return false, err
+	}
+	out, err := chained(list)
+	if err != nil {
+		return false, err
+	}
 	if old, err := os.ReadFile(target); err == nil && bytes.Equal(old, out) {
-		return nil
+		return false, nil
 	}
-	if err := replace(target, bytes.NewReader(out), 0o600); err != nil {
-		return fmt.Errorf("network configuration %s: %w", target, err)
+	return true, replace(target, bytes.NewReader(out), 0o600)
+}
+
+// removeDerived removes the lists of configurations that are not in use any more,
+// all but one: runtimes would find them first, and go on with a network that is
+// no more.
+func (i Installation) removeDerived(but string) error {
+	names, err := configs(i.ConfDir)
+	if err != nil {
+		return err
 	}
-	i.Log.Info("the CNI plugin is the last of the network configuration", zap.String("file", target))
-	return nil
+	var errs []error
+	for _, n := range names {
+		if path := filepath.Join(i.ConfDir, n); strings.HasPrefix(n, derivedPrefix) && path != but {
+			if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+				errs = append(errs, err)
+			}
+			i.Log.Info("a list of a network configuration that is not in use any more was removed", zap.String("file", path))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 func isList(b []byte) bool {
@@ -242,15 +299,11 @@ func (i Installation) removeFrom(path string) error {
 	if !isList(list) || !bytes.Contains(list, []byte(BinaryName)) {
 		return nil
 	}
-	out, changed, err := unchain(list)
-	if err != nil {
+	if err := edit(path, list, func(list []byte) ([]byte, error) {
+		out, _, err := unchain(list)
+		return out, err
+	}); err != nil {
 		return fmt.Errorf("network configuration %s: %w", path, err)
-	}
-	if !changed {
-		return nil
-	}
-	if err := replace(path, bytes.NewReader(out), 0o600); err != nil {
-		return err
 	}
 	i.Log.Info("the CNI plugin is out of the network configuration", zap.String("file", path))
 	return nil
@@ -306,24 +359,39 @@ func sameContent(a *os.File, path string) (bool, error) {
 	}
 }
 
+// Names of what is written beside its place: no configuration's.
+const (
+	besidePrefix = ".portcullis-"
+	besideSuffix = ".tmp"
+)
+
 // replace writes a file as a whole or not at all. One that is there keeps its
-// mode. The name of what is written beside it is no configuration's.
+// mode.
 func replace(path string, content io.Reader, mode os.FileMode) error {
-	if info, err := os.Stat(path); err == nil {
-		mode = info.Mode().Perm() | mode&0o111
-	}
-	f, err := os.CreateTemp(filepath.Dir(path), ".portcullis-*.tmp")
+	beside, err := writeBeside(path, content, mode)
 	if err != nil {
 		return err
 	}
-	_, err = io.Copy(f, content)
-	if err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close()); err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		return errors.Join(err, os.Remove(f.Name()))
+	if err := os.Rename(beside, path); err != nil {
+		return errors.Join(err, os.Remove(beside))
 	}
 	return nil
+}
+
+// writeBeside writes what is to take a file's place, under another name.
+func writeBeside(path string, content io.Reader, mode os.FileMode) (name string, err error) {
+	if info, err := os.Stat(path); err == nil {
+		mode = info.Mode().Perm() | mode&0o111
+	}
+	f, err := os.CreateTemp(filepath.Dir(path), besidePrefix+"*"+besideSuffix)
+	if err != nil {
+		return "", err
+	}
+	_, err = io.Copy(f, content)
+	if err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close()); err != nil {
+		return "", errors.Join(err, os.Remove(f.Name()))
+	}
+	return f.Name(), nil
 }
 
 // watch tells of changes in directories, until stop is called. A change that

@@ -2,6 +2,7 @@ package cni
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -167,9 +168,14 @@ func match(spaces []*spaceOf, peers []netdev.Peer) (found []running, doubtful ma
 	there := map[identity.UID]running{}
 	for _, s := range spaces {
 		var leads []netdev.Peer
+		bare := ""
 		for _, p := range peers {
-			if s.id >= 0 && p.NetNsID == s.id && len(p.IPs) > 0 {
+			switch {
+			case s.id < 0 || p.NetNsID != s.id:
+			case len(p.IPs) > 0:
 				leads = append(leads, p)
+			default:
+				bare = p.Device.Name
 			}
 		}
 		if len(leads) > 1 {
@@ -179,8 +185,11 @@ func match(spaces []*spaceOf, peers []netdev.Peer) (found []running, doubtful ma
 		}
 		for uid := range s.pods {
 			switch former, twice := there[uid]; {
+			case len(leads) == 0 && bare != "":
+				// It can send all the same; an endpoint has an IP.
+				doubtful[uid] = fmt.Errorf("its device, behind %s, has no IP: whoever is in it has taken it away", bare)
 			case len(leads) == 0:
-				continue // not by a veth, or without an IP
+				continue // not by a veth
 			case len(s.pods) > 1:
 				doubtful[uid] = errors.New("processes of another pod are in its network namespace")
 			case len(leads) > 1:
@@ -217,11 +226,20 @@ func (i Installation) adopt(ctx context.Context, told map[identity.UID]string) e
 	if err != nil {
 		return err
 	}
-	known, devices := map[string]bool{}, map[string]bool{}
+	known, devices, taken := map[string]bool{}, map[string]bool{}, map[string]string{}
 	for _, e := range list.Endpoints {
 		known[e.GetWorkload().GetUid()], devices[e.GetIfname()] = true, true
+		for _, ip := range e.GetIps() {
+			taken[ip] = "pod " + e.GetWorkload().GetUid()
+		}
 	}
+	// Who has its IP for longer has it: nobody takes one from a pod by giving it to
+	// himself.
+	slices.SortFunc(found, func(a, b running) int { return cmp.Compare(b.held, a.held) })
+	problems := map[identity.UID]string{}
+	defer func() { i.tellPods(problems) }()
 	tell := func(uid identity.UID, err error) {
+		problems[uid] = err.Error()
 		if text := err.Error(); told[uid] != text {
 			told[uid] = text
 			i.Log.Error("a pod that runs is not enforced", zap.Stringer("uid", uid), zap.Error(err))
@@ -237,15 +255,46 @@ func (i Installation) adopt(ctx context.Context, told map[identity.UID]string) e
 		if known[r.uid.String()] || devices[r.peer.Device.Name] {
 			continue
 		}
+		if by := takenBy(r, taken); by != "" {
+			tell(r.uid, fmt.Errorf("it has an IP of another, %s", by))
+			continue
+		}
 		if err := register(ctx, client, r); err != nil {
 			tell(r.uid, err)
 			errs = append(errs, err)
 			continue
 		}
 		delete(told, r.uid)
+		for _, ip := range r.peer.IPs {
+			taken[ip.String()] = "pod " + r.uid.String()
+		}
 		i.Log.Info("a pod that ran before is enforced", zap.Stringer("uid", r.uid), zap.String("device", r.peer.Device.Name), zap.Stringers("ips", r.peer.IPs))
 	}
 	return errors.Join(errs...)
+}
+
+// takenBy names who has one of the addresses already; "": nobody.
+func takenBy(r running, taken map[string]string) string {
+	for _, ip := range r.peer.IPs {
+		if by := taken[ip.String()]; by != "" {
+			return by
+		}
+	}
+	return ""
+}
+
+// tellPods tells of the pods that run and are not enforced.
+func (i Installation) tellPods(problems map[identity.UID]string) {
+	if len(problems) == 0 {
+		i.tell(ProblemPods, "")
+		return
+	}
+	var texts []string
+	for uid, why := range problems {
+		texts = append(texts, uid.String()+": "+why)
+	}
+	slices.Sort(texts)
+	i.tell(ProblemPods, fmt.Sprintf("%d pods run and are not enforced: %s", len(texts), strings.Join(texts[:min(5, len(texts))], "; ")))
 }
 
 func register(ctx context.Context, client *api.Client, r running) error {

@@ -61,7 +61,7 @@ func TestMatch(t *testing.T) {
 		"each its own": {[]*spaceOf{{id: 1, pods: pods(a)}, {id: 2, pods: pods(b)}}, []netdev.Peer{peer("v1", 1, "eth0", "10.0.0.1"), peer("v2", 2, "eth0", "10.0.0.2")},
 			map[identity.UID]string{a: "v1", b: "v2"}, nil},
 		"no veth":      {[]*spaceOf{{id: -1, pods: pods(a)}, {id: 2, pods: pods(b)}}, []netdev.Peer{peer("v1", 1, "eth0", "10.0.0.1")}, nil, nil},
-		"no address":   {[]*spaceOf{{id: 1, pods: pods(a)}}, []netdev.Peer{peer("v1", 1, "eth0", "")}, nil, nil},
+		"no address":   {[]*spaceOf{{id: 1, pods: pods(a)}}, []netdev.Peer{peer("v1", 1, "eth0", "")}, nil, []identity.UID{a}},
 		"several":      {[]*spaceOf{{id: 1, pods: pods(a)}}, []netdev.Peer{peer("v1", 1, "net1", "10.1.0.1"), peer("v2", 1, "eth0", "10.0.0.1")}, map[identity.UID]string{a: "v2"}, nil},
 		"none is eth0": {[]*spaceOf{{id: 1, pods: pods(a)}}, []netdev.Peer{peer("v1", 1, "net1", "10.1.0.1"), peer("v2", 1, "net2", "10.0.0.1")}, nil, []identity.UID{a}},
 		"shared":       {[]*spaceOf{{id: 1, pods: pods(a, b)}}, []netdev.Peer{peer("v1", 1, "eth0", "10.0.0.1")}, nil, []identity.UID{a, b}},

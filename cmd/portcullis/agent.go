@@ -58,6 +58,8 @@ run out, and the gate falls shut.`,
 			defer stop()
 			place := raw.plugin
 			place.Socket, place.PinDir, place.Log = cfg.APISocket, cfg.PinDir, log
+			cfg.Notices = &agent.Notices{}
+			place.Tell = cfg.Notices.Set
 			switch {
 			case *instead.purge:
 				return errors.Join(place.Remove(), agent.Purge(ctx, cfg, log))
