@@ -2,6 +2,7 @@ package agent
 
 import (
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 
@@ -45,7 +46,7 @@ func newProvider(cfg Config, id spiffeid.ID, log *zap.Logger) (svid.Provider, er
 }
 
 func (c *Config) issuerClient(id spiffeid.ID, log *zap.Logger) *client.Config {
-	return &client.Config{URL: c.Issuer, TokenFile: c.IssuerToken, BundleFile: c.IssuerBundle, CacheFile: filepath.Join(c.JournalDir, keptSVID), ID: id, Log: log}
+	return &client.Config{URL: withoutDNS(c.Issuer, podNamespace(), os.Getenv), TokenFile: c.IssuerToken, BundleFile: c.IssuerBundle, CacheFile: filepath.Join(c.JournalDir, keptSVID), ID: id, Log: log}
 }
 
 // validateSVID looks at where the SVID comes from.
