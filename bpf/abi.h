@@ -334,6 +334,7 @@ enum pc_judgement_flag {
 	PC_JUDGED_AUDIT = 4, /* it would not pass: `evidence` is the enum pc_reason */
 	PC_JUDGED_BY_MARK = 8, /* the peer is not who its address says, but the endpoint whose `mark` the packets carry */
 	PC_JUDGED_BY_SERVICE = 16, /* nor here: it is whom the node's translation leads to, at port `mark` */
+	PC_JUDGED_CALLED = 32, /* and the address that was called is no service's: that was judged before, as itself */
 };
 
 enum pc_ifindex { PC_IFINDEX_NONE = 0xffffffff };

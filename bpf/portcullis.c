@@ -157,6 +157,8 @@ inline_always int gate(struct __sk_buff *skb, int dir)
 	l.reinjected = has_mark(skb, reinject_mark);
 	l.reason = judge(skb, &l, dir);
 
+	if (dir == PC_DIR_EGRESS && !l.reason && l.peer.kind == PEER_LATER && !service_to_node(skb))
+		l.reason = PC_REASON_SERVICE_UNTRANSLATED;
 	if (dir == PC_DIR_EGRESS && !l.reason && l.peer.kind == PEER_LATER) {
 		/* after_translation counts it, and tells of it. */
 		leave(skb, &l, dir);

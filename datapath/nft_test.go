@@ -24,6 +24,7 @@ const (
 	nftDelTable = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_DELTABLE
 	nftNewChain = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWCHAIN
 	nftNewRule  = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWRULE
+	nftNewObj   = unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_NEWOBJ
 
 	hookPrerouting, hookPostrouting = 0, 4
 )
@@ -147,26 +148,61 @@ func (l *lab) masquerade(is4 bool) {
 // somebody else, as a NodePort does.
 func (l *lab) forward(from, to netip.AddrPort) {
 	l.t.Helper()
+	be16 := func(port uint16) []byte { return binary.BigEndian.AppendUint16(nil, port) }
+	l.dnat(from.Addr(), to.Addr(), [][]byte{nftLoad(2, 2, 2), nftEqual(be16(from.Port()))}, nftSet(2, be16(to.Port())),
+		attr32(unix.NFTA_NAT_REG_PROTO_MIN, 2))
+}
+
+// forwardAll leads all that is sent to an address to somebody else.
+func (l *lab) forwardAll(from, to netip.Addr) {
+	l.t.Helper()
+	l.dnat(from, to, nil, nil, nil)
+}
+
+func nftLoad(base, offset, size uint32) []byte {
+	return expr("payload", attr32(unix.NFTA_PAYLOAD_DREG, 1), attr32(unix.NFTA_PAYLOAD_BASE, base),
+		attr32(unix.NFTA_PAYLOAD_OFFSET, offset), attr32(unix.NFTA_PAYLOAD_LEN, size))
+}
+
+func nftEqual(v []byte) []byte {
+	return expr("cmp", attr32(unix.NFTA_CMP_SREG, 1), attr32(unix.NFTA_CMP_OP, unix.NFT_CMP_EQ),
+		nested(unix.NFTA_CMP_DATA, attr(unix.NFTA_DATA_VALUE, v)))
+}
+
+func nftSet(reg uint32, v []byte) []byte {
+	return expr("immediate", attr32(unix.NFTA_IMMEDIATE_DREG, reg), nested(unix.NFTA_IMMEDIATE_DATA, attr(unix.NFTA_DATA_VALUE, v)))
+}
+
+func (l *lab) dnat(from, to netip.Addr, match [][]byte, port, portAttr []byte) {
+	l.t.Helper()
+	const network = 1
 	offset, size, family := uint32(16), uint32(4), uint32(unix.NFPROTO_IPV4)
-	if from.Addr().Is6() {
+	if from.Is6() {
 		offset, size, family = 24, 16, unix.NFPROTO_IPV6
 	}
-	const reg1, reg2, network, transport = 1, 2, 1, 2
-	load := func(base, offset, size uint32) []byte {
-		return expr("payload", attr32(unix.NFTA_PAYLOAD_DREG, reg1), attr32(unix.NFTA_PAYLOAD_BASE, base),
-			attr32(unix.NFTA_PAYLOAD_OFFSET, offset), attr32(unix.NFTA_PAYLOAD_LEN, size))
-	}
-	equal := func(v []byte) []byte {
-		return expr("cmp", attr32(unix.NFTA_CMP_SREG, reg1), attr32(unix.NFTA_CMP_OP, unix.NFT_CMP_EQ),
-			nested(unix.NFTA_CMP_DATA, attr(unix.NFTA_DATA_VALUE, v)))
-	}
-	set := func(reg uint32, v []byte) []byte {
-		return expr("immediate", attr32(unix.NFTA_IMMEDIATE_DREG, reg), nested(unix.NFTA_IMMEDIATE_DATA, attr(unix.NFTA_DATA_VALUE, v)))
-	}
-	be16 := func(port uint16) []byte { return binary.BigEndian.AppendUint16(nil, port) }
-	(&nft{l: l}).chain(from.Addr().Is4(), "forward", hookPrerouting,
-		load(network, offset, size), equal(from.Addr().AsSlice()), load(transport, 2, 2), equal(be16(from.Port())),
-		set(reg1, to.Addr().AsSlice()), set(reg2, be16(to.Port())),
-		expr("nat", attr32(unix.NFTA_NAT_TYPE, unix.NFT_NAT_DNAT), attr32(unix.NFTA_NAT_FAMILY, family),
-			attr32(unix.NFTA_NAT_REG_ADDR_MIN, reg1), attr32(unix.NFTA_NAT_REG_PROTO_MIN, reg2)))
+	exprs := append([][]byte{nftLoad(network, offset, size), nftEqual(from.AsSlice())}, match...)
+	exprs = append(exprs, nftSet(1, to.AsSlice()), port,
+		expr("nat", attr32(unix.NFTA_NAT_TYPE, unix.NFT_NAT_DNAT), attr32(unix.NFTA_NAT_FAMILY, family), attr32(unix.NFTA_NAT_REG_ADDR_MIN, 1), portAttr))
+	(&nft{l: l}).chain(from.Is4(), "forward", hookPrerouting, exprs...)
+}
+
+// helper has the node's connection tracking look into what goes to a port, for
+// connections that belong to that one.
+func (l *lab) helper(name string, port uint16) {
+	l.t.Helper()
+	const create, transport, objectHelper = unix.NLM_F_CREATE | unix.NLM_F_ACK, 2, 3
+	const family = uint8(unix.NFPROTO_IPV4)
+	n := &nft{l: l}
+	n.message(unix.NFNL_MSG_BATCH_BEGIN, 0, unix.AF_UNSPEC, unix.NFNL_SUBSYS_NFTABLES)
+	n.message(nftNewTable, create, family, 0, attrText(unix.NFTA_TABLE_NAME, "helper"))
+	n.message(nftNewObj, create, family, 0, attrText(unix.NFTA_OBJ_TABLE, "helper"), attrText(unix.NFTA_OBJ_NAME, name), attr32(unix.NFTA_OBJ_TYPE, objectHelper),
+		nested(unix.NFTA_OBJ_DATA, attrText(1, name), attr(3, []byte{unix.IPPROTO_TCP}))) // NFTA_CT_HELPER_NAME, _L4PROTO
+	beforeNAT := int32(-150)
+	n.message(nftNewChain, create, family, 0, attrText(unix.NFTA_CHAIN_TABLE, "helper"), attrText(unix.NFTA_CHAIN_NAME, "helper"),
+		nested(unix.NFTA_CHAIN_HOOK, attr32(unix.NFTA_HOOK_HOOKNUM, hookPrerouting), attr32(unix.NFTA_HOOK_PRIORITY, uint32(beforeNAT))), attrText(unix.NFTA_CHAIN_TYPE, "filter"))
+	n.message(nftNewRule, create|unix.NLM_F_APPEND, family, 0, attrText(unix.NFTA_RULE_TABLE, "helper"), attrText(unix.NFTA_RULE_CHAIN, "helper"),
+		nested(unix.NFTA_RULE_EXPRESSIONS, nftLoad(transport, 2, 2), nftEqual(binary.BigEndian.AppendUint16(nil, port)),
+			expr("objref", attr32(1, objectHelper), attrText(2, name)))) // NFTA_OBJREF_IMM_TYPE, _NAME
+	n.message(unix.NFNL_MSG_BATCH_END, 0, unix.AF_UNSPEC, unix.NFNL_SUBSYS_NFTABLES)
+	l.must(n.send(4))
 }

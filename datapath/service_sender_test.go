@@ -3,7 +3,10 @@ package datapath_test
 import (
 	"encoding/binary"
 	"errors"
+	"net"
 	"net/netip"
+	"os"
+	"strings"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -162,5 +165,81 @@ func TestServiceOfAnEndpointBehindAnUplink(t *testing.T) {
 				x.nothing(server)
 			})
 		})
+	}
+}
+
+// A frame to a service goes to the node and nobody else, whatever MAC it is for:
+// a bridge would lead it past the translation, and past its judge.
+func TestServiceIsTheNodesWhateverTheFrameSays(t *testing.T) {
+	bothFamilies(t, func(t *testing.T, is4 bool) {
+		x := newServing(t, is4)
+		for _, family := range []string{"ip", "ip6"} {
+			x.must(os.WriteFile("/proc/sys/net/bridge/bridge-nf-call-"+family+"tables", []byte("0"), 0))
+		}
+		x.bridge()
+		uplink, err := netlink.LinkByName("up0")
+		x.must(err)
+		bridge, err := netlink.LinkByName("br0")
+		x.must(err)
+		x.must(netlink.LinkSetMaster(uplink, bridge))
+		var mac net.HardwareAddr
+		x.in(x.lab.remote, func() {
+			link, err := netlink.LinkByName("eth0")
+			x.must(err)
+			mac = link.Attrs().HardwareAddr
+			x.answers("eth0", netip.PrefixFrom(x.service.Addr(), x.service.Addr().BitLen()).String())
+		})
+		there := x.udp(x.lab.remote, x.service.Addr(), x.service.Port())
+		seen := x.sniff()
+		x.in(x.workload, func() {
+			link, err := netlink.LinkByName("eth0")
+			x.must(err)
+			x.must(netlink.NeighSet(&netlink.Neigh{LinkIndex: link.Attrs().Index, IP: netip.MustParseAddr(map[bool]string{true: "10.8.0.1", false: "fd08::1"}[is4]).AsSlice(),
+				HardwareAddr: mac, State: netlink.NUD_PERMANENT}))
+		})
+		length := x.service.Addr().BitLen() // the node would lead it on
+		x.must(netlink.RouteAdd(&netlink.Route{LinkIndex: bridge.Attrs().Index, Dst: &net.IPNet{IP: x.service.Addr().AsSlice(), Mask: net.CIDRMask(length, length)}}))
+		drops := func() uint64 { return x.egress(abi.VerdictDrop, abi.ReasonServiceUntranslated) }
+		x.call("by another's MAC")
+		x.eventually("a drop", func() bool { return drops() == 1 })
+		x.call(strings.Repeat("in fragments", 400))
+		x.eventually("a drop of each fragment: nobody puts them together here", func() bool { return drops() == 5 })
+		x.nothing(there)
+		seen.none(func(p []byte) bool {
+			return strings.Contains(string(p), "fragments") || strings.Contains(string(p), "MAC")
+		})
+	})
+}
+
+// sniffer takes all that comes to the remote host.
+type sniffer struct {
+	x  *serving
+	fd int
+}
+
+func (x *serving) sniff() *sniffer {
+	s := &sniffer{x: x}
+	x.in(x.lab.remote, func() {
+		var err error
+		s.fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, int(binary.NativeEndian.Uint16([]byte{0, unix.ETH_P_ALL})))
+		x.must(err)
+	})
+	x.t.Cleanup(func() { unix.Close(s.fd) })
+	return s
+}
+
+// none checks that nothing has come that is like this.
+func (s *sniffer) none(like func(frame []byte) bool) {
+	s.x.t.Helper()
+	b := make([]byte, 1<<16)
+	for {
+		n, _, err := unix.Recvfrom(s.fd, b, 0)
+		if errors.Is(err, unix.EAGAIN) {
+			return
+		}
+		s.x.must(err)
+		if like(b[:n]) {
+			s.x.t.Errorf("a frame has come: %x", b[:min(n, 80)])
+		}
 	}
 }

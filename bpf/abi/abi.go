@@ -253,6 +253,7 @@ const (
 	JudgedAudit     JudgementFlag = 4
 	JudgedByMark    JudgementFlag = 8
 	JudgedByService JudgementFlag = 16
+	JudgedCalled    JudgementFlag = 32
 )
 
 // LeaseIndex is enum pc_lease_index.

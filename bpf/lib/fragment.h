@@ -147,6 +147,9 @@ separate int fragment_follow(struct __sk_buff *skb, struct pc_life *l)
 
 	if (verdict == PC_VERDICT_MAX || verdict == PC_VERDICT_DROP)
 		return reason;
+	/* The first may have gone on to be judged by the node. */
+	if (l->dir == PC_DIR_EGRESS && service_address(&l->p.dst) && !service_to_node(skb))
+		return PC_REASON_SERVICE_UNTRANSLATED;
 	l->j = j;
 	if (j.epoch != l->policy) /* judged by a policy that is no more */
 		return PC_REASON_NO_ENDPOINT;

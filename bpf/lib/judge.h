@@ -265,7 +265,8 @@ inline_always int judge_flow(struct __sk_buff *skb, struct pc_life *l, int dir)
 
 	/* The established packet. */
 	if ((l->how & CT_KNOWN) && j->epoch == l->policy && origin_same(skb, l, dir) &&
-	    judgement_fresh(j, life_peer(l, dir), l->now)) {
+	    judgement_fresh(j, life_peer(l, dir), l->now) &&
+	    (dir == PC_DIR_INGRESS || !forward || !unlikely(j->flags & PC_JUDGED_BY_SERVICE) || service_stands(l))) {
 		l->flow = forward ? PC_FLOW_ESTABLISHED : PC_FLOW_REPLY;
 		/* The second packet in a tick: others may follow. */
 		if (READ_ONCE(ct->last_seen) == l->now)

@@ -53,6 +53,17 @@ separate int service_judged(struct __sk_buff *skb, struct pc_life *l)
 	return s && READ_ONCE(s->ifindex) == skb->ifindex;
 }
 
+/* Is a flow that was judged for whom its service leads to still to a service? Where
+ * the address is none any more, nobody translates it, and after_translation would
+ * not look at it: the judgement would serve whoever has the address now. (Who
+ * answers is another question: a packet to the workload has been translated.) */
+separate int service_stands(struct pc_life *l)
+{
+	if (!l)
+		return 0;
+	return (l->j.flags & (PC_JUDGED_BY_SERVICE | PC_JUDGED_CALLED)) != PC_JUDGED_BY_SERVICE || service_address(&l->p.dst);
+}
+
 inline_always int service_unknown(const struct pc_life *l)
 {
 	return !l->p.translated && endpoint_enforces(l, PC_DIR_EGRESS) && service_address(&l->p.dst);
@@ -65,24 +76,8 @@ inline_always void service_mark(struct pc_judgement *j, const struct pc_packet *
 	j->mark = 0;
 	if (!p->translated)
 		return;
-	j->flags |= PC_JUDGED_BY_SERVICE;
+	j->flags |= PC_JUDGED_BY_SERVICE | (p->translated == TRANSLATED_OTHER ? PC_JUDGED_CALLED : 0);
 	j->mark = forward ? p->dport : p->sport;
-}
-
-/* A packet to a service whose flow is not known as it has to be. */
-inline_always int service_later(struct __sk_buff *skb, struct pc_life *l, const struct pc_endpoint *ep)
-{
-	if (!service_judged(skb, l))
-		return PC_REASON_SERVICE_UNTRANSLATED;
-	if (!endpoint_unchanged(skb, l, ep))
-		return PC_REASON_NO_ENDPOINT;
-	l->peer.kind = PEER_LATER;
-	/* By this the rest of a datagram follows its first fragment: the node puts
-	 * it together before it translates it, and it is judged as a whole. */
-	__builtin_memset(&l->j, 0, sizeof(l->j));
-	l->j.endpoint = l->id;
-	l->j.epoch = l->policy;
-	return PC_REASON_NONE;
 }
 
 /* ---- the kernel's connection tracking --------------------------------- */
@@ -93,6 +88,7 @@ inline_always int service_later(struct __sk_buff *skb, struct pc_life *l, const 
 
 struct net_device {
 	int ifindex;
+	const unsigned char *dev_addr;
 };
 
 struct nf_hook_state {
@@ -101,6 +97,7 @@ struct nf_hook_state {
 };
 
 struct sk_buff {
+	struct net_device *dev;
 	unsigned int len;
 	unsigned long _nfct; /* struct nf_conn, and in the low bits enum nf_info */
 	__u32 mark;
@@ -211,8 +208,38 @@ separate int service_reply(struct __sk_buff *skb, struct pc_life *l)
 		return 0;
 	addr_from_nf(&l->p.src, t.src, l->p.is6);
 	l->p.sport = bpf_ntohs(t.sport);
-	l->p.translated = 1;
+	l->p.translated = l->j.flags & PC_JUDGED_CALLED ? TRANSLATED_OTHER : TRANSLATED_SERVICE;
 	return 1;
+}
+
+/* Whatever MAC the frame is for: it goes to the node, which translates. A bridge
+ * takes what is for a port's own address up to the node, and would give the rest
+ * to whom it names, untranslated and unjudged. */
+separate int service_to_node(struct __sk_buff *skb)
+{
+	struct sk_buff *k = bpf_cast_to_kern_ctx(skb);
+	__u8 mac[6];
+
+	if (skb->pkt_type == PACKET_HOST)
+		return 1;
+	return !bpf_probe_read_kernel(mac, sizeof(mac), k->dev->dev_addr) && !bpf_skb_store_bytes(skb, 0, mac, sizeof(mac), 0) &&
+	       !bpf_skb_change_type(skb, PACKET_HOST);
+}
+
+/* A packet to a service whose flow is not known as it has to be. */
+inline_always int service_later(struct __sk_buff *skb, struct pc_life *l, const struct pc_endpoint *ep)
+{
+	if (!service_judged(skb, l))
+		return PC_REASON_SERVICE_UNTRANSLATED;
+	if (!endpoint_unchanged(skb, l, ep))
+		return PC_REASON_NO_ENDPOINT;
+	l->peer.kind = PEER_LATER;
+	/* By this the rest of a datagram follows its first fragment: the node puts
+	 * it together before it translates it, and it is judged as a whole. */
+	__builtin_memset(&l->j, 0, sizeof(l->j));
+	l->j.endpoint = l->id;
+	l->j.epoch = l->policy;
+	return PC_REASON_NONE;
 }
 
 #endif

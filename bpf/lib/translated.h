@@ -146,12 +146,12 @@ separate int translated_parse(__u64 nfct, struct pc_life *l)
 	translated_ports(&l->p, &t);
 	l->p.kind = KIND_FLOW;
 	l->src_is_b = flow_of(&l->p, &l->f);
+	l->p.translated = service_address(&l->p.dst) ? TRANSLATED_SERVICE : TRANSLATED_OTHER;
 	if (!nf_tuple_read(ct, 1, &t))
 		return 0;
 	addr_from_nf(&l->p.dst, t.src, l->p.is6);
 	if (l->p.dport)
 		l->p.dport = bpf_ntohs(t.sport);
-	l->p.translated = 1;
 	return 1;
 }
 

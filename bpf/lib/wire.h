@@ -116,6 +116,8 @@ enum {
 	ETHERTYPE_ARP = 0x0806,
 	ETHERTYPE_IP6 = 0x86dd,
 
+	PACKET_HOST = 0, /* skb->pkt_type: for the MAC of the device that it came in by */
+
 	PROTO_ICMP = 1,
 	PROTO_IGMP = 2,
 	PROTO_TCP = 6,
