@@ -4,6 +4,10 @@
 
 #include "clock.h"
 
+/* Was the packet translated? And was what was called a service's address, or one
+ * that was judged as itself before? */
+enum pc_translated { TRANSLATED_NOT = 0, TRANSLATED_SERVICE, TRANSLATED_OTHER };
+
 /* How the other side of a packet is known. */
 enum pc_peer_kind {
 	PEER_NOT_ASKED = 0,

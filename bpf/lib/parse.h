@@ -53,12 +53,8 @@ struct pc_packet {
 	__u8 l4;   /* where the transport header begins */
 	__u32 frag_id;
 	__u16 frag_at, frag_len; /* of its part of the datagram: in 8 bytes; in bytes */
-	__u8 translated; /* enum pc_translated */
+	__u8 translated; /* enum pc_translated: dst and dport, of a reply src and sport, are those behind it */
 };
-
-/* Are dst and dport, of a reply src and sport, those behind the address that was
- * called? And is that a service's, or was it judged by itself before? */
-enum pc_translated { TRANSLATED_NOT = 0, TRANSLATED_SERVICE, TRANSLATED_OTHER };
 
 /* The bytes [off, off + size) of the packet, or 0. What an earlier call
  * returned is void after this one: copy first. (READ_ONCE: the verifier wants
