@@ -127,7 +127,7 @@ func (l *loop) adoptSlot(slot uint32, s datapath.Slot, id identity.Identity, por
 	}
 	b := identity.Binding{IP: datapath.AddrFrom(s.IP), Generation: identity.Generation(s.Generation), UID: s.Cold.UID, Identity: id, Owner: cString(s.Cold.Owner[:]), Ports: ports}
 	if err := l.table.Restore(ipcache.Entry{Slot: slot, Stamp: s.Stamp, Lease: s.Lease, Binding: b, Hash: id.Hash(),
-		OwnerBoot: s.Cold.OwnerBoot, Evidence: identity.Evidence(s.Evidence)}); err != nil {
+		OwnerBoot: s.Cold.OwnerBoot, Evidence: identity.Evidence(s.Evidence), Proved: int64(s.Proved)}); err != nil {
 		l.release(n)
 		return err
 	}

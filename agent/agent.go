@@ -74,13 +74,14 @@ func Run(signalled context.Context, cfg Config, log *zap.Logger) error {
 	if err != nil {
 		return err
 	}
+	if err := l.useWorkloads(source); err != nil {
+		return err
+	}
 	if l.transport, err = newTransport(cfg, l, source, log); err != nil {
 		return err
 	}
 	l.useSource(source)
-	if err := l.useWorkloads(source); err != nil {
-		return err
-	}
+	l.followAll()
 	listener, err := api.Listen(cfg.APISocket)
 	if err != nil {
 		return err
@@ -121,6 +122,7 @@ func (l *loop) runParts(ctx context.Context, group *errgroup.Group, source *svid
 	run("SVID", source.Run)
 	run("workloads' SVIDs", l.runWorkloads)
 	run("trust bundles", l.trust.Run)
+	run("proofs", l.watchProofs)
 	run("sessions", l.transport.Run)
 	run("held packets", func(ctx context.Context) error { return l.dp.Held(ctx, func(r hold.Record) { l.receive(ctx, r) }) })
 	run("events", func(ctx context.Context) error { return l.dp.Events(ctx, l.publish) })
@@ -213,6 +215,9 @@ func newLoop(ctx context.Context, cfg Config, log *zap.Logger) (*loop, error) {
 		if l.template, err = identity.ParseTemplate(cfg.IdentityTemplate); err != nil {
 			return nil, err
 		}
+	}
+	if err := l.useProofs(); err != nil {
+		return nil, err
 	}
 	if l.cluster != nil {
 		l.known.picture, _ = l.cluster.Next()

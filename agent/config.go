@@ -29,6 +29,7 @@ const (
 	ModeClassic Mode = "classic"
 	ModeLease   Mode = "lease"
 	ModeWatch   Mode = "watch" // see watch.go
+	ModeSVID    Mode = "svid"
 )
 
 // LocalHost is whether a node reaches its own workloads, as the kubelet's probes
@@ -105,6 +106,7 @@ type Config struct {
 	AuditCheckpoint time.Duration // between two signatures
 
 	Evidence      Mode
+	EvidenceIn    map[string]Mode // of workloads in a namespace: stronger than Evidence
 	UnsafeClassic bool
 	// WatchFreshness is how long ModeWatch believes what was proved.
 	WatchFreshness time.Duration
@@ -217,20 +219,7 @@ func (c *Config) Validate() error {
 			bad("%s %q: want an absolute path", flag, path)
 		}
 	}
-	switch c.Evidence {
-	case ModeLease:
-		if c.UnsafeClassic {
-			bad("--unsafe-classic makes no sense with --evidence=lease: leave it out")
-		}
-	case ModeClassic:
-		if !c.UnsafeClassic {
-			bad("--evidence=classic lets a new workload pass as the dead one that had its IP: say --unsafe-classic too if you want that")
-		}
-	case ModeWatch:
-		errs = append(errs, c.validateWatch()...)
-	default:
-		bad("--evidence %q: want lease, watch, or classic", c.Evidence)
-	}
+	errs = append(errs, c.validateEvidence()...)
 	if !clusterName.MatchString(c.ClusterName) {
 		bad("--cluster-name %q: want the name that policies call the cluster by: up to 63 small letters, digits and -", c.ClusterName)
 	}

@@ -70,6 +70,7 @@ type policySet struct {
 	id   uint32
 	set  authz.Set
 	lost uint32 // endpoint.lost, as it counts there
+	svid bool   // its rules ask for evidence svid where they name none
 }
 
 // Errors of a registration.
@@ -152,6 +153,7 @@ func (l *loop) add(e *endpoint) {
 		l.hold(e)
 	}
 	l.names.addEndpoint(e)
+	l.follow(e)
 }
 
 // hold notes that the endpoint has its IPs. Until it is active somebody else may
@@ -222,7 +224,7 @@ func (l *loop) neverEnforced(e *endpoint) bool { return l.enforcement(e) == auth
 func (l *loop) compile(e *endpoint) error {
 	e.subject = l.sets.AddSubject(e.identity, e.ports...)
 	l.bySubject[e.subject] = e
-	e.policy = policySet{id: l.dp.State().NextPolicySet(), set: l.meaning(e), lost: e.lost}
+	e.policy = policySet{id: l.dp.State().NextPolicySet(), set: l.meaning(e), lost: e.lost, svid: l.cfg.EvidenceIn[e.identity.Namespace] == ModeSVID}
 	if err := l.dp.PutPolicy(e.policy.id, e.policy.set.WithSet(e.policy.id)); err != nil {
 		l.forgetSubject(e)
 		return fmt.Errorf("%w the policy of %s: %w", errKernelRefuse, e.fullName(), err)
@@ -298,6 +300,9 @@ func (e *endpoint) abi() abi.Endpoint {
 	if e.policy.set.Audit {
 		ep.Flags |= uint32(abi.EPAudit)
 	}
+	if e.policy.svid {
+		ep.Flags |= uint32(abi.EPSvid)
+	}
 	if e.policy.set.EnforceIngress {
 		ep.Flags |= uint32(abi.EPEnforceIngress)
 	}
@@ -329,6 +334,7 @@ func (l *loop) activate(uid identity.UID, generation identity.Generation) {
 	}
 	delete(l.retryActivation, uid)
 	l.hold(e)
+	l.proveEndpoint(e)
 	l.names.addEndpoint(e)
 	l.log.Info("endpoint active", zap.String("workload", e.fullName()), zap.Uint64("generation", uint64(generation)))
 	close(e.activated)
@@ -380,6 +386,7 @@ func (l *loop) deregister(uid identity.UID) (existed bool, err error) {
 	delete(l.retryClose, uid)
 	l.names.removeEndpoint(e)
 	l.forgetWorkload(uid)
+	l.unfollow(uid)
 	l.stepOwner(lease.Delete{UID: uid})
 	l.uncompile(e)
 	l.release(e.numeric)

@@ -33,6 +33,10 @@ func (l *loop) held(r hold.Record) {
 		l.countDrops(*dropped)
 		return
 	}
+	if r.Reason == abi.ReasonEvidenceTooWeak {
+		l.wantProof(r)
+		return
+	}
 	// Asked for each packet, not only the first: the arrival times matter to
 	// the verifier machine, which de-duplicates.
 	l.stepVerifier(lease.Want{IP: r.Peer, Owner: l.nodeOf(r.Peer), Arrival: lease.Time(r.Arrival)})
@@ -122,6 +126,10 @@ func (l *loop) endHolds(drop []hold.Ended, gone []netip.Addr) {
 func (l *loop) expireHolds(now lease.Time) {
 	drop, gone := l.holds.Expire(int64(now))
 	for i := range drop {
+		if drop[i].Reason == abi.ReasonEvidenceTooWeak {
+			drop[i].Why = l.unprovedReason(drop[i].Peer)
+			continue
+		}
 		if drop[i].Why != abi.ReasonHoldTimeout {
 			continue
 		}

@@ -18,7 +18,7 @@ func (c *Config) leases() int { return c.Sessions + int(ipcache.LeaseFirst) }
 // kernelConfig is what the flags ask of the datapath.
 func (l *loop) kernelConfig() datapath.Config {
 	c := &l.cfg
-	return datapath.Config{PinDir: c.PinDir, Classic: c.Evidence == ModeClassic, Watch: c.Evidence == ModeWatch, Log: l.log,
+	return datapath.Config{PinDir: c.PinDir, Classic: c.Evidence == ModeClassic, Watch: c.Evidence == ModeWatch, Proofs: c.proves(), ProveAll: c.Evidence == ModeSVID, Log: l.log,
 		Bindings: c.Bindings, Endpoints: c.Endpoints, Leases: c.leases(), Policy: c.PolicyEntries, Ranges: c.RangeEntries, Sources: c.SourceEntries, Services: c.ServiceEntries,
 		Conntrack: c.Conntrack, ConntrackPerEndpoint: c.ConntrackPerEndpoint, FragmentsPerEndpoint: c.FragmentsPerEndpoint,
 		HoldPerEndpoint: c.HoldPerEndpoint, HoldPerSource: c.HoldPerSource, HoldTotal: c.HoldTotal, HoldTimeout: c.HoldTimeout,

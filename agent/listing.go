@@ -123,7 +123,7 @@ func (l *loop) bindingMessage(e ipcache.Entry, now lease.Time, grants []*api.Gra
 	b := e.Binding
 	n := l.numerics[e.Stamp]
 	m := &api.Binding{Ip: b.IP.String(), Generation: uint64(b.Generation), Workload: &api.Workload{Uid: b.UID.String()},
-		Evidence: e.Evidence.String(), Mode: string(ModeLease), Owner: string(b.Owner), Stamp: e.Stamp, State: "live", Grants: grants}
+		Evidence: e.EvidenceAt(int64(now)).String(), Mode: string(ModeLease), Owner: string(b.Owner), Stamp: e.Stamp, State: "live", Grants: grants}
 	switch e.Lease {
 	case ipcache.LeaseLocal:
 		m.Local = true

@@ -56,6 +56,7 @@ type loop struct {
 	audit         *audit.Log // safe for concurrent use
 	signer        *lateSigner
 
+	proofs   *proofs           // nil: this agent has nothing to do with proofs
 	template identity.Template // of the SPIFFE IDs of workloads
 
 	peerSessions map[identity.NodeName]*audit.Session // by certificate, of streams that are up

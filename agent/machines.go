@@ -35,6 +35,8 @@ func (l *loop) carryOutOwner(outs []lease.OwnerOutput) *lease.JournalFailed {
 		switch o := out.(type) {
 		case lease.SendToVerifier:
 			l.transport.SendToVerifier(o.Stream, o.Message)
+		case lease.MakeProof:
+			l.makeProof(o)
 		case lease.CloseVerifier:
 			l.transport.Close(o.Stream, o.Why)
 		case lease.Activate:
@@ -128,6 +130,8 @@ func (l *loop) carryOutVerifier(outs []lease.VerifierOutput) *lease.StoreFailed 
 			l.transport.SendToOwner(o.Stream, o.Message)
 		case lease.Answer:
 			l.answer(o)
+		case lease.ProofAnswer:
+			l.proofAnswer(o)
 		case lease.Learned:
 			// Nothing to do: slots of an earlier agent are not taken over.
 		case lease.VerifierTimer:
@@ -157,6 +161,8 @@ func (l *loop) write(w lease.Write) error {
 		return err
 	case lease.SwitchLease:
 		return l.dp.SwitchLease(w.Slot, w.Stamp, w.Lease)
+	case lease.SetProved:
+		return l.dp.SetProved(w.Slot, w.Stamp, int64(w.Until))
 	case lease.SetDeadline:
 		return l.dp.SetDeadline(w.Lease, int64(w.Deadline))
 	}

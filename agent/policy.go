@@ -321,7 +321,7 @@ func (l *loop) applyPolicies() error {
 			same[e] = set
 			continue
 		}
-		p := policySet{id: l.dp.State().NextPolicySet(), set: set, lost: e.lost}
+		p := policySet{id: l.dp.State().NextPolicySet(), set: set, lost: e.lost, svid: e.policy.svid}
 		next[e] = p
 		if err := l.dp.PutPolicy(p.id, set.WithSet(p.id)); err != nil {
 			undo()

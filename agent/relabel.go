@@ -76,6 +76,8 @@ func (l *loop) relabel(uid identity.UID, change func(*workload)) (*endpoint, err
 	default: // whoever waits goes on waiting
 	}
 	l.names.addEndpoint(e)
+	l.unfollow(uid)
+	l.follow(e)
 	l.uncompile(&former)
 	l.release(former.numeric)
 	l.log.Info("endpoint relabelled", zap.String("workload", e.fullName()), zap.Stringer("uid", uid), zap.Stringer("from", former.identity), zap.Stringer("to", e.identity), zap.Stringer("mode", l.cfg.Relabel))

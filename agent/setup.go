@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.uber.org/zap"
 
@@ -182,8 +183,12 @@ func (l *loop) buildMachines(records []lease.Record, state lease.JournalState) (
 		return err
 	}
 	l.owner, l.grants = owner, owner
-	l.verifier, err = lease.NewVerifier(lease.VerifierConfig{Node: l.cfg.Node, Boot: l.boot, TTL: l.cfg.TTL, Heartbeat: l.cfg.Heartbeat,
-		IdleBinding: l.cfg.IdleBinding, Waits: l.cfg.HoldTotal, Speaks: l.speaks}, l.table, now)
+	cfg := lease.VerifierConfig{Node: l.cfg.Node, Boot: l.boot, TTL: l.cfg.TTL, Heartbeat: l.cfg.Heartbeat,
+		IdleBinding: l.cfg.IdleBinding, Waits: l.cfg.HoldTotal, Speaks: l.speaks}
+	if l.proofs != nil {
+		cfg.ProofID, cfg.ProofNonce, cfg.ProveAll = l.proofID, newProofNonce, l.cfg.Evidence == ModeSVID
+	}
+	l.verifier, err = lease.NewVerifier(cfg, l.table, now)
 	return err
 }
 
@@ -223,14 +228,20 @@ func (s sink) Owner(in lease.OwnerInput) {
 	})
 }
 
-func (s sink) Verifier(in lease.VerifierInput) { s.l.post(func() { s.l.stepVerifier(in) }) }
+func (s sink) Verifier(in lease.VerifierInput) {
+	s.l.post(func() { s.l.stepVerifier(s.l.refuseUnrecordedProof(in)) })
+}
 
 func newTransport(cfg Config, l *loop, source *svid.Source, log *zap.Logger) (*session.Transport, error) {
 	td, err := spiffeid.TrustDomainFromString(cfg.TrustDomain)
 	if err != nil {
 		return nil, err
 	}
-	return session.New(session.Config{Node: cfg.Node, TrustDomain: td, Listen: cfg.Listen.String(), Source: source, Sink: sink{l}, Log: log,
+	var trust x509bundle.Source
+	if l.trust != nil {
+		trust = l.trust
+	}
+	return session.New(session.Config{Node: cfg.Node, TrustDomain: td, Listen: cfg.Listen.String(), Source: source, Sink: sink{l}, Trust: trust, Log: log,
 		DialTimeout: min(time.Second, cfg.TTL), Connections: cfg.Connections, NodeAddress: func(ip netip.Addr) bool { return l.topology.Load().isPeer(ip) },
 		Peer: func(n identity.NodeName) (string, bool) {
 			p, ok := l.topology.Load().peers[n]

@@ -116,6 +116,9 @@ enum pc_endpoint_flag {
 	/* What its own node sends it passes, whatever policy does not allow: only
 	 * DENY drops it. Who else calls a port fares as without this flag. */
 	PC_EP_ADMIT_HOST = 64,
+	/* Its rules ask for evidence svid where they name none. A change of it needs a
+	 * new policy set. */
+	PC_EP_SVID = 128,
 };
 
 /* Map `endpoints`: ifindex (u32) of the host side of the veth -> this.
@@ -168,7 +171,7 @@ struct pc_binding {
 	__u32 pad;
 };
 
-/* Map `slots`: array, mmapable. All but `lease` and `identity` is written before
+/* Map `slots`: array, mmapable. All but `lease`, `identity` and `proved` is written before
  * `stamp` is published and never again while it stands; revoking is one aligned
  * 8-byte store of 0 to `stamp` (I1, I2). `identity` is stored in place when
  * policies begin or cease to tell the address from others: another number that
@@ -188,7 +191,11 @@ struct pc_slot {
 			     * with PC_LEASE_LOCAL, an address of this node itself */
 	__u8 evidence;	    /* enum pc_evidence */
 	__u8 pad[3];
-	__u64 pad2;	    /* to a cache line */
+	/* Until when (BOOTTIME) the binding is proved by the workload's own SVID, and
+	 * its evidence svid; 0: it is not. Stored in place by one aligned store, so
+	 * that a proof that comes, or goes, leaves stamp and flows alone; what needs
+	 * it looks at it with every packet (I2). */
+	__u64 proved;
 };
 
 /* Map `slots_cold`: array, mmapable, beside `slots`: what only user space
@@ -491,6 +498,11 @@ struct pc_held {
 	struct pc_addr service; /* zero: the packet is as it was sent */
 	__u16 service_port;
 	__u8 pad[6];
+	/* With reason EVIDENCE_TOO_WEAK: under which binding it was judged. It waits
+	 * for a proof of that one and is no other's packet; so one that is held for
+	 * the second time, with another arrival, is not taken for a later holder's
+	 * (I1). 0: not known. */
+	__u64 stamp;
 };
 
 enum pc_held_size {
@@ -569,7 +581,7 @@ _Static_assert(sizeof(struct pc_ct_key) == 40, "pc_ct_key");
 _Static_assert(sizeof(struct pc_judgement) == 40, "pc_judgement");
 _Static_assert(sizeof(struct pc_ct) == 104, "pc_ct");
 _Static_assert(sizeof(struct pc_event) == 104, "pc_event");
-_Static_assert(sizeof(struct pc_held) == 96, "pc_held");
+_Static_assert(sizeof(struct pc_held) == 104, "pc_held");
 _Static_assert(sizeof(struct pc_state) == 128, "pc_state");
 
 #endif

@@ -50,6 +50,9 @@ const volatile __u64 hold_reader_timeout = 1000000000;
  * PC_EVIDENCE_LEASE; in mode classic PC_EVIDENCE_WATCH. */
 const volatile __u32 default_evidence = PC_EVIDENCE_LEASE;
 
+/* 1: the agent asks for proofs, so that a packet waits for one. */
+const volatile __u32 proofs = 0;
+
 /* 1: mode classic. Without it no slot with lease index PC_LEASE_CLASSIC ever
  * counts, whatever stands in `leases`. */
 const volatile __u32 classic = 0;

@@ -23,13 +23,13 @@ func TestPlan(t *testing.T) {
 		t.Error(err)
 	}
 	for says, change := range map[string]func(*Options){
-		`there is no scenario "x"`: func(o *Options) { o.Scenario = "x" },
-		`there is no fault "y"`:    func(o *Options) { o.Faults = []string{"y"} },
-		"named twice":              func(o *Options) { o.Faults = []string{"partition", "partition"} },
-		"want lease or classic":    func(o *Options) { o.Evidence = "faith" },
-		"want 1 to 1000000":        func(o *Options) { o.Events = 0 },
-		"want 1 to 200":            func(o *Options) { o.Parallel = 300 },
-		"want 500ms to 1m0s":       func(o *Options) { o.TTL = 1 },
+		`there is no scenario "x"`:    func(o *Options) { o.Scenario = "x" },
+		`there is no fault "y"`:       func(o *Options) { o.Faults = []string{"y"} },
+		"named twice":                 func(o *Options) { o.Faults = []string{"partition", "partition"} },
+		"want lease, svid or classic": func(o *Options) { o.Evidence = "faith" },
+		"want 1 to 1000000":           func(o *Options) { o.Events = 0 },
+		"want 1 to 200":               func(o *Options) { o.Parallel = 300 },
+		"want 500ms to 1m0s":          func(o *Options) { o.TTL = 1 },
 	} {
 		o := good
 		change(&o)

@@ -39,7 +39,7 @@ func Scenarios() []Scenario {
 // Options of a run.
 type Options struct {
 	Scenario string
-	Evidence string   // lease, or classic
+	Evidence string   // lease, svid, or classic
 	Faults   []string // of package fault
 	Events   int      // how many times an IP is to be used again
 	Seed     uint64
@@ -82,8 +82,8 @@ func newPlan(o Options) (*plan, error) {
 		errs = append(errs, err)
 		p.faults = append(p.faults, k)
 	}
-	if o.Evidence != "lease" && o.Evidence != "classic" {
-		errs = append(errs, fmt.Errorf("evidence %q: want lease or classic", o.Evidence))
+	if o.Evidence != "lease" && o.Evidence != "svid" && o.Evidence != "classic" {
+		errs = append(errs, fmt.Errorf("evidence %q: want lease, svid or classic", o.Evidence))
 	}
 	if o.Events < 1 || o.Events > 1_000_000 {
 		errs = append(errs, fmt.Errorf("%d events: want 1 to 1000000", o.Events))

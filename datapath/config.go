@@ -60,6 +60,10 @@ type Config struct {
 	// other, and its bindings have a deadline as others have.
 	Watch bool
 
+	// Proofs: the agent asks for proofs by workloads' SVIDs, so packets wait for
+	// them. ProveAll: every rule that needs to know its peer asks for one.
+	Proofs, ProveAll bool
+
 	Log *zap.Logger // nil: none
 }
 

@@ -219,7 +219,13 @@ func (d *Datapath) spec() (*ebpf.CollectionSpec, error) {
 		"hold_per_source": uint32(d.cfg.HoldPerSource), "hold_key": key, "ct_per_endpoint": uint32(d.cfg.ConntrackPerEndpoint),
 		"endpoint_mark_mask": d.cfg.EndpointMarkMask, "endpoint_mark_shift": d.cfg.markShift(),
 		"default_evidence": uint32(abi.EvidenceLease), "classic": uint32(0),
-		"events_wakeup": uint32(min(eventsWakeup, d.cfg.EventBytes/4)),
+		"events_wakeup": uint32(min(eventsWakeup, d.cfg.EventBytes/4)), "proofs": uint32(0),
+	}
+	if d.cfg.Proofs {
+		constants["proofs"] = uint32(1)
+	}
+	if d.cfg.ProveAll {
+		constants["default_evidence"] = uint32(abi.EvidenceSvid)
 	}
 	if d.cfg.Classic {
 		constants["default_evidence"], constants["classic"] = uint32(abi.EvidenceWatch), uint32(1)

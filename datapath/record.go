@@ -27,6 +27,7 @@ type HeldPacket struct {
 	Sport     uint16
 	Dport     uint16
 	Service   netip.AddrPort // what the workload called, where Peer is whom the node's translation chose; else not valid
+	Stamp     uint64         // of the binding that waits for a proof, with ReasonEvidenceTooWeak; 0: not known
 	Passed    bool           // its endpoint is under audit: it went on, and never is to be sent or counted again
 	Packet    []byte         // from its link-layer header on; belongs to the receiver
 }
@@ -47,7 +48,7 @@ func parseHeld(b []byte) (HeldPacket, error) {
 		Endpoint: h.Endpoint, Ifindex: h.Ifindex, HoldIndex: h.HoldIndex, Source: h.SourceIndex,
 		GSOSize: h.GsoSize, GSOSegs: h.GsoSegs,
 		Direction: abi.Direction(h.Direction), Proto: h.Proto, Reason: abi.Reason(h.Reason),
-		Sport: h.Sport, Dport: h.Dport, Passed: h.Passed != 0,
+		Sport: h.Sport, Dport: h.Dport, Passed: h.Passed != 0, Stamp: h.Stamp,
 	}
 	if uint64(h.Len) > uint64(len(b)-heldHeader) {
 		return r, fmt.Errorf("held record says %d bytes of packet, but holds %d", h.Len, len(b)-heldHeader)

@@ -170,6 +170,23 @@ func (d *Datapath) SwitchIdentity(slot uint32, stamp uint64, numeric uint32) err
 	return nil
 }
 
+// SetProved stores until when (CLOCK_BOOTTIME ns) a standing binding counts as
+// proved by its workload's SVID, one tick early: see clockTick. 0 or less takes
+// the proof back. It is one store: stamp and flows stay. ErrStaleStamp if the slot
+// holds another binding, which is not touched.
+func (d *Datapath) SetProved(slot uint32, stamp uint64, boottime int64) error {
+	if slot == 0 || slot >= d.slots.n || stamp == 0 {
+		return fmt.Errorf("prove slot %d: out of range", slot)
+	}
+	s := d.slots.at(slot)
+	if atomic.LoadUint64(&s.Stamp) != stamp {
+		return fmt.Errorf("prove slot %d: %w", slot, ErrStaleStamp)
+	}
+	// One goroutine writes slots, so the stamp cannot change in between.
+	atomic.StoreUint64(&s.Proved, uint64(max(0, boottime-int64(clockTick))))
+	return nil
+}
+
 // SetDeadline stores the deadline of a lease (CLOCK_BOOTTIME ns), one tick
 // early: see clockTick. 0 or less ends the lease. The reserved indices cannot
 // be set.

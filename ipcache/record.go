@@ -19,6 +19,7 @@ import (
 type record struct {
 	slot, lease   uint32
 	stamp         uint64
+	proved        int64
 	ip            netip.Addr
 	generation    identity.Generation
 	uid           identity.UID
@@ -59,7 +60,7 @@ func (e *record) entry() Entry {
 		Binding: identity.Binding{
 			IP: e.ip, Generation: e.generation, UID: e.uid, Identity: e.identity.identity, Owner: e.owner.name, Ports: e.ports,
 		},
-		Hash: e.identity.hash, OwnerBoot: e.ownerBoot, Evidence: e.evidence, Condemned: e.condemned,
+		Hash: e.identity.hash, OwnerBoot: e.ownerBoot, Evidence: e.evidence, Proved: e.proved, Condemned: e.condemned,
 	}
 }
 
@@ -72,7 +73,7 @@ func (t *Table) add(e Entry) *record {
 	}
 	r := &record{
 		slot: e.Slot, lease: e.Lease, stamp: e.Stamp, ip: b.IP, generation: b.Generation, uid: b.UID, ownerBoot: e.OwnerBoot,
-		ports: b.Ports, identity: t.share(b.Identity, e.Hash), owner: o, before: o.last, evidence: e.Evidence, condemned: e.Condemned,
+		ports: b.Ports, identity: t.share(b.Identity, e.Hash), owner: o, before: o.last, evidence: e.Evidence, proved: e.Proved, condemned: e.Condemned,
 	}
 	if o.last == nil {
 		o.first = r

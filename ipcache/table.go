@@ -46,7 +46,10 @@ var (
 type Entry struct {
 	Slot  uint32
 	Stamp uint64 // never 0, never reused: I4 rests on it
-	Lease uint32 // index; the one field that changes while the entry stands
+	Lease uint32 // index; it and Proved are what changes while the entry stands
+	// Proved is until when (BOOTTIME ns) the binding counts as proved by the
+	// workload's SVID; 0: it does not. Then its evidence is svid, else Evidence.
+	Proved int64
 
 	Binding   identity.Binding // Identity is empty when restored: the kernel keeps its hash alone
 	Hash      identity.Hash    // of Binding.Identity, always set
@@ -215,6 +218,21 @@ func (t *Table) SetLease(slot, lease uint32) {
 	t.unname(e.lease)
 	e.lease = lease
 	t.leases[lease]++
+}
+
+// SetProved notes until when (BOOTTIME ns) a standing entry counts as proved.
+func (t *Table) SetProved(slot uint32, until int64) {
+	if e := t.slots[slot]; e != nil {
+		e.proved = until
+	}
+}
+
+// EvidenceAt returns how strongly the binding is known at a time (BOOTTIME ns).
+func (e *Entry) EvidenceAt(now int64) identity.Evidence {
+	if now < e.Proved {
+		return identity.EvidenceSVID
+	}
+	return e.Evidence
 }
 
 func (t *Table) unname(lease uint32) {

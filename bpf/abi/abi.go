@@ -63,6 +63,7 @@ const (
 	EPAudit          EndpointFlag = 16
 	EPForwards       EndpointFlag = 32
 	EPAdmitHost      EndpointFlag = 64
+	EPSvid           EndpointFlag = 128
 )
 
 // EndpointState is enum pc_endpoint_state.
@@ -510,7 +511,7 @@ type Event struct {
 	_           [4]uint8
 }
 
-// Held is struct pc_held, 96 bytes.
+// Held is struct pc_held, 104 bytes.
 type Held struct {
 	Arrival     uint64
 	Peer        Addr
@@ -531,6 +532,7 @@ type Held struct {
 	Service     Addr
 	ServicePort uint16
 	_           [6]uint8
+	Stamp       uint64
 }
 
 // HoldQuota is struct pc_hold_quota, 16 bytes.
@@ -609,7 +611,7 @@ type Slot struct {
 	Ifindex    uint32
 	Evidence   uint8
 	_          [3]uint8
-	_          uint64
+	Proved     uint64
 }
 
 // SlotCold is struct pc_slot_cold, 136 bytes.

@@ -122,6 +122,20 @@ inline_always const struct pc_endpoint *mark_sender(__u32 mark)
 	return ep;
 }
 
+/* How strongly is the binding known now? The proof's deadline stands in the
+ * kernel, as the lease's does (I2). */
+inline_always __u8 slot_evidence(struct pc_slot *s, __u64 now)
+{
+	return now < READ_ONCE(s->proved) ? PC_EVIDENCE_SVID : READ_ONCE(s->evidence);
+}
+
+/* Is that enough? A local binding is known by this node's own word: that is no
+ * proof by the workload's SVID. */
+inline_always int evidence_meets(__u8 have, __u8 need)
+{
+	return have >= need && !(need == PC_EVIDENCE_SVID && have == PC_EVIDENCE_LOCAL);
+}
+
 /* Fills l->peer from the slot of a local endpoint's binding. */
 inline_always int peer_from_slot(struct pc_life *l, struct pc_slot *s, __u32 index, __u64 stamp)
 {
@@ -131,7 +145,7 @@ inline_always int peer_from_slot(struct pc_life *l, struct pc_slot *s, __u32 ind
 	l->peer.slot = index;
 	l->peer.stamp = stamp;
 	l->peer.identity = READ_ONCE(s->identity);
-	l->peer.evidence = READ_ONCE(s->evidence);
+	l->peer.evidence = slot_evidence(s, l->now);
 	live = lease_live(READ_ONCE(s->lease), l->now);
 	return slot_still(s, stamp) && live ? PEER_BOUND : PEER_CHANGED;
 }
@@ -239,7 +253,7 @@ inline_always int peer_look_up(struct __sk_buff *skb, struct pc_life *l)
 		return range_of(skb, l, addr, PEER_MISSING, epoch);
 	}
 	peer->identity = READ_ONCE(s->identity);
-	peer->evidence = READ_ONCE(s->evidence);
+	peer->evidence = slot_evidence(s, l->now);
 	ifindex = READ_ONCE(s->ifindex);
 	live = READ_ONCE(s->lease);
 	peer->host = slot_is_host(live, ifindex);

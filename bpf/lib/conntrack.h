@@ -131,7 +131,7 @@ inline_always int judgement_fresh(const struct pc_judgement *j, const struct pc_
 		s = slot_find(j->slot, j->stamp); /* its own address is another */
 	else
 		s = slot_of(j->slot, j->stamp, peer);
-	if (!s || READ_ONCE(s->evidence) < j->evidence)
+	if (!s || !evidence_meets(slot_evidence(s, now), j->evidence))
 		return 0;
 	if (!lease_live(READ_ONCE(s->lease), now))
 		return 0;

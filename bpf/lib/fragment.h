@@ -160,6 +160,10 @@ separate int fragment_follow(struct __sk_buff *skb, struct pc_life *l)
 		 * One that comes back before its first did may not. */
 		l->peer.kind = reason == PC_REASON_STALE_LEASE ? PEER_EXPIRED : PEER_MISSING;
 		l->peer.holdable = 1;
+		if (reason == PC_REASON_EVIDENCE_TOO_WEAK) {
+			l->peer.kind = PEER_BOUND;
+			l->need = PC_EVIDENCE_SVID;
+		}
 		return reason;
 	}
 	if (reason) /* under audit: as the first */

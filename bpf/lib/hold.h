@@ -34,6 +34,13 @@ inline_always int reader_alive(__u64 now)
 /* Can the packet that was just refused for want of evidence be held instead? */
 inline_always int may_hold(const struct pc_life *l)
 {
+	/* Its peer is known, and not proved yet. This wait may come after the other,
+	 * for then the record says whose packet it is (pc_held.stamp); of a fragment
+	 * it does not. A peer that only its mark names is not asked for under the
+	 * packet's address; the node itself sends what it sends. */
+	if (unlikely(l->reason == PC_REASON_EVIDENCE_TOO_WEAK))
+		return proofs && l->need == PC_EVIDENCE_SVID && l->peer.kind == PEER_BOUND && !l->peer.mark &&
+		       !l->peer.host && (l->peer.stamp || !l->reinjected) && reader_alive(l->now);
 	if (!l->peer.holdable)
 		return 0;
 	if (l->peer.kind != PEER_MISSING && l->peer.kind != PEER_EXPIRED)
@@ -133,6 +140,7 @@ inline_always void held_fill(struct pc_held *h, struct __sk_buff *skb, struct pc
 	h->source_index = at->source;
 	h->service.d[0] = h->service.d[1] = 0;
 	h->service_port = 0;
+	h->stamp = l->reason == PC_REASON_EVIDENCE_TOO_WEAK ? l->peer.stamp : 0;
 }
 
 inline_always int hold_copy(struct __sk_buff *skb, struct pc_life *l, const struct hold_place *at, __u32 size)

@@ -31,14 +31,14 @@ inline_always int audit_unsettled(int reason)
 {
 	return reason == PC_REASON_UNBOUND || reason == PC_REASON_STALE_LEASE ||
 	       reason == PC_REASON_TRANSLATED || reason == PC_REASON_CONFLICT ||
-	       reason == PC_REASON_UNMANAGED;
+	       reason == PC_REASON_UNMANAGED || (proofs && reason == PC_REASON_EVIDENCE_TOO_WEAK);
 }
 
 inline_always int audit_remembers(const struct pc_life *l, int reason)
 {
 	if (!(l->ep_flags & PC_EP_AUDIT))
 		return 0;
-	return reason == PC_REASON_POLICY_DENIED || reason == PC_REASON_EVIDENCE_TOO_WEAK ||
+	return reason == PC_REASON_POLICY_DENIED || (!proofs && reason == PC_REASON_EVIDENCE_TOO_WEAK) ||
 	       (audit_unsettled(reason) && !(l->how & CT_KNOWN));
 }
 

@@ -143,7 +143,7 @@ struct pc_recent {
 	__u32 slot;
 	__u32 ifindex;
 	__u32 ingress;
-	__u16 by_range;
+	__u16 ground; /* what it passes by, beside the stamp */
 	__u16 mark; /* that the packets leave with, from_workload */
 	__u64 mac;
 	__u64 ports;
@@ -151,6 +151,8 @@ struct pc_recent {
 };
 
 enum { RECENT_BITS = 8 };
+
+enum { RECENT_BY_RANGE = 1, RECENT_SVID = 2 };
 
 /* In one element: the cells of a CPU lie side by side. */
 struct pc_recent_cells {

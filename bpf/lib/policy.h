@@ -46,13 +46,6 @@ inline_always struct pc_entry policy_entry(__u32 set, __u32 identity, int dir, _
 	return e;
 }
 
-/* Is the binding known well enough? A local one is known by this node's own
- * word: that is no proof by the workload's SVID. */
-inline_always int evidence_meets(__u8 have, __u8 need)
-{
-	return have >= need && !(need == PC_EVIDENCE_SVID && have == PC_EVIDENCE_LOCAL);
-}
-
 /* PC_EP_ADMIT_HOST: can the flow have come from the endpoint's own node? Asked
  * before its peer is looked for, so that nobody else's packet costs that. A
  * reply is one if its flow was judged as the node's. */
@@ -167,7 +160,7 @@ inline_always int policy_judge(struct __sk_buff *skb, struct pc_life *l, int dir
 	/* A range is a fact of configuration, not of a binding: the default
 	 * strength does not apply to it, one that is asked for by number does. */
 	if (!l->need && l->peer.kind == PEER_BOUND)
-		l->need = default_evidence;
+		l->need = l->ep_flags & PC_EP_SVID ? PC_EVIDENCE_SVID : default_evidence;
 	return evidence_meets(l->peer.evidence, l->need) ? PC_REASON_NONE : PC_REASON_EVIDENCE_TOO_WEAK;
 }
 

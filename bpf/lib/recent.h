@@ -13,9 +13,10 @@
  *    or ends a flow?
  *  - has no endpoint changed since (state.endpoint_epoch, before and after)? So
  *    state, policy epoch, flags and addresses are those that were read then.
- *  - the stamp in its slot, the lease before its deadline, the stamp again; or
- *    the epoch of the ranges (I1, I2, I4, I5). Evidence and address are part of
- *    what stands as long as the stamp does.
+ *  - the stamp in its slot, the lease before its deadline, the stamp again; the
+ *    proof before its deadline where one was asked for; or the epoch of the ranges
+ *    (I1, I2, I4, I5). The address and all other evidence are part of what stands
+ *    as long as the stamp does.
  *
  * What may be a tick old is conntrack itself: where another packet began the
  * flow anew meanwhile, this judgement counts to the end of the tick. last_seen
@@ -111,7 +112,7 @@ inline_always __u64 recent_sum(const struct pc_recent_key *k)
 inline_always __u64 recent_seal(__u64 sum, const struct pc_recent *c, __u32 epoch)
 {
 	return sum + hold_key + c->stamp * 0xe7037ed1a0b428dbULL + ((__u64)c->slot << 32 | c->ifindex) * 0x589965cc75374cc3ULL +
-	       ((__u64)c->ingress << 32 | (__u32)c->by_range << 16 | c->mark) * 0x1d8e4e27c47d124fULL +
+	       ((__u64)c->ingress << 32 | (__u32)c->ground << 16 | c->mark) * 0x1d8e4e27c47d124fULL +
 	       c->now * 0xeb44accab455d165ULL + epoch * 0x9c6e6877736c46e3ULL;
 }
 
@@ -157,15 +158,19 @@ inline_always int recent_passes(struct __sk_buff *skb, int dir, __u64 now)
 	copy.ingress = skb->ingress_ifindex;
 	copy.stamp = READ_ONCE(c->stamp);
 	copy.slot = READ_ONCE(c->slot);
-	copy.by_range = READ_ONCE(c->by_range);
+	copy.ground = READ_ONCE(c->ground);
 	copy.mark = READ_ONCE(c->mark);
 	if (READ_ONCE(c->seal) != recent_seal(sum, &copy, epoch))
 		return 0;
 	if (copy.stamp) {
 		s = slot_find(copy.slot, copy.stamp);
-		if (!s || !lease_live(READ_ONCE(s->lease), now) || !slot_still(s, copy.stamp))
+		if (!s || !lease_live(READ_ONCE(s->lease), now))
 			return 0;
-	} else if (copy.by_range && copy.slot != (__u32)READ_ONCE(st->range_epoch)) {
+		if ((copy.ground & RECENT_SVID) && now >= READ_ONCE(s->proved))
+			return 0;
+		if (!slot_still(s, copy.stamp))
+			return 0;
+	} else if ((copy.ground & RECENT_BY_RANGE) && copy.slot != (__u32)READ_ONCE(st->range_epoch)) {
 		return 0;
 	}
 	/* Read again, as an endpoint's words are before a packet passes. */
@@ -203,7 +208,8 @@ separate int recent_store(struct __sk_buff *skb, struct pc_life *l)
 	mine.ingress = skb->ingress_ifindex;
 	mine.stamp = l->j.stamp;
 	mine.slot = l->j.slot;
-	mine.by_range = !!(l->j.flags & PC_JUDGED_BY_RANGE);
+	mine.ground = (l->j.flags & PC_JUDGED_BY_RANGE ? RECENT_BY_RANGE : 0) |
+		      (l->j.evidence == PC_EVIDENCE_SVID ? RECENT_SVID : 0);
 	mine.mark = (skb->mark & endpoint_mark_mask) >> endpoint_mark_shift;
 	mine.seal = recent_seal(sum, &mine, l->endpoint_epoch);
 	WRITE_ONCE(c->seal, 0);
@@ -212,7 +218,7 @@ separate int recent_store(struct __sk_buff *skb, struct pc_life *l)
 	WRITE_ONCE(c->ingress, mine.ingress);
 	WRITE_ONCE(c->stamp, mine.stamp);
 	WRITE_ONCE(c->slot, mine.slot);
-	WRITE_ONCE(c->by_range, mine.by_range);
+	WRITE_ONCE(c->ground, mine.ground);
 	WRITE_ONCE(c->mark, mine.mark);
 	WRITE_ONCE(c->mac, k.mac);
 	WRITE_ONCE(c->ports, k.ports);

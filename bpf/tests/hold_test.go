@@ -22,7 +22,7 @@ func padded(p []byte, n int) []byte { return append(p, make([]byte, n-len(p))...
 
 // TestHeldRecord: what user space gets of a held packet.
 func TestHeldRecord(t *testing.T) {
-	const header = 96
+	const header = 104
 	eachFamily(t, func(t *testing.T, f family) {
 		for _, tt := range []struct {
 			name string

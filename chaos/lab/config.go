@@ -22,7 +22,7 @@ type Config struct {
 	Nodes     []Node     `json:"nodes"`
 	Workloads []Workload `json:"workloads,omitempty"`
 
-	Evidence    string        `json:"evidence"`    // "lease" or "classic"
+	Evidence    string        `json:"evidence"`    // "lease", "svid" or "classic"
 	TTL         time.Duration `json:"ttl"`         // of leases
 	Heartbeat   time.Duration `json:"heartbeat"`   // between renewals
 	ReuseMargin time.Duration `json:"reuseMargin"` // an IP rests at least this long before its next use
@@ -373,8 +373,8 @@ func (c *Config) Validate() error {
 	if len(c.Nodes) > maxNodes {
 		fail("nodes: at most %d", maxNodes)
 	}
-	if c.Evidence != "lease" && c.Evidence != "classic" {
-		fail("evidence: %q is not one of lease, classic", c.Evidence)
+	if c.Evidence != "lease" && c.Evidence != "svid" && c.Evidence != "classic" {
+		fail("evidence: %q is not one of lease, svid, classic", c.Evidence)
 	}
 	if c.Heartbeat >= c.TTL {
 		fail("heartbeat: %v must be shorter than ttl, %v", c.Heartbeat, c.TTL)

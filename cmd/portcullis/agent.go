@@ -131,7 +131,8 @@ func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (instea
 	f.DurationVar(&cfg.AuditMaxAge, "audit-max-age", cfg.AuditMaxAge, "age at which it does")
 	f.IntVar(&cfg.AuditKeep, "audit-keep", cfg.AuditKeep, "full files of the confirmation log that are kept; older ones are removed (0: all)")
 	f.DurationVar(&cfg.AuditCheckpoint, "audit-checkpoint", cfg.AuditCheckpoint, "longest time between two signatures in the confirmation log; there is one after 1000 lines too")
-	f.StringVar(&raw.evidence, "evidence", string(cfg.Evidence), "what a binding is believed on: lease, watch (the API server, within --watch-freshness), or classic (unsafe)")
+	f.StringVar(&raw.evidence, "evidence", string(cfg.Evidence), "what a binding is believed on: lease, svid (and proved by the workload's own SVID), watch (the API server, within --watch-freshness), or classic (unsafe)")
+	f.StringArrayVar(&raw.evidenceIn, "evidence-in", nil, "NAMESPACE=svid: the policies of workloads there ask for evidence svid (repeat)")
 	f.DurationVar(&cfg.WatchFreshness, "watch-freshness", cfg.WatchFreshness, "with --evidence=watch: how long what the API server told of pods is believed after it was proved to be all")
 	f.BoolVar(&cfg.UnsafeClassic, "unsafe-classic", false, "accept that --evidence=classic takes new workloads for dead ones")
 	f.BoolVar(&cfg.FreshRanges, "fresh-ranges", false, "state that nobody ever served --range before: skips the wait after a start without a journal")
@@ -179,6 +180,7 @@ type agentFlags struct {
 	node, listen, evidence, level string
 	nodeIPs, ranges, peers        []string
 	enforceIn, forget, services   []string
+	evidenceIn                    []string
 	nodeName                      string // of the downward API
 	plugin                        cni.Installation
 }
@@ -217,18 +219,7 @@ func (r *agentFlags) into(cfg *agent.Config, set *settings) error {
 		return out
 	}
 	cfg.Ranges, cfg.ForgetRanges, cfg.ServiceRanges = prefixes("range", r.ranges), prefixes("forget-range", r.forget), prefixes("service-range", r.services)
-	for i, s := range r.enforceIn {
-		namespace, mode, ok := strings.Cut(s, "=")
-		e, err := authz.ParseEnforcement(mode)
-		if !ok || namespace == "" || err != nil {
-			bad("enforce-in", i, "%q: want NAMESPACE=MODE, e.g. kube-system=never", s)
-			continue
-		}
-		if cfg.EnforceIn == nil {
-			cfg.EnforceIn = map[string]authz.Enforcement{}
-		}
-		cfg.EnforceIn[namespace] = e
-	}
+	r.namespacesInto(cfg, bad)
 	for i, s := range r.peers {
 		p, err := agent.ParsePeer(s)
 		if err != nil {
@@ -254,6 +245,33 @@ func (r *agentFlags) into(cfg *agent.Config, set *settings) error {
 		}
 	}
 	return errs.Join()
+}
+
+// namespacesInto parses what is otherwise in some namespaces.
+func (r *agentFlags) namespacesInto(cfg *agent.Config, bad func(name string, i int, format string, args ...any)) {
+	for i, s := range r.enforceIn {
+		namespace, mode, ok := strings.Cut(s, "=")
+		e, err := authz.ParseEnforcement(mode)
+		if !ok || namespace == "" || err != nil {
+			bad("enforce-in", i, "%q: want NAMESPACE=MODE, e.g. kube-system=never", s)
+			continue
+		}
+		if cfg.EnforceIn == nil {
+			cfg.EnforceIn = map[string]authz.Enforcement{}
+		}
+		cfg.EnforceIn[namespace] = e
+	}
+	for i, s := range r.evidenceIn {
+		namespace, mode, ok := strings.Cut(s, "=")
+		if !ok || namespace == "" || mode != string(agent.ModeSVID) {
+			bad("evidence-in", i, "%q: want NAMESPACE=svid", s)
+			continue
+		}
+		if cfg.EvidenceIn == nil {
+			cfg.EvidenceIn = map[string]agent.Mode{}
+		}
+		cfg.EvidenceIn[namespace] = agent.ModeSVID
+	}
 }
 
 // split returns what errors.Join has joined.

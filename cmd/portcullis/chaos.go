@@ -89,7 +89,7 @@ expected, under every fault that keeps news from a verifier.`,
 	o := addOutput(cmd)
 	var c chaos.Options
 	f := cmd.Flags()
-	f.StringVar(&c.Evidence, "evidence", "lease", "what a binding is believed on: lease, or classic (unsafe)")
+	f.StringVar(&c.Evidence, "evidence", "lease", "what a binding is believed on: lease, svid, or classic (unsafe)")
 	f.StringSliceVar(&c.Faults, "fault", nil, "faults, all at work in the same run (see chaos list)")
 	f.IntVar(&c.Events, "events", 100, "how many times an IP is used again")
 	f.Uint64Var(&c.Seed, "seed", 0, "seed of the plan (0: from the clock); the same plan meets other interleavings")

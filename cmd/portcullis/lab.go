@@ -59,7 +59,7 @@ Without a file it has three nodes and no workloads. A cluster file looks like th
       ports: [http=80, metrics=9090/TCP]
       command: [portcullis, probe, deathstar]
     - {name: xwing, namespace: default, node: two, serviceAccount: xwing, ip: 10.2.0.7}
-  evidence: lease     # or classic
+  evidence: lease     # or svid, or classic
   ttl: 3s
   heartbeat: 500ms
   reuseMargin: 10ms
@@ -68,7 +68,7 @@ Without a file it has three nodes and no workloads. A cluster file looks like th
 		Args: usageArgs(cobra.NoArgs),
 	}
 	file := cmd.Flags().StringP("file", "f", "", "cluster file")
-	evidence := cmd.Flags().String("evidence", "", "lease or classic, whatever the file says")
+	evidence := cmd.Flags().String("evidence", "", "lease, svid or classic, whatever the file says")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		c := lab.DefaultConfig()
 		if *file != "" {

@@ -148,27 +148,72 @@ func (q *Queue) Add(rec Record) (ask bool, dropped *Ended) {
 	return len(w.entries) == 1, nil
 }
 
-// Answer ends all holds of an IP whose slot and lease are live. inject are the
+// Answer ends the holds of an IP whose slot and lease are live, but for those that
+// wait for a proof. inject are the
 // packets that arrived after notBefore, in their order; they are to be sent
 // before anything else is done for this IP. drop are the others: the previous
 // holder of the IP may have sent them (generation-changed).
 func (q *Queue) Answer(ip netip.Addr, notBefore int64) (inject []Record, drop []Ended) {
+	return q.release(ip, func(r *Record) bool { return !weak(r) }, func(r *Record) bool {
+		return r.Arrival > notBefore // equal is not later: the safe side is to drop
+	})
+}
+
+// weak tells whether the packet waits for a proof: its peer was known when it
+// came, and not well enough.
+func weak(r *Record) bool { return r.Reason == abi.ReasonEvidenceTooWeak }
+
+// Proved ends the holds of an IP that wait for a proof, now that its binding under
+// this stamp has one. inject are those that were judged under this stamp, and of
+// those without one what arrived after notBefore. They are to be sent before
+// anything else is done for this IP. drop are the others (generation-changed).
+func (q *Queue) Proved(ip netip.Addr, stamp uint64, notBefore int64) (inject []Record, drop []Ended) {
+	return q.release(ip, weak, func(r *Record) bool {
+		return r.Stamp == stamp || r.Stamp == 0 && r.Arrival > notBefore
+	})
+}
+
+// release ends those holds of an IP that are meant, and tells which of them are to
+// go on.
+func (q *Queue) release(ip netip.Addr, meant, on func(*Record) bool) (inject []Record, drop []Ended) {
 	w := q.byIP[ip]
 	if w == nil {
 		return nil, nil
 	}
+	kept := w.entries[:0]
 	for _, e := range w.entries {
+		if !meant(&e.rec) {
+			kept = append(kept, e)
+			continue
+		}
 		q.end(e)
 		q.freePlace(&e.rec)
-		if e.rec.Arrival > notBefore {
+		if on(&e.rec) {
 			inject = append(inject, e.rec)
 		} else {
-			// Equal is not later: the safe side is to drop.
 			drop = append(drop, Ended{Record: e.rec, Why: abi.ReasonGenerationChanged})
 		}
 	}
-	delete(q.byIP, ip)
+	clear(w.entries[len(kept):])
+	if w.entries = kept; len(kept) == 0 {
+		delete(q.byIP, ip)
+	}
 	return inject, drop
+}
+
+// Unproved ends the holds of an IP that wait for a proof and arrived before
+// arrivedBefore: there is none (evidence-too-weak). With gone, the binding that
+// they were judged under is no more: those of this stamp end, whenever they came
+// (generation-changed).
+func (q *Queue) Unproved(ip netip.Addr, stamp uint64, arrivedBefore int64, gone bool) (drop []Ended) {
+	w := q.byIP[ip]
+	if w == nil {
+		return nil
+	}
+	if gone {
+		return q.filter(ip, w, abi.ReasonGenerationChanged, q.freePlace, func(r *Record) bool { return weak(r) && r.Stamp == stamp })
+	}
+	return q.filter(ip, w, abi.ReasonEvidenceTooWeak, q.keepPlace, func(r *Record) bool { return weak(r) && r.Arrival < arrivedBefore })
 }
 
 // Refuse ends the holds of an IP that arrived before arrivedBefore, for the
@@ -181,7 +226,7 @@ func (q *Queue) Refuse(ip netip.Addr, arrivedBefore int64, why abi.Reason) (drop
 		return nil, false
 	}
 	w.why = why
-	drop = q.filter(ip, w, why, q.keepPlace, func(r *Record) bool { return r.Arrival < arrivedBefore })
+	drop = q.filter(ip, w, why, q.keepPlace, func(r *Record) bool { return !weak(r) && r.Arrival < arrivedBefore })
 	return drop, q.byIP[ip] != nil
 }
 

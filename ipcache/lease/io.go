@@ -157,6 +157,9 @@ type LogEntry struct {
 	Evidence   identity.Evidence
 	Reason     string        // of a refusal, of a session's end
 	Duration   time.Duration // of a quarantine, of a renewal gap
+	// Certificate is the workload's, of a proof or of one that was refused; the
+	// zero one if none was seen.
+	Certificate Certificate
 }
 
 // LogKind tells what a LogEntry is.
@@ -164,19 +167,22 @@ type LogKind string
 
 // The kinds of confirmation log lines.
 const (
-	LogGrant       LogKind = "grant"       // owner: a binding was confirmed to a verifier
-	LogConfirmed   LogKind = "confirmed"   // verifier: a binding was installed
-	LogRefusal     LogKind = "refusal"     // owner or verifier: a confirmation was refused
-	LogRevocation  LogKind = "revocation"  // owner: revoked; verifier: zeroed
-	LogAcked       LogKind = "acked"       // owner: the revocation was acknowledged
-	LogExpiry      LogKind = "expiry"      // owner: a grant's deadline passed
-	LogQuarantine  LogKind = "quarantine"  // owner: an endpoint waits
-	LogActivation  LogKind = "activation"  // owner: an endpoint may send and receive
-	LogRelabel     LogKind = "relabel"     // owner: a live workload got another identity; Reason: the mode and the former one
-	LogRelease     LogKind = "release"     // a grant was given back
-	LogRenewalGap  LogKind = "renewal-gap" // verifier: a lease ran out with bindings on it
-	LogSessionUp   LogKind = "session-up"
-	LogSessionDown LogKind = "session-down"
+	LogGrant        LogKind = "grant"         // owner: a binding was confirmed to a verifier
+	LogConfirmed    LogKind = "confirmed"     // verifier: a binding was installed
+	LogRefusal      LogKind = "refusal"       // owner or verifier: a confirmation was refused
+	LogRevocation   LogKind = "revocation"    // owner: revoked; verifier: zeroed
+	LogAcked        LogKind = "acked"         // owner: the revocation was acknowledged
+	LogExpiry       LogKind = "expiry"        // owner: a grant's deadline passed
+	LogQuarantine   LogKind = "quarantine"    // owner: an endpoint waits
+	LogActivation   LogKind = "activation"    // owner: an endpoint may send and receive
+	LogRelabel      LogKind = "relabel"       // owner: a live workload got another identity; Reason: the mode and the former one
+	LogRelease      LogKind = "release"       // a grant was given back
+	LogRenewalGap   LogKind = "renewal-gap"   // verifier: a lease ran out with bindings on it
+	LogProof        LogKind = "proof"         // owner: given; verifier: accepted
+	LogProofRefusal LogKind = "proof-refusal" // owner or verifier: there is no proof
+	LogWeakening    LogKind = "weakening"     // verifier: what was proved is not any more
+	LogSessionUp    LogKind = "session-up"
+	LogSessionDown  LogKind = "session-down"
 )
 
 func (StreamAccepted) isOwnerInput() {}
@@ -239,6 +245,16 @@ type (
 	// StoreFailed: the write failed; the step's later outputs were dropped.
 	// It comes before any other input.
 	StoreFailed struct{ Write Write }
+	// WantProof: a packet is held until the binding under this stamp is proved.
+	// Arrival is when it reached the kernel.
+	WantProof struct {
+		IP      netip.Addr
+		Stamp   uint64
+		Arrival Time
+	}
+	// Doubt: trust bundles changed, or the wall clock was set: what was proved
+	// counts a TTL more at the most, and is asked for anew at once.
+	Doubt struct{}
 	// AskMax: planned restart of this node's agent: ask for MaxLease now.
 	AskMax struct{}
 	// ResetSession: an operator wants the session closed and forgotten.
@@ -293,6 +309,17 @@ type (
 		Asked     Time // without: when the Confirm was sent
 		Refusal   Refusal
 		Why       Unanswered
+	}
+	// ProofAnswer ends the wait for a proof. Proved: re-inject what was held
+	// under this stamp. Otherwise drop what arrived until Asked, for
+	// evidence-too-weak; Gone: all of it, for generation-changed.
+	ProofAnswer struct {
+		IP        netip.Addr
+		Stamp     uint64
+		Proved    bool
+		Gone      bool
+		NotBefore Time // with Proved: of what was held without a stamp, see Answer
+		Asked     Time
 	}
 	// Learned completes what is known of a slot that was restored after a
 	// restart: the kernel's maps keep an identity's hash alone. No write.
@@ -362,6 +389,14 @@ type (
 		Stamp uint64
 		Lease uint32
 	}
+	// SetProved stores until when a binding counts as proved, by one aligned
+	// store into a standing slot. 0 ends it. (One clock tick early, as a
+	// deadline.)
+	SetProved struct {
+		Slot  uint32
+		Stamp uint64
+		Until Time
+	}
 	// SetDeadline stores the deadline of a lease. 0 ends it. (The datapath
 	// writes it one clock tick early, see pc_clock in bpf/abi.h.)
 	SetDeadline struct {
@@ -376,6 +411,8 @@ func (StreamOpened) isVerifierInput() {}
 func (FromOwner) isVerifierInput()    {}
 func (OwnerGone) isVerifierInput()    {}
 func (Used) isVerifierInput()         {}
+func (WantProof) isVerifierInput()    {}
+func (Doubt) isVerifierInput()        {}
 func (StoreFailed) isVerifierInput()  {}
 func (AskMax) isVerifierInput()       {}
 func (ResetSession) isVerifierInput() {}
@@ -389,15 +426,18 @@ func (OpenStream) isVerifierOutput()    {}
 func (CloseOwner) isVerifierOutput()    {}
 func (SendToOwner) isVerifierOutput()   {}
 func (Answer) isVerifierOutput()        {}
+func (ProofAnswer) isVerifierOutput()   {}
 func (VerifierTimer) isVerifierOutput() {}
 func (Learned) isVerifierOutput()       {}
 func (VerifierLog) isVerifierOutput()   {}
 func (Install) isVerifierOutput()       {}
 func (Zero) isVerifierOutput()          {}
 func (SwitchLease) isVerifierOutput()   {}
+func (SetProved) isVerifierOutput()     {}
 func (SetDeadline) isVerifierOutput()   {}
 
 func (Install) isWrite()     {}
 func (Zero) isWrite()        {}
 func (SwitchLease) isWrite() {}
+func (SetProved) isWrite()   {}
 func (SetDeadline) isWrite() {}

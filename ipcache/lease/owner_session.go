@@ -65,6 +65,8 @@ func (o *Owner) receive(in FromVerifier) {
 		o.emit(SendToVerifier{s.id, HeartbeatReply{Echo: m.SentAt, TTL: ttl}})
 	case Confirm:
 		o.confirm(s, m)
+	case Prove:
+		o.prove(s, m)
 	case Ack:
 		o.ack(s, m)
 	case Release:

@@ -43,6 +43,16 @@ type VerifierConfig struct {
 	// Speaks tells whether the node may speak for the IP (its ranges and
 	// addresses). Required: a hint of whom to ask grants nothing.
 	Speaks func(owner identity.NodeName, ip netip.Addr) bool
+
+	// ProofID returns the SPIFFE ID that the holder of a binding must prove; not
+	// ok: it has none, and there is no proof of it. Nil: this verifier asks for
+	// no proofs.
+	ProofID func(identity.Binding) (id string, ok bool)
+	// ProofNonce returns a fresh random nonce. Required with ProofID.
+	ProofNonce func() ProofNonce
+	// ProveAll: every binding is to be proved, and is asked for when it is
+	// installed. Else when a packet wants it.
+	ProveAll bool
 }
 
 const (
@@ -98,6 +108,8 @@ type Verifier struct {
 	nextScan  Time
 	timer     Time
 	nextRetry Time // of failed stores; 0: none
+	nextProof Time // when proofs are to be looked at; 0: never
+	leastTick Time // and not before
 	nextAsk   Time // when a negative answer ends that a wait is held back by; 0: none
 
 	peers    map[identity.NodeName]*peer
@@ -107,6 +119,7 @@ type Verifier struct {
 	negative map[netip.Addr]negative
 	uses     []use // by slot; as long as was needed so far
 	leases   map[uint32]*leaseState
+	proofs   map[uint32]*proof // by slot; of those that were ever wanted
 
 	out  []VerifierOutput // of this step
 	last []VerifierOutput // of the last step, to be undone should one fail
@@ -134,6 +147,8 @@ type peer struct {
 	retryAt   Time
 	backoff   time.Duration
 	confirms  map[netip.Addr]confirm
+	asked     map[uint64]*proof // questions for proofs that are not answered
+	unproved  []*proof          // to be asked for when there is room, or a session
 	waits     []*wait
 	uses      useList
 	idleSince Time // 0: it has bindings or waits
@@ -181,6 +196,8 @@ func NewVerifier(cfg VerifierConfig, table *ipcache.Table, now Time) (*Verifier,
 		return nil, errors.New("lease: TTL must be positive and at most " + MaxLease.String())
 	case cfg.Heartbeat <= 0 || cfg.Heartbeat >= cfg.TTL:
 		return nil, errors.New("lease: heartbeat must be positive and less than the TTL")
+	case cfg.ProofID != nil && cfg.ProofNonce == nil:
+		return nil, errors.New("lease: a verifier that asks for proofs needs a source of nonces")
 	}
 	v := &Verifier{
 		cfg: cfg, table: table, start: now, now: now,
@@ -189,6 +206,7 @@ func NewVerifier(cfg VerifierConfig, table *ipcache.Table, now Time) (*Verifier,
 		waits:    map[netip.Addr]*wait{},
 		negative: map[netip.Addr]negative{},
 		leases:   map[uint32]*leaseState{},
+		proofs:   map[uint32]*proof{},
 
 		oldLease: map[uint32]uint32{}, oldDeadline: map[uint32]Time{},
 	}
@@ -256,9 +274,7 @@ func (v *Verifier) step(in VerifierInput) {
 	case Want:
 		v.want(in)
 	case Unwant:
-		if w := v.waits[in.IP]; w != nil {
-			v.unwait(w)
-		}
+		v.unwant(in.IP)
 	case StreamOpened:
 		v.opened(in)
 	case FromOwner:
@@ -273,6 +289,10 @@ func (v *Verifier) step(in VerifierInput) {
 				v.touch(e.Slot)
 			}
 		}
+	case WantProof:
+		v.wantProof(in)
+	case Doubt:
+		v.doubtAll()
 	case AskMax:
 		v.askMax = true
 		for _, p := range v.order {
@@ -294,7 +314,7 @@ func (v *Verifier) log(e LogEntry) { v.emit(VerifierLog{e}) }
 func (v *Verifier) peer(n identity.NodeName) *peer {
 	p := v.peers[n]
 	if p == nil {
-		p = &peer{name: n, confirms: map[netip.Addr]confirm{}}
+		p = &peer{name: n, confirms: map[netip.Addr]confirm{}, asked: map[uint64]*proof{}}
 		v.peers[n] = p
 		v.order = append(v.order, p)
 	}
@@ -339,6 +359,7 @@ func (v *Verifier) tick() {
 	if v.nextRetry != 0 && v.now >= v.nextRetry {
 		v.retryStores()
 	}
+	v.tickProofs()
 	v.clearLeases()
 }
 
@@ -416,6 +437,7 @@ func (v *Verifier) setTimer() {
 	}
 	sooner(v.nextRetry)
 	sooner(v.nextAsk)
+	sooner(v.nextProof)
 	for _, p := range v.order {
 		if d, ok := v.gapAt(p); ok {
 			sooner(d)

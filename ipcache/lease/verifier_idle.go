@@ -48,7 +48,10 @@ func (v *Verifier) touch(slot uint32) {
 }
 
 // endUse notes that the slot's binding does not stand any more.
-func (v *Verifier) endUse(slot uint32) { v.unlink(slot) }
+func (v *Verifier) endUse(slot uint32) {
+	v.unlink(slot)
+	v.endProof(slot)
+}
 
 func (v *Verifier) link(p *peer, slot uint32) {
 	u := &v.uses[slot]
@@ -104,7 +107,7 @@ func (v *Verifier) scan() bool {
 			// A grant that is still being asked for is not given back (I1):
 			// the Binding would arrive after it.
 			_, asked := p.confirms[e.Binding.IP]
-			if asked || v.waits[e.Binding.IP] != nil {
+			if asked || v.waits[e.Binding.IP] != nil || v.proofWaited(slot) {
 				v.touch(slot) // somebody wants it
 				continue
 			}

@@ -59,6 +59,7 @@ func (v *Verifier) retire(p *peer, why string) {
 	p.stream, p.lease, p.switched = 0, 0, false
 	p.pings, p.idleSince = nil, 0
 	clear(p.confirms)
+	v.proofsLost(p)
 	p.backoff = min(max(2*p.backoff, firstRetry), maxRetry, v.cfg.TTL/4)
 	p.retryAt = v.now.Add(p.backoff)
 	v.setState(p, PeerBackoff)
@@ -114,6 +115,10 @@ func (v *Verifier) receive(p *peer, m Message) {
 		v.binding(p, m)
 	case Refused:
 		v.refused(p, m)
+	case Proof:
+		v.proofReceived(p, m)
+	case ProofRefused:
+		v.proofRefused(p, m)
 	case Bound:
 		if v.negative[m.IP].reason != RefusedConflict && v.cfg.Speaks(p.name, m.IP) {
 			delete(v.negative, m.IP)
@@ -211,6 +216,7 @@ func (v *Verifier) welcome(p *peer, m Welcome) {
 	for _, ip := range unknown {
 		v.confirm(p, ip) // to learn whom it speaks of
 	}
+	v.proofsAgain(p)
 	for _, w := range slices.Clone(p.waits) {
 		v.ask(w)
 	}
@@ -256,6 +262,7 @@ func (v *Verifier) switchAll(p *peer) {
 		if e.Condemned || e.Lease < ipcache.LeaseFirst || e.Lease == p.lease {
 			continue
 		}
+		v.capProof(e) // before it: on the new lease the proof is one of the session before
 		v.oldLease[e.Slot] = e.Lease
 		v.table.SetLease(e.Slot, p.lease)
 		v.emit(SwitchLease{Slot: e.Slot, Stamp: e.Stamp, Lease: p.lease})
@@ -294,6 +301,7 @@ func (v *Verifier) binding(p *peer, m Binding) {
 		if e.Binding.Identity.Equal(identity.Identity{}) {
 			v.table.SetBinding(e.Slot, b)
 			v.emit(Learned{Slot: e.Slot, Stamp: e.Stamp, Binding: b})
+			v.askQueued(p)
 		}
 		v.answer(e)
 		return
@@ -332,6 +340,11 @@ func (v *Verifier) install(p *peer, b identity.Binding, c confirm, m Binding) {
 		v.beat(p, v.cfg.TTL) // a held packet waits until slot and lease are live
 	}
 	v.answer(e)
+	if v.cfg.ProveAll {
+		if q := v.proofOf(e); q != nil {
+			v.askProof(q)
+		}
+	}
 }
 
 // giveBack tells the owner that its grant is not used.

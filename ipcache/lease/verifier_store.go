@@ -162,6 +162,10 @@ func (v *Verifier) undo(out VerifierOutput, failed bool) {
 				v.table.SetLease(out.Slot, old)
 			}
 		}
+	case SetProved:
+		v.undoProved(out, failed)
+	case ProofAnswer:
+		v.undoProofAnswer(out)
 	case SetDeadline:
 		if l := v.leases[out.Lease]; l != nil {
 			l.deadline = v.oldDeadline[out.Lease]

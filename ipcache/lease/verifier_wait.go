@@ -46,6 +46,18 @@ func (v *Verifier) want(in Want) {
 	v.ask(w)
 }
 
+// unwant: nobody waits for the IP, nor for a proof of its binding.
+func (v *Verifier) unwant(ip netip.Addr) {
+	if w := v.waits[ip]; w != nil {
+		v.unwait(w)
+	}
+	if e, ok := v.table.Get(ip); ok {
+		if p := v.proofs[e.Slot]; p != nil && p.stamp == e.Stamp {
+			p.waits, p.newest = false, 0
+		}
+	}
+}
+
 func (v *Verifier) unwait(w *wait) {
 	delete(v.waits, w.ip)
 	w.peer.waits = slices.DeleteFunc(w.peer.waits, func(x *wait) bool { return x == w })
@@ -134,6 +146,17 @@ func (v *Verifier) remember(ip netip.Addr, r Refusal, d time.Duration) {
 		}
 	}
 	v.negative[ip] = negative{until: v.now.Add(d), reason: r}
+}
+
+// ProofReason returns why the binding of an IP is not proved; 0: it is, or is
+// being asked for.
+func (v *Verifier) ProofReason(ip netip.Addr) ProofRefusal {
+	if e, ok := v.table.Get(ip); ok {
+		if p := v.proofs[e.Slot]; p != nil && p.stamp == e.Stamp && !v.proved(p) {
+			return p.reason
+		}
+	}
+	return 0
 }
 
 // Reason implements VerifierMachine.

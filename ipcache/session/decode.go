@@ -87,6 +87,13 @@ func decodeFromOwner(f *FromOwner, owner identity.NodeName) (lease.Message, erro
 	case *FromOwner_Withdraw_:
 		d.known(k.Withdraw)
 		m = lease.Withdraw{IP: d.ip(k.Withdraw.GetIp()), Generation: d.generation(k.Withdraw.GetGeneration())}
+	case *FromOwner_Proof_:
+		m = d.proof(k.Proof)
+	case *FromOwner_ProofRefused_:
+		d.known(k.ProofRefused)
+		r := lease.ProofRefusal(k.ProofRefused.GetReason())
+		d.check(k.ProofRefused.GetReason() == WireProofRefusal(r) && r.Valid(), "%d is no reason to refuse a proof", k.ProofRefused.GetReason())
+		m = lease.ProofRefused{ID: k.ProofRefused.GetId(), IP: d.ip(k.ProofRefused.GetIp()), Reason: r}
 	default:
 		d.fail(errEmpty)
 	}
@@ -118,6 +125,12 @@ func decodeFromVerifier(f *FromVerifier, verifier identity.NodeName) (lease.Mess
 	case *FromVerifier_Release_:
 		d.known(k.Release)
 		m = lease.Release{IP: d.ip(k.Release.GetIp()), Generation: d.generation(k.Release.GetGeneration())}
+	case *FromVerifier_Prove_:
+		d.known(k.Prove)
+		m = lease.Prove{
+			ID: k.Prove.GetId(), IP: d.ip(k.Prove.GetIp()), Generation: d.generation(k.Prove.GetGeneration()), UID: identity.UID(d.bytes16("uid", k.Prove.GetUid())),
+			SPIFFEID: d.spiffeID(k.Prove.GetSpiffeId()), Nonce: d.proofNonce(k.Prove.GetNonce()),
+		}
 	default:
 		d.fail(errEmpty)
 	}
@@ -188,6 +201,38 @@ func (d *decoder) refusal(r WireRefusal) lease.Refusal {
 	_, ok := WireRefusal_name[int32(r)]
 	d.check(ok && r != WireRefusal_WIRE_REFUSAL_NONE, "%d is no reason of a refusal", r)
 	return lease.Refusal(r)
+}
+
+func (d *decoder) proofNonce(b []byte) (n lease.ProofNonce) {
+	d.check(len(b) == len(n), "nonce has %d bytes, want %d", len(b), len(n))
+	copy(n[:], b)
+	return n
+}
+
+func (d *decoder) spiffeID(s string) string {
+	if len(s) > maxSPIFFEID {
+		d.fail(fmt.Errorf("a SPIFFE ID of %d bytes, the limit is %d", len(s), maxSPIFFEID))
+		return ""
+	}
+	id, err := spiffeid.FromString(s)
+	d.check(err == nil && id.String() == s, "%.64q is no SPIFFE ID", s)
+	return s
+}
+
+// proof reads what an owner claims; the certificates are looked at by checkProof.
+func (d *decoder) proof(p *FromOwner_Proof) lease.Proof {
+	d.known(p)
+	m := lease.Proof{
+		ID: p.GetId(), IP: d.ip(p.GetIp()), Generation: d.generation(p.GetGeneration()), UID: identity.UID(d.bytes16("uid", p.GetUid())),
+		SPIFFEID: d.spiffeID(p.GetSpiffeId()), Nonce: d.proofNonce(p.GetNonce()), Chain: p.GetChain(), Signature: p.GetSignature(),
+	}
+	bytes := 0
+	for _, c := range m.Chain {
+		bytes += len(c)
+	}
+	d.check(len(m.Chain) >= 1 && len(m.Chain) <= maxChain && bytes <= maxChainBytes, "%d certificates of %d bytes in all", len(m.Chain), bytes)
+	d.check(len(m.Signature) >= 1 && len(m.Signature) <= maxSignature, "a signature of %d bytes", len(m.Signature))
+	return m
 }
 
 func (d *decoder) ref(r *WireRef) lease.Ref {

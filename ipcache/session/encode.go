@@ -37,6 +37,13 @@ func encodeFromOwner(m lease.Message) (*FromOwner, error) {
 		f.Message = &FromOwner_Announce_{&FromOwner_Announce{Binding: wireBinding(m.Binding)}}
 	case lease.Withdraw:
 		f.Message = &FromOwner_Withdraw_{&FromOwner_Withdraw{Ip: wireIP(m.IP), Generation: uint64(m.Generation)}}
+	case lease.Proof:
+		f.Message = &FromOwner_Proof_{&FromOwner_Proof{
+			Id: m.ID, Ip: wireIP(m.IP), Generation: uint64(m.Generation), Uid: m.UID[:], SpiffeId: m.SPIFFEID, Nonce: m.Nonce[:],
+			Chain: m.Chain, Signature: m.Signature,
+		}}
+	case lease.ProofRefused:
+		f.Message = &FromOwner_ProofRefused_{&FromOwner_ProofRefused{Id: m.ID, Ip: wireIP(m.IP), Reason: WireProofRefusal(m.Reason)}}
 	default:
 		return nil, fmt.Errorf("%T is not a message of an owner", m)
 	}
@@ -62,6 +69,10 @@ func encodeFromVerifier(m lease.Message) (*FromVerifier, error) {
 		f.Message = &FromVerifier_Ack_{&FromVerifier_Ack{Ip: wireIP(m.IP), Generation: uint64(m.Generation), Seq: m.Seq}}
 	case lease.Release:
 		f.Message = &FromVerifier_Release_{&FromVerifier_Release{Ip: wireIP(m.IP), Generation: uint64(m.Generation)}}
+	case lease.Prove:
+		f.Message = &FromVerifier_Prove_{&FromVerifier_Prove{
+			Id: m.ID, Ip: wireIP(m.IP), Generation: uint64(m.Generation), Uid: m.UID[:], SpiffeId: m.SPIFFEID, Nonce: m.Nonce[:],
+		}}
 	default:
 		return nil, fmt.Errorf("%T is not a message of a verifier", m)
 	}

@@ -3,6 +3,7 @@ package session_test
 import (
 	"bytes"
 	"context"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -144,6 +145,15 @@ func (l *lab) source(t testing.TB, node identity.NodeName) *svid.Source {
 // never issue.
 func (l *lab) forge(t testing.TB, id string, begin, end time.Time) *x509svid.SVID {
 	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l.forgeFor(t, id, begin, end, key)
+}
+
+func (l *lab) forgeFor(t testing.TB, id string, begin, end time.Time, key crypto.Signer) *x509svid.SVID {
+	t.Helper()
 	data, err := os.ReadFile(filepath.Join(l.dir, "authority.pem"))
 	if err != nil {
 		t.Fatal(err)
@@ -155,10 +165,6 @@ func (l *lab) forge(t testing.TB, id string, begin, end time.Time) *x509svid.SVI
 	}
 	block, _ = pem.Decode(rest)
 	authority, err := x509.ParseCertificate(block.Bytes)
-	if err != nil {
-		t.Fatal(err)
-	}
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -24,6 +24,11 @@ const (
 	maxPorts      = 256
 	maxPortName   = 63
 
+	maxSPIFFEID   = 2048 // as the SPIFFE standard has it
+	maxChain      = 8    // certificates of one workload
+	maxChainBytes = 32 << 10
+	maxSignature  = 2048 // RSA with 16,384 bits
+
 	maxTTL = lease.MaxLease
 	// maxFlight bounds Binding.Flight: a packet older than a lease is nobody's.
 	maxFlight = lease.MaxLease

@@ -98,6 +98,89 @@ func (WireRefusal) EnumDescriptor() ([]byte, []int) {
 	return file_session_proto_rawDescGZIP(), []int{0}
 }
 
+// WireProofRefusal has lease.ProofRefusal's numbers.
+type WireProofRefusal int32
+
+const (
+	WireProofRefusal_WIRE_PROOF_REFUSAL_NONE               WireProofRefusal = 0
+	WireProofRefusal_WIRE_PROOF_REFUSAL_RELAYED            WireProofRefusal = 1
+	WireProofRefusal_WIRE_PROOF_REFUSAL_NO_WORKLOAD        WireProofRefusal = 2
+	WireProofRefusal_WIRE_PROOF_REFUSAL_WRONG_TRUST_DOMAIN WireProofRefusal = 3
+	WireProofRefusal_WIRE_PROOF_REFUSAL_EXPIRED            WireProofRefusal = 4
+	WireProofRefusal_WIRE_PROOF_REFUSAL_NOT_YET_VALID      WireProofRefusal = 5
+	WireProofRefusal_WIRE_PROOF_REFUSAL_WRONG_ID           WireProofRefusal = 6
+	WireProofRefusal_WIRE_PROOF_REFUSAL_NONCE              WireProofRefusal = 7
+	WireProofRefusal_WIRE_PROOF_REFUSAL_STALE_GENERATION   WireProofRefusal = 8
+	WireProofRefusal_WIRE_PROOF_REFUSAL_NO_SVID            WireProofRefusal = 9
+	WireProofRefusal_WIRE_PROOF_REFUSAL_BUSY               WireProofRefusal = 10
+	WireProofRefusal_WIRE_PROOF_REFUSAL_OFF                WireProofRefusal = 11
+	WireProofRefusal_WIRE_PROOF_REFUSAL_UNTRUSTED          WireProofRefusal = 12
+	WireProofRefusal_WIRE_PROOF_REFUSAL_TIMEOUT            WireProofRefusal = 13
+)
+
+// Enum value maps for WireProofRefusal.
+var (
+	WireProofRefusal_name = map[int32]string{
+		0:  "WIRE_PROOF_REFUSAL_NONE",
+		1:  "WIRE_PROOF_REFUSAL_RELAYED",
+		2:  "WIRE_PROOF_REFUSAL_NO_WORKLOAD",
+		3:  "WIRE_PROOF_REFUSAL_WRONG_TRUST_DOMAIN",
+		4:  "WIRE_PROOF_REFUSAL_EXPIRED",
+		5:  "WIRE_PROOF_REFUSAL_NOT_YET_VALID",
+		6:  "WIRE_PROOF_REFUSAL_WRONG_ID",
+		7:  "WIRE_PROOF_REFUSAL_NONCE",
+		8:  "WIRE_PROOF_REFUSAL_STALE_GENERATION",
+		9:  "WIRE_PROOF_REFUSAL_NO_SVID",
+		10: "WIRE_PROOF_REFUSAL_BUSY",
+		11: "WIRE_PROOF_REFUSAL_OFF",
+		12: "WIRE_PROOF_REFUSAL_UNTRUSTED",
+		13: "WIRE_PROOF_REFUSAL_TIMEOUT",
+	}
+	WireProofRefusal_value = map[string]int32{
+		"WIRE_PROOF_REFUSAL_NONE":               0,
+		"WIRE_PROOF_REFUSAL_RELAYED":            1,
+		"WIRE_PROOF_REFUSAL_NO_WORKLOAD":        2,
+		"WIRE_PROOF_REFUSAL_WRONG_TRUST_DOMAIN": 3,
+		"WIRE_PROOF_REFUSAL_EXPIRED":            4,
+		"WIRE_PROOF_REFUSAL_NOT_YET_VALID":      5,
+		"WIRE_PROOF_REFUSAL_WRONG_ID":           6,
+		"WIRE_PROOF_REFUSAL_NONCE":              7,
+		"WIRE_PROOF_REFUSAL_STALE_GENERATION":   8,
+		"WIRE_PROOF_REFUSAL_NO_SVID":            9,
+		"WIRE_PROOF_REFUSAL_BUSY":               10,
+		"WIRE_PROOF_REFUSAL_OFF":                11,
+		"WIRE_PROOF_REFUSAL_UNTRUSTED":          12,
+		"WIRE_PROOF_REFUSAL_TIMEOUT":            13,
+	}
+)
+
+func (x WireProofRefusal) Enum() *WireProofRefusal {
+	p := new(WireProofRefusal)
+	*p = x
+	return p
+}
+
+func (x WireProofRefusal) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (WireProofRefusal) Descriptor() protoreflect.EnumDescriptor {
+	return file_session_proto_enumTypes[1].Descriptor()
+}
+
+func (WireProofRefusal) Type() protoreflect.EnumType {
+	return &file_session_proto_enumTypes[1]
+}
+
+func (x WireProofRefusal) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use WireProofRefusal.Descriptor instead.
+func (WireProofRefusal) EnumDescriptor() ([]byte, []int) {
+	return file_session_proto_rawDescGZIP(), []int{1}
+}
+
 type FromOwner struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Message:
@@ -112,6 +195,8 @@ type FromOwner struct {
 	//	*FromOwner_Going_
 	//	*FromOwner_Announce_
 	//	*FromOwner_Withdraw_
+	//	*FromOwner_Proof_
+	//	*FromOwner_ProofRefused_
 	Message       isFromOwner_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -244,6 +329,24 @@ func (x *FromOwner) GetWithdraw() *FromOwner_Withdraw {
 	return nil
 }
 
+func (x *FromOwner) GetProof() *FromOwner_Proof {
+	if x != nil {
+		if x, ok := x.Message.(*FromOwner_Proof_); ok {
+			return x.Proof
+		}
+	}
+	return nil
+}
+
+func (x *FromOwner) GetProofRefused() *FromOwner_ProofRefused {
+	if x != nil {
+		if x, ok := x.Message.(*FromOwner_ProofRefused_); ok {
+			return x.ProofRefused
+		}
+	}
+	return nil
+}
+
 type isFromOwner_Message interface {
 	isFromOwner_Message()
 }
@@ -288,6 +391,14 @@ type FromOwner_Withdraw_ struct {
 	Withdraw *FromOwner_Withdraw `protobuf:"bytes,10,opt,name=withdraw,proto3,oneof"`
 }
 
+type FromOwner_Proof_ struct {
+	Proof *FromOwner_Proof `protobuf:"bytes,11,opt,name=proof,proto3,oneof"`
+}
+
+type FromOwner_ProofRefused_ struct {
+	ProofRefused *FromOwner_ProofRefused `protobuf:"bytes,12,opt,name=proof_refused,json=proofRefused,proto3,oneof"`
+}
+
 func (*FromOwner_Challenge_) isFromOwner_Message() {}
 
 func (*FromOwner_Welcome_) isFromOwner_Message() {}
@@ -308,6 +419,10 @@ func (*FromOwner_Announce_) isFromOwner_Message() {}
 
 func (*FromOwner_Withdraw_) isFromOwner_Message() {}
 
+func (*FromOwner_Proof_) isFromOwner_Message() {}
+
+func (*FromOwner_ProofRefused_) isFromOwner_Message() {}
+
 type FromVerifier struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Message:
@@ -317,6 +432,7 @@ type FromVerifier struct {
 	//	*FromVerifier_Heartbeat_
 	//	*FromVerifier_Ack_
 	//	*FromVerifier_Release_
+	//	*FromVerifier_Prove_
 	Message       isFromVerifier_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -404,6 +520,15 @@ func (x *FromVerifier) GetRelease() *FromVerifier_Release {
 	return nil
 }
 
+func (x *FromVerifier) GetProve() *FromVerifier_Prove {
+	if x != nil {
+		if x, ok := x.Message.(*FromVerifier_Prove_); ok {
+			return x.Prove
+		}
+	}
+	return nil
+}
+
 type isFromVerifier_Message interface {
 	isFromVerifier_Message()
 }
@@ -428,6 +553,10 @@ type FromVerifier_Release_ struct {
 	Release *FromVerifier_Release `protobuf:"bytes,5,opt,name=release,proto3,oneof"`
 }
 
+type FromVerifier_Prove_ struct {
+	Prove *FromVerifier_Prove `protobuf:"bytes,6,opt,name=prove,proto3,oneof"`
+}
+
 func (*FromVerifier_Hello_) isFromVerifier_Message() {}
 
 func (*FromVerifier_Confirm_) isFromVerifier_Message() {}
@@ -437,6 +566,8 @@ func (*FromVerifier_Heartbeat_) isFromVerifier_Message() {}
 func (*FromVerifier_Ack_) isFromVerifier_Message() {}
 
 func (*FromVerifier_Release_) isFromVerifier_Message() {}
+
+func (*FromVerifier_Prove_) isFromVerifier_Message() {}
 
 // WireRef names one binding of the owner.
 type WireRef struct {
@@ -1299,6 +1430,167 @@ func (x *FromOwner_Withdraw) GetGeneration() uint64 {
 	return 0
 }
 
+// What is signed with the workload's key is in proof.go.
+type FromOwner_Proof struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	Ip            []byte                 `protobuf:"bytes,2,opt,name=ip,proto3" json:"ip,omitempty"`
+	Generation    uint64                 `protobuf:"fixed64,3,opt,name=generation,proto3" json:"generation,omitempty"`
+	Uid           []byte                 `protobuf:"bytes,4,opt,name=uid,proto3" json:"uid,omitempty"`
+	SpiffeId      string                 `protobuf:"bytes,5,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	Nonce         []byte                 `protobuf:"bytes,6,opt,name=nonce,proto3" json:"nonce,omitempty"`
+	Chain         [][]byte               `protobuf:"bytes,7,rep,name=chain,proto3" json:"chain,omitempty"` // DER, the workload's certificate first
+	Signature     []byte                 `protobuf:"bytes,8,opt,name=signature,proto3" json:"signature,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FromOwner_Proof) Reset() {
+	*x = FromOwner_Proof{}
+	mi := &file_session_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FromOwner_Proof) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FromOwner_Proof) ProtoMessage() {}
+
+func (x *FromOwner_Proof) ProtoReflect() protoreflect.Message {
+	mi := &file_session_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FromOwner_Proof.ProtoReflect.Descriptor instead.
+func (*FromOwner_Proof) Descriptor() ([]byte, []int) {
+	return file_session_proto_rawDescGZIP(), []int{0, 10}
+}
+
+func (x *FromOwner_Proof) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *FromOwner_Proof) GetIp() []byte {
+	if x != nil {
+		return x.Ip
+	}
+	return nil
+}
+
+func (x *FromOwner_Proof) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *FromOwner_Proof) GetUid() []byte {
+	if x != nil {
+		return x.Uid
+	}
+	return nil
+}
+
+func (x *FromOwner_Proof) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *FromOwner_Proof) GetNonce() []byte {
+	if x != nil {
+		return x.Nonce
+	}
+	return nil
+}
+
+func (x *FromOwner_Proof) GetChain() [][]byte {
+	if x != nil {
+		return x.Chain
+	}
+	return nil
+}
+
+func (x *FromOwner_Proof) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
+	}
+	return nil
+}
+
+type FromOwner_ProofRefused struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	Ip            []byte                 `protobuf:"bytes,2,opt,name=ip,proto3" json:"ip,omitempty"`
+	Reason        WireProofRefusal       `protobuf:"varint,3,opt,name=reason,proto3,enum=portcullis.session.v1.WireProofRefusal" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FromOwner_ProofRefused) Reset() {
+	*x = FromOwner_ProofRefused{}
+	mi := &file_session_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FromOwner_ProofRefused) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FromOwner_ProofRefused) ProtoMessage() {}
+
+func (x *FromOwner_ProofRefused) ProtoReflect() protoreflect.Message {
+	mi := &file_session_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FromOwner_ProofRefused.ProtoReflect.Descriptor instead.
+func (*FromOwner_ProofRefused) Descriptor() ([]byte, []int) {
+	return file_session_proto_rawDescGZIP(), []int{0, 11}
+}
+
+func (x *FromOwner_ProofRefused) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *FromOwner_ProofRefused) GetIp() []byte {
+	if x != nil {
+		return x.Ip
+	}
+	return nil
+}
+
+func (x *FromOwner_ProofRefused) GetReason() WireProofRefusal {
+	if x != nil {
+		return x.Reason
+	}
+	return WireProofRefusal_WIRE_PROOF_REFUSAL_NONE
+}
+
 type FromVerifier_Hello struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Nonce         []byte                 `protobuf:"bytes,1,opt,name=nonce,proto3" json:"nonce,omitempty"`
@@ -1312,7 +1604,7 @@ type FromVerifier_Hello struct {
 
 func (x *FromVerifier_Hello) Reset() {
 	*x = FromVerifier_Hello{}
-	mi := &file_session_proto_msgTypes[17]
+	mi := &file_session_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1324,7 +1616,7 @@ func (x *FromVerifier_Hello) String() string {
 func (*FromVerifier_Hello) ProtoMessage() {}
 
 func (x *FromVerifier_Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_session_proto_msgTypes[17]
+	mi := &file_session_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1385,7 +1677,7 @@ type FromVerifier_Confirm struct {
 
 func (x *FromVerifier_Confirm) Reset() {
 	*x = FromVerifier_Confirm{}
-	mi := &file_session_proto_msgTypes[18]
+	mi := &file_session_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1397,7 +1689,7 @@ func (x *FromVerifier_Confirm) String() string {
 func (*FromVerifier_Confirm) ProtoMessage() {}
 
 func (x *FromVerifier_Confirm) ProtoReflect() protoreflect.Message {
-	mi := &file_session_proto_msgTypes[18]
+	mi := &file_session_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1437,7 +1729,7 @@ type FromVerifier_Heartbeat struct {
 
 func (x *FromVerifier_Heartbeat) Reset() {
 	*x = FromVerifier_Heartbeat{}
-	mi := &file_session_proto_msgTypes[19]
+	mi := &file_session_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1449,7 +1741,7 @@ func (x *FromVerifier_Heartbeat) String() string {
 func (*FromVerifier_Heartbeat) ProtoMessage() {}
 
 func (x *FromVerifier_Heartbeat) ProtoReflect() protoreflect.Message {
-	mi := &file_session_proto_msgTypes[19]
+	mi := &file_session_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1490,7 +1782,7 @@ type FromVerifier_Ack struct {
 
 func (x *FromVerifier_Ack) Reset() {
 	*x = FromVerifier_Ack{}
-	mi := &file_session_proto_msgTypes[20]
+	mi := &file_session_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1502,7 +1794,7 @@ func (x *FromVerifier_Ack) String() string {
 func (*FromVerifier_Ack) ProtoMessage() {}
 
 func (x *FromVerifier_Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_session_proto_msgTypes[20]
+	mi := &file_session_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1549,7 +1841,7 @@ type FromVerifier_Release struct {
 
 func (x *FromVerifier_Release) Reset() {
 	*x = FromVerifier_Release{}
-	mi := &file_session_proto_msgTypes[21]
+	mi := &file_session_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1561,7 +1853,7 @@ func (x *FromVerifier_Release) String() string {
 func (*FromVerifier_Release) ProtoMessage() {}
 
 func (x *FromVerifier_Release) ProtoReflect() protoreflect.Message {
-	mi := &file_session_proto_msgTypes[21]
+	mi := &file_session_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1591,11 +1883,95 @@ func (x *FromVerifier_Release) GetGeneration() uint64 {
 	return 0
 }
 
+type FromVerifier_Prove struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	Ip            []byte                 `protobuf:"bytes,2,opt,name=ip,proto3" json:"ip,omitempty"`
+	Generation    uint64                 `protobuf:"fixed64,3,opt,name=generation,proto3" json:"generation,omitempty"`
+	Uid           []byte                 `protobuf:"bytes,4,opt,name=uid,proto3" json:"uid,omitempty"`
+	SpiffeId      string                 `protobuf:"bytes,5,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	Nonce         []byte                 `protobuf:"bytes,6,opt,name=nonce,proto3" json:"nonce,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FromVerifier_Prove) Reset() {
+	*x = FromVerifier_Prove{}
+	mi := &file_session_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FromVerifier_Prove) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FromVerifier_Prove) ProtoMessage() {}
+
+func (x *FromVerifier_Prove) ProtoReflect() protoreflect.Message {
+	mi := &file_session_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FromVerifier_Prove.ProtoReflect.Descriptor instead.
+func (*FromVerifier_Prove) Descriptor() ([]byte, []int) {
+	return file_session_proto_rawDescGZIP(), []int{1, 5}
+}
+
+func (x *FromVerifier_Prove) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *FromVerifier_Prove) GetIp() []byte {
+	if x != nil {
+		return x.Ip
+	}
+	return nil
+}
+
+func (x *FromVerifier_Prove) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *FromVerifier_Prove) GetUid() []byte {
+	if x != nil {
+		return x.Uid
+	}
+	return nil
+}
+
+func (x *FromVerifier_Prove) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *FromVerifier_Prove) GetNonce() []byte {
+	if x != nil {
+		return x.Nonce
+	}
+	return nil
+}
+
 var File_session_proto protoreflect.FileDescriptor
 
 const file_session_proto_rawDesc = "" +
 	"\n" +
-	"\rsession.proto\x12\x15portcullis.session.v1\"\xf7\v\n" +
+	"\rsession.proto\x12\x15portcullis.session.v1\"\xc1\x0f\n" +
 	"\tFromOwner\x12J\n" +
 	"\tchallenge\x18\x01 \x01(\v2*.portcullis.session.v1.FromOwner.ChallengeH\x00R\tchallenge\x12D\n" +
 	"\awelcome\x18\x02 \x01(\v2(.portcullis.session.v1.FromOwner.WelcomeH\x00R\awelcome\x12J\n" +
@@ -1607,7 +1983,9 @@ const file_session_proto_rawDesc = "" +
 	"\x05going\x18\b \x01(\v2&.portcullis.session.v1.FromOwner.GoingH\x00R\x05going\x12G\n" +
 	"\bannounce\x18\t \x01(\v2).portcullis.session.v1.FromOwner.AnnounceH\x00R\bannounce\x12G\n" +
 	"\bwithdraw\x18\n" +
-	" \x01(\v2).portcullis.session.v1.FromOwner.WithdrawH\x00R\bwithdraw\x1a!\n" +
+	" \x01(\v2).portcullis.session.v1.FromOwner.WithdrawH\x00R\bwithdraw\x12>\n" +
+	"\x05proof\x18\v \x01(\v2&.portcullis.session.v1.FromOwner.ProofH\x00R\x05proof\x12T\n" +
+	"\rproof_refused\x18\f \x01(\v2-.portcullis.session.v1.FromOwner.ProofRefusedH\x00R\fproofRefused\x1a!\n" +
 	"\tChallenge\x12\x14\n" +
 	"\x05nonce\x18\x01 \x01(\fR\x05nonce\x1a\xb5\x01\n" +
 	"\aWelcome\x12\x12\n" +
@@ -1643,14 +2021,30 @@ const file_session_proto_rawDesc = "" +
 	"\x02ip\x18\x01 \x01(\fR\x02ip\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x02 \x01(\x06R\n" +
-	"generationB\t\n" +
-	"\amessage\"\xf5\x05\n" +
+	"generation\x1a\xc0\x01\n" +
+	"\x05Proof\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x0e\n" +
+	"\x02ip\x18\x02 \x01(\fR\x02ip\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x03 \x01(\x06R\n" +
+	"generation\x12\x10\n" +
+	"\x03uid\x18\x04 \x01(\fR\x03uid\x12\x1b\n" +
+	"\tspiffe_id\x18\x05 \x01(\tR\bspiffeId\x12\x14\n" +
+	"\x05nonce\x18\x06 \x01(\fR\x05nonce\x12\x14\n" +
+	"\x05chain\x18\a \x03(\fR\x05chain\x12\x1c\n" +
+	"\tsignature\x18\b \x01(\fR\tsignature\x1ao\n" +
+	"\fProofRefused\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x0e\n" +
+	"\x02ip\x18\x02 \x01(\fR\x02ip\x12?\n" +
+	"\x06reason\x18\x03 \x01(\x0e2'.portcullis.session.v1.WireProofRefusalR\x06reasonB\t\n" +
+	"\amessage\"\xc7\a\n" +
 	"\fFromVerifier\x12A\n" +
 	"\x05hello\x18\x01 \x01(\v2).portcullis.session.v1.FromVerifier.HelloH\x00R\x05hello\x12G\n" +
 	"\aconfirm\x18\x02 \x01(\v2+.portcullis.session.v1.FromVerifier.ConfirmH\x00R\aconfirm\x12M\n" +
 	"\theartbeat\x18\x03 \x01(\v2-.portcullis.session.v1.FromVerifier.HeartbeatH\x00R\theartbeat\x12;\n" +
 	"\x03ack\x18\x04 \x01(\v2'.portcullis.session.v1.FromVerifier.AckH\x00R\x03ack\x12G\n" +
-	"\arelease\x18\x05 \x01(\v2+.portcullis.session.v1.FromVerifier.ReleaseH\x00R\arelease\x1a\x91\x01\n" +
+	"\arelease\x18\x05 \x01(\v2+.portcullis.session.v1.FromVerifier.ReleaseH\x00R\arelease\x12A\n" +
+	"\x05prove\x18\x06 \x01(\v2).portcullis.session.v1.FromVerifier.ProveH\x00R\x05prove\x1a\x91\x01\n" +
 	"\x05Hello\x12\x14\n" +
 	"\x05nonce\x18\x01 \x01(\fR\x05nonce\x12\x12\n" +
 	"\x04boot\x18\x02 \x01(\fR\x04boot\x123\n" +
@@ -1673,7 +2067,16 @@ const file_session_proto_rawDesc = "" +
 	"\x02ip\x18\x01 \x01(\fR\x02ip\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x02 \x01(\x06R\n" +
-	"generationB\t\n" +
+	"generation\x1a\x8c\x01\n" +
+	"\x05Prove\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x0e\n" +
+	"\x02ip\x18\x02 \x01(\fR\x02ip\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x03 \x01(\x06R\n" +
+	"generation\x12\x10\n" +
+	"\x03uid\x18\x04 \x01(\fR\x03uid\x12\x1b\n" +
+	"\tspiffe_id\x18\x05 \x01(\tR\bspiffeId\x12\x14\n" +
+	"\x05nonce\x18\x06 \x01(\fR\x05nonceB\t\n" +
 	"\amessage\"M\n" +
 	"\aWireRef\x12\x0e\n" +
 	"\x02ip\x18\x01 \x01(\fR\x02ip\x12\x1e\n" +
@@ -1713,7 +2116,23 @@ const file_session_proto_rawDesc = "" +
 	"\x11WIRE_REFUSAL_BUSY\x10\x04\x12\x19\n" +
 	"\x15WIRE_REFUSAL_CONFLICT\x10\x05\x12\x1d\n" +
 	"\x19WIRE_REFUSAL_RATE_LIMITED\x10\x06\x12\x1f\n" +
-	"\x1bWIRE_REFUSAL_NOT_AUTHORISED\x10\a2d\n" +
+	"\x1bWIRE_REFUSAL_NOT_AUTHORISED\x10\a*\xe7\x03\n" +
+	"\x10WireProofRefusal\x12\x1b\n" +
+	"\x17WIRE_PROOF_REFUSAL_NONE\x10\x00\x12\x1e\n" +
+	"\x1aWIRE_PROOF_REFUSAL_RELAYED\x10\x01\x12\"\n" +
+	"\x1eWIRE_PROOF_REFUSAL_NO_WORKLOAD\x10\x02\x12)\n" +
+	"%WIRE_PROOF_REFUSAL_WRONG_TRUST_DOMAIN\x10\x03\x12\x1e\n" +
+	"\x1aWIRE_PROOF_REFUSAL_EXPIRED\x10\x04\x12$\n" +
+	" WIRE_PROOF_REFUSAL_NOT_YET_VALID\x10\x05\x12\x1f\n" +
+	"\x1bWIRE_PROOF_REFUSAL_WRONG_ID\x10\x06\x12\x1c\n" +
+	"\x18WIRE_PROOF_REFUSAL_NONCE\x10\a\x12'\n" +
+	"#WIRE_PROOF_REFUSAL_STALE_GENERATION\x10\b\x12\x1e\n" +
+	"\x1aWIRE_PROOF_REFUSAL_NO_SVID\x10\t\x12\x1b\n" +
+	"\x17WIRE_PROOF_REFUSAL_BUSY\x10\n" +
+	"\x12\x1a\n" +
+	"\x16WIRE_PROOF_REFUSAL_OFF\x10\v\x12 \n" +
+	"\x1cWIRE_PROOF_REFUSAL_UNTRUSTED\x10\f\x12\x1e\n" +
+	"\x1aWIRE_PROOF_REFUSAL_TIMEOUT\x10\r2d\n" +
 	"\fBindingLease\x12T\n" +
 	"\aSession\x12#.portcullis.session.v1.FromVerifier\x1a .portcullis.session.v1.FromOwner(\x010\x01B\x1cZ\x1aportcullis/ipcache/sessionb\x06proto3"
 
@@ -1729,67 +2148,75 @@ func file_session_proto_rawDescGZIP() []byte {
 	return file_session_proto_rawDescData
 }
 
-var file_session_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_session_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_session_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_session_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_session_proto_goTypes = []any{
 	(WireRefusal)(0),                 // 0: portcullis.session.v1.WireRefusal
-	(*FromOwner)(nil),                // 1: portcullis.session.v1.FromOwner
-	(*FromVerifier)(nil),             // 2: portcullis.session.v1.FromVerifier
-	(*WireRef)(nil),                  // 3: portcullis.session.v1.WireRef
-	(*WireHeld)(nil),                 // 4: portcullis.session.v1.WireHeld
-	(*WireBinding)(nil),              // 5: portcullis.session.v1.WireBinding
-	(*WireIdentity)(nil),             // 6: portcullis.session.v1.WireIdentity
-	(*WirePort)(nil),                 // 7: portcullis.session.v1.WirePort
-	(*FromOwner_Challenge)(nil),      // 8: portcullis.session.v1.FromOwner.Challenge
-	(*FromOwner_Welcome)(nil),        // 9: portcullis.session.v1.FromOwner.Welcome
-	(*FromOwner_Confirmed)(nil),      // 10: portcullis.session.v1.FromOwner.Confirmed
-	(*FromOwner_Refused)(nil),        // 11: portcullis.session.v1.FromOwner.Refused
-	(*FromOwner_Bound)(nil),          // 12: portcullis.session.v1.FromOwner.Bound
-	(*FromOwner_HeartbeatReply)(nil), // 13: portcullis.session.v1.FromOwner.HeartbeatReply
-	(*FromOwner_Revoke)(nil),         // 14: portcullis.session.v1.FromOwner.Revoke
-	(*FromOwner_Going)(nil),          // 15: portcullis.session.v1.FromOwner.Going
-	(*FromOwner_Announce)(nil),       // 16: portcullis.session.v1.FromOwner.Announce
-	(*FromOwner_Withdraw)(nil),       // 17: portcullis.session.v1.FromOwner.Withdraw
-	(*FromVerifier_Hello)(nil),       // 18: portcullis.session.v1.FromVerifier.Hello
-	(*FromVerifier_Confirm)(nil),     // 19: portcullis.session.v1.FromVerifier.Confirm
-	(*FromVerifier_Heartbeat)(nil),   // 20: portcullis.session.v1.FromVerifier.Heartbeat
-	(*FromVerifier_Ack)(nil),         // 21: portcullis.session.v1.FromVerifier.Ack
-	(*FromVerifier_Release)(nil),     // 22: portcullis.session.v1.FromVerifier.Release
-	nil,                              // 23: portcullis.session.v1.WireIdentity.LabelsEntry
+	(WireProofRefusal)(0),            // 1: portcullis.session.v1.WireProofRefusal
+	(*FromOwner)(nil),                // 2: portcullis.session.v1.FromOwner
+	(*FromVerifier)(nil),             // 3: portcullis.session.v1.FromVerifier
+	(*WireRef)(nil),                  // 4: portcullis.session.v1.WireRef
+	(*WireHeld)(nil),                 // 5: portcullis.session.v1.WireHeld
+	(*WireBinding)(nil),              // 6: portcullis.session.v1.WireBinding
+	(*WireIdentity)(nil),             // 7: portcullis.session.v1.WireIdentity
+	(*WirePort)(nil),                 // 8: portcullis.session.v1.WirePort
+	(*FromOwner_Challenge)(nil),      // 9: portcullis.session.v1.FromOwner.Challenge
+	(*FromOwner_Welcome)(nil),        // 10: portcullis.session.v1.FromOwner.Welcome
+	(*FromOwner_Confirmed)(nil),      // 11: portcullis.session.v1.FromOwner.Confirmed
+	(*FromOwner_Refused)(nil),        // 12: portcullis.session.v1.FromOwner.Refused
+	(*FromOwner_Bound)(nil),          // 13: portcullis.session.v1.FromOwner.Bound
+	(*FromOwner_HeartbeatReply)(nil), // 14: portcullis.session.v1.FromOwner.HeartbeatReply
+	(*FromOwner_Revoke)(nil),         // 15: portcullis.session.v1.FromOwner.Revoke
+	(*FromOwner_Going)(nil),          // 16: portcullis.session.v1.FromOwner.Going
+	(*FromOwner_Announce)(nil),       // 17: portcullis.session.v1.FromOwner.Announce
+	(*FromOwner_Withdraw)(nil),       // 18: portcullis.session.v1.FromOwner.Withdraw
+	(*FromOwner_Proof)(nil),          // 19: portcullis.session.v1.FromOwner.Proof
+	(*FromOwner_ProofRefused)(nil),   // 20: portcullis.session.v1.FromOwner.ProofRefused
+	(*FromVerifier_Hello)(nil),       // 21: portcullis.session.v1.FromVerifier.Hello
+	(*FromVerifier_Confirm)(nil),     // 22: portcullis.session.v1.FromVerifier.Confirm
+	(*FromVerifier_Heartbeat)(nil),   // 23: portcullis.session.v1.FromVerifier.Heartbeat
+	(*FromVerifier_Ack)(nil),         // 24: portcullis.session.v1.FromVerifier.Ack
+	(*FromVerifier_Release)(nil),     // 25: portcullis.session.v1.FromVerifier.Release
+	(*FromVerifier_Prove)(nil),       // 26: portcullis.session.v1.FromVerifier.Prove
+	nil,                              // 27: portcullis.session.v1.WireIdentity.LabelsEntry
 }
 var file_session_proto_depIdxs = []int32{
-	8,  // 0: portcullis.session.v1.FromOwner.challenge:type_name -> portcullis.session.v1.FromOwner.Challenge
-	9,  // 1: portcullis.session.v1.FromOwner.welcome:type_name -> portcullis.session.v1.FromOwner.Welcome
-	10, // 2: portcullis.session.v1.FromOwner.confirmed:type_name -> portcullis.session.v1.FromOwner.Confirmed
-	11, // 3: portcullis.session.v1.FromOwner.refused:type_name -> portcullis.session.v1.FromOwner.Refused
-	12, // 4: portcullis.session.v1.FromOwner.bound:type_name -> portcullis.session.v1.FromOwner.Bound
-	13, // 5: portcullis.session.v1.FromOwner.heartbeat_reply:type_name -> portcullis.session.v1.FromOwner.HeartbeatReply
-	14, // 6: portcullis.session.v1.FromOwner.revoke:type_name -> portcullis.session.v1.FromOwner.Revoke
-	15, // 7: portcullis.session.v1.FromOwner.going:type_name -> portcullis.session.v1.FromOwner.Going
-	16, // 8: portcullis.session.v1.FromOwner.announce:type_name -> portcullis.session.v1.FromOwner.Announce
-	17, // 9: portcullis.session.v1.FromOwner.withdraw:type_name -> portcullis.session.v1.FromOwner.Withdraw
-	18, // 10: portcullis.session.v1.FromVerifier.hello:type_name -> portcullis.session.v1.FromVerifier.Hello
-	19, // 11: portcullis.session.v1.FromVerifier.confirm:type_name -> portcullis.session.v1.FromVerifier.Confirm
-	20, // 12: portcullis.session.v1.FromVerifier.heartbeat:type_name -> portcullis.session.v1.FromVerifier.Heartbeat
-	21, // 13: portcullis.session.v1.FromVerifier.ack:type_name -> portcullis.session.v1.FromVerifier.Ack
-	22, // 14: portcullis.session.v1.FromVerifier.release:type_name -> portcullis.session.v1.FromVerifier.Release
-	3,  // 15: portcullis.session.v1.WireHeld.ref:type_name -> portcullis.session.v1.WireRef
-	6,  // 16: portcullis.session.v1.WireBinding.identity:type_name -> portcullis.session.v1.WireIdentity
-	7,  // 17: portcullis.session.v1.WireBinding.ports:type_name -> portcullis.session.v1.WirePort
-	23, // 18: portcullis.session.v1.WireIdentity.labels:type_name -> portcullis.session.v1.WireIdentity.LabelsEntry
-	3,  // 19: portcullis.session.v1.FromOwner.Welcome.stands:type_name -> portcullis.session.v1.WireRef
-	3,  // 20: portcullis.session.v1.FromOwner.Welcome.revoked:type_name -> portcullis.session.v1.WireRef
-	5,  // 21: portcullis.session.v1.FromOwner.Confirmed.binding:type_name -> portcullis.session.v1.WireBinding
-	0,  // 22: portcullis.session.v1.FromOwner.Refused.reason:type_name -> portcullis.session.v1.WireRefusal
-	5,  // 23: portcullis.session.v1.FromOwner.Announce.binding:type_name -> portcullis.session.v1.WireBinding
-	4,  // 24: portcullis.session.v1.FromVerifier.Hello.held:type_name -> portcullis.session.v1.WireHeld
-	2,  // 25: portcullis.session.v1.BindingLease.Session:input_type -> portcullis.session.v1.FromVerifier
-	1,  // 26: portcullis.session.v1.BindingLease.Session:output_type -> portcullis.session.v1.FromOwner
-	26, // [26:27] is the sub-list for method output_type
-	25, // [25:26] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	9,  // 0: portcullis.session.v1.FromOwner.challenge:type_name -> portcullis.session.v1.FromOwner.Challenge
+	10, // 1: portcullis.session.v1.FromOwner.welcome:type_name -> portcullis.session.v1.FromOwner.Welcome
+	11, // 2: portcullis.session.v1.FromOwner.confirmed:type_name -> portcullis.session.v1.FromOwner.Confirmed
+	12, // 3: portcullis.session.v1.FromOwner.refused:type_name -> portcullis.session.v1.FromOwner.Refused
+	13, // 4: portcullis.session.v1.FromOwner.bound:type_name -> portcullis.session.v1.FromOwner.Bound
+	14, // 5: portcullis.session.v1.FromOwner.heartbeat_reply:type_name -> portcullis.session.v1.FromOwner.HeartbeatReply
+	15, // 6: portcullis.session.v1.FromOwner.revoke:type_name -> portcullis.session.v1.FromOwner.Revoke
+	16, // 7: portcullis.session.v1.FromOwner.going:type_name -> portcullis.session.v1.FromOwner.Going
+	17, // 8: portcullis.session.v1.FromOwner.announce:type_name -> portcullis.session.v1.FromOwner.Announce
+	18, // 9: portcullis.session.v1.FromOwner.withdraw:type_name -> portcullis.session.v1.FromOwner.Withdraw
+	19, // 10: portcullis.session.v1.FromOwner.proof:type_name -> portcullis.session.v1.FromOwner.Proof
+	20, // 11: portcullis.session.v1.FromOwner.proof_refused:type_name -> portcullis.session.v1.FromOwner.ProofRefused
+	21, // 12: portcullis.session.v1.FromVerifier.hello:type_name -> portcullis.session.v1.FromVerifier.Hello
+	22, // 13: portcullis.session.v1.FromVerifier.confirm:type_name -> portcullis.session.v1.FromVerifier.Confirm
+	23, // 14: portcullis.session.v1.FromVerifier.heartbeat:type_name -> portcullis.session.v1.FromVerifier.Heartbeat
+	24, // 15: portcullis.session.v1.FromVerifier.ack:type_name -> portcullis.session.v1.FromVerifier.Ack
+	25, // 16: portcullis.session.v1.FromVerifier.release:type_name -> portcullis.session.v1.FromVerifier.Release
+	26, // 17: portcullis.session.v1.FromVerifier.prove:type_name -> portcullis.session.v1.FromVerifier.Prove
+	4,  // 18: portcullis.session.v1.WireHeld.ref:type_name -> portcullis.session.v1.WireRef
+	7,  // 19: portcullis.session.v1.WireBinding.identity:type_name -> portcullis.session.v1.WireIdentity
+	8,  // 20: portcullis.session.v1.WireBinding.ports:type_name -> portcullis.session.v1.WirePort
+	27, // 21: portcullis.session.v1.WireIdentity.labels:type_name -> portcullis.session.v1.WireIdentity.LabelsEntry
+	4,  // 22: portcullis.session.v1.FromOwner.Welcome.stands:type_name -> portcullis.session.v1.WireRef
+	4,  // 23: portcullis.session.v1.FromOwner.Welcome.revoked:type_name -> portcullis.session.v1.WireRef
+	6,  // 24: portcullis.session.v1.FromOwner.Confirmed.binding:type_name -> portcullis.session.v1.WireBinding
+	0,  // 25: portcullis.session.v1.FromOwner.Refused.reason:type_name -> portcullis.session.v1.WireRefusal
+	6,  // 26: portcullis.session.v1.FromOwner.Announce.binding:type_name -> portcullis.session.v1.WireBinding
+	1,  // 27: portcullis.session.v1.FromOwner.ProofRefused.reason:type_name -> portcullis.session.v1.WireProofRefusal
+	5,  // 28: portcullis.session.v1.FromVerifier.Hello.held:type_name -> portcullis.session.v1.WireHeld
+	3,  // 29: portcullis.session.v1.BindingLease.Session:input_type -> portcullis.session.v1.FromVerifier
+	2,  // 30: portcullis.session.v1.BindingLease.Session:output_type -> portcullis.session.v1.FromOwner
+	30, // [30:31] is the sub-list for method output_type
+	29, // [29:30] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_session_proto_init() }
@@ -1808,6 +2235,8 @@ func file_session_proto_init() {
 		(*FromOwner_Going_)(nil),
 		(*FromOwner_Announce_)(nil),
 		(*FromOwner_Withdraw_)(nil),
+		(*FromOwner_Proof_)(nil),
+		(*FromOwner_ProofRefused_)(nil),
 	}
 	file_session_proto_msgTypes[1].OneofWrappers = []any{
 		(*FromVerifier_Hello_)(nil),
@@ -1815,14 +2244,15 @@ func file_session_proto_init() {
 		(*FromVerifier_Heartbeat_)(nil),
 		(*FromVerifier_Ack_)(nil),
 		(*FromVerifier_Release_)(nil),
+		(*FromVerifier_Prove_)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_session_proto_rawDesc), len(file_session_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   23,
+			NumEnums:      2,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -40,6 +40,7 @@ var (
 		lease.Going{},
 		lease.Announce{Binding: binding},
 		lease.Withdraw{IP: ip4, Generation: 3},
+		lease.ProofRefused{ID: 7, IP: ip4, Reason: lease.ProofNoSVID},
 	}
 	fromVerifier = []lease.Message{
 		lease.Hello{Nonce: lease.Nonce(uid(5)), Verifier: "n2", Boot: identity.BootID(uid(6)), SentAt: 1, Ask: time.Second,
@@ -50,6 +51,7 @@ var (
 		lease.Ack{IP: ip4, Generation: 3, Seq: 4},
 		lease.Ack{IP: ip4, Generation: 3},
 		lease.Release{IP: ip6, Generation: 1},
+		lease.Prove{ID: 1<<64 - 1, IP: ip6, Generation: 5, UID: uid(8), SPIFFEID: "spiffe://portcullis.lab/ns/default/sa/sleep", Nonce: lease.ProofNonce{31: 9}},
 	}
 )
 

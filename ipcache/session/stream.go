@@ -6,8 +6,10 @@ import (
 	"io"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"go.uber.org/zap"
 	"google.golang.org/grpc/status"
 
@@ -41,11 +43,20 @@ type stream struct {
 	role   Role
 	auth   *authenticated
 	opened time.Time
-	queue  chan lease.Message
+	queue  chan queued
+	proves atomic.Int64  // questions for proofs that were sent and not answered
 	done   chan struct{} // closed by close
 
 	once sync.Once
 	why  string // written before done is closed
+}
+
+// queued is a message that waits to be sent.
+type queued struct {
+	message lease.Message
+	// Of a proof: what was asked, and what it is signed with when its turn comes.
+	prove lease.Prove
+	svid  *x509svid.SVID
 }
 
 // close ends the stream. The first reason stays.
@@ -95,7 +106,7 @@ func (t *Transport) run(s *stream, w wire) {
 	log.Info("session opened", zap.Stringer("spiffe_id", s.auth.id), remote(s.auth.conn), zap.Time("expires", s.auth.expires))
 
 	var wg sync.WaitGroup
-	wg.Go(func() { s.write(w, log) })
+	wg.Go(func() { s.write(t.cfg.Node, w, log) })
 	t.tell(s, nil)
 	for {
 		m, err := w.recv()
@@ -105,6 +116,12 @@ func (t *Transport) run(s *stream, w wire) {
 				log.Warn("closing a session over a bad frame", why(err))
 			}
 			s.close(reason(err))
+		}
+		if err == nil {
+			if m, err = t.checked(s, m); err != nil {
+				log.Warn("closing a session over a proof", why(err))
+				s.close(err.Error())
+			}
 		}
 		if s.closed() {
 			break // what comes after the end of a session is not heard
@@ -138,13 +155,23 @@ func (t *Transport) tell(s *stream, m lease.Message) {
 }
 
 // write sends what is queued, each message at once, until the stream ends.
-func (s *stream) write(w wire, log *zap.Logger) {
+func (s *stream) write(node identity.NodeName, w wire, log *zap.Logger) {
 	for {
 		select {
 		case <-s.done:
 			return
-		case m := <-s.queue:
-			if err := w.send(m); err != nil {
+		case q := <-s.queue:
+			m, err := q.message, error(nil)
+			if q.svid != nil {
+				m, err = s.sign(node, q)
+			}
+			if _, ok := m.(lease.Prove); ok {
+				s.proves.Add(1) // before the answer can come
+			}
+			if err == nil {
+				err = w.send(m)
+			}
+			if err != nil {
 				var bug *unsendable
 				if errors.As(err, &bug) {
 					log.Error("closing a session over a message that cannot be sent", why(err))
@@ -164,7 +191,7 @@ func (s *stream) write(w wire, log *zap.Logger) {
 func (t *Transport) register(role Role, auth *authenticated) (*stream, error) {
 	s := &stream{
 		role: role, auth: auth, opened: time.Now().Round(0),
-		queue: make(chan lease.Message, t.cfg.Queue), done: make(chan struct{}),
+		queue: make(chan queued, t.cfg.Queue), done: make(chan struct{}),
 	}
 	t.mu.Lock()
 	if t.ended {

@@ -62,6 +62,10 @@ type Config struct {
 	Known func(identity.NodeName) bool
 	Sink  Sink
 
+	// Trust gives the bundles that workloads' certificates are verified with, of
+	// this trust domain and of those that it is federated with. Nil: there are no
+	// proofs. Called concurrently.
+	Trust x509bundle.Source
 	// NodeAddress tells addresses of known nodes, whose connections have places
 	// that nobody else can take. Nil: no address is known, and who connects
 	// competes with strangers until it has authenticated. Called by one goroutine.
@@ -247,6 +251,10 @@ func (t *Transport) SendToVerifier(id lease.StreamID, m lease.Message) { t.send(
 func (t *Transport) SendToOwner(id lease.StreamID, m lease.Message) { t.send(id, RoleVerifier, m) }
 
 func (t *Transport) send(id lease.StreamID, as Role, m lease.Message) {
+	t.enqueue(id, as, queued{message: m})
+}
+
+func (t *Transport) enqueue(id lease.StreamID, as Role, q queued) {
 	t.mu.Lock()
 	s := t.streams[id]
 	t.mu.Unlock()
@@ -254,11 +262,11 @@ func (t *Transport) send(id lease.StreamID, as Role, m lease.Message) {
 		return // its Gone is on the way, or was told
 	}
 	if s.role != as {
-		s.close(fmt.Sprintf("bug: %T sent as %s in a stream in which this node is %s", m, as, s.role))
+		s.close(fmt.Sprintf("bug: %T sent as %s in a stream in which this node is %s", q.message, as, s.role))
 		return
 	}
 	select {
-	case s.queue <- m:
+	case s.queue <- q:
 	default:
 		s.close(fmt.Sprintf("the queue is full: %d messages wait", cap(s.queue)))
 	}

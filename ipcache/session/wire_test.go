@@ -193,6 +193,22 @@ func TestRefusalNumbers(t *testing.T) {
 	}
 }
 
+// So are those of refused proofs.
+func TestProofRefusalNumbers(t *testing.T) {
+	for n, name := range WireProofRefusal_name {
+		want := strings.ToLower(strings.ReplaceAll(strings.TrimPrefix(name, "WIRE_PROOF_REFUSAL_"), "_", "-"))
+		if want != "none" {
+			want = "proof-" + want
+		}
+		if got := lease.ProofRefusal(n).String(); got != want {
+			t.Errorf("refusal %d is %q in package lease and %q on the wire", n, got, want)
+		}
+	}
+	if lease.ProofRefusal(len(WireProofRefusal_name)).Valid() {
+		t.Error("package lease has a refusal that the wire has not")
+	}
+}
+
 func TestCheckBinding(t *testing.T) {
 	b := identity.Binding{IP: netip.MustParseAddr("10.1.0.7"), Generation: 1, Identity: identity.New("portcullis.lab", "default", "sleep", nil)}
 	if err := CheckBinding(b); err != nil {

@@ -130,6 +130,9 @@ func (l *Log) Append(e lease.LogEntry, s *Session) error {
 	if e.Evidence != identity.EvidenceNone {
 		r.Evidence = e.Evidence.String()
 	}
+	if c := e.Certificate; c != (lease.Certificate{}) {
+		r.Certificate = &Session{SPIFFEID: c.SPIFFEID, Serial: c.Serial, Issuer: c.Issuer}
+	}
 	if !e.Identity.Equal(identity.Identity{}) {
 		r.Identity = &e.Identity
 	}

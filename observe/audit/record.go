@@ -31,19 +31,21 @@ const (
 
 // Record is one line of the log. Its fields are the format: see doc.go.
 type Record struct {
-	Sequence   uint64              `json:"seq"`
-	Time       time.Time           `json:"time"`
-	Node       identity.NodeName   `json:"node"`
-	Kind       lease.LogKind       `json:"kind"`
-	Peer       identity.NodeName   `json:"peer,omitempty"`
-	Session    *Session            `json:"session,omitempty"`
-	IP         netip.Addr          `json:"ip,omitzero"`
-	Generation identity.Generation `json:"generation,string,omitzero"`
-	UID        identity.UID        `json:"uid,omitzero"`
-	Identity   *identity.Identity  `json:"identity,omitempty"`
-	Evidence   string              `json:"evidence,omitempty"`
-	Reason     string              `json:"reason,omitempty"`
-	Duration   float64             `json:"duration,omitzero"` // seconds
+	Sequence uint64            `json:"seq"`
+	Time     time.Time         `json:"time"`
+	Node     identity.NodeName `json:"node"`
+	Kind     lease.LogKind     `json:"kind"`
+	Peer     identity.NodeName `json:"peer,omitempty"`
+	Session  *Session          `json:"session,omitempty"`
+	// Certificate is the workload's own, of a proof or of one that was refused.
+	Certificate *Session            `json:"certificate,omitempty"`
+	IP          netip.Addr          `json:"ip,omitzero"`
+	Generation  identity.Generation `json:"generation,string,omitzero"`
+	UID         identity.UID        `json:"uid,omitzero"`
+	Identity    *identity.Identity  `json:"identity,omitempty"`
+	Evidence    string              `json:"evidence,omitempty"`
+	Reason      string              `json:"reason,omitempty"`
+	Duration    float64             `json:"duration,omitzero"` // seconds
 
 	Begin      *Begin      `json:"begin,omitempty"`      // of KindStart and KindFile
 	Checkpoint *Checkpoint `json:"checkpoint,omitempty"` // of KindCheckpoint; of KindUnsigned only Why

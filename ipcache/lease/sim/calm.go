@@ -1,6 +1,8 @@
 package sim
 
 import (
+	"time"
+
 	"portcullis/ipcache/lease"
 )
 
@@ -46,6 +48,12 @@ func (w *World) converge() {
 				w.violate("I3", "%s has not confirmed %s after 2 x TTL without faults", v.name, u.name)
 			}
 		}
+	}
+	if w.prove != proveNone {
+		w.calm(w.real + int64(time.Second))
+		w.wantProofs()
+		w.drain()
+		w.provedAll()
 	}
 }
 
@@ -97,6 +105,9 @@ func (w *World) sendAll() {
 				}
 			}
 		}
+	}
+	if w.prove != proveNone {
+		w.wantProofs()
 	}
 	for _, n := range w.nodes {
 		n.agent.expireHolds()

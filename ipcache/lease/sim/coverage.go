@@ -61,6 +61,8 @@ func (w *World) coverVerifier(a *agent, in lease.VerifierInput) {
 	switch in := in.(type) {
 	case lease.Want:
 		one(w.byName[in.Owner], in)
+	case lease.WantProof:
+		one(w.ips[w.ipIndex[in.IP]].node, in)
 	case lease.Unwant:
 		one(w.ips[w.ipIndex[in.IP]].node, in)
 	case lease.StreamOpened:

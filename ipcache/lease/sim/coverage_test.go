@@ -12,18 +12,18 @@ var (
 		inputs  []string
 	}{
 		{"stream", []string{"none", "challenged", "open"}, []string{
-			"StreamAccepted", "VerifierGone", "Hello", "Confirm", "Heartbeat", "Ack", "Release",
+			"StreamAccepted", "VerifierGone", "Hello", "Confirm", "Heartbeat", "Ack", "Release", "Prove",
 			"Leave", "OwnerTick", "JournalFailed",
 		}},
 		{"workload", []string{"none", "quarantined", "active", "leaving"}, []string{
 			"Add", "Adopt", "Delete", "Relabel", "Leave", "OwnerTick", "JournalFailed",
 		}},
 		{"peer", []string{"idle", "backoff", "opening", "challenge", "greeting", "open"}, append([]string{
-			"Want", "Unwant", "StreamOpened", "OwnerGone", "Used", "StoreFailed", "AskMax", "ResetSession", "VerifierTick",
+			"Want", "Unwant", "WantProof", "Doubt", "StreamOpened", "OwnerGone", "Used", "StoreFailed", "AskMax", "ResetSession", "VerifierTick",
 		}, fromOwner...)},
 		{"peer", []string{"old stream"}, append([]string{"OwnerGone"}, fromOwner...)},
 	}
-	fromOwner = []string{"Challenge", "Welcome", "Binding", "Refused", "Bound", "HeartbeatReply", "Revoke", "Going"}
+	fromOwner = []string{"Challenge", "Welcome", "Binding", "Refused", "Bound", "HeartbeatReply", "Revoke", "Going", "Proof", "ProofRefused"}
 
 	nothing = "there is nothing to be in a state"
 	once    = "a stream is accepted, opened or ends once, and its name is never used again"
@@ -45,7 +45,7 @@ func init() {
 	no(nothing, "stream", "none", "Leave", "OwnerTick", "JournalFailed")
 	no(once, "stream", "challenged", "StreamAccepted")
 	no(once, "stream", "open", "StreamAccepted")
-	no(hello, "stream", "challenged", "Confirm", "Heartbeat", "Ack", "Release")
+	no(hello, "stream", "challenged", "Confirm", "Heartbeat", "Ack", "Release", "Prove")
 	no(hello, "stream", "open", "Hello")
 	no(nothing, "workload", "none", "Leave", "OwnerTick", "JournalFailed")
 	for _, s := range []string{"quarantined", "active", "leaving"} {

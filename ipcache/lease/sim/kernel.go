@@ -43,6 +43,13 @@ type kslot struct {
 	hash  identity.Hash
 	owner *node
 	boot  identity.BootID
+
+	switched    lease.Time // when it was put on its lease
+	proved      lease.Time
+	provedLease uint32 // the lease that it was on then
+	proof       *made
+	asked       int64 // real time
+	nonce       lease.ProofNonce
 }
 
 // flow is an entry of the conntrack table: it passes while its stamp stands.
@@ -126,8 +133,10 @@ func (n *node) write(wr lease.Write) {
 		}
 	case lease.SwitchLease:
 		if s := &k.slots[wr.Slot]; s.stamp == wr.Stamp {
-			s.lease = wr.Lease
+			s.lease, s.switched = wr.Lease, n.clock()
 		}
+	case lease.SetProved:
+		n.storeProved(wr)
 	case lease.SetDeadline:
 		k.leases[wr.Lease] = wr.Deadline
 	}

@@ -32,6 +32,7 @@ type node struct {
 	lastLive map[*workload]int64
 	// idled is when this agent last gave the binding back because nothing used it.
 	idled map[*workload]int64
+	proof *made // of the message that the agent works on; nil: it is none
 }
 
 // agent is one process.
@@ -74,11 +75,12 @@ func (n *node) start() {
 		panic(err)
 	}
 	a.table = n.restore()
-	a.ver, err = lease.NewVerifier(lease.VerifierConfig{
+	cfg := lease.VerifierConfig{
 		Node: n.name, Boot: n.boot, TTL: w.ttl, Heartbeat: w.heartbeat, IdleBinding: w.idle, IdleSession: w.idle,
 		Speaks: func(o identity.NodeName, ip netip.Addr) bool { return w.ips[w.ipIndex[ip]].node.name == o },
-	}, a.table, n.clock())
-	if err != nil {
+	}
+	n.proofConfig(&cfg)
+	if a.ver, err = lease.NewVerifier(cfg, a.table, n.clock()); err != nil {
 		panic(err)
 	}
 	n.agent = a
@@ -139,7 +141,7 @@ func (n *node) restore() *ipcache.Table {
 			continue
 		}
 		if err := table.Restore(ipcache.Entry{
-			Slot: uint32(i), Stamp: s.stamp, Lease: s.lease, OwnerBoot: s.boot, Hash: s.hash, Evidence: identity.EvidenceLease,
+			Slot: uint32(i), Stamp: s.stamp, Lease: s.lease, OwnerBoot: s.boot, Hash: s.hash, Evidence: identity.EvidenceLease, Proved: int64(s.proved),
 			Binding:   identity.Binding{IP: n.w.ips[s.ip].addr, Generation: s.gen, UID: s.uid, Owner: s.owner.name},
 			Condemned: n.k.binding[s.ip] != uint32(i),
 		}); err != nil {
@@ -222,6 +224,12 @@ func (a *agent) stepVerifier(in lease.VerifierInput) {
 	}
 	a.n.w.coverVerifier(a, in)
 	a.n.w.log("%s verifier <- %T%+v", a.n.name, in, in)
+	a.n.proof = nil
+	if f, ok := in.(lease.FromOwner); ok {
+		if p, ok := f.Message.(lease.Proof); ok {
+			a.n.proof = a.n.w.madeOf(p)
+		}
+	}
 	out := a.ver.Step(a.n.clock(), in)
 	if h.verifierOut != nil {
 		out = h.verifierOut(a, in, out)
@@ -284,6 +292,8 @@ func (a *agent) doOwner(out lease.OwnerOutput) {
 				s.vn.renew(a.n, m.Echo.Add(m.TTL))
 			}
 		}
+	case lease.MakeProof:
+		a.makeProof(out)
 	case lease.CloseVerifier:
 		if s := a.streams[out.Stream]; s != nil && s.o == a {
 			s.closeBy(a)
@@ -324,6 +334,11 @@ func (a *agent) doVerifier(out lease.VerifierOutput) {
 		if s := a.streams[out.Stream]; s != nil && s.v == a {
 			s.send(&s.toO, out.Message)
 		}
+		if m, ok := out.Message.(lease.Prove); ok {
+			a.n.noteAsked(m)
+		}
+	case lease.ProofAnswer:
+		a.proofAnswered(out)
 	case lease.Answer:
 		a.answered(w.ipIndex[out.IP], out)
 	case lease.VerifierTimer:

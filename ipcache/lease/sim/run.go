@@ -301,6 +301,9 @@ func (w *World) nudge(a *agent) bool {
 	if a == nil {
 		return false
 	}
+	if w.rng.IntN(4) == 0 {
+		return w.wantProof(a)
+	}
 	o := pick(w.rng, w.nodes...)
 	if o == a.n {
 		return false
@@ -325,8 +328,10 @@ func (w *World) nudge(a *agent) bool {
 		a.inbox = append(a.inbox, lease.Want{IP: ip.addr, Owner: ip.node.name, Arrival: a.n.clock()})
 	case r < 88:
 		a.inbox = append(a.inbox, lease.ResetSession{Owner: o.name})
-	case r < 94:
+	case r < 92:
 		a.inbox = append(a.inbox, lease.AskMax{})
+	case r < 96:
+		a.inbox = append(a.inbox, lease.Doubt{})
 	default:
 		a.inbox = append(a.inbox, lease.OwnerTick{}, lease.VerifierTick{})
 	}

@@ -168,6 +168,9 @@ func (s *stream) deliver(toOwner bool) {
 	case ended:
 		s.v.stepVerifier(lease.OwnerGone{Owner: s.on.name, Stream: s.vid, Why: "stream ended"})
 	case lease.Message:
+		if p, ok := m.(lease.Proof); ok {
+			m = s.vn.checkLife(p)
+		}
 		s.v.stepVerifier(lease.FromOwner{Stream: s.vid, Message: m})
 	}
 }

@@ -22,6 +22,10 @@ type World struct {
 	ttl, heartbeat, margin, flight, idle time.Duration
 	grants                               int
 	relabels                             lease.RelabelMode
+	prove                                int // proveNone and so on
+	svidLife, svidLate                   time.Duration
+	proofs                               []*made // all, by number
+	made                                 []*made // the latest
 
 	real    int64
 	nodes   []*node
@@ -70,6 +74,8 @@ type hooks struct {
 	verifierOut func(*agent, lease.VerifierInput, []lease.VerifierOutput) []lease.VerifierOutput
 	created     func(*endpoint)
 	tableStart  func(*node) uint64 // the first stamp of a process
+	// noProofs: nobody asks for proofs, which other mistakes break too.
+	noProofs bool
 	// ignoreFailures: a failed store does not stop the step's outputs.
 	ignoreFailures bool
 }
@@ -97,6 +103,10 @@ func newWorld(seed uint64, o Options, h hooks) *World {
 	w.lag = pick(w.rng, 300, 100, 30, 10)
 	w.grants = pick(w.rng, 0, 0, 0, 3)
 	w.relabels = pick(w.rng, lease.RelabelPrompt, lease.RelabelStrict)
+	w.initProofs()
+	if h.noProofs {
+		w.prove = proveNone
+	}
 	rates := []int64{894, 1000, 1117} // rho of A2 between the slowest and the fastest
 	for i := range o.Nodes {
 		n := &node{
@@ -265,6 +275,7 @@ func (w *World) checkSlot(v *node, s *kslot) {
 	}
 	// I2: the deadline rests on an answer of the owner, counted from the
 	// time at which this node asked.
+	w.checkProved(v, s)
 	d := v.k.leases[s.lease]
 	if d > v.fresh[s.owner.index] {
 		w.violate("I2", "%s believes in %s until %d, its evidence ends at %d", v.name, w.name(s.who()), d, v.fresh[s.owner.index])
