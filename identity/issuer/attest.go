@@ -45,7 +45,8 @@ const (
 	RefusedToken       Refusal = "token-rejected"    // the API server does not know it, or it is over
 	RefusedAudience    Refusal = "wrong-audience"    // made for somebody else
 	RefusedAccount     Refusal = "wrong-account"     // of another service account
-	RefusedNoNode      Refusal = "no-node"           // not bound to a node, or to a pod on one
+	RefusedNoPod       Refusal = "no-pod"            // not bound to a pod
+	RefusedNoNode      Refusal = "no-node"           // of a pod that is on no node
 	RefusedNodes       Refusal = "several-nodes"     // a claim that cannot be
 	RefusedNodeName    Refusal = "invalid-node-name" // not one that Kubernetes gives
 	RefusedRequest     Refusal = "invalid-request"   // the certificate request
@@ -96,6 +97,10 @@ func (r Rules) Attest(v Review) (identity.NodeName, error) {
 	}
 	nodes := v.Extra[extraNode]
 	switch {
+	case len(v.Extra[extraPod]) != 1 || len(v.Extra[extraPodUID]) != 1:
+		// Who may have tokens made can have one bound to any node, but not one
+		// bound to a pod on a node where there is none; and it ends with the pod.
+		return "", refuse(RefusedNoPod, "the token is bound to no pod: mount a projected token into the agent's")
 	case len(nodes) == 0:
 		return "", refuse(RefusedNoNode, "the token is bound to no node: mount a projected token into a pod (Kubernetes 1.30 or newer)")
 	case len(nodes) > 1:

@@ -208,7 +208,7 @@ func TestRefusals(t *testing.T) {
 	}
 	edit("audience", func(r *Review) { r.Audiences = []string{"other"} })
 	edit("account", func(r *Review) { r.Username = "system:serviceaccount:default:default" })
-	edit("nonode", func(r *Review) { r.Extra = nil })
+	edit("nonode", func(r *Review) { delete(r.Extra, extraNode) })
 	edit("twonodes", func(r *Review) { r.Extra[extraNode] = []string{"n1", "n2"} })
 	edit("expired", func(r *Review) { *r = Review{Error: "token has expired"} })
 	request := csr(t, x509.CertificateRequest{}, newKey(t))

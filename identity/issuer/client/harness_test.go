@@ -112,7 +112,7 @@ func (c *cluster) Review(_ context.Context, token, audience string) (issuer.Revi
 		return issuer.Review{Error: "unknown token"}, nil
 	}
 	return issuer.Review{Authenticated: true, Audiences: []string{audience}, Username: "system:serviceaccount:portcullis:portcullis-agent",
-		Extra: map[string][]string{"authentication.kubernetes.io/node-name": {string(node)}}}, nil
+		Extra: map[string][]string{"authentication.kubernetes.io/node-name": {string(node)}, "authentication.kubernetes.io/pod-name": {"agent"}, "authentication.kubernetes.io/pod-uid": {"u"}}}, nil
 }
 
 // knows has the API server know a token from now on.
