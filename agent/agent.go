@@ -209,6 +209,7 @@ func newLoop(ctx context.Context, cfg Config, log *zap.Logger) (*loop, error) {
 		holdIndexes: newIndexes(cfg.Endpoints, cfg.ReuseMargin), retryActivation: map[identity.UID]identity.Generation{}, retryClose: map[identity.UID]bool{}, nodeUIDs: map[identity.UID]netip.Addr{},
 		numerics: map[uint64]identity.Numeric{}, installedAt: map[uint64]lease.Time{}, policyFiles: map[authz.Ref]importedFile{}, groups: map[authz.Ref]*authz.Group{}, spaces: map[authz.Ref]*authz.NamespaceObject{}, services: map[authz.Ref]*authz.ServiceObject{},
 		names: newDirectory(), peerSessions: map[identity.NodeName]*audit.Session{}, monitors: newMonitors(), alarms: newAlarms()}
+	l.coverage.since = l.started
 
 	if cfg.IdentityTemplate != "" { // Validate asks for one; without, no workload has a SPIFFE ID
 		var err error

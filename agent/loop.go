@@ -55,6 +55,7 @@ type loop struct {
 	devices       *devices   // set before run; what the loop calls of it is safe for concurrent use
 	audit         *audit.Log // safe for concurrent use
 	signer        *lateSigner
+	coverage      coverage // count is called by the reader of events
 
 	proofs   *proofs           // nil: this agent has nothing to do with proofs
 	template identity.Template // of the SPIFFE IDs of workloads
@@ -180,6 +181,7 @@ func (l *loop) retry() {
 	l.alarmSVID()
 	l.alarmWorkloadSVIDs()
 	l.alarmAudit()
+	l.recordCoverage(time.Now(), false)
 	l.alarms.expire()
 	l.compactJournal()
 	l.forgetStrangers()

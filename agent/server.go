@@ -331,6 +331,7 @@ func (l *loop) resolver() flow.Resolver {
 
 // publish makes a flow record of an event for whoever monitors.
 func (l *loop) publish(ev abi.Event) {
+	l.coverage.count(&ev)
 	if l.monitors.empty() {
 		return // a node under load has thousands of events a second
 	}

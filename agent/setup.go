@@ -304,6 +304,9 @@ func (l *loop) close() error {
 	if l.injector != nil {
 		errs = append(errs, l.injector.Close())
 	}
+	if l.dp != nil && l.audit != nil {
+		l.recordCoverage(time.Now(), true)
+	}
 	if l.dp != nil {
 		errs = append(errs, l.dp.Close())
 	}

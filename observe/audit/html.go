@@ -46,6 +46,9 @@ type page struct {
 	Evidences []string // in the order of their colours
 	OverTime  []rect
 	MaxCount  int
+	FlowKinds []string // in the order of their colours
+	Flows     []rect
+	MaxFlows  uint64
 	Reasons   []bar
 	Lanes     []lane
 	LaneEnd   float64
@@ -70,6 +73,7 @@ func (r *Report) HTML(w io.Writer, now time.Time) error {
 		}
 	}
 	p.overTime()
+	p.flows()
 	p.reasons()
 	p.lanes()
 	t, err := template.New("report").Funcs(template.FuncMap{
@@ -81,6 +85,7 @@ func (r *Report) HTML(w io.Writer, now time.Time) error {
 		},
 		"span": span, "join": func(s []string) string { return Plain(strings.Join(s, ", ")) },
 		"class": func(evidence string) int { return slices.Index(p.Evidences, evidence) % colours },
+		"flow":  func(kind string) int { return slices.Index(p.FlowKinds, kind) % colours },
 		"add":   func(a, b float64) float64 { return a + b },
 		"num":   func(v float64) string { return fmt.Sprintf("%.1f", v) },
 		"plain": func(s any) string { return Plain(fmt.Sprint(s)) }, // texts of any type
@@ -135,6 +140,34 @@ func (p *page) overTime() {
 			draw(b.Evidence[e], k%colours, "confirmed on "+e)
 		}
 		draw(b.Refusals, colours, "refused")
+	}
+}
+
+// flows draws the admitted flows over time, by evidence.
+func (p *page) flows() {
+	p.FlowKinds = slices.Sorted(maps.Keys(p.Coverage))
+	for _, b := range p.Buckets {
+		n := uint64(0)
+		for _, c := range b.Flows {
+			n += c
+		}
+		p.MaxFlows = max(p.MaxFlows, n)
+	}
+	if p.MaxFlows == 0 {
+		return
+	}
+	w := plotWidth / float64(len(p.Buckets))
+	for i, b := range p.Buckets {
+		y := plotHeight
+		for k, kind := range p.FlowKinds {
+			n := b.Flows[kind]
+			if n == 0 {
+				continue
+			}
+			h := plotHeight * float64(n) / float64(p.MaxFlows)
+			y -= h
+			p.Flows = append(p.Flows, rect{float64(i) * w, y, w - 1, h, k % colours, fmt.Sprintf("%s: %d flows, %s", b.From.UTC().Format(time.RFC3339), n, kind)})
+		}
 	}
 }
 

@@ -136,17 +136,27 @@ func (l *Log) Append(e lease.LogEntry, s *Session) error {
 	if !e.Identity.Equal(identity.Identity{}) {
 		r.Identity = &e.Identity
 	}
+	return l.put(r)
+}
+
+// AppendCoverage takes a record of admitted flows; it is as Append.
+func (l *Log) AppendCoverage(c Coverage) error {
+	return l.put(&Record{Time: time.Now().UTC().Round(0), Node: l.cfg.Node, Kind: KindCoverage, Coverage: &c})
+}
+
+// put queues a record.
+func (l *Log) put(r *Record) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.closed {
-		l.lose(e.Kind, r.Time)
+		l.lose(r.Kind, r.Time)
 		return ErrClosed
 	}
 	select {
 	case l.queue <- r:
 		return nil
 	default:
-		l.lose(e.Kind, r.Time)
+		l.lose(r.Kind, r.Time)
 		return ErrFull
 	}
 }

@@ -27,6 +27,13 @@ const (
 	KindUnsigned   lease.LogKind = "unsigned"   // a checkpoint was due and could not be signed
 	KindGap        lease.LogKind = "gap"        // records are missing here
 	KindRemoved    lease.LogKind = "removed"    // a file is removed, by retention
+	KindCoverage   lease.LogKind = "coverage"   // on what evidence flows were admitted
+)
+
+// Kinds of flows beside those of an evidence, in Coverage.
+const (
+	FlowsNeedless = "not-needed" // the verdict is the same whoever the peer is
+	FlowsAudited  = "audit-only" // what policy denies, admitted by --enforce=audit
 )
 
 // Record is one line of the log. Its fields are the format: see doc.go.
@@ -51,6 +58,7 @@ type Record struct {
 	Checkpoint *Checkpoint `json:"checkpoint,omitempty"` // of KindCheckpoint; of KindUnsigned only Why
 	Gap        *Gap        `json:"gap,omitempty"`        // of KindGap
 	Removed    *Removed    `json:"removed,omitempty"`    // of KindRemoved
+	Coverage   *Coverage   `json:"coverage,omitempty"`   // of KindCoverage
 
 	Previous string `json:"prev"` // hash of the record before, zeros for the first
 	Hash     string `json:"hash"`
@@ -102,6 +110,16 @@ type Removed struct {
 	First uint64 `json:"first"`
 	Last  uint64 `json:"last"`
 	Hash  string `json:"hash"`
+}
+
+// Coverage counts the flows that a node admitted in a time.
+type Coverage struct {
+	// Flows by the evidence of the peer's binding, or FlowsNeedless or
+	// FlowsAudited. A flow between two workloads of a node counts twice: each
+	// of them judges it.
+	Flows   map[string]uint64 `json:"flows"`
+	Lost    uint64            `json:"lost,omitzero"` // events of packets, not counted: the ring was full
+	Seconds float64           `json:"seconds"`       // how long
 }
 
 // whyStop is why an agent that ends in order signs.

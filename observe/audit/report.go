@@ -29,18 +29,24 @@ type Report struct {
 	Filter  Filter    `json:"filter"`
 	Records int       `json:"records"`
 
-	Logs       []*Result           `json:"logs"`    // what verification said
-	Checked    bool                `json:"checked"` // signatures too
-	Identities []IdentitySummary   `json:"identities"`
-	Beliefs    []Belief            `json:"beliefs"`
-	Refusals   []Refusal           `json:"refusals"`
-	Reuse      []Reuse             `json:"reuse"`
-	Gaps       []RenewalGap        `json:"renewalGaps"`
-	Evidence   map[string]Share    `json:"evidence"`
-	Kinds      map[string]int      `json:"kinds"`
-	Omitted    map[string]int      `json:"omitted,omitempty"` // rows beyond maxRows, by table
-	Buckets    []Bucket            `json:"buckets"`
-	Tenures    map[string][]Tenure `json:"tenures"` // of addresses that were reused, by IP
+	Logs       []*Result         `json:"logs"`    // what verification said
+	Checked    bool              `json:"checked"` // signatures too
+	Identities []IdentitySummary `json:"identities"`
+	Beliefs    []Belief          `json:"beliefs"`
+	Refusals   []Refusal         `json:"refusals"`
+	Reuse      []Reuse           `json:"reuse"`
+	Gaps       []RenewalGap      `json:"renewalGaps"`
+	Proofs     []Proof           `json:"proofs"`
+	Weakenings []Weakening       `json:"weakenings"`
+	// Coverage is the share of admitted flows by evidence, of whole nodes: flows
+	// are not counted by namespace or identity.
+	Coverage  map[string]FlowShare `json:"coverage"`
+	FlowsLost uint64               `json:"flowEventsLost"` // events that are in no share
+	Evidence  map[string]Share     `json:"evidence"`
+	Kinds     map[string]int       `json:"kinds"`
+	Omitted   map[string]int       `json:"omitted,omitempty"` // rows beyond maxRows, by table
+	Buckets   []Bucket             `json:"buckets"`
+	Tenures   map[string][]Tenure  `json:"tenures"` // of addresses that were reused, by IP
 }
 
 // Belief is one binding that one node believed: from its confirmation until it
@@ -128,9 +134,10 @@ type Share struct {
 
 // Bucket is a piece of the report's time.
 type Bucket struct {
-	From     time.Time      `json:"from"`
-	Evidence map[string]int `json:"confirmationsByEvidence"`
-	Refusals int            `json:"refusals"`
+	From     time.Time         `json:"from"`
+	Evidence map[string]int    `json:"confirmationsByEvidence"`
+	Refusals int               `json:"refusals"`
+	Flows    map[string]uint64 `json:"flowsByEvidence"` // admitted
 }
 
 const (
@@ -151,6 +158,8 @@ type reporter struct {
 	tenures  map[netip.Addr][]Tenure
 	gaps     map[[2]identity.NodeName]int // open ones
 	refused  []time.Time
+	proofs   map[proofKey]*Proof
+	covered  []*Record
 }
 
 type (
@@ -178,9 +187,9 @@ type (
 // checked tells that it looked at signatures too. Of a broken log what is in doubt is
 // left out: nobody knows who wrote it.
 func NewReport(s *Set, f Filter, results []*Result, checked bool) (*Report, error) {
-	g := &reporter{f: f, rep: &Report{Filter: f, Logs: results, Checked: checked, Evidence: map[string]Share{}, Kinds: map[string]int{}, Omitted: map[string]int{}, Tenures: map[string][]Tenure{}},
+	g := &reporter{f: f, rep: &Report{Filter: f, Logs: results, Checked: checked, Evidence: map[string]Share{}, Kinds: map[string]int{}, Omitted: map[string]int{}, Tenures: map[string][]Tenure{}, Coverage: map[string]FlowShare{}},
 		open: map[beliefKey]*Belief{}, refusals: map[refusalKey]*Refusal{}, holders: map[netip.Addr]*holder{}, signs: map[signKey]time.Time{},
-		tenures: map[netip.Addr][]Tenure{}, gaps: map[[2]identity.NodeName]int{}}
+		tenures: map[netip.Addr][]Tenure{}, gaps: map[[2]identity.NodeName]int{}, proofs: map[proofKey]*Proof{}}
 	for _, res := range results {
 		if f.Node != "" && res.Node != f.Node {
 			continue
@@ -272,7 +281,15 @@ func (g *reporter) add(r *Record) {
 			}
 			g.close(b, r.Time, end)
 		}
-	case lease.LogRefusal:
+	case lease.LogProof:
+		g.proved(r, in)
+	case lease.LogWeakening:
+		g.weakened(r, in)
+	case KindCoverage:
+		if in && r.Coverage != nil {
+			g.coverage(r)
+		}
+	case lease.LogRefusal, lease.LogProofRefusal:
 		if in && (g.f.Namespace == "" && g.f.Identity == "" || g.f.wanted(r.Identity)) {
 			g.refusal(r)
 		}
@@ -317,41 +334,6 @@ func (g *reporter) refusal(r *Record) {
 	g.refused = append(g.refused, r.Time)
 }
 
-// gap keeps the two records of one gap together: its begin, and its end, which
-// knows how long it was.
-func (g *reporter) gap(r *Record) {
-	key := [2]identity.NodeName{r.Node, r.Peer}
-	if i, open := g.gaps[key]; open && r.Duration > 0 {
-		g.rep.Gaps[i].For, g.rep.Gaps[i].Reason = r.Duration, r.Reason
-		delete(g.gaps, key)
-		return
-	}
-	if r.Duration == 0 {
-		g.gaps[key] = len(g.rep.Gaps)
-	}
-	g.rep.Gaps = append(g.rep.Gaps, RenewalGap{r.Node, r.Peer, r.Time, r.Duration, r.Reason})
-}
-
-func (g *reporter) activation(r *Record) {
-	h := g.holders[r.IP]
-	next := &holder{uid: r.UID, text: textOf(r.Identity), id: r.Identity, from: r.Time}
-	g.holders[r.IP] = next
-	if h == nil || h.uid == r.UID {
-		if h != nil {
-			next.from = h.from
-		}
-		return
-	}
-	last := g.signs[signKey{r.IP, h.uid}]
-	if len(g.tenures[r.IP]) == 0 || g.tenures[r.IP][len(g.tenures[r.IP])-1].From != h.from {
-		g.tenures[r.IP] = append(g.tenures[r.IP], Tenure{h.text, h.from, earlier(last, r.Time)})
-	}
-	if g.f.within(r.Time) && (g.f.wanted(r.Identity) || g.f.wanted(h.id)) {
-		g.rep.Reuse = append(g.rep.Reuse, Reuse{IP: r.IP, Node: r.Node, Before: h.text, After: next.text, BeforeUID: h.uid, AfterUID: r.UID,
-			Activated: r.Time, Quarantine: r.Duration})
-	}
-}
-
 func sortedKeys[T any](m map[string]T) []string { return slices.Sorted(maps.Keys(m)) }
 
 func earlier(a, b time.Time) time.Time {
@@ -373,12 +355,16 @@ func (g *reporter) finish() {
 	})
 	g.finishReuse()
 	slices.SortFunc(rep.Gaps, func(a, b RenewalGap) int { return a.At.Compare(b.At) })
+	g.finishProofs()
+	g.finishCoverage()
 	g.buckets()
 	rep.Beliefs = bound(rep, "beliefs", rep.Beliefs)
 	rep.Refusals = bound(rep, "refusals", rep.Refusals)
 	rep.Reuse = bound(rep, "reuse", rep.Reuse)
 	rep.Gaps = bound(rep, "renewalGaps", rep.Gaps)
 	rep.Identities = bound(rep, "identities", rep.Identities)
+	rep.Proofs = bound(rep, "proofs", rep.Proofs)
+	rep.Weakenings = bound(rep, "weakenings", rep.Weakenings)
 }
 
 func bound[T any](rep *Report, what string, rows []T) []T {
@@ -447,28 +433,6 @@ func (g *reporter) finishBeliefs() {
 	slices.SortStableFunc(rep.Beliefs, func(a, b Belief) int { return a.From.Compare(b.From) })
 }
 
-func (g *reporter) finishReuse() {
-	ends := map[signKey]time.Time{} // when the last node stopped to believe
-	for _, b := range g.beliefs {
-		if k := (signKey{b.IP, b.UID}); b.Until.After(ends[k]) {
-			ends[k] = b.Until
-		}
-	}
-	for i := range g.rep.Reuse {
-		r := &g.rep.Reuse[i]
-		k := signKey{r.IP, r.BeforeUID}
-		r.LastSign = g.signs[k]
-		r.Gap = max(0, r.Activated.Sub(r.LastSign).Seconds())
-		if over := ends[k].Sub(r.Activated).Seconds(); over > 0 {
-			r.Overlap = over
-		}
-		if _, done := g.rep.Tenures[r.IP.String()]; !done && len(g.rep.Tenures) < 30 {
-			g.rep.Tenures[r.IP.String()] = append(slices.Clone(g.tenures[r.IP]), Tenure{g.holders[r.IP].text, g.holders[r.IP].from, g.rep.Until})
-		}
-	}
-	slices.SortFunc(g.rep.Reuse, func(a, b Reuse) int { return a.Activated.Compare(b.Activated) })
-}
-
 // buckets cuts the time into equal pieces, for plots.
 func (g *reporter) buckets() {
 	rep := g.rep
@@ -478,7 +442,7 @@ func (g *reporter) buckets() {
 	}
 	width := max(span/bucketsMax, time.Millisecond)
 	for i := range bucketsMax {
-		rep.Buckets = append(rep.Buckets, Bucket{From: rep.Since.Add(time.Duration(i) * width), Evidence: map[string]int{}})
+		rep.Buckets = append(rep.Buckets, Bucket{From: rep.Since.Add(time.Duration(i) * width), Evidence: map[string]int{}, Flows: map[string]uint64{}})
 	}
 	at := func(t time.Time) *Bucket {
 		return &rep.Buckets[min(max(0, int(t.Sub(rep.Since)/width)), bucketsMax-1)]
@@ -490,5 +454,10 @@ func (g *reporter) buckets() {
 	}
 	for _, t := range g.refused {
 		at(t).Refusals++
+	}
+	for _, r := range g.covered {
+		for evidence, n := range r.Coverage.Flows {
+			at(r.Time).Flows[evidence] += n
+		}
 	}
 }

@@ -48,7 +48,7 @@ func (r *Report) Tables() []Table {
 	var evidence Table
 	evidence.Title = "EVIDENCE: none"
 	if len(r.Evidence) > 0 {
-		evidence = Table{"EVIDENCE (share of believed time; the log does not hold flows)", [][]string{{"EVIDENCE", "CONFIRMATIONS", "BELIEVED", "SHARE"}}}
+		evidence = Table{"EVIDENCE (share of believed time)", [][]string{{"EVIDENCE", "CONFIRMATIONS", "BELIEVED", "SHARE"}}}
 		for _, e := range sortedKeys(r.Evidence) {
 			s := r.Evidence[e]
 			evidence.Rows = append(evidence.Rows, []string{e, num(s.Confirmations), span(s.Seconds), fmt.Sprintf("%.1f%%", s.Percent)})
@@ -60,6 +60,15 @@ func (r *Report) Tables() []Table {
 			return []string{s.Identity, strings.Join(s.Evidence, ","), strings.Join(s.Owners, ","), strings.Join(s.Verifiers, ","), num(s.IPs), num(s.Confirmations), span(s.Seconds), span(s.Longest)}
 		}),
 		evidence,
+		r.coverageTable(),
+		add("PROVED BY SVID", []string{"IDENTITY", "SPIFFE ID", "CERTIFICATE", "ISSUER", "TOLD BY", "PEER", "TIMES", "FIRST", "LAST"}, len(r.Proofs), func(i int) []string {
+			x := r.Proofs[i]
+			return []string{x.Identity, x.SPIFFEID, x.Serial, x.Issuer, string(x.Node), string(x.Peer), num(x.Count), at(x.First), at(x.Last)}
+		}),
+		add("WEAKENED", []string{"IDENTITY", "TOLD BY", "PEER", "AT", "EVIDENCE LEFT", "REASON"}, len(r.Weakenings), func(i int) []string {
+			x := r.Weakenings[i]
+			return []string{x.Identity, string(x.Node), string(x.Peer), at(x.At), x.Evidence, x.Reason}
+		}),
 		add("REFUSED", []string{"REASON", "TOLD BY", "PEER", "TIMES", "FIRST", "LAST"}, len(r.Refusals), func(i int) []string {
 			x := r.Refusals[i]
 			return []string{x.Reason, string(x.Node), string(x.Peer), num(x.Count), at(x.First), at(x.Last)}
@@ -77,6 +86,27 @@ func (r *Report) Tables() []Table {
 		out = append(out, Table{Title: fmt.Sprintf("%d more rows of %s are left out: choose a shorter time, a namespace or a node", r.Omitted[what], what)})
 	}
 	return out
+}
+
+// coverageTable is the share of admitted flows by evidence.
+func (r *Report) coverageTable() Table {
+	const title = "COVERAGE"
+	if len(r.Coverage) == 0 {
+		return Table{Title: title + ": no flows were counted"}
+	}
+	what := title + " (share of admitted flows"
+	if r.Filter.Namespace != "" || r.Filter.Identity != "" {
+		what += ", of all namespaces and identities"
+	}
+	if r.FlowsLost > 0 {
+		what += fmt.Sprintf("; %d events of packets were lost and are not counted", r.FlowsLost)
+	}
+	t := Table{what + ")", [][]string{{"EVIDENCE", "FLOWS", "SHARE"}}}
+	for _, e := range sortedKeys(r.Coverage) {
+		s := r.Coverage[e]
+		t.Rows = append(t.Rows, []string{e, fmt.Sprint(s.Flows), fmt.Sprintf("%.1f%%", s.Percent)})
+	}
+	return t
 }
 
 func at(t time.Time) string {
@@ -116,6 +146,13 @@ func Line(text []byte) string {
 	}
 	if r.Session != nil {
 		add("certificate", r.Session.Serial)
+	}
+	if r.Certificate != nil {
+		add("workload", r.Certificate.SPIFFEID)
+		add("workload-certificate", r.Certificate.Serial)
+	}
+	if r.Coverage != nil {
+		add("flows", fmt.Sprint(r.Coverage.Flows))
 	}
 	if r.Gap != nil {
 		add("lost", fmt.Sprint(r.Gap.Lost))
