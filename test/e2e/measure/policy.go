@@ -24,6 +24,9 @@ type Policy struct {
 	FromStart rig.Quantiles `json:"from_start"`
 	FromEnd   rig.Quantiles `json:"from_end"`
 	Kubectl   rig.Quantiles `json:"kubectl"` // how long kubectl itself ran
+	// Passing are changes that no policy made; few, or the machine was too busy
+	// for this measurement.
+	Passing int `json:"passing"`
 }
 
 const probeInterval = 5 * time.Millisecond
@@ -43,7 +46,7 @@ func (b *bench) policies(ctx context.Context, n int) (*Policy, error) {
 	if err != nil {
 		return nil, err
 	}
-	cmd := b.KubectlCommand(ctx, "exec", "client", "--", "/probe", "changes", "-for", "2h", "-interval", probeInterval.String(), "-timeout", "500ms", ip+":80")
+	cmd := b.KubectlCommand(ctx, "exec", "client", "--", "/probe", "changes", "-for", "2h", "-interval", probeInterval.String(), "-timeout", "2s", ip+":80")
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		return nil, err
@@ -70,11 +73,19 @@ func (b *bench) policies(ctx context.Context, n int) (*Policy, error) {
 			return nil, err
 		}
 		end := time.Now()
-		if err := d.Decode(&now); err != nil {
-			return nil, fmt.Errorf("change %d: %w", i, err)
-		}
-		if now.OK != (i%2 == 1) {
-			return nil, fmt.Errorf("change %d: the client reaches the server: %v", i, now.OK)
+		// What began before the policy was none of its doing: the machine stood
+		// still for a moment.
+		for ok := i%2 == 1; ; p.Passing++ {
+			// A change that is hidden in one of these is never told.
+			late := time.AfterFunc(2*time.Minute, cancel)
+			err := d.Decode(&now)
+			late.Stop()
+			if err != nil {
+				return nil, fmt.Errorf("change %d was not seen: %w", i, err)
+			}
+			if now.OK == ok && now.At >= begin.UnixNano() {
+				break
+			}
 		}
 		at := time.Unix(0, now.At)
 		fromStart, fromEnd = append(fromStart, ms(at.Sub(begin))), append(fromEnd, ms(at.Sub(end)))

@@ -15,8 +15,8 @@ type Change struct {
 }
 
 // steady is how many attempts one after the other must come out alike before
-// they are told as a change: a datagram may be lost on a busy machine.
-const steady = 3
+// they are told as a change: on a busy machine some are lost, or late.
+const steady = 10
 
 // changes sends a datagram from a new socket at every interval, and tells each
 // change as soon as it is sure. The first line is how it is at first.
