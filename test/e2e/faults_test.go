@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -163,31 +164,17 @@ func testOutage(t *testing.T) {
 	must(t, s.judge(t, s.server.ip(), s.server.ip6()))
 
 	// The server's sandbox dies: its kubelet makes another, with other addresses.
-	former := s.server.ip()
-	begin := time.Now()
-	if err := killSandbox(t, s.server); err != nil {
-		t.Fatal(err)
-	}
-	var now endpoint
-	must(t, eventually(t.Context(), func() error {
-		list, err := endpoints(t.Context(), s.server.Spec.NodeName)
-		if err != nil {
-			return err
-		}
-		for _, e := range list {
-			if e.Workload.UID == s.server.Metadata.UID && e.State == "active" && e.IPs[0] != former {
-				now = e
-				return nil
-			}
-		}
-		return fmt.Errorf("%s has no new sandbox", s.server.name())
-	}))
-	t.Logf("without an API server, %s has a new sandbox and is enforced after %.1f s", s.server.name(), time.Since(begin).Seconds())
+	now := newSandbox(t, s.server)
 	must(t, eventually(t.Context(), func() error { return s.judge(t, now.IPs...) }))
 	// Its former addresses are nobody's.
-	if o := s.ask(t, s.friend, "tcp/"+hostPort(former)); o.OK {
-		t.Errorf("the former address %s answers", former)
+	if o := s.ask(t, s.friend, "tcp/"+hostPort(s.server.ip())); o.OK {
+		t.Errorf("the former address %s answers", s.server.ip())
 	}
+	// So it is under an agent that never heard the API server.
+	restartAgent(t, s.server.Spec.NodeName)
+	must(t, s.judge(t, now.IPs...))
+	now = newSandbox(t, s.server, now.IPs...)
+	must(t, eventually(t.Context(), func() error { return s.judge(t, now.IPs...) }))
 	for left := time.Until(began.Add(*outageFlag)); left > 0; left = time.Until(began.Add(*outageFlag)) {
 		must(t, s.judge(t, now.IPs...))
 		time.Sleep(min(left, 5*time.Second))
@@ -199,14 +186,73 @@ func testOutage(t *testing.T) {
 	must(t, s.judge(t, now.IPs...))
 }
 
+// newSandbox kills a pod's sandbox and waits for the next, which has other
+// addresses.
+func newSandbox(t *testing.T, p pod, former ...string) (now endpoint) {
+	t.Helper()
+	if len(former) == 0 {
+		former = []string{p.ip()}
+	}
+	begin := time.Now()
+	must(t, killSandbox(t, p))
+	must(t, eventually(t.Context(), func() error {
+		list, err := endpoints(t.Context(), p.Spec.NodeName)
+		if err != nil {
+			return err
+		}
+		for _, e := range list {
+			if e.Workload.UID == p.Metadata.UID && e.State == "active" && e.IPs[0] != former[0] {
+				now = e
+				return nil
+			}
+		}
+		return fmt.Errorf("%s has no new sandbox", p.name())
+	}))
+	t.Logf("without an API server, %s has a new sandbox and is enforced after %.1f s", p.name(), time.Since(begin).Seconds())
+	return now
+}
+
+// restartAgent ends a node's agent while there is no API server. Its kubelet
+// starts it again, and it says that it knows the cluster by its snapshot.
+func restartAgent(t *testing.T, node string) {
+	t.Helper()
+	id, _, err := agentTask(t, node)
+	must(t, err)
+	begin := time.Now()
+	_, err = k8s.Exec(t.Context(), node, "ctr", "-n", "k8s.io", "tasks", "kill", "-s", "SIGTERM", id)
+	must(t, err)
+	var said string
+	must(t, eventually(t.Context(), func() error {
+		if now, _, err := agentTask(t, node); err != nil || now == id {
+			return fmt.Errorf("the agent of %s has not been started again, %w", node, err)
+		}
+		var status struct {
+			Sources []struct{ Name, State, Detail string }
+		}
+		out, err := portcullis(t.Context(), node, "status", "-o", "json")
+		// It is not healthy, and says why not.
+		if jsonErr := json.Unmarshal([]byte(out), &status); jsonErr != nil {
+			return errors.Join(err, jsonErr)
+		}
+		for _, s := range status.Sources {
+			if s.Name == "kubernetes" && strings.Contains(s.Detail, "of the snapshot of") {
+				said = s.Detail
+				return nil
+			}
+		}
+		return fmt.Errorf("the agent of %s does not tell of a snapshot: %s", node, out)
+	}))
+	t.Logf("without an API server, the agent of %s was started again and serves after %.1f s: %s", node, time.Since(begin).Seconds(), said)
+}
+
 // killSandbox kills the process that holds a pod's namespaces.
 func killSandbox(t *testing.T, p pod) error {
 	t.Helper()
 	filter := fmt.Sprintf(`labels."io.kubernetes.pod.uid"==%s,labels."io.cri-containerd.kind"==sandbox`, p.Metadata.UID)
-	id, err := k8s.Exec(t.Context(), p.Spec.NodeName, "ctr", "-n", "k8s.io", "containers", "list", "-q", filter)
+	id, _, err := task(t, p.Spec.NodeName, filter)
 	if err != nil {
 		return err
 	}
-	_, err = k8s.Exec(t.Context(), p.Spec.NodeName, "ctr", "-n", "k8s.io", "tasks", "kill", "-s", "SIGKILL", strings.TrimSpace(id))
+	_, err = k8s.Exec(t.Context(), p.Spec.NodeName, "ctr", "-n", "k8s.io", "tasks", "kill", "-s", "SIGKILL", id)
 	return err
 }

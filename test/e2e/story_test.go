@@ -17,6 +17,8 @@ func TestStory(t *testing.T) {
 	}
 	t.Run("star wars", testStarWars)
 	t.Run("pairs", testPairs)
+	t.Run("services", testServices)
+	t.Run("how a pod starts", testStart)
 	t.Run("rolling restart under traffic", testRollingRestart)
 	t.Run("outage of the API server", testOutage)
 	t.Run("lost network configuration", testRepair)

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -187,9 +188,21 @@ func background[T any](t *testing.T, namespace, name string, args ...string) (wa
 func onNode[T any](t *testing.T, p pod, args ...string) (wait func() T) {
 	t.Helper()
 	id := fmt.Sprintf("e2e-%d", time.Now().UnixNano())
-	cmd, err := k8s.NodeCommand(t.Context(), p.Spec.NodeName, append([]string{"ctr", "-n", "k8s.io", "tasks", "exec", "--exec-id", id, p.container(), "/probe"}, args...)...)
+	cmd, err := nodeCommand(t.Context(), p.Spec.NodeName, append([]string{"ctr", "-n", "k8s.io", "tasks", "exec", "--exec-id", id, p.container(), "/probe"}, args...)...)
 	must(t, err)
 	return start[T](t, cmd)
+}
+
+// nodeCommand is a command on a node that ends with ctx, and all that it
+// started: nsenter leaves its child behind otherwise.
+func nodeCommand(ctx context.Context, node string, args ...string) (*exec.Cmd, error) {
+	cmd, err := k8s.NodeCommand(ctx, node, args...)
+	if err != nil {
+		return nil, err
+	}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	return cmd, nil
 }
 
 func start[T any](t *testing.T, cmd *exec.Cmd) func() T {

@@ -262,12 +262,19 @@ func hammer(ctx context.Context, target string, until end, interval, timeout tim
 	return h
 }
 
-// lookup resolves names by the pod's own DNS settings.
-func lookup(ctx context.Context, names []string, timeout time.Duration) error {
+// lookup resolves names by the pod's own DNS settings, or at a server,
+// PROTOCOL/HOST:PORT.
+func lookup(ctx context.Context, server string, names []string, timeout time.Duration) error {
+	resolver := net.DefaultResolver
+	if protocol, addr, ok := strings.Cut(server, "/"); ok {
+		resolver = &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return dialer(timeout).DialContext(ctx, protocol, addr)
+		}}
+	}
 	enc := json.NewEncoder(os.Stdout)
 	for _, name := range names {
 		ctx, cancel := context.WithTimeout(ctx, timeout)
-		addrs, err := net.DefaultResolver.LookupHost(ctx, name)
+		addrs, err := resolver.LookupHost(ctx, name)
 		cancel()
 		line := map[string]any{"name": name, "addresses": addrs}
 		if err != nil {

@@ -59,6 +59,7 @@ func run(ctx context.Context, name string, args []string) error {
 	timeout := f.Duration("timeout", 2*time.Second, "of one attempt")
 	length := f.Duration("for", 10*time.Second, "how long at the most")
 	file := f.String("until", "", "file at whose appearance to end")
+	server := f.String("server", "", "PROTOCOL/HOST:PORT that lookup asks; empty: as the system is configured")
 	interval := f.Duration("interval", 50*time.Millisecond, "between two")
 	if err := f.Parse(args[1:]); err != nil {
 		return err
@@ -98,7 +99,7 @@ func run(ctx context.Context, name string, args []string) error {
 		}
 		return changes(ctx, os.Stdout, f.Arg(0), until, *interval, *timeout)
 	case "lookup":
-		return lookup(ctx, f.Args(), *timeout)
+		return lookup(ctx, *server, f.Args(), *timeout)
 	}
 	return fmt.Errorf("no command %q", args[0])
 }

@@ -2,10 +2,14 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"sync"
+
+	"golang.org/x/sys/unix"
 )
 
 // serve answers on all ports, of both families, until ctx ends: a TCP
@@ -33,12 +37,16 @@ func serve(ctx context.Context, name string, tcp, udp []string) error {
 		wg.Go(func() { accept(ctx, l, name) })
 	}
 	for _, port := range udp {
-		c, err := lc.ListenPacket(ctx, "udp", ":"+port)
+		c, err := lc.ListenPacket(ctx, "udp", "[::]:"+port)
 		if err != nil {
 			return err
 		}
 		closers = append(closers, c)
-		wg.Go(func() { answer(c, name) })
+		wg.Go(func() {
+			if err := answer(c.(*net.UDPConn), name); err != nil {
+				fmt.Fprintln(os.Stderr, err)
+			}
+		})
 	}
 	<-ctx.Done()
 	return nil
@@ -62,13 +70,28 @@ func accept(ctx context.Context, l net.Listener, name string) {
 	}
 }
 
-func answer(c net.PacketConn, name string) {
-	buf := make([]byte, 2048)
+// answer answers from the address that was asked, which on a host with several
+// is not always the one that the kernel would choose.
+func answer(c *net.UDPConn, name string) error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(raw.Control(func(fd uintptr) {
+		err = unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_RECVPKTINFO, 1)
+	}), err); err != nil {
+		return err
+	}
+	buf, control := make([]byte, 2048), make([]byte, 256)
 	for {
-		_, from, err := c.ReadFrom(buf)
+		_, n, _, from, err := c.ReadMsgUDPAddrPort(buf, control)
 		if err != nil {
-			return // closed
+			return nil // closed
 		}
-		_, _ = c.WriteTo([]byte(name+"\n"), from) // a client that has gone
+		asked := control[:n]
+		if at := unix.SizeofCmsghdr + unix.SizeofInet6Pktinfo; n >= at {
+			copy(asked[at-4:at], []byte{0, 0, 0, 0}) // by any device
+		}
+		_, _, _ = c.WriteMsgUDPAddrPort([]byte(name+"\n"), asked, from) // a client that has gone
 	}
 }
