@@ -53,8 +53,10 @@ func coveredBy(known map[netip.Prefix]abi.Range, p netip.Prefix) bool {
 //	remove the rest, shortest first    what a region had as a hole goes after it
 //	remove what is not known any more
 //
-// On failure what is done is done: an agent that could not make its ranges known
-// must not serve, and repeats it.
+// On failure what is done is done, and the caller repeats it. Where there is no
+// room for a known range, the narrowest prefix around it that has an entry becomes
+// known until there is: what is in it needs a binding, and the world in it is shut
+// out (I6). So the families' roots always have entries, as the world.
 func (d *Datapath) SetRanges(want map[netip.Prefix]abi.Range) error {
 	desired := map[abi.RangeKey]abi.Range{}
 	for p, r := range want {
@@ -67,24 +69,79 @@ func (d *Datapath) SetRanges(want map[netip.Prefix]abi.Range) error {
 	if err != nil {
 		return err
 	}
+	m := d.coll.Maps["ranges"]
+	world := abi.Range{Identity: uint32(abi.IDWorld)}
+	for _, root := range roots {
+		if _, ok := desired[root]; !ok {
+			desired[root] = world
+		}
+		if _, ok := actual[root]; !ok { // says what its lack says
+			if err := m.Put(&root, &world); err != nil {
+				return mapError("set ranges", "ranges", err)
+			}
+			actual[root] = world
+		}
+	}
 	steps := rangeSteps(actual, desired)
 	if len(steps) > 0 {
 		// Flows that were judged by range are judged again (I5); also after a
 		// change that was made by half.
 		defer d.bumpRangeEpoch()
 	}
-	m := d.coll.Maps["ranges"]
+	var failed error
 	for _, s := range steps {
-		if s.remove {
-			if err := m.Delete(&s.key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-				return mapError("set ranges", "ranges", err)
+		known := !s.remove && s.value.Flags&uint32(abi.RangeKnown) != 0
+		if failed != nil && !known {
+			break // nothing is opened
+		}
+		var err error
+		switch {
+		case !s.remove:
+			err = m.Put(&s.key, &s.value)
+		default:
+			if err = m.Delete(&s.key); errors.Is(err, ebpf.ErrKeyNotExist) {
+				err = nil
 			}
-		} else if err := m.Put(&s.key, &s.value); err != nil {
+		}
+		switch {
+		case err == nil && known:
+			actual[s.key] = s.value
+		case err != nil && known:
+			failed = errors.Join(failed, mapError("set ranges", "ranges", err), d.shutAround(s.key, actual))
+		case err != nil:
 			return mapError("set ranges", "ranges", err)
 		}
 	}
+	if failed != nil {
+		return failed
+	}
 	d.ranges.Store(int64(len(desired)))
 	return nil
+}
+
+// roots are all of IPv6, and all of IPv4.
+var roots = []abi.RangeKey{rangeKey(netip.PrefixFrom(netip.IPv6Unspecified(), 0)), rangeKey(netip.PrefixFrom(netip.IPv4Unspecified(), 0))}
+
+// shutAround makes known what an address in the prefix finds, for want of an entry
+// of its own.
+func (d *Datapath) shutAround(key abi.RangeKey, actual map[abi.RangeKey]abi.Range) error {
+	in := prefixOf(key)
+	for bits := in.Bits(); bits >= 0; bits-- {
+		around := rangeKey(netip.PrefixFrom(in.Addr(), bits))
+		r, ok := actual[around]
+		if !ok {
+			continue
+		}
+		if r.Flags&uint32(abi.RangeKnown) == 0 {
+			r = abi.Range{Flags: uint32(abi.RangeKnown)}
+			if err := d.coll.Maps["ranges"].Put(&around, &r); err != nil {
+				return mapError("shut "+prefixOf(around).String(), "ranges", err)
+			}
+			actual[around] = r
+		}
+		return nil
+	}
+	return fmt.Errorf("%s has no entry around it", in)
 }
 
 type rangeStep struct {
