@@ -21,6 +21,10 @@ const (
 	proofTick = 50 * time.Millisecond
 )
 
+// MaxProof is the longest that one proof counts: some certificates have an end
+// that no clock can be set to.
+const MaxProof = 365 * 24 * time.Hour
+
 // proofState is where a binding stands with its proof.
 //
 //	         WantProof, Install (ProveAll)       room, session open: Prove
@@ -53,6 +57,9 @@ type proof struct {
 	state  proofState
 	over   bool // the installation has ended: an answer counts for nothing
 	queued bool // in peer.unproved
+	// doubted: what proofs rest on has changed since it was asked for, and the
+	// answer may have been checked before.
+	doubted bool
 
 	until  Time // as it stands in the kernel; 0: not proved
 	next   Time // when it is asked for by itself, while it rests; 0: it is not
@@ -120,7 +127,7 @@ func (v *Verifier) wantProof(in WantProof) {
 // askProof asks the owner, or notes that it is to be asked.
 func (v *Verifier) askProof(p *proof) {
 	o := p.peer
-	p.state = proofWanted
+	p.state, p.doubted = proofWanted, false
 	if o.state != PeerOpen || len(o.asked) >= maxProofs {
 		v.queueProof(p)
 		return
@@ -147,10 +154,20 @@ func (v *Verifier) askProof(p *proof) {
 }
 
 func (v *Verifier) queueProof(p *proof) {
-	if !p.queued {
-		p.queued = true
-		p.peer.unproved = append(p.peer.unproved, p)
+	if p.queued {
+		return
 	}
+	o := p.peer
+	if len(o.unproved) == cap(o.unproved) {
+		// An owner that answers nothing can take back and bind on and on: those
+		// that are over make room, before there is more of it.
+		o.unproved = slices.DeleteFunc(o.unproved, func(p *proof) bool { return p.over })
+		if 2*len(o.unproved) >= cap(o.unproved) {
+			o.unproved = slices.Grow(o.unproved, len(o.unproved)+1)
+		}
+	}
+	p.queued = true
+	o.unproved = append(o.unproved, p)
 }
 
 // askQueued asks for what could not be asked for before.
@@ -187,13 +204,18 @@ func (v *Verifier) proofReceived(o *peer, m Proof) {
 		v.askQueued(o)
 		return // the binding ended meanwhile
 	}
+	if p.doubted {
+		v.askProof(p)
+		v.askQueued(o)
+		return
+	}
 	p.state = proofRests
 	if r := judgeProof(p, e, m); r != 0 {
 		v.refuseProof(p, r, m.Checked.Certificate)
 	} else {
 		// Counted from when it was asked for: the certificate's life was looked
 		// at later.
-		v.setProved(p, p.sent.Add(m.Checked.Valid))
+		v.setProved(p, p.sent.Add(min(m.Checked.Valid, MaxProof)))
 		p.reason, p.next = 0, v.now.Add(max(p.until.Sub(v.now)/2, leastProof/2))
 		v.proofDue(p.next)
 		accepted := v.proofEntry(LogProof, p, e, "", m.Checked.Certificate)
@@ -308,8 +330,10 @@ func (v *Verifier) capProof(e ipcache.Entry) {
 	v.emit(SetProved{Slot: e.Slot, Stamp: e.Stamp, Until: most})
 }
 
-// doubt has a proof made anew: the former counts a TTL more at the most.
+// doubt has a proof made anew: the former counts a TTL more at the most, and one
+// that is on its way not at all.
 func (v *Verifier) doubt(p *proof) {
+	p.doubted = p.state == proofAsked
 	if p.until == 0 {
 		return
 	}
@@ -448,38 +472,4 @@ func (v *Verifier) tickProof(p *proof) {
 func (v *Verifier) proofWaited(slot uint32) bool {
 	p := v.proofs[slot]
 	return p != nil && p.waits
-}
-
-// ---- stores that failed ------------------------------------------------
-
-// undoProved: the kernel may believe a proof that was taken back, or not have one
-// that was made. A store that was tried and failed costs the binding, which is
-// asked for anew; one that was not come to is made now.
-func (v *Verifier) undoProved(out SetProved, failed bool) {
-	e, ok := v.table.Slot(out.Slot)
-	if !ok || e.Stamp != out.Stamp || e.Condemned {
-		return
-	}
-	if !failed {
-		v.emit(out)
-		return
-	}
-	v.zero(e, "store failed")
-	v.release(v.peer(e.Binding.Owner), e)
-}
-
-// undoProofAnswer: who was to be let go waits again, or is dropped all the same.
-func (v *Verifier) undoProofAnswer(out ProofAnswer) {
-	e, ok := v.table.Get(out.IP)
-	p := v.proofs[e.Slot]
-	if !out.Proved || !ok || p == nil || p.stamp != out.Stamp {
-		out.Proved, out.Gone = false, out.Gone || out.Proved
-		v.emit(out)
-		return
-	}
-	p.waits, p.newest = true, v.now
-	v.proofDue(v.now + 1)
-	if v.proved(p) {
-		v.answerProof(p)
-	}
 }

@@ -223,3 +223,35 @@ func (v *Verifier) hold(ip addr) {
 	v.waits[ip] = w
 	p.waits = append(p.waits, w)
 }
+
+// undoProved: the kernel may believe a proof that was taken back, or not have one
+// that was made. A store that was tried and failed costs the binding, which is
+// asked for anew; one that was not come to is made now.
+func (v *Verifier) undoProved(out SetProved, failed bool) {
+	e, ok := v.table.Slot(out.Slot)
+	if !ok || e.Stamp != out.Stamp || e.Condemned {
+		return
+	}
+	if !failed {
+		v.emit(out)
+		return
+	}
+	v.zero(e, "store failed")
+	v.release(v.peer(e.Binding.Owner), e)
+}
+
+// undoProofAnswer: who was to be let go waits again, or is dropped all the same.
+func (v *Verifier) undoProofAnswer(out ProofAnswer) {
+	e, ok := v.table.Get(out.IP)
+	p := v.proofs[e.Slot]
+	if !out.Proved || !ok || p == nil || p.stamp != out.Stamp {
+		out.Proved, out.Gone = false, out.Gone || out.Proved
+		v.emit(out)
+		return
+	}
+	p.waits, p.newest = true, v.now
+	v.proofDue(v.now + 1)
+	if v.proved(p) {
+		v.answerProof(p)
+	}
+}

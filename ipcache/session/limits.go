@@ -27,7 +27,8 @@ const (
 	maxSPIFFEID   = 2048 // as the SPIFFE standard has it
 	maxChain      = 8    // certificates of one workload
 	maxChainBytes = 32 << 10
-	maxSignature  = 2048 // RSA with 16,384 bits
+	maxRSABits    = 8192
+	maxSignature  = maxRSABits / 8 // in bytes; of all other keys they are shorter
 
 	maxTTL = lease.MaxLease
 	// maxFlight bounds Binding.Flight: a packet older than a lease is nobody's.

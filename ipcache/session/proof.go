@@ -14,6 +14,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -146,12 +147,15 @@ func checkProof(exporter []byte, owner, verifier identity.NodeName, m *lease.Pro
 		return refuse(lease.ProofUntrusted)
 	}
 	leaf := chain[0]
-	c.Serial, c.Issuer = leaf.SerialNumber.Text(16), brief(leaf.Issuer.String())
+	c.Serial, c.Issuer = brief(leaf.SerialNumber.Text(16)), brief(leaf.Issuer.String())
 	id, err := x509svid.IDFromCert(leaf)
 	if err != nil {
 		return refuse(lease.ProofWrongID)
 	}
-	c.SPIFFEID = id.String()
+	if c.SPIFFEID = id.String(); len(c.SPIFFEID) > maxSPIFFEID {
+		c.SPIFFEID = brief(c.SPIFFEID) // it goes into logs
+		return refuse(lease.ProofWrongID)
+	}
 	asked, err := spiffeid.FromString(m.SPIFFEID)
 	switch {
 	case err != nil:
@@ -164,6 +168,9 @@ func checkProof(exporter []byte, owner, verifier identity.NodeName, m *lease.Pro
 	if r := inLife(chain, now); r != 0 {
 		return refuse(r)
 	}
+	if !affordable(chain) {
+		return refuse(lease.ProofUntrusted)
+	}
 	// Before the chain: a signature costs less, and of another's session none holds.
 	if !signatureHolds(leaf.PublicKey, proofText(exporter, owner, verifier, m), m.Signature) {
 		return refuse(lease.ProofRelayed)
@@ -174,6 +181,15 @@ func checkProof(exporter []byte, owner, verifier identity.NodeName, m *lease.Pro
 	}
 	c.Valid = valid
 	return c
+}
+
+// affordable tells whether no key of the chain takes unduly long to verify with:
+// the owner chooses them all, and how often it answers. (TLS has the same bound.)
+func affordable(chain []*x509.Certificate) bool {
+	return !slices.ContainsFunc(chain, func(c *x509.Certificate) bool {
+		k, isRSA := c.PublicKey.(*rsa.PublicKey)
+		return isRSA && k.N.BitLen() > maxRSABits
+	})
 }
 
 func inLife(chain []*x509.Certificate, now time.Time) lease.ProofRefusal {
@@ -212,7 +228,7 @@ func vouched(chain []*x509.Certificate, id spiffeid.ID, trust x509bundle.Source,
 			end = e
 		}
 	}
-	return end.Sub(now), 0
+	return min(end.Sub(now), lease.MaxProof), 0
 }
 
 // CheckSVID says for how long an SVID of this node's own counts, and if it does
