@@ -226,11 +226,7 @@ func (d *decoder) proof(p *FromOwner_Proof) lease.Proof {
 		ID: p.GetId(), IP: d.ip(p.GetIp()), Generation: d.generation(p.GetGeneration()), UID: identity.UID(d.bytes16("uid", p.GetUid())),
 		SPIFFEID: d.spiffeID(p.GetSpiffeId()), Nonce: d.proofNonce(p.GetNonce()), Chain: p.GetChain(), Signature: p.GetSignature(),
 	}
-	bytes := 0
-	for _, c := range m.Chain {
-		bytes += len(c)
-	}
-	d.check(len(m.Chain) >= 1 && len(m.Chain) <= maxChain && bytes <= maxChainBytes, "%d certificates of %d bytes in all", len(m.Chain), bytes)
+	d.check(bounded(m.Chain), "%d certificates: too many, or too large ones", len(m.Chain))
 	d.check(len(m.Signature) >= 1 && len(m.Signature) <= maxSignature, "a signature of %d bytes", len(m.Signature))
 	return m
 }

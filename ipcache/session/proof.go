@@ -96,11 +96,26 @@ func digest(h crypto.Hash, text []byte) []byte {
 	return d.Sum(nil)
 }
 
+// errTooLarge: certificates beyond the bounds of limits.go.
+var errTooLarge = errors.New("the workload has too many certificates for a proof, or too large ones")
+
+// bounded tells whether a chain has a size that is listened to.
+func bounded(chain [][]byte) bool {
+	bytes := 0
+	for _, c := range chain {
+		bytes += len(c)
+	}
+	return len(chain) >= 1 && len(chain) <= maxChain && bytes <= maxChainBytes
+}
+
 // signProof answers a question with the workload's SVID.
 func signProof(exporter []byte, owner, verifier identity.NodeName, q lease.Prove, svid *x509svid.SVID) (lease.Proof, error) {
 	m := lease.Proof{ID: q.ID, IP: q.IP, Generation: q.Generation, UID: q.UID, SPIFFEID: q.SPIFFEID, Nonce: q.Nonce}
 	for _, c := range svid.Certificates {
 		m.Chain = append(m.Chain, c.Raw)
+	}
+	if !bounded(m.Chain) || !affordable(svid.Certificates) {
+		return m, errTooLarge // who is sent it all the same ends the session
 	}
 	h, err := proofHash(svid.PrivateKey.Public())
 	if err != nil {
