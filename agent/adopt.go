@@ -121,6 +121,13 @@ func (l *loop) adoptSlot(slot uint32, s datapath.Slot, id identity.Identity, por
 		// Nor could the one who may have it now, perhaps this node itself.
 		return fmt.Errorf("slot %d: %s does not speak for its IP any more", slot, owner)
 	}
+	if l.proofs == nil && s.Proved != 0 {
+		// Nobody follows its SVID, bundle and clock any more.
+		if err := l.dp.SetProved(slot, s.Stamp, 0); err != nil {
+			return err
+		}
+		s.Proved = 0
+	}
 	n := identity.Numeric(s.Identity)
 	if err := l.restore(n, id); err != nil {
 		return err

@@ -328,27 +328,44 @@ func (l *loop) watchProofs(ctx context.Context) error {
 		<-ctx.Done()
 		return nil
 	}
-	never := make(chan struct{})
+	n := proofNews{svids: func() <-chan struct{} { return nil }, own: l.source.Changed, bundles: l.trust.Changed, offset: l.wallOffset}
+	if l.workloadSVIDs != nil {
+		n.svids = l.workloadSVIDs.Changed
+	}
 	tick := time.NewTicker(proofLook)
 	defer tick.Stop()
-	offset := l.wallOffset()
+	n.watch(ctx, tick.C, func() { l.post(l.proveAllLocal) }, func() { l.post(l.doubtProofs) })
+	return nil
+}
+
+// proofNews is what proofs rest on. Each channel is closed at the next change.
+type proofNews struct {
+	svids, own, bundles func() <-chan struct{}
+	offset              func() time.Duration // of the wall clock
+}
+
+// watch has proofs looked at with each change and each tick, and doubted when
+// bundles or the wall clock changed, until ctx ends.
+func (n proofNews) watch(ctx context.Context, tick <-chan time.Time, look, doubt func()) {
+	// A channel is taken anew after it was closed and at no other time: what
+	// changed while another was looked at is told by the one that there is.
+	svids, own, bundles, offset := n.svids(), n.own(), n.bundles(), n.offset()
 	for {
-		svids, own, bundles := (<-chan struct{})(never), l.source.Changed(), l.trust.Changed()
-		if l.workloadSVIDs != nil {
-			svids = l.workloadSVIDs.Changed()
-		}
-		l.post(l.proveAllLocal)
+		look()
 		select {
 		case <-ctx.Done():
-			return nil
+			return
 		case <-svids:
+			svids = n.svids()
 		case <-own:
+			own = n.own()
 		case <-bundles:
-			l.post(l.doubtProofs)
-		case <-tick.C:
-			if now := l.wallOffset(); (now - offset).Abs() > proofSkew {
+			bundles = n.bundles()
+			doubt()
+		case <-tick:
+			if now := n.offset(); (now - offset).Abs() > proofSkew {
 				offset = now
-				l.post(l.doubtProofs)
+				doubt()
 			}
 		}
 	}

@@ -1,0 +1,91 @@
+package agent
+
+import (
+	"context"
+	"net/netip"
+	"testing"
+	"time"
+)
+
+// Bundles that change in the moment in which something else did are not missed:
+// an authority that was withdrawn would be believed on.
+func TestNewsOfProofsAreNotMissed(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	own, bundles := make(chan struct{}), make(chan struct{})
+	taken := 0
+	n := proofNews{
+		svids: func() <-chan struct{} { return nil },
+		own: func() <-chan struct{} {
+			if taken++; taken == 2 { // the agent's SVID has changed, and now a bundle does
+				close(bundles)
+				bundles = make(chan struct{})
+				own = make(chan struct{})
+			}
+			return own
+		},
+		bundles: func() <-chan struct{} { return bundles },
+		offset:  func() time.Duration { return 0 },
+	}
+	close(own)
+	looks, doubts := 0, 0
+	n.watch(ctx, nil, func() { looks++ }, func() { doubts++; cancel() })
+	if doubts != 1 || looks == 0 {
+		t.Errorf("looked %d times, doubted %d times, want once", looks, doubts)
+	}
+}
+
+func TestWallClockThatIsSet(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	offset := time.Duration(0)
+	never := func() <-chan struct{} { return nil }
+	n := proofNews{svids: never, own: never, bundles: never, offset: func() time.Duration { return offset }}
+	tick := make(chan time.Time, 1)
+	looks, doubts := 0, 0
+	n.watch(ctx, tick, func() {
+		switch looks++; looks {
+		case 1: // a tick with nothing new
+			tick <- time.Time{}
+		case 2:
+			if doubts != 0 {
+				t.Error("doubted without cause")
+			}
+			offset = -time.Hour
+			tick <- time.Time{}
+		}
+	}, func() { doubts++; cancel() })
+	if doubts != 1 {
+		t.Errorf("doubted %d times, want once", doubts)
+	}
+}
+
+// An agent that does not follow SVIDs leaves no proof of an earlier one standing.
+func TestProofOfAnEarlierAgent(t *testing.T) {
+	n := newNode(t)
+	n.veth("a0")
+	l := n.mustStart()
+	n.run(l, app("a0", "10.1.1.2"))
+	ip := netip.MustParseAddr("10.1.1.2")
+	e, ok := l.table.Get(ip)
+	if !ok {
+		t.Fatal("it has no binding")
+	}
+	if err := l.dp.SetProved(e.Slot, e.Stamp, int64(l.now().Add(time.Hour))); err != nil {
+		t.Fatal(err)
+	}
+	n.crash(l)
+	l = n.mustStart()
+	defer n.crash(l)
+	after, ok := l.table.Get(ip)
+	if !ok || after.Stamp != e.Stamp {
+		t.Fatalf("%+v was not taken over: %+v", e, after)
+	}
+	slots := map[uint32]uint64{}
+	for i, s := range l.dp.Slots() {
+		slots[i] = s.Proved
+	}
+	if after.Proved != 0 || slots[after.Slot] != 0 {
+		t.Errorf("proved until %d, in the kernel until %d", after.Proved, slots[after.Slot])
+	}
+}
