@@ -46,8 +46,8 @@ var (
 )
 
 const (
-	patience = 10 * time.Second // until a test that waits for something gives up
-	client   = 1000             // the identity that policy lets in
+	patience = time.Minute // until a test that waits for something gives up
+	client   = 1000        // the identity that policy lets in
 )
 
 func needRoot(t *testing.T) {

@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"maps"
 	"net/netip"
 	"os"
 	"runtime"
+	"sync"
 	"testing"
 	"time"
 
@@ -100,13 +102,25 @@ func newGate(t testing.TB, opts ...option) *gate {
 	return g
 }
 
+// object is the object's programs but for the netfilter program: nothing here
+// runs it (package datapath does), and to verify it takes as long as another.
+var object = sync.OnceValues(func() (*ebpf.CollectionSpec, error) {
+	spec, err := ebpf.LoadCollectionSpecFromReader(bytes.NewReader(bpf.Object))
+	if err != nil {
+		return nil, err
+	}
+	maps.DeleteFunc(spec.Programs, func(_ string, p *ebpf.ProgramSpec) bool { return p.Type == ebpf.Netfilter })
+	return spec, nil
+})
+
 // load loads the programs, with the given maps and new ones for the rest.
 func load(t testing.TB, maps map[string]*ebpf.Map, opts ...option) *ebpf.Collection {
 	t.Helper()
-	spec, err := ebpf.LoadCollectionSpecFromReader(bytes.NewReader(bpf.Object))
+	spec, err := object()
 	if err != nil {
 		t.Fatal(err)
 	}
+	spec = spec.Copy()
 	defaults := []option{
 		constant("mark_mask", uint32(markMask)),
 		constant("reinject_mark", uint32(reinjectMark)),

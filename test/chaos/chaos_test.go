@@ -12,7 +12,7 @@ import (
 
 // Every fault and every scenario is in the table, and every cell can be run.
 func TestCells(t *testing.T) {
-	all := append(cells([]string{"lease", "classic"}), longCells([]string{"lease"})...)
+	all := append(cells([]string{"lease", "svid", "classic"}), longCells([]string{"lease"})...)
 	names := map[string]bool{}
 	for _, c := range all[:len(all)-2] {
 		if names[c.name()] {

@@ -38,7 +38,7 @@ func main() {
 	var evidence, faults string
 	flag.StringVar(&o.binary, "portcullis", "bin/portcullis", "the binary that is judged")
 	flag.StringVar(&o.dir, "dir", "out/chaos", "where the results of runs are kept: what is there is not run again")
-	flag.StringVar(&evidence, "evidence", "lease,classic", "kinds of evidence, with commas")
+	flag.StringVar(&evidence, "evidence", "lease,svid,classic", "kinds of evidence, with commas")
 	flag.StringVar(&faults, "faults", "", "only cells with one of these faults, with commas; none: those without")
 	flag.BoolVar(&o.long, "long", false, "instead of every fault: 5000 reuses without a fault and under a partition")
 	flag.StringVar(&o.page, "write", "", "file that gets the tables, as Markdown; empty: standard output")
