@@ -186,6 +186,9 @@ func toNamespace(n *corev1.Namespace) (*Object, error) {
 
 // toObject reads a policy or a group of addresses.
 func toObject(u *unstructured.Unstructured) (*Object, error) {
+	if u.GetKind() == sliceKind {
+		return toSlice(u.Object)
+	}
 	content := maps.Clone(u.Object)
 	if u.GetKind() != "Service" { // whose status has addresses of load balancers
 		delete(content, "status")

@@ -449,7 +449,7 @@ func TestPermissions(t *testing.T) {
 	for _, p := range Permissions() {
 		got = append(got, p.String()+" "+strings.Join(p.Verbs, ","))
 	}
-	want := []string{"nodes list,watch", "namespaces list,watch", "services list,watch", "pods list,watch", "networkpolicies.networking.k8s.io list,watch",
+	want := []string{"nodes list,watch", "namespaces list,watch", "services list,watch", "endpointslices.discovery.k8s.io list,watch", "pods list,watch", "networkpolicies.networking.k8s.io list,watch",
 		"ciliumnetworkpolicies.cilium.io list,watch", "ciliumclusterwidenetworkpolicies.cilium.io list,watch", "ciliumcidrgroups.cilium.io list,watch"}
 	if d := cmp.Diff(want, got); d != "" {
 		t.Error(d)

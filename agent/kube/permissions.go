@@ -27,11 +27,15 @@ type resource struct {
 	at   schema.GroupVersionResource
 	kind string // of a policy or group; the core resources are known by their types
 	only string // a field selector; "": all
+	has  string // a label selector; "": all
 	// added: by a CustomResourceDefinition, which may be missing.
 	added bool
 }
 
 func (r resource) name() string { return r.at.Resource }
+
+// handMade selects the slices that Kubernetes has not made from a selector.
+const handMade = "endpointslice.kubernetes.io/managed-by!=endpointslice-controller.k8s.io"
 
 // onNode selects the pods of a node.
 func onNode(node identity.NodeName) string { return "spec.nodeName=" + string(node) }
@@ -45,6 +49,9 @@ func resources(pods string) []resource {
 		{at: core.WithResource("namespaces")},
 		// What stands behind services, and which addresses are services'.
 		{at: core.WithResource("services"), kind: "Service"},
+		// Whom services without a selector lead to; those of the others, which are
+		// most of them, are left out: the pods' own labels say it.
+		{at: schema.GroupVersionResource{Group: "discovery.k8s.io", Version: "v1", Resource: "endpointslices"}, kind: sliceKind, has: handMade},
 		// In mode classic alone those of other nodes: who is behind their IPs
 		// their agents say.
 		{at: core.WithResource("pods"), only: pods},

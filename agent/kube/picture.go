@@ -60,6 +60,7 @@ type Object struct {
 	Group     *authz.Group
 	Namespace *authz.NamespaceObject
 	Service   *authz.ServiceObject
+	slice     *slice // of a service without a selector, which it is a part of
 }
 
 // Refused is an object that cannot be used.

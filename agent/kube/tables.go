@@ -31,6 +31,7 @@ type tables struct {
 	departed []Range
 	pods     map[string]*Pod
 	objects  map[string]map[string]entry // by resource, by namespace/name
+	behind   map[*Object]*Object         // services without a selector, with what their slices say
 	refused  uint64                      // versions that were, since the start
 }
 
@@ -233,12 +234,12 @@ func (t *tables) picture() *Picture {
 	for _, r := range resources("") {
 		entries := t.objects[r.name()]
 		for _, key := range slices.Sorted(maps.Keys(entries)) {
-			e := entries[key]
-			if e.good != nil {
+			if e := entries[key]; e.good != nil && e.good.slice == nil {
 				p.Objects = append(p.Objects, e.good)
 			}
 		}
 	}
+	t.joinSlices(p.Objects)
 	p.Refused = t.refusals()
 	return p
 }

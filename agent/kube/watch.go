@@ -108,8 +108,12 @@ func (s *Source) listWatch(r resource) *cache.ListWatch {
 	}
 	client := s.dynamic.Resource(r.at)
 	return &cache.ListWatch{
-		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) { return client.List(ctx, o) },
+		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
+			o.LabelSelector = r.has
+			return client.List(ctx, o)
+		},
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+			o.LabelSelector = r.has
 			return client.Watch(ctx, o)
 		},
 	}
