@@ -163,7 +163,7 @@ func (l *loop) imported() (n int) {
 }
 
 func asImported(o *kube.Object) api.Object {
-	return api.Object{Ref: o.Ref, File: fromCluster, Source: o.Source, Policy: o.Policy, Group: o.Group, Namespace: o.Namespace, Service: o.Service}
+	return api.Object{Ref: o.Ref, File: fromCluster, Source: o.Source, Policy: o.Policy, Group: o.Group, Namespace: o.Namespace, Service: o.Service, Slice: o.Slice}
 }
 
 // loadObjects puts what is known of the cluster into the repository, before any

@@ -89,6 +89,7 @@ type loop struct {
 	groups          map[authz.Ref]*authz.Group
 	spaces          map[authz.Ref]*authz.NamespaceObject
 	services        map[authz.Ref]*authz.ServiceObject
+	slices          map[authz.Ref]*authz.SliceObject
 	servicesSet     bool // the kernel has their addresses, as services and ranges are
 	regions         regions
 

@@ -148,11 +148,15 @@ func (l *loop) object(ref authz.Ref) (api.Object, bool) {
 		o.Source = o.Service.Source
 		return o, true
 	}
+	if o.Slice = l.slices[ref]; o.Slice != nil {
+		o.Source = o.Slice.Source
+		return o, true
+	}
 	return o, false
 }
 
 // objects returns the names of all that was imported: policies, groups of
-// addresses, namespaces, services.
+// addresses, namespaces, services and their slices.
 func (l *loop) objects() (refs []authz.Ref) {
 	for _, p := range l.repo.List() {
 		refs = append(refs, p.Ref)
@@ -160,9 +164,9 @@ func (l *loop) objects() (refs []authz.Ref) {
 	byName := func(a, b authz.Ref) int { return strings.Compare(a.Name, b.Name) }
 	refs = append(refs, slices.SortedFunc(maps.Keys(l.groups), byName)...)
 	refs = append(refs, slices.SortedFunc(maps.Keys(l.spaces), byName)...)
-	return append(refs, slices.SortedFunc(maps.Keys(l.services), func(a, b authz.Ref) int {
-		return cmp.Or(strings.Compare(a.Namespace, b.Namespace), byName(a, b))
-	})...)
+	byNamespace := func(a, b authz.Ref) int { return cmp.Or(strings.Compare(a.Namespace, b.Namespace), byName(a, b)) }
+	refs = append(refs, slices.SortedFunc(maps.Keys(l.services), byNamespace)...)
+	return append(refs, slices.SortedFunc(maps.Keys(l.slices), byNamespace)...)
 }
 
 // putBack puts what stood before into the repository, and stores it. If that
@@ -183,6 +187,8 @@ func (l *loop) use(o api.Object, at time.Time) error {
 		l.repo.SetNamespaceLabels(o.Namespace.Name, o.Namespace.Labels)
 	case o.Service != nil:
 		l.useService(o.Service)
+	case o.Slice != nil:
+		l.useSlice(o.Slice)
 	default:
 		// Who enforces obeys all of a policy or none of it.
 		if err := o.Policy.Enforceable(); err != nil {
@@ -208,10 +214,12 @@ func (l *loop) forget(ref authz.Ref) (policy bool) {
 		l.repo.SetNamespaceLabels(ref.Name, nil)
 		return false
 	}
-	if s := l.services[ref]; s != nil {
-		delete(l.services, ref)
-		l.servicesSet = false
-		l.repo.SetService(authz.ServiceName{Namespace: s.Namespace, Name: s.Name}, nil)
+	if l.services[ref] != nil {
+		l.forgetService(ref)
+		return false
+	}
+	if l.slices[ref] != nil {
+		l.forgetSlice(ref)
 		return false
 	}
 	return l.repo.Delete(ref)

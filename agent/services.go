@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"portcullis/authz"
+	"portcullis/authz/dialect/k8s"
 )
 
 // setServices tells the kernel which addresses stand for others: packets to them
@@ -53,5 +54,47 @@ func (l *loop) setServices() error {
 // come into the kernel when policies are applied.
 func (l *loop) useService(s *authz.ServiceObject) {
 	l.services[s.Ref], l.servicesSet = s, false
-	l.repo.SetService(authz.ServiceName{Namespace: s.Namespace, Name: s.Name}, &s.Backends)
+	l.joinService(s)
+}
+
+func (l *loop) forgetService(ref authz.Ref) {
+	delete(l.services, ref)
+	l.servicesSet = false
+	l.repo.SetService(authz.ServiceName{Namespace: ref.Namespace, Name: ref.Name}, nil)
+}
+
+// useSlice takes up a part of what stands behind a service, be the service known
+// by now or not.
+func (l *loop) useSlice(s *authz.SliceObject) {
+	former := l.slices[s.Ref]
+	l.slices[s.Ref] = s
+	if former != nil && former.Service != s.Service {
+		l.joinSliced(former)
+	}
+	l.joinSliced(s)
+}
+
+func (l *loop) forgetSlice(ref authz.Ref) {
+	former := l.slices[ref]
+	delete(l.slices, ref)
+	l.joinSliced(former)
+}
+
+// joinSliced tells the repository what stands behind a slice's service now.
+func (l *loop) joinSliced(s *authz.SliceObject) {
+	at := authz.Ref{Kind: k8s.ServiceKind, Namespace: s.Namespace, Name: s.Service}
+	if service := l.services[at]; service != nil {
+		l.joinService(service)
+	}
+}
+
+// joinService tells the repository what stands behind a service. Of its slices
+// what is in the cluster's service range is left out: a translation leads to no
+// other, so such an address is nobody's, and least of all the world's.
+func (l *loop) joinService(s *authz.ServiceObject) {
+	b := authz.JoinSlices(s, l.slices)
+	b.Blocks = slices.DeleteFunc(b.Blocks, func(p netip.Prefix) bool {
+		return slices.ContainsFunc(l.cfg.ServiceRanges, func(r netip.Prefix) bool { return r.Contains(p.Addr()) })
+	})
+	l.repo.SetService(authz.ServiceName{Namespace: s.Namespace, Name: s.Name}, &b)
 }

@@ -163,8 +163,8 @@ func (r *Repository) Blocks(bound bool) []netip.Prefix {
 				}
 			}
 		case Service:
-			for _, b := range r.facts.services {
-				if !bound {
+			for _, b := range s.named(r.facts) {
+				if len(b.Selector) == 0 {
 					add(b.Blocks...)
 				}
 			}

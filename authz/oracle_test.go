@@ -183,7 +183,7 @@ func (o oracle) picks(s PeerSelector, p Peer) reading {
 				continue
 			}
 			switch {
-			case len(b.Selector) == 0 && world:
+			case len(b.Selector) == 0 && (world || slices.Contains([]string{"host", "remote-node", "kube-apiserver"}, p.Identity.Reserved)):
 				out = max(out, o.within(p, b.Blocks, nil))
 			case len(b.Selector) > 0 && p.Identity.TrustDomain == genTrustDomain && p.Identity.Namespace == at.Namespace:
 				all := true

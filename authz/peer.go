@@ -179,6 +179,12 @@ func (n Nodes) selects(p Peer, _ *facts, doubt bool) bool {
 
 var nodeIdentities = []string{"remote-node", "kube-apiserver"}
 
+// isNode reports whether the peer is a node, the subject's own or another: its
+// identity says no more than that, and its address which.
+func (p Peer) isNode() bool {
+	return p.Identity.Reserved == hostName || slices.Contains(nodeIdentities, p.Identity.Reserved)
+}
+
 // Service selects what stands behind services: those of a name, or those that
 // have labels. What is behind is said by Repository.SetService; behind one
 // that nobody has spoken of there is nobody.
@@ -196,18 +202,31 @@ func (s Service) Key() string {
 func (s Service) validate() error { return s.Labels.validateFor(ServiceLabel) }
 
 func (s Service) selects(p Peer, f *facts, doubt bool) bool {
-	if s.Name != "" && s.Namespace != "" {
-		at := ServiceName{s.Namespace, s.Name}
-		b, known := f.services[at]
-		return known && s.Labels.meets(labelsOf(b.Labels)) && b.selects(at, p, f, doubt)
-	}
-	for at, b := range f.services {
-		named := s.Name == "" || s.Name == at.Name
-		if named && (s.Namespace == "" || s.Namespace == at.Namespace) && s.Labels.meets(labelsOf(b.Labels)) && b.selects(at, p, f, doubt) {
+	for at, b := range s.named(f) {
+		if b.selects(at, p, f, doubt) {
 			return true
 		}
 	}
 	return false
+}
+
+// named yields the services that are meant, as far as they are known.
+func (s Service) named(f *facts) iter.Seq2[ServiceName, Backends] {
+	return func(yield func(ServiceName, Backends) bool) {
+		if s.Name != "" && s.Namespace != "" {
+			at := ServiceName{s.Namespace, s.Name}
+			if b, known := f.services[at]; known && s.Labels.meets(labelsOf(b.Labels)) {
+				yield(at, b)
+			}
+			return
+		}
+		for at, b := range f.services {
+			named := (s.Name == "" || s.Name == at.Name) && (s.Namespace == "" || s.Namespace == at.Namespace)
+			if named && s.Labels.meets(labelsOf(b.Labels)) && !yield(at, b) {
+				return
+			}
+		}
+	}
 }
 
 // ServiceName names a service.
@@ -220,12 +239,15 @@ type Backends struct {
 	// empty: the service has no selector.
 	Selector map[string]string
 	// Blocks are the addresses of a service without a selector, in any order.
+	// They select world and nodes, for such are written there: never a workload,
+	// whatever its address. Whose an address is that somebody wrote down, its
+	// binding says, and a workload's says more than the address.
 	Blocks []netip.Prefix
 }
 
 func (b Backends) selects(at ServiceName, p Peer, f *facts, doubt bool) bool {
 	if len(b.Selector) == 0 {
-		return p.isWorld() && covers(b.Blocks, nil, p, doubt)
+		return (p.isWorld() || p.isNode()) && covers(b.Blocks, nil, p, doubt)
 	}
 	s := Selector{InNamespace(at.Namespace)}
 	for k, v := range b.Selector {

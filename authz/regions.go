@@ -59,8 +59,10 @@ func speaksOfAddresses(s PeerSelector, bound bool) bool {
 	switch s := s.(type) {
 	case Block:
 		return s.Bound || !bound
-	case BlockGroup, Service:
+	case BlockGroup:
 		return !bound
+	case Service: // of the bound, nodes
+		return true
 	}
 	return false
 }

@@ -35,9 +35,15 @@ type ParsedService struct {
 	File string
 }
 
+// ParsedSlice is a part of what stands behind a service, and the file that says it.
+type ParsedSlice struct {
+	*authz.SliceObject
+	File string
+}
+
 // Object is what can be imported, stored and deleted by its name: a policy, a
-// group of addresses, a namespace's labels, or what stands behind a service. One
-// of the four is set.
+// group of addresses, a namespace's labels, what stands behind a service, or an
+// EndpointSlice. One of the five is set.
 type Object struct {
 	authz.Ref
 	File      string
@@ -46,6 +52,7 @@ type Object struct {
 	Group     *authz.Group
 	Namespace *authz.NamespaceObject
 	Service   *authz.ServiceObject
+	Slice     *authz.SliceObject
 }
 
 // Parsed is what the files of one import say.
@@ -54,6 +61,7 @@ type Parsed struct {
 	Groups   []ParsedGroup
 	Spaces   []ParsedNamespace
 	Services []ParsedService
+	Slices   []ParsedSlice
 	// Not is what can be judged, but not enforced yet.
 	Not []*PolicyProblem
 }
@@ -61,7 +69,7 @@ type Parsed struct {
 // Dialects returns the parsers of every kind of policy that there is, and of
 // what policies speak of.
 func Dialects() []dialect.Dialect {
-	return append(cilium.Dialects(), k8s.Dialect, k8s.Namespaces, k8s.Services, tree.Dialect)
+	return append(cilium.Dialects(), k8s.Dialect, k8s.Namespaces, k8s.Services, k8s.Slices, tree.Dialect)
 }
 
 // Parse parses files, in every dialect that there is. Any problem means that
@@ -97,6 +105,9 @@ func Parse(files []*PolicyFile) (out Parsed, problems []*PolicyProblem) {
 		for _, s := range parsed.Services {
 			out.Services = append(out.Services, ParsedService{ServiceObject: s, File: f.GetName()})
 		}
+		for _, s := range parsed.Slices {
+			out.Slices = append(out.Slices, ParsedSlice{SliceObject: s, File: f.GetName()})
+		}
 	}
 	if len(problems) > 0 {
 		return Parsed{}, problems
@@ -118,6 +129,9 @@ func ParsePolicies(files []*PolicyFile) (objects []Object, problems []*PolicyPro
 	}
 	for _, s := range out.Services {
 		objects = append(objects, Object{Ref: s.Ref, File: s.File, Source: s.Source, Service: s.ServiceObject})
+	}
+	for _, s := range out.Slices {
+		objects = append(objects, Object{Ref: s.Ref, File: s.File, Source: s.Source, Slice: s.SliceObject})
 	}
 	for _, g := range out.Groups {
 		objects = append(objects, Object{Ref: g.Ref, File: g.File, Source: g.Source, Group: g.Group})

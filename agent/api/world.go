@@ -61,6 +61,8 @@ func worldOf(node string, endpoints []*Endpoint, bindings []*Binding, policies [
 		return nil, err
 	}
 	slices.SortFunc(w.Workloads, func(a, b tools.Workload) int { return strings.Compare(a.Title, b.Title) })
+	var services []*authz.ServiceObject
+	slicesOf := map[authz.Ref]*authz.SliceObject{}
 	for _, p := range policies {
 		parsed, err := dialect.ParseFile(p.GetFile(), []byte(p.GetSource()), Dialects()...)
 		if err != nil {
@@ -75,7 +77,14 @@ func worldOf(node string, endpoints []*Endpoint, bindings []*Binding, policies [
 		}
 		for _, s := range parsed.Services {
 			w.Services[authz.ServiceName{Namespace: s.Namespace, Name: s.Name}] = &tools.Service{Backends: s.Backends, IPs: s.Addresses}
+			services = append(services, s)
 		}
+		for _, s := range parsed.Slices {
+			slicesOf[s.Ref] = s
+		}
+	}
+	for _, s := range services {
+		w.Services[authz.ServiceName{Namespace: s.Namespace, Name: s.Name}].Backends = authz.JoinSlices(s, slicesOf)
 	}
 	return w, nil
 }

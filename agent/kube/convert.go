@@ -184,9 +184,9 @@ func toNamespace(n *corev1.Namespace) (*Object, error) {
 	return parse(string(source))
 }
 
-// toObject reads a policy or a group of addresses.
+// toObject reads a policy, or what policies speak of.
 func toObject(u *unstructured.Unstructured) (*Object, error) {
-	if u.GetKind() == sliceKind {
+	if u.GetKind() == k8s.SliceKind {
 		return toSlice(u.Object)
 	}
 	content := maps.Clone(u.Object)
@@ -212,7 +212,7 @@ func toObject(u *unstructured.Unstructured) (*Object, error) {
 
 // dialects are the parsers of what is watched.
 func dialects() []dialect.Dialect {
-	return append(cilium.Dialects(), k8s.Dialect, k8s.Namespaces, k8s.Services)
+	return append(cilium.Dialects(), k8s.Dialect, k8s.Namespaces, k8s.Services, k8s.Slices)
 }
 
 // parse reads one object. Its error names every field that cannot be used.
@@ -251,6 +251,9 @@ func parse(source string) (o *Object, err error) {
 	case len(said.Services) == 1 && len(said.Refs()) == 1:
 		o.Service = said.Services[0]
 		o.Ref = o.Service.Ref
+	case len(said.Slices) == 1 && len(said.Refs()) == 1:
+		o.Slice = said.Slices[0]
+		o.Ref = o.Slice.Ref
 	default:
 		return nil, fmt.Errorf("the object says %d things instead of one", len(said.Refs()))
 	}

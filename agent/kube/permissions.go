@@ -3,6 +3,7 @@ package kube
 import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
+	"portcullis/authz/dialect/k8s"
 	"portcullis/identity"
 )
 
@@ -51,7 +52,7 @@ func resources(pods string) []resource {
 		{at: core.WithResource("services"), kind: "Service"},
 		// Whom services without a selector lead to; those of the others, which are
 		// most of them, are left out: the pods' own labels say it.
-		{at: schema.GroupVersionResource{Group: "discovery.k8s.io", Version: "v1", Resource: "endpointslices"}, kind: sliceKind, has: handMade},
+		{at: schema.GroupVersionResource{Group: "discovery.k8s.io", Version: "v1", Resource: "endpointslices"}, kind: k8s.SliceKind, has: handMade},
 		// In mode classic alone those of other nodes: who is behind their IPs
 		// their agents say.
 		{at: core.WithResource("pods"), only: pods},

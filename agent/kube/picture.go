@@ -52,7 +52,8 @@ type Pod struct {
 	Created        int64                `json:"-"` // seconds since 1970
 }
 
-// Object is a policy, a group of addresses, or a namespace. It is never changed.
+// Object is a policy, or what policies speak of: a group of addresses, a namespace,
+// a service, a slice of one. It is never changed.
 type Object struct {
 	authz.Ref
 	Source    string // JSON: the object without what speaks of it rather than of traffic
@@ -60,7 +61,7 @@ type Object struct {
 	Group     *authz.Group
 	Namespace *authz.NamespaceObject
 	Service   *authz.ServiceObject
-	slice     *slice // of a service without a selector, which it is a part of
+	Slice     *authz.SliceObject
 }
 
 // Refused is an object that cannot be used.

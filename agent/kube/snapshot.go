@@ -98,7 +98,7 @@ func (s *snapshot) tables() (*tables, error) {
 		if !ok {
 			return nil, fmt.Errorf("%q is not watched by this version", o.Resource)
 		}
-		parsed, err := reparse(o.Resource, o.Source)
+		parsed, err := parse(o.Source)
 		if err != nil {
 			return nil, fmt.Errorf("%s %s is refused by this version: %w", o.Resource, o.Key, err)
 		}

@@ -31,7 +31,6 @@ type tables struct {
 	departed []Range
 	pods     map[string]*Pod
 	objects  map[string]map[string]entry // by resource, by namespace/name
-	behind   map[*Object]*Object         // services without a selector, with what their slices say
 	refused  uint64                      // versions that were, since the start
 }
 
@@ -234,12 +233,11 @@ func (t *tables) picture() *Picture {
 	for _, r := range resources("") {
 		entries := t.objects[r.name()]
 		for _, key := range slices.Sorted(maps.Keys(entries)) {
-			if e := entries[key]; e.good != nil && e.good.slice == nil {
+			if e := entries[key]; e.good != nil {
 				p.Objects = append(p.Objects, e.good)
 			}
 		}
 	}
-	t.joinSlices(p.Objects)
 	p.Refused = t.refusals()
 	return p
 }

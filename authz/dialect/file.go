@@ -39,6 +39,7 @@ type Result struct {
 	Groups     []*authz.Group
 	Namespaces []*authz.NamespaceObject
 	Services   []*authz.ServiceObject
+	Slices     []*authz.SliceObject
 }
 
 // Refs returns the name of each object.
@@ -55,6 +56,9 @@ func (r Result) Refs() (refs []authz.Ref) {
 	for _, s := range r.Services {
 		refs = append(refs, s.Ref)
 	}
+	for _, s := range r.Slices {
+		refs = append(refs, s.Ref)
+	}
 	return refs
 }
 
@@ -64,6 +68,7 @@ func (r *Result) Add(o Result) {
 	r.Groups = append(r.Groups, o.Groups...)
 	r.Namespaces = append(r.Namespaces, o.Namespaces...)
 	r.Services = append(r.Services, o.Services...)
+	r.Slices = append(r.Slices, o.Slices...)
 }
 
 // ParseFile parses every document of a file, in YAML or JSON. It returns all

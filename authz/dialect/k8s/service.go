@@ -35,7 +35,15 @@ func parseService(doc *dialect.Document) (dialect.Result, []authz.Problem) {
 	each := func(v *dialect.Value) { v.List(func(_ int, v *dialect.Value) { add(v) }) }
 	spec := doc.Root().Field("spec")
 	doc.Object(dialect.Fields{"spec": dialect.Accept})
+	external := false
 	if spec != nil && spec.IsObject() {
+		if f := spec.Field("type"); f != nil {
+			kind, _ := f.Text()
+			external = kind == "ExternalName"
+		}
+		if f := spec.Field("externalName"); f != nil && external {
+			s.External, _ = f.Text()
+		}
 		if f := spec.Field("selector"); f != nil {
 			f.Each(func(key string, f *dialect.Value) {
 				if value, ok := f.LabelValue(); ok && f.LabelKey(key) {
@@ -65,6 +73,12 @@ func parseService(doc *dialect.Document) (dialect.Result, []authz.Problem) {
 				})
 			}
 		}
+	}
+	if external { // the API server looks at nothing else of it
+		if s.External == "" && len(doc.Problems()) == 0 {
+			spec.Refuse("field externalName is missing")
+		}
+		s.Selector, s.Addresses = nil, nil
 	}
 	if bad := doc.Problems(); len(bad) > 0 {
 		return dialect.Result{}, bad
