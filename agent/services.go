@@ -6,6 +6,8 @@ import (
 	"net/netip"
 	"slices"
 
+	"go.uber.org/zap"
+
 	"portcullis/authz"
 	"portcullis/authz/dialect/k8s"
 )
@@ -54,6 +56,9 @@ func (l *loop) setServices() error {
 // come into the kernel when policies are applied.
 func (l *loop) useService(s *authz.ServiceObject) {
 	l.services[s.Ref], l.servicesSet = s, false
+	if s.External != "" {
+		l.log.Info("a service is a name for another (ExternalName): toServices means nobody by it", zap.Stringer("service", s.Ref))
+	}
 	l.joinService(s)
 }
 

@@ -28,7 +28,7 @@ type resource struct {
 	at   schema.GroupVersionResource
 	kind string // of a policy or group; the core resources are known by their types
 	only string // a field selector; "": all
-	has  string // a label selector; "": all
+	has  string // a label selector; "": all; objects without the label meet a !=
 	// added: by a CustomResourceDefinition, which may be missing.
 	added bool
 }

@@ -16,8 +16,8 @@ import (
 
 	"go.uber.org/zap"
 	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/rest"
@@ -63,9 +63,8 @@ type Source struct {
 	clock         func() int64  // CLOCK_BOOTTIME in ns; set before Run
 	discoverEvery time.Duration // whether a resource that was missing is there now; set before Run
 
-	discovery    sync.Mutex              // held while it is asked
-	discovered   *metav1.APIResourceList // guarded by discovery; of the group that may be missing; nil: not asked yet
-	discoveredAt time.Time               // guarded by discovery
+	discovery  sync.Mutex                         // held while it is asked
+	discovered map[schema.GroupVersion]discovered // guarded by discovery; of groups that may be missing
 
 	mu       sync.Mutex
 	tables   *tables                // guarded by mu
@@ -95,7 +94,7 @@ func New(cfg Config) (*Source, error) {
 	rc.UserAgent = cfg.UserAgent
 	rc.QPS, rc.Burst = 20, 40
 	s := &Source{cfg: cfg, log: cfg.Log.Named("kubernetes"), server: rc.Host, authority: authority(rc), path: filepath.Join(cfg.StateDir, SnapshotFile),
-		clock: bootTime, discoverEvery: 3 * time.Minute, tables: newTables(cfg.Node), watches: map[string]*watchState{}, changed: make(chan struct{})}
+		clock: bootTime, discoverEvery: 3 * time.Minute, discovered: map[schema.GroupVersion]discovered{}, tables: newTables(cfg.Node), watches: map[string]*watchState{}, changed: make(chan struct{})}
 	for _, r := range resources("") {
 		s.watches[r.name()] = &watchState{}
 	}

@@ -37,13 +37,14 @@ type apiServer struct {
 const (
 	nodesPath, namespacesPath, podsPath = "/api/v1/nodes", "/api/v1/namespaces", "/api/v1/pods"
 	servicesPath                        = "/api/v1/services"
+	slicesPath                          = "/apis/discovery.k8s.io/v1/endpointslices"
 	policiesPath                        = "/apis/networking.k8s.io/v1/networkpolicies"
 	ciliumPath                          = "/apis/cilium.io/v2/ciliumnetworkpolicies"
 )
 
 func newAPIServer(t *testing.T) *apiServer {
 	s := &apiServer{t: t, objects: map[string]map[string]map[string]any{}, watches: map[chan []byte]string{}}
-	for _, p := range []string{nodesPath, namespacesPath, servicesPath, podsPath, policiesPath} {
+	for _, p := range []string{nodesPath, namespacesPath, servicesPath, slicesPath, podsPath, policiesPath} {
 		s.objects[p] = map[string]map[string]any{}
 	}
 	s.up()
@@ -112,7 +113,7 @@ func (s *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	for _, o := range all {
 		items = append(items, o)
 	}
-	kind := map[string]string{nodesPath: "Node", namespacesPath: "Namespace", servicesPath: "Service", podsPath: "Pod", policiesPath: "NetworkPolicy", ciliumPath: "CiliumNetworkPolicy"}[r.URL.Path]
+	kind := map[string]string{nodesPath: "Node", namespacesPath: "Namespace", servicesPath: "Service", slicesPath: "EndpointSlice", podsPath: "Pod", policiesPath: "NetworkPolicy", ciliumPath: "CiliumNetworkPolicy"}[r.URL.Path]
 	group := strings.TrimPrefix(strings.TrimPrefix(r.URL.Path[:strings.LastIndex(r.URL.Path, "/")], "/apis/"), "/api/")
 	version := strconv.Itoa(s.version)
 	if watch, _ := strconv.ParseBool(r.URL.Query().Get("watch")); !watch {

@@ -143,19 +143,27 @@ func (s *Source) awaitResource(ctx context.Context, r resource) {
 	}
 }
 
+// discovered is what the API server said of a group.
+type discovered struct {
+	list *metav1.APIResourceList
+	at   time.Time
+}
+
 // discover asks whether the API server has the resource. An answer is good for
-// all resources that ask shortly after.
+// all resources of its group that ask shortly after.
 func (s *Source) discover(ctx context.Context, r resource) (bool, error) {
 	s.discovery.Lock()
 	defer s.discovery.Unlock()
-	if s.discovered == nil || time.Since(s.discoveredAt) > s.discoverEvery/4 {
+	said, asked := s.discovered[r.at.GroupVersion()]
+	if !asked || time.Since(said.at) > s.discoverEvery/4 {
 		list, err := s.resourcesOf(ctx, r)
 		if err != nil {
 			return false, err
 		}
-		s.discovered, s.discoveredAt = list, time.Now()
+		said = discovered{list, time.Now()}
+		s.discovered[r.at.GroupVersion()] = said
 	}
-	for _, have := range s.discovered.APIResources {
+	for _, have := range said.list.APIResources {
 		if have.Name == r.name() {
 			return true, nil
 		}

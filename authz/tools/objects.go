@@ -330,6 +330,9 @@ func (r *Reader) service(doc *dialect.Document) {
 		add(f)
 	}
 	each(field(root, "spec", "clusterIPs"), add)
+	if s.external = text(field(root, "spec"), "type") == "ExternalName"; s.external {
+		s.Selector, s.IPs = nil, nil // it is a name for another: the API server looks at nothing else of it
+	}
 	if r.object(doc, ref) {
 		r.world.Services[authz.ServiceName{Namespace: ref.Namespace, Name: ref.Name}] = s
 	}

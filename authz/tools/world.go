@@ -70,6 +70,8 @@ type Node struct {
 type Service struct {
 	authz.Backends
 	IPs []netip.Addr // its own
+
+	external bool // it is a name for another: nobody is behind it
 }
 
 func newWorld() *World {
@@ -260,7 +262,9 @@ func (w *World) backends() {
 		if len(s.Selector) > 0 {
 			continue
 		}
-		copied.Blocks = nil
+		if copied.Blocks = nil; s.external {
+			continue
+		}
 		for _, ref := range sorted(w.slices) {
 			if e := w.slices[ref]; ref.Namespace == at.Namespace && e.service == at.Name {
 				for _, ip := range e.ips {

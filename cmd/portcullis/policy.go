@@ -60,6 +60,7 @@ field, never ignored.`,
 				return err
 			}
 			parsed, _ := api.Parse(in)
+			noteServices(env, parsed)
 			return noteGroups(env, parsed, func() (*api.ListPoliciesResponse, error) {
 				return c.ListPolicies(ctx, &api.ListPoliciesRequest{})
 			})
@@ -99,6 +100,12 @@ meaning but is not enforced yet is valid; it is shown too, for import refuses it
 		for _, n := range parsed.Spaces {
 			res.Imported = append(res.Imported, &api.ImportedPolicy{Ref: api.FromRef(n.Ref)})
 		}
+		for _, s := range parsed.Services {
+			res.Imported = append(res.Imported, &api.ImportedPolicy{Ref: api.FromRef(s.Ref)})
+		}
+		for _, s := range parsed.Slices {
+			res.Imported = append(res.Imported, &api.ImportedPolicy{Ref: api.FromRef(s.Ref)})
+		}
 		err = printImport(env, *o, res, "not valid", func(p *api.ImportedPolicy) string {
 			if not[p.GetRef().Ref()] {
 				return "valid, but import refuses it"
@@ -106,10 +113,21 @@ meaning but is not enforced yet is valid; it is shown too, for import refuses it
 			return "valid"
 		})
 		printProblems(env, parsed.Not)
+		noteServices(env, parsed)
 		_ = noteGroups(env, parsed, nil) // nobody is asked, so nothing fails
 		return err
 	}
 	return cmd
+}
+
+// noteServices tells which services are a name for another, by which policies
+// reach nobody.
+func noteServices(env *Env, parsed api.Parsed) {
+	for _, s := range parsed.Services {
+		if s.External != "" {
+			note(env, fmt.Sprintf("%s is a name for %q (ExternalName): toServices means nobody by it", s.Ref, s.External))
+		}
+	}
 }
 
 // noteGroups tells which groups of addresses the policies name that are neither

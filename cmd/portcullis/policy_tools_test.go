@@ -151,3 +151,14 @@ func TestPolicyUnknownGroup(t *testing.T) {
 		}
 	}
 }
+
+// Services and their slices are taken, and one that is a name for another is told.
+func TestPolicyServices(t *testing.T) {
+	const external = "apiVersion: v1\nkind: Service\nmetadata: {name: db}\nspec: {type: ExternalName, externalName: db.example.com}\n"
+	const slice = "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: db-1, labels: {kubernetes.io/service-name: db}}\naddressType: IPv4\nendpoints: [{addresses: [192.0.2.7]}]\n"
+	got := command(t.Context(), "/nonexistent", external+"---\n"+slice, "policy", "validate", "-f", "-")
+	if got.code != exitOK || got.stderr != "note: Service default/db is a name for \"db.example.com\" (ExternalName): toServices means nobody by it\n" ||
+		got.stdout != "Service/default/db valid\nEndpointSlice/default/db-1 valid\n" {
+		t.Errorf("%+v", got)
+	}
+}
