@@ -43,3 +43,35 @@ func TestProofWithoutAnEnd(t *testing.T) {
 		t.Errorf("proved for %v", s.Until.Sub(v.now))
 	}
 }
+
+// Who refuses on and on, or proves nothing in changing ways, does not drive what was
+// confirmed out of the confirmation log.
+func TestRefusedProofsDoNotFloodTheLog(t *testing.T) {
+	v := live(t, proving(false))
+	lies := []func(*lease.Proof){
+		func(p *lease.Proof) { p.Checked.Refusal = lease.ProofRelayed },
+		func(p *lease.Proof) { p.Checked.Refusal = lease.ProofUntrusted },
+	}
+	asked, said := 0, map[string]int{}
+	for i := range 240 { // a minute
+		v.step(lease.Used{})
+		out := append(v.wantProof(), v.wait(250*ms)...)
+		v.renew(out)
+		for _, q := range only[lease.Prove](out) {
+			asked++
+			p := proofOf(q)
+			lies[i%2](&p)
+			for _, l := range only[lease.VerifierLog](v.msg(p)) {
+				said[l.Entry.Reason]++
+			}
+		}
+	}
+	if asked < 100 {
+		t.Fatalf("asked %d times", asked)
+	}
+	for _, r := range []lease.ProofRefusal{lease.ProofRelayed, lease.ProofUntrusted} {
+		if n := said[r.String()]; n < 1 || n > 2 {
+			t.Errorf("%v: said %d times in a minute, want once or twice", r, n)
+		}
+	}
+}

@@ -19,6 +19,8 @@ const (
 	leastProof = time.Second
 	// proofTick is the least time between two turns of looking at all proofs.
 	proofTick = 50 * time.Millisecond
+	// proofSilence is how long one reason of refusals is not said again of a binding.
+	proofSilence = time.Minute
 )
 
 // MaxProof is the longest that one proof counts: some certificates have an end
@@ -66,6 +68,8 @@ type proof struct {
 	newest Time // arrival of the latest packet that waits; 0: none does
 	waits  bool
 	reason ProofRefusal // of the last refusal
+	said   uint32       // reasons that were written down, by bit, and
+	silent Time         // until when they are not again
 
 	id    uint64
 	nonce ProofNonce
@@ -272,7 +276,7 @@ func (v *Verifier) refuseProof(p *proof, r ProofRefusal, c Certificate) {
 	if !ok || e.Stamp != p.stamp {
 		return
 	}
-	if r != p.reason || !r.passing() { // what passes is said once, and not four times a second
+	if v.sayRefusal(p, r) {
 		v.log(v.proofEntry(LogProofRefusal, p, e, r.String(), c))
 	}
 	p.reason, p.next = r, v.now.Add(proofRetry)
@@ -286,6 +290,17 @@ func (v *Verifier) refuseProof(p *proof, r ProofRefusal, c Certificate) {
 	if p.waits || p.until != 0 {
 		v.proofDue(p.next)
 	}
+}
+
+// sayRefusal tells whether to write a refusal down: each reason once in a while, and
+// not four times a second. The owner chooses them, and the log has an end.
+func (v *Verifier) sayRefusal(p *proof, r ProofRefusal) bool {
+	if v.now >= p.silent {
+		p.said, p.silent = 0, v.now.Add(proofSilence)
+	}
+	known := p.said&(1<<r) != 0
+	p.said |= 1 << r
+	return !known
 }
 
 func (v *Verifier) proofEntry(k LogKind, p *proof, e ipcache.Entry, why string, c Certificate) LogEntry {
