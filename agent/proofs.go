@@ -34,6 +34,33 @@ type proofs struct {
 	local map[identity.UID]*x509svid.SVID
 	// refused is why that of a workload is not.
 	refused map[identity.UID]lease.ProofRefusal
+	// told is which verifiers were refused what, since the last time that it was
+	// forgotten; see sayRefused.
+	told      map[toldRefusal]bool
+	forgotten lease.Time
+}
+
+type toldRefusal struct {
+	verifier identity.NodeName
+	uid      identity.UID
+	why      lease.ProofRefusal
+}
+
+// A verifier asks four times a second for an SVID that is not there yet: it is
+// written down once in this time, and not more than this is remembered.
+const (
+	toldSilence = time.Minute
+	toldMost    = 4096
+)
+
+// sayRefused tells whether to write down what a verifier is refused.
+func (p *proofs) sayRefused(r toldRefusal, now lease.Time) bool {
+	if p.told == nil || len(p.told) >= toldMost || now >= p.forgotten.Add(toldSilence) {
+		p.told, p.forgotten = map[toldRefusal]bool{}, now
+	}
+	known := p.told[r]
+	p.told[r] = true
+	return !known
 }
 
 // proofSkew is by how much wall clock and boot time may drift apart between two
@@ -168,7 +195,9 @@ func (l *loop) makeProof(o lease.MakeProof) {
 	entry := lease.LogEntry{Kind: lease.LogProof, Peer: o.Verifier, IP: q.IP, Generation: q.Generation, UID: q.UID, Identity: b.Identity}
 	if why != 0 {
 		entry.Kind, entry.Reason = lease.LogProofRefusal, why.String()
-		l.confirmation(entry)
+		if l.proofs == nil || l.proofs.sayRefused(toldRefusal{o.Verifier, q.UID, why}, l.now()) {
+			l.confirmation(entry)
+		}
 		l.transport.SendToVerifier(o.Stream, lease.ProofRefused{ID: q.ID, IP: q.IP, Reason: why})
 		return
 	}

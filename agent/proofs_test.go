@@ -5,6 +5,9 @@ import (
 	"net/netip"
 	"testing"
 	"time"
+
+	"portcullis/identity"
+	"portcullis/ipcache/lease"
 )
 
 // Bundles that change in the moment in which something else did are not missed:
@@ -87,5 +90,33 @@ func TestProofOfAnEarlierAgent(t *testing.T) {
 	}
 	if after.Proved != 0 || slots[after.Slot] != 0 {
 		t.Errorf("proved until %d, in the kernel until %d", after.Proved, slots[after.Slot])
+	}
+}
+
+// A workload whose SVID is late, and verifiers that ask and ask, do not fill the
+// confirmation log; what is new is in it.
+func TestRefusedProofsAreToldOnce(t *testing.T) {
+	p, now := &proofs{}, lease.Time(time.Hour)
+	late := toldRefusal{"n2", identity.UID{1}, lease.ProofNoSVID}
+	said := 0
+	for range 480 { // two minutes
+		if p.sayRefused(late, now) {
+			said++
+		}
+		now = now.Add(250 * time.Millisecond)
+	}
+	if said != 2 {
+		t.Errorf("said %d times in two minutes, want twice", said)
+	}
+	for _, other := range []toldRefusal{{"n3", identity.UID{1}, lease.ProofNoSVID}, {"n2", identity.UID{2}, lease.ProofNoSVID}, {"n2", identity.UID{1}, lease.ProofExpired}} {
+		if !p.sayRefused(other, now) {
+			t.Errorf("%+v is not said", other)
+		}
+	}
+	for i := range 2 * toldMost {
+		p.sayRefused(toldRefusal{uid: identity.UID{byte(i), byte(i >> 8)}}, now)
+		if len(p.told) > toldMost {
+			t.Fatal("it remembers without end")
+		}
 	}
 }
