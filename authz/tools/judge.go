@@ -218,7 +218,13 @@ func (j *Judge) numbersFor(subject int, p Party, six bool) []identity.Numeric {
 	case p.node != nil && p.node.Name != "" && p.node.Name == x.Node:
 		return []identity.Numeric{identity.NumHost}
 	case p.node != nil:
-		return []identity.Numeric{j.number("node "+p.node.Name, authz.Peer{Identity: identity.Identity{Reserved: "remote-node"}, Node: p.node.Labels})}
+		peer := authz.Peer{Identity: identity.Identity{Reserved: "remote-node"}, Node: p.node.Labels}
+		key := "node " + p.node.Name
+		if p.ip.IsValid() { // rules on addresses tell a node's apart
+			peer.Block = netip.PrefixFrom(p.ip, p.ip.BitLen())
+			key += " " + p.ip.String()
+		}
+		return []identity.Numeric{j.number(key, peer)}
 	case p.peers[0].Identity.Reserved == "host":
 		return []identity.Numeric{identity.NumHost}
 	}
