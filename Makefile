@@ -68,7 +68,7 @@ chaos-long: build ## 5000 reuses of IPs without a fault and under a partition, a
 
 # A real Kubernetes: three nodes on this machine. The first time it is built
 # from source, for minutes; see test/e2e.
-E2E_FLAGS ?= -count=1 -timeout=40m
+E2E_FLAGS ?= -count=1 -timeout=60m
 e2e: need-go ## install on a real Kubernetes that is made on this machine, and try it there; ends with a count (root)
 	@$(BUILD) -o out/summary ./test/summary
 	@out/summary -tags=e2e $(E2E_FLAGS) ./test/e2e

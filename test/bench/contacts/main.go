@@ -57,11 +57,13 @@ func run(ctx context.Context) error {
 	flag.IntVar(&o.contacts, "contacts", 300, "flood: first contacts of each kind of storm, a multiple of 50")
 	flag.StringVar(&o.kinds, "storm", "unbound,ingress,flows", "flood: which kinds")
 	flag.BoolVar(&o.why, "why", false, "flood: also read the events of what is dropped of the other workload; costs time")
+	c := lab.DefaultConfig()
+	flag.StringVar(&c.Evidence, "evidence", "lease", "on what bindings are believed: lease or svid")
 	flag.Parse()
 	if err := checkUse(flag.CommandLine); err != nil {
 		return err
 	}
-	return flags.InLab(ctx, "bench-"+flag.Arg(0), lab.DefaultConfig(), func(l *lab.Lab) (err error) {
+	return flags.InLab(ctx, "bench-"+flag.Arg(0), c, func(l *lab.Lab) (err error) {
 		var result interface {
 			fmt.Stringer
 			problem() error
