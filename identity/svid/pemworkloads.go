@@ -272,7 +272,12 @@ func findPlaces(root string) (map[string]stamp, error) {
 		}
 		return errors.Join(errs...)
 	}
-	return found, walk(root, 0)
+	err := walk(root, 0)
+	if err == nil {
+		// What lay below a root that has gone meanwhile looks removed.
+		_, err = os.Stat(root)
+	}
+	return found, err
 }
 
 // stampOf looks at the files of a directory; false if no certificate is there.

@@ -97,7 +97,8 @@ func TestPEMWorkloadsThatAreWrong(t *testing.T) {
 	put(t, at, fileNames[0], a.issue(t, account("red"), -time.Minute), a.pem())
 	until(t, "what is over is none", lacks(p, one.UID, account("red"), ErrExpired))
 
-	if err := os.RemoveAll(dir); err != nil {
+	// At once, as a volume goes: a removal takes one file after the other.
+	if err := os.Rename(dir, dir+".gone"); err != nil {
 		t.Fatal(err)
 	}
 	until(t, "a directory that is gone is told of", func() bool { return p.Problem() != nil })
