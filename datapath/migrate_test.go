@@ -265,7 +265,7 @@ func TestOtherSizes(t *testing.T) {
 	x := l.traffic()
 	big := strings.Repeat("fragment", 300)
 	for _, n := range []struct{ endpoints, fragments, others int }{
-		{8, 256, 16}, {8, 8, 8}, {17, 32, 64}, {35, 16, 64}, {2, 192, 2}, {8, 64, 16}} {
+		{8, 256, 16}, {8, 8, 8}, {17, 32, 64}, {35, 16, 64}, {2, 192, 4}, {8, 64, 16}} {
 		l.must(d.Close())
 		cfg := l.config()
 		cfg.Endpoints, cfg.FragmentsPerEndpoint, cfg.Ranges, cfg.Sources, cfg.Policy = n.endpoints, n.fragments, n.others, n.others, n.others
