@@ -109,11 +109,11 @@ func (d *Datapath) SetRanges(want map[netip.Prefix]abi.Range) error {
 		case err != nil && known:
 			failed = errors.Join(failed, mapError("set ranges", "ranges", err), d.shutAround(s.key, actual))
 		case err != nil:
-			return mapError("set ranges", "ranges", err)
+			failed = mapError("set ranges", "ranges", err)
 		}
 	}
 	if failed != nil {
-		return failed
+		return errors.Join(failed, d.shutWithin(want, actual))
 	}
 	d.ranges.Store(int64(len(desired)))
 	return nil
@@ -128,20 +128,43 @@ func (d *Datapath) shutAround(key abi.RangeKey, actual map[abi.RangeKey]abi.Rang
 	in := prefixOf(key)
 	for bits := in.Bits(); bits >= 0; bits-- {
 		around := rangeKey(netip.PrefixFrom(in.Addr(), bits))
-		r, ok := actual[around]
-		if !ok {
-			continue
+		if _, ok := actual[around]; ok {
+			return d.shut(around, actual)
 		}
-		if r.Flags&uint32(abi.RangeKnown) == 0 {
-			r = abi.Range{Flags: uint32(abi.RangeKnown)}
-			if err := d.coll.Maps["ranges"].Put(&around, &r); err != nil {
-				return mapError("shut "+prefixOf(around).String(), "ranges", err)
-			}
-			actual[around] = r
-		}
-		return nil
 	}
 	return fmt.Errorf("%s has no entry around it", in)
+}
+
+// shutWithin makes known the world's blocks within known ranges, which were to be
+// removed.
+func (d *Datapath) shutWithin(want map[netip.Prefix]abi.Range, actual map[abi.RangeKey]abi.Range) error {
+	known := map[netip.Prefix]abi.Range{}
+	for p, r := range want {
+		if r.Flags&uint32(abi.RangeKnown) != 0 {
+			known[p.Masked()] = r
+		}
+	}
+	for k := range actual {
+		if coveredBy(known, prefixOf(k)) {
+			if err := d.shut(k, actual); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// shut makes an entry known; there is room for that.
+func (d *Datapath) shut(k abi.RangeKey, actual map[abi.RangeKey]abi.Range) error {
+	if actual[k].Flags&uint32(abi.RangeKnown) != 0 {
+		return nil
+	}
+	r := abi.Range{Flags: uint32(abi.RangeKnown)}
+	if err := d.coll.Maps["ranges"].Put(&k, &r); err != nil {
+		return mapError("shut "+prefixOf(k).String(), "ranges", err)
+	}
+	actual[k] = r
+	return nil
 }
 
 type rangeStep struct {
