@@ -30,13 +30,15 @@ func TestAFailingWriteIsNotSilent(t *testing.T) {
 			t.Error("writable")
 		}
 		kept := 0
-		for range 1000 {
+		for i := range 1000 {
 			if err := l.Append(full, nil); err == nil {
 				kept++
 			} else if !errors.Is(err, ErrFull) {
 				t.Fatal(err)
 			}
-			synctest.Wait()
+			if i%50 == 49 {
+				synctest.Wait()
+			}
 		}
 		if kept > 100+2*batch || l.Lost() != uint64(1000-kept) {
 			t.Errorf("%d kept, %d lost", kept, l.Lost())
@@ -55,6 +57,7 @@ func TestAFailingWriteIsNotSilent(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "audit.log")
 		must(t, l.ask(func(w *writer) { w.cfg.Path = path }))
 		must(t, l.Reopen())
+		synctest.Wait() // what was stuck leaves the queue, which is full until then
 		must(t, l.Append(full, nil))
 		must(t, l.Close())
 		if !l.Writable() {
