@@ -100,6 +100,30 @@ func TestRulesArePolicies(t *testing.T) {
 	}
 }
 
+// A scenario brings its faults, once, whatever else a run names.
+func TestScenarioFaults(t *testing.T) {
+	for _, c := range []struct{ name, scenario, faults, want string }{
+		{"its own", "upgrade", "", "upgrade-owner upgrade-verifier"},
+		{"named too", "owner-restart", "kill-owner", "kill-owner"},
+		{"and more", "owner-restart", "partition", "partition kill-owner"},
+		{"none", "ip-reuse", "", ""},
+	} {
+		given := strings.Fields(c.faults)
+		p, err := newPlan(Options{Scenario: c.scenario, Evidence: "lease", Events: 1, Faults: given})
+		if err != nil {
+			t.Errorf("%s: %v", c.name, err)
+			continue
+		}
+		var kinds []string
+		for _, k := range p.faults {
+			kinds = append(kinds, k.Name)
+		}
+		if got := strings.Join(p.Faults, " "); got != c.want || strings.Join(kinds, " ") != c.want {
+			t.Errorf("%s: faults %q (%v), want %q", c.name, got, kinds, c.want)
+		}
+	}
+}
+
 func TestBarrier(t *testing.T) {
 	b := newBarrier(3)
 	done := make(chan int, 3)

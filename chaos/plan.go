@@ -23,6 +23,8 @@ type Scenario struct {
 	relabels    bool // workloads change their labels in their lives
 	storm       bool // all go and come at the same time
 	late        bool // registrations come late, and twice
+	// faults are what breaks in it, whatever else the run is to break.
+	faults []string
 }
 
 // Scenarios are all scenarios.
@@ -32,7 +34,9 @@ func Scenarios() []Scenario {
 		{Name: "relabel", Does: "workloads change their labels, and with them their identity, while they live", parallel: 6, least: 400 * time.Millisecond, most: 800 * time.Millisecond, relabels: true},
 		{Name: "storm", Does: "all workloads go and come back on each other's IPs at the same time, as in a mass restart", parallel: 24, least: 600 * time.Millisecond, most: 600 * time.Millisecond, storm: true},
 		{Name: "late", Does: "workloads are registered late, twice, and deregistered after their successor came", parallel: 8, least: 150 * time.Millisecond, most: 400 * time.Millisecond, late: true},
-		{Name: "mixed", Does: "all of it", parallel: 8, least: 100 * time.Millisecond, most: 900 * time.Millisecond, relabels: true, late: true},
+		{Name: "upgrade", Does: "as ip-reuse, while the agents of owner and verifier are upgraded again and again (faults upgrade-owner and upgrade-verifier)", parallel: 8, least: 150 * time.Millisecond, most: 400 * time.Millisecond, faults: []string{"upgrade-owner", "upgrade-verifier"}},
+		{Name: "owner-restart", Does: "as ip-reuse, while the owner's agent crashes and comes back with its journal (fault kill-owner)", parallel: 8, least: 150 * time.Millisecond, most: 400 * time.Millisecond, faults: []string{"kill-owner"}},
+		{Name: "mixed", Does: "relabel and late together, with lives of any length", parallel: 8, least: 100 * time.Millisecond, most: 900 * time.Millisecond, relabels: true, late: true},
 	}
 }
 
@@ -74,7 +78,13 @@ func newPlan(o Options) (*plan, error) {
 	} else {
 		p.scenario = Scenarios()[i]
 	}
-	for _, name := range o.Faults {
+	p.Faults = slices.Clone(o.Faults)
+	for _, name := range p.scenario.faults {
+		if !slices.Contains(p.Faults, name) {
+			p.Faults = append(p.Faults, name)
+		}
+	}
+	for _, name := range p.Faults {
 		k, err := fault.Find(name)
 		if err == nil && slices.ContainsFunc(p.faults, func(f fault.Kind) bool { return f.Name == name }) {
 			err = fmt.Errorf("fault %s is named twice", name)

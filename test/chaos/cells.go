@@ -25,8 +25,20 @@ func (c Cell) name() string {
 	return strings.Join(append([]string{c.Scenario, c.Evidence}, c.Faults...), "_")
 }
 
+// seeds is how many seeds show that the harness can see what goes wrong.
+const seeds = 6
+
+// mustViolate tells of the cell that proves that: what is believed until somebody
+// says otherwise, while nobody can.
+func (c Cell) mustViolate() bool {
+	return c.Evidence == "classic" && slices.Equal(c.Faults, []string{"partition"})
+}
+
 // runs are how often the cell is run, and with how many reuses each time.
 func (c Cell) runs() (n, events int) {
+	if c.mustViolate() && c.Events <= chunk {
+		return seeds, (c.Events + seeds - 1) / seeds
+	}
 	if c.Events <= chunk {
 		return 1, c.Events
 	}
@@ -46,7 +58,7 @@ var combined = [][]string{
 func cells(evidence []string) (out []Cell) {
 	var of []Cell
 	of = append(of, Cell{Scenario: "ip-reuse", Events: 200})
-	for _, s := range []string{"relabel", "storm", "late", "mixed"} {
+	for _, s := range []string{"relabel", "storm", "late", "upgrade", "owner-restart", "mixed"} {
 		of = append(of, Cell{Scenario: s, Events: 200})
 	}
 	for _, k := range fault.Kinds() {

@@ -64,6 +64,13 @@ func TestPage(t *testing.T) {
 	if failed != 0 {
 		t.Errorf("a violation of classic counts as a failure")
 	}
+	blind := []Cell{{Scenario: "ip-reuse", Evidence: "classic", Faults: []string{"partition"}, Events: 200}}
+	if text, failed := page(blind, [][]*check.Result{{broken, held, held}}, false); failed != 1 || !strings.Contains(text, "in 1 of 3 seeds") {
+		t.Errorf("a harness that sees one of three: %d failed\n%s", failed, text)
+	}
+	if _, failed := page(blind, [][]*check.Result{{broken, broken, held}}, false); failed != 0 {
+		t.Errorf("%d failed though most seeds violated", failed)
+	}
 	of[0].Evidence = "svid"
 	if _, failed := page(of[:1], [][]*check.Result{{held, broken}}, false); failed != 1 {
 		t.Errorf("%d runs failed, want 1", failed)

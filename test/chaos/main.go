@@ -99,7 +99,7 @@ func run(ctx context.Context, o options) error {
 		return err
 	}
 	if failed > 0 {
-		errs = append(errs, fmt.Errorf("%d runs with leases were violated", failed))
+		errs = append(errs, fmt.Errorf("%d runs were violated that must hold, or held where the harness must see violations", failed))
 	}
 	return errors.Join(append(errs, ctx.Err())...)
 }

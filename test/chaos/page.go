@@ -93,7 +93,7 @@ func (s sums) availability() string {
 }
 
 // page is docs/chaos-results.md. failed counts the runs that violated, of those
-// that must not.
+// that must not, and the cells that did not where they must.
 func page(cells []Cell, results [][]*check.Result, long bool) (text string, failed uint64) {
 	var b strings.Builder
 	command := "make chaos"
@@ -131,6 +131,12 @@ Evidence classic is the cache that is believed until it hears otherwise, beside 
 			outcome := s.outcome()
 			if s.excused > 0 {
 				outcome += fmt.Sprintf("; %d messages within the rogue's leases", s.excused)
+			}
+			if c.mustViolate() {
+				outcome += fmt.Sprintf("; in %d of %d seeds", s.violatedRuns, s.runs)
+				if s.violatedRuns*2 < s.runs { // a harness that does not see it proves nothing
+					failed++
+				}
 			}
 			if s.stale > 0 {
 				outcome += fmt.Sprintf("; taken for another for up to %.0f ms", s.stale)
