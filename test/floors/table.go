@@ -44,7 +44,7 @@ var Table = []Row{
 	{Path: "authz/dialect/cilium", Floor: 1, Holds: "CiliumNetworkPolicy"},
 	{Path: "authz/dialect/clusternp", Floor: 1, Holds: "ClusterNetworkPolicy"},
 	{Path: "authz/dialect/tree", Floor: 1, Holds: "the 2017 policy tree"},
-	{Path: "authz/l7", Floor: 1, Holds: "HTTP, DNS, SNI matchers"},
+	{Path: "authz/l7", Floor: 0, Leaf: nothing, Holds: "rules inside HTTP, DNS and TLS, and their matchers"},
 	{Path: "authz/tools", Floor: 1, Holds: "matrix, trace, diff"},
 	{Path: "chaos/check", Floor: 1, Leaf: []string{"identity"}, Holds: "judges histories"},
 
