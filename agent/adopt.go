@@ -138,6 +138,9 @@ func (l *loop) adoptSlot(slot uint32, s datapath.Slot, id identity.Identity, por
 		l.release(n)
 		return err
 	}
+	if l.proofs != nil && s.Lease == ipcache.LeaseLocal && int64(s.Proved) > int64(l.now()) {
+		l.proofs.keepProof(b.UID, l.now())
+	}
 	l.repo.AddPorts(s.Stamp, id, ports) // no endpoint is compiled yet
 	l.numerics[s.Stamp], l.installedAt[s.Stamp] = n, lease.Time(s.Installed)
 	return nil

@@ -57,8 +57,9 @@ type loop struct {
 	signer        *lateSigner
 	coverage      coverage // count is called by the reader of events
 
-	proofs   *proofs           // nil: this agent has nothing to do with proofs
-	template identity.Template // of the SPIFFE IDs of workloads
+	proofs       *proofs           // nil: this agent has nothing to do with proofs
+	template     identity.Template // of the SPIFFE IDs of workloads
+	toldRefusals toldRefusals      // of proofs that others asked for
 
 	peerSessions map[identity.NodeName]*audit.Session // by certificate, of streams that are up
 

@@ -34,8 +34,15 @@ type proofs struct {
 	local map[identity.UID]*x509svid.SVID
 	// refused is why that of a workload is not.
 	refused map[identity.UID]lease.ProofRefusal
-	// told is which verifiers were refused what, since the last time that it was
-	// forgotten; see sayRefused.
+	// kept are workloads of this node that an earlier agent has proved and this
+	// one has not yet; see keepProof.
+	kept      map[identity.UID]bool
+	keptUntil lease.Time
+}
+
+// toldRefusals are which verifiers were refused what, since the last time that it
+// was forgotten.
+type toldRefusals struct {
 	told      map[toldRefusal]bool
 	forgotten lease.Time
 }
@@ -53,8 +60,8 @@ const (
 	toldMost    = 4096
 )
 
-// sayRefused tells whether to write down what a verifier is refused.
-func (p *proofs) sayRefused(r toldRefusal, now lease.Time) bool {
+// say tells whether to write down what a verifier is refused.
+func (p *toldRefusals) say(r toldRefusal, now lease.Time) bool {
 	if p.told == nil || len(p.told) >= toldMost || now >= p.forgotten.Add(toldSilence) {
 		p.told, p.forgotten = map[toldRefusal]bool{}, now
 	}
@@ -109,6 +116,7 @@ func (l *loop) unfollow(uid identity.UID) {
 	}
 	delete(l.proofs.local, uid)
 	delete(l.proofs.refused, uid)
+	delete(l.proofs.kept, uid)
 	if l.workloadSVIDs != nil {
 		l.workloadSVIDs.Forget(uid)
 	}
@@ -195,7 +203,7 @@ func (l *loop) makeProof(o lease.MakeProof) {
 	entry := lease.LogEntry{Kind: lease.LogProof, Peer: o.Verifier, IP: q.IP, Generation: q.Generation, UID: q.UID, Identity: b.Identity}
 	if why != 0 {
 		entry.Kind, entry.Reason = lease.LogProofRefusal, why.String()
-		if l.proofs == nil || l.proofs.sayRefused(toldRefusal{o.Verifier, q.UID, why}, l.now()) {
+		if l.toldRefusals.say(toldRefusal{o.Verifier, q.UID, why}, l.now()) {
 			l.confirmation(entry)
 		}
 		l.transport.SendToVerifier(o.Stream, lease.ProofRefused{ID: q.ID, IP: q.IP, Reason: why})
@@ -299,6 +307,9 @@ func (l *loop) proveLocal(e ipcache.Entry) {
 	v, why := l.svidOf(b)
 	if why == 0 && l.proofs.local[b.UID] == v && e.Proved > int64(l.now()) {
 		return // it stands
+	}
+	if l.proofs.stillKept(e, why, l.now()) && !l.unrecorded() {
+		return
 	}
 	until := int64(0)
 	if why == 0 {

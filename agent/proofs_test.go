@@ -93,14 +93,73 @@ func TestProofOfAnEarlierAgent(t *testing.T) {
 	}
 }
 
+// A planned restart ends no flow that asks for a proof: those of this node's own
+// workloads stand until their SVIDs have had time to come, and no longer.
+func TestProofsOutliveARestart(t *testing.T) {
+	n := newNode(t)
+	n.cfg.WorkloadSVIDDir = t.TempDir()
+	n.veth("a0")
+	l := n.mustStart()
+	n.run(l, app("a0", "10.1.1.2"))
+	ip := netip.MustParseAddr("10.1.1.2")
+	proved := func() bool {
+		e, _ := l.table.Get(ip)
+		for i, s := range l.dp.Slots() {
+			if i == e.Slot && s.Proved != 0 {
+				return e.Proved != 0
+			}
+		}
+		return false
+	}
+	e, ok := l.table.Get(ip)
+	if !ok || l.proofs == nil {
+		t.Fatal("it has no binding, or nobody proves")
+	}
+	for _, c := range []struct {
+		name   string
+		until  lease.Time
+		change func()
+		stands bool
+	}{
+		{"no SVID yet", lease.Time(time.Hour), func() {}, true},
+		{"what rests on bundles is looked at again", lease.Time(time.Hour), func() { clear(l.proofs.local) }, true},
+		{"there is no source of SVIDs", lease.Time(time.Hour), func() { l.workloadSVIDs = nil }, false},
+		{"no SVID comes", lease.Time(time.Hour), func() { l.proofs.keptUntil = l.now() }, false},
+		{"its certificate ends", 0, func() {}, false},
+		{"it ended and came back", lease.Time(time.Hour), func() { l.unfollow(e.Binding.UID) }, false},
+		{"the SVID is not its own", lease.Time(time.Hour), func() { l.template = identity.Template{} }, false},
+	} {
+		err := l.storeProved(e, int64(l.now().Add(time.Duration(c.until))))
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.crash(l)
+		l = n.mustStart()
+		if e, ok = l.table.Get(ip); !ok {
+			t.Fatal("it was not taken over")
+		}
+		if l.workloadSVIDs, err = newWorkloads(n.cfg, l.log); err != nil {
+			t.Fatal(err)
+		}
+		c.change()
+		for _, own := range l.endpoints {
+			l.proveEndpoint(own)
+		}
+		if proved() != c.stands {
+			t.Errorf("%s: proved %t, want %t", c.name, proved(), c.stands)
+		}
+	}
+	n.crash(l)
+}
+
 // A workload whose SVID is late, and verifiers that ask and ask, do not fill the
 // confirmation log; what is new is in it.
 func TestRefusedProofsAreToldOnce(t *testing.T) {
-	p, now := &proofs{}, lease.Time(time.Hour)
+	p, now := &toldRefusals{}, lease.Time(time.Hour)
 	late := toldRefusal{"n2", identity.UID{1}, lease.ProofNoSVID}
 	said := 0
 	for range 480 { // two minutes
-		if p.sayRefused(late, now) {
+		if p.say(late, now) {
 			said++
 		}
 		now = now.Add(250 * time.Millisecond)
@@ -109,12 +168,12 @@ func TestRefusedProofsAreToldOnce(t *testing.T) {
 		t.Errorf("said %d times in two minutes, want twice", said)
 	}
 	for _, other := range []toldRefusal{{"n3", identity.UID{1}, lease.ProofNoSVID}, {"n2", identity.UID{2}, lease.ProofNoSVID}, {"n2", identity.UID{1}, lease.ProofExpired}} {
-		if !p.sayRefused(other, now) {
+		if !p.say(other, now) {
 			t.Errorf("%+v is not said", other)
 		}
 	}
 	for i := range 2 * toldMost {
-		p.sayRefused(toldRefusal{uid: identity.UID{byte(i), byte(i >> 8)}}, now)
+		p.say(toldRefusal{uid: identity.UID{byte(i), byte(i >> 8)}}, now)
 		if len(p.told) > toldMost {
 			t.Fatal("it remembers without end")
 		}
