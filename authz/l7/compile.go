@@ -47,12 +47,12 @@ func (c *compiler) rules(r *Rules) error {
 		}
 	}
 	for i, n := range r.DNS {
-		if err := n.check(); err != nil {
+		if err := n.Validate(); err != nil {
 			return fmt.Errorf("dns[%d]: %w", i, err)
 		}
 	}
 	for i, s := range r.ServerNames {
-		if err := (Name{Pattern: s}).check(); err != nil {
+		if err := (Name{Pattern: s}).Validate(); err != nil {
 			return fmt.Errorf("serverNames[%d]: %w", i, err)
 		}
 	}
