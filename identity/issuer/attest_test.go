@@ -123,7 +123,7 @@ func TestRequestCarriesAKeyOnly(t *testing.T) {
 
 func TestEachNodeHasItsRate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := newLimiter()
+		l := newNodeLimiter()
 		for i := range burst {
 			if wait := l.take("n1", time.Now()); wait != 0 {
 				t.Fatalf("number %d had to wait %s", i, wait)

@@ -55,6 +55,9 @@ func (s *Server) svid(w http.ResponseWriter, r *http.Request) {
 // issue decides on a request and carries it out. who tells of its sender what
 // is known, also with an error.
 func (s *Server) issue(r *http.Request) (answer Issued, who []zap.Field, err error) {
+	if wait := s.sources.take(source(r.RemoteAddr), time.Now()); wait > 0 {
+		return answer, nil, refuse(RefusedTooMany, "%s may ask again in %s", source(r.RemoteAddr), wait.Round(time.Second))
+	}
 	token, err := bearer(r)
 	if err != nil {
 		return answer, nil, err

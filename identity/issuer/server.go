@@ -11,12 +11,15 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.uber.org/zap"
 	"golang.org/x/net/netutil"
+
+	"portcullis/identity"
 )
 
 // Bounds of the server.
@@ -42,7 +45,8 @@ type Server struct {
 	cfg     ServerConfig
 	log     *zap.Logger
 	id      spiffeid.ID
-	limits  *limiter
+	limits  *limiter[identity.NodeName]
+	sources *limiter[netip.Prefix]
 	reviews chan struct{} // a place for each review at a time
 
 	mu      sync.Mutex
@@ -70,7 +74,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Server{cfg: cfg, log: cfg.Log, id: id, limits: newLimiter(), reviews: make(chan struct{}, maxReviews), refused: map[Refusal]uint64{}}, nil
+	return &Server{cfg: cfg, log: cfg.Log, id: id, limits: newNodeLimiter(), sources: newSourceLimiter(), reviews: make(chan struct{}, maxReviews), refused: map[Refusal]uint64{}}, nil
 }
 
 // Run serves until ctx ends; then it lets requests that are under way finish,
@@ -94,7 +98,7 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	failed := make(chan error, 1)
 	go func() {
-		failed <- server.ServeTLS(netutil.LimitListener(s.cfg.Listener, maxConnections), "", "")
+		failed <- server.ServeTLS(netutil.LimitListener(newFairListener(s.cfg.Listener), maxConnections), "", "")
 	}()
 	s.log.Info("answering agents", zap.Stringer("address", s.cfg.Listener.Addr()), zap.Stringer("spiffe_id", s.id), zap.String("account", s.cfg.Rules.Account))
 	select {

@@ -13,6 +13,8 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -284,6 +286,82 @@ func TestOneNodeCannotAskForever(t *testing.T) {
 	}
 	if code, body := s.post(t, c, "Bearer t2", request); code != 200 {
 		t.Errorf("another node: %d %s", code, body)
+	}
+}
+
+// Whoever floods the issuer with tokens does not keep others from the API server.
+func TestASourceCannotAskForever(t *testing.T) {
+	l, now := newSourceLimiter(), time.Now()
+	for i := range sourceBurst {
+		if wait := l.take(source("10.0.0.1:1"), now); wait != 0 {
+			t.Fatalf("number %d waits %v", i, wait)
+		}
+	}
+	for remote, waits := range map[string]bool{"10.0.0.1:2": true, "[::ffff:10.0.0.1]:3": true, "10.0.0.2:1": false, "[fd00::1]:1": false} {
+		if wait := l.take(source(remote), now); (wait > 0) != waits {
+			t.Errorf("%s waits %v", remote, wait)
+		}
+	}
+	if source("[fd00::1]:1") != source("[fd00::2%eth0]:9") || source("[fd00::1]:1") == source("[fd00:0:0:1::1]:1") {
+		t.Error("a sender has one network of 64 bits")
+	}
+	if wait := l.take(source("10.0.0.1:1"), now.Add(sourceRefill)); wait != 0 {
+		t.Errorf("it waits %v after a refill", wait)
+	}
+	// And the server asks before it asks the API server.
+	s := serve(t)
+	s.server.sources = newLimiter[netip.Prefix](1, time.Hour)
+	c, request := s.client(t), csr(t, x509.CertificateRequest{}, newKey(t))
+	for i, want := range []int{200, 429} {
+		if code, body := s.post(t, c, "Bearer t1", request); code != want {
+			t.Errorf("number %d: %d %s", i, code, body)
+		}
+	}
+}
+
+func TestASourceCannotHoldEveryConnection(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fair := newFairListener(ln)
+	defer fair.Close()
+	accepted := make(chan net.Conn, sourceConnections+1)
+	go func() {
+		for {
+			conn, err := fair.Accept()
+			if err != nil {
+				return
+			}
+			accepted <- conn
+		}
+	}()
+	dial := func() net.Conn {
+		conn, err := net.Dial("tcp", ln.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		return conn
+	}
+	for range sourceConnections {
+		dial()
+	}
+	first := <-accepted
+	for range sourceConnections - 1 {
+		defer (<-accepted).Close()
+	}
+	more := dial()
+	more.SetReadDeadline(time.Now().Add(time.Minute))
+	if _, err := more.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("one more than %d is open: %v", sourceConnections, err)
+	}
+	first.Close()
+	first.Close() // a place is given free once
+	dial()
+	defer (<-accepted).Close()
+	if n := fair.open[source("127.0.0.1:1")]; n != sourceConnections {
+		t.Errorf("%d are counted, want %d", n, sourceConnections)
 	}
 }
 
