@@ -31,7 +31,7 @@ func (c *coverage) count(ev *abi.Event) {
 	case abi.FlowState(ev.State) == abi.FlowReply:
 	case abi.Verdict(ev.Verdict) == abi.VerdictAudit:
 		c.audited.Add(1)
-	case abi.Verdict(ev.Verdict) != abi.VerdictPass:
+	case abi.Verdict(ev.Verdict) != abi.VerdictPass && abi.Verdict(ev.Verdict) != abi.VerdictSteer:
 	case ev.Flags&uint8(abi.EventNoEvidence) != 0:
 		c.needless.Add(1)
 	case int(ev.Evidence) < len(c.byEvidence):

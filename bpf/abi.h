@@ -17,7 +17,7 @@
 #ifndef PC_ABI_H
 #define PC_ABI_H
 
-enum pc_abi { PC_ABI_VERSION = 3 };
+enum pc_abi { PC_ABI_VERSION = 4 };
 
 /* ---- verdicts and reasons ------------------------------------------- */
 
@@ -26,6 +26,7 @@ enum pc_verdict {
 	PC_VERDICT_PASS = 1,
 	PC_VERDICT_HOLD = 2, /* copied to user space while its binding is confirmed */
 	PC_VERDICT_AUDIT = 3, /* passes, and would have been dropped: its endpoint is under audit */
+	PC_VERDICT_STEER = 4, /* goes to the node's proxy, which looks inside; see `steering` */
 	PC_VERDICT_MAX,
 };
 
@@ -52,6 +53,7 @@ enum pc_reason {
 	PC_REASON_TRANSLATED = 18,	 /* forwarded with the node's own address: whose it is, nobody knows */
 	PC_REASON_SERVICE_UNTRANSLATED = 19, /* to a service address, and nobody will say whom it leads to */
 	PC_REASON_UNMANAGED = 20,	 /* an address of a node that has no agent yet */
+	PC_REASON_L7_UNAVAILABLE = 21,	 /* passes only as far as a proxy allows, and there is no way through one */
 	PC_REASON_MAX,
 };
 
@@ -278,6 +280,9 @@ enum pc_service_flag { PC_SERVICE_TRANSLATED = 1 };
  *   peer = lookup(set, identity, dir, proto, port)
  *   DENY in peer -> drop; ALLOW in any or peer -> pass; else drop
  *
+ * What passes by an entry with L7 goes through the node's proxy; which entry
+ * that is follows below.
+ *
  * A missing entry is the entry with no flags. Where the peer is known, `rule`
  * and `evidence` are those of the entry that decides: peer's if it has DENY or
  * ALLOW, else any's. A peer known by its range only (world, CIDR identities)
@@ -311,7 +316,7 @@ enum pc_policy_flag {
 	PC_POLICY_DENY = 2,
 	PC_POLICY_PEER_ALLOW = 4, /* in PC_ID_ANY entries: some peers are allowed here */
 	PC_POLICY_PEER_DENY = 8, /* in PC_ID_ANY entries: some peers are denied here, or must meet more than others */
-	PC_POLICY_L7 = 16, /* beside ALLOW: as far as a proxy allows. No program obeys it: never put into the map */
+	PC_POLICY_L7 = 16, /* beside ALLOW: as far as a proxy allows; see `steering` */
 };
 
 struct pc_policy {
@@ -342,6 +347,7 @@ enum pc_judgement_flag {
 	PC_JUDGED_BY_MARK = 8, /* the peer is not who its address says, but the endpoint whose `mark` the packets carry */
 	PC_JUDGED_BY_SERVICE = 16, /* nor here: it is whom the node's translation leads to, at port `mark` */
 	PC_JUDGED_CALLED = 32, /* and the address that was called is no service's: that was judged before, as itself */
+	PC_JUDGED_L7 = 64, /* it passes through the node's proxy only; see `steering` */
 };
 
 enum pc_ifindex { PC_IFINDEX_NONE = 0xffffffff };
@@ -405,6 +411,61 @@ struct pc_ct {
 struct pc_ct_budget {
 	__u64 in;
 	__u64 out;
+};
+
+/* ---- steering into the proxy (L7) ------------------------------------- */
+
+/*
+ * Map `steering`: array of two, by enum pc_direction: the proxy's network
+ * namespace and the node are joined by two pairs of devices. By one goes what is
+ * steered because of the egress rules of the endpoint that opened the flow, by
+ * the other because of the ingress rules of the one that was called: so a flow
+ * that is steered at both its ends, on one node, is told apart by the device
+ * where the addresses are the same. The endpoint whose rules those are is the
+ * flow's subject there. What the proxy sends comes back by that device, goes
+ * through the subject's veth again with `mark`, and is judged there like any
+ * other packet of the flow. All zero: there is no proxy, and what would be steered
+ * is dropped (l7-unavailable).
+ */
+struct pc_steering {
+	__u32 outer; /* ifindex of the node's device of the pair */
+	__u32 inner; /* of the proxy's, in its namespace */
+	__u32 mark;  /* random, for as long as the map lives: has been through the proxy */
+	__u8 mac[6]; /* of the inner device */
+	__u8 pad[2];
+};
+
+/* Map `l7_sockets`: sockmap, by this: the proxy's sockets, each of both families
+ * and transparent. An empty place refuses: a reset, or port unreachable. */
+enum pc_l7_socket_index {
+	PC_L7_SOCKET_TCP_EGRESS = 0, /* listening, bound to the inner device of PC_DIR_EGRESS */
+	PC_L7_SOCKET_TCP_INGRESS = 1, /* the same of PC_DIR_INGRESS */
+	PC_L7_SOCKET_UDP_EGRESS = 2,
+	PC_L7_SOCKET_MAX,
+};
+
+/*
+ * Map `l7_services`: hash: addresses of services of which some backend is under
+ * an entry with L7 of that set. What a workload sends there is steered from its
+ * first packet on, for whom it leads to is known behind the proxy only; there
+ * after_translation judges it, and drops what an entry with L7 allows where
+ * PC_L7_SERVICE_STEERED is not set yet: it may not have been steered.
+ */
+struct pc_l7_service_key {
+	struct pc_addr addr;
+	__u32 set;
+	__u8 port[2]; /* BE */
+	__u8 proto;
+	__u8 pad;
+};
+
+enum pc_l7_service_flag {
+	PC_L7_SERVICE_STEER = 1, /* the first to be set */
+	PC_L7_SERVICE_STEERED = 2, /* set when no packet is under way any more that was not steered */
+};
+
+struct pc_l7_service {
+	__u32 flags; /* enum pc_l7_service_flag */
 };
 
 /* ---- endpoint marks -------------------------------------------------- */
@@ -580,6 +641,8 @@ _Static_assert(sizeof(struct pc_policy) == 8, "pc_policy");
 _Static_assert(sizeof(struct pc_ct_key) == 40, "pc_ct_key");
 _Static_assert(sizeof(struct pc_judgement) == 40, "pc_judgement");
 _Static_assert(sizeof(struct pc_ct) == 104, "pc_ct");
+_Static_assert(sizeof(struct pc_steering) == 20, "pc_steering");
+_Static_assert(sizeof(struct pc_l7_service_key) == 24, "pc_l7_service_key");
 _Static_assert(sizeof(struct pc_event) == 104, "pc_event");
 _Static_assert(sizeof(struct pc_held) == 104, "pc_held");
 _Static_assert(sizeof(struct pc_state) == 128, "pc_state");

@@ -15,7 +15,7 @@ type ABI uint32
 
 // The values of enum pc_abi.
 const (
-	ABIVersion ABI = 3
+	ABIVersion ABI = 4
 )
 
 // CTFlag is enum pc_ct_flag.
@@ -255,6 +255,27 @@ const (
 	JudgedByMark    JudgementFlag = 8
 	JudgedByService JudgementFlag = 16
 	JudgedCalled    JudgementFlag = 32
+	JudgedL7        JudgementFlag = 64
+)
+
+// L7ServiceFlag is enum pc_l7_service_flag.
+type L7ServiceFlag uint32
+
+// The values of enum pc_l7_service_flag.
+const (
+	L7ServiceSteer   L7ServiceFlag = 1
+	L7ServiceSteered L7ServiceFlag = 2
+)
+
+// L7SocketIndex is enum pc_l7_socket_index.
+type L7SocketIndex uint32
+
+// The values of enum pc_l7_socket_index.
+const (
+	L7SocketTcpEgress  L7SocketIndex = 0
+	L7SocketTcpIngress L7SocketIndex = 1
+	L7SocketUdpEgress  L7SocketIndex = 2
+	L7SocketMax        L7SocketIndex = 3
 )
 
 // LeaseIndex is enum pc_lease_index.
@@ -327,7 +348,8 @@ const (
 	ReasonTranslated          Reason = 18
 	ReasonServiceUntranslated Reason = 19
 	ReasonUnmanaged           Reason = 20
-	ReasonMax                 Reason = 21
+	ReasonL7Unavailable       Reason = 21
+	ReasonMax                 Reason = 22
 )
 
 // String returns the word for the value, as everywhere in logs, metrics and records.
@@ -375,6 +397,8 @@ func (x Reason) String() string {
 		return "service-untranslated"
 	case 20:
 		return "unmanaged"
+	case 21:
+		return "l7-unavailable"
 	}
 	return "Reason(" + strconv.FormatUint(uint64(x), 10) + ")"
 }
@@ -404,7 +428,8 @@ const (
 	VerdictPass  Verdict = 1
 	VerdictHold  Verdict = 2
 	VerdictAudit Verdict = 3
-	VerdictMax   Verdict = 4
+	VerdictSteer Verdict = 4
+	VerdictMax   Verdict = 5
 )
 
 // String returns the word for the value, as everywhere in logs, metrics and records.
@@ -418,6 +443,8 @@ func (x Verdict) String() string {
 		return "hold"
 	case 3:
 		return "audit"
+	case 4:
+		return "steer"
 	}
 	return "Verdict(" + strconv.FormatUint(uint64(x), 10) + ")"
 }
@@ -555,6 +582,20 @@ type Judgement struct {
 	Rule     uint32
 }
 
+// L7Service is struct pc_l7_service, 4 bytes.
+type L7Service struct {
+	Flags uint32
+}
+
+// L7ServiceKey is struct pc_l7_service_key, 24 bytes.
+type L7ServiceKey struct {
+	Addr  Addr
+	Set   uint32
+	Port  [2]uint8
+	Proto uint8
+	_     uint8
+}
+
 // Lease is struct pc_lease, 8 bytes.
 type Lease struct {
 	Deadline uint64
@@ -648,6 +689,15 @@ type State struct {
 	RangeEpoch     uint64
 	EndpointEpoch  uint64
 	_              [6]uint64
+}
+
+// Steering is struct pc_steering, 20 bytes.
+type Steering struct {
+	Outer uint32
+	Inner uint32
+	Mark  uint32
+	Mac   [6]uint8
+	_     [2]uint8
 }
 
 // Uplink is struct pc_uplink, 4 bytes.

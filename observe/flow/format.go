@@ -21,6 +21,7 @@ type Formatter struct {
 //	-> endpoint 24 flow 0x1b89a706 identity 19842->5163 state new ...   passed, towards the endpoint
 //	<- endpoint 24 flow 0x1b89a706 identity 5163->19842 state new ...   passed, sent by the endpoint
 //	xx drop (policy-denied) flow 0x33bed694 to endpoint 0, identity 5163->19842 ...
+//	>> steer endpoint 24 flow 0x1b89a706 identity 19842->5163 ...       on its way through the node's proxy
 //	.. hold flow 0x33bed694 to endpoint 24, identity 5163->unknown ...
 //
 // "to endpoint 0" means that the destination is not an endpoint of this node.
@@ -36,6 +37,8 @@ func (f Formatter) Line(r *Record) string {
 			arrow = "<-"
 		}
 		fmt.Fprintf(&b, "%s endpoint %d flow 0x%08x", arrow, r.Endpoint, r.Hash())
+	case abi.VerdictSteer:
+		fmt.Fprintf(&b, ">> steer endpoint %d flow 0x%08x", r.Endpoint, r.Hash())
 	case abi.VerdictHold:
 		fmt.Fprintf(&b, ".. hold flow 0x%08x to endpoint %d,", r.Hash(), r.Dest.Endpoint)
 	default: // what is not known to have passed is shown as dropped
