@@ -2,7 +2,6 @@ package authz
 
 import (
 	"cmp"
-	"maps"
 	"slices"
 
 	"portcullis/identity"
@@ -96,7 +95,7 @@ func (x *Sets) portsChanged(identities ...identity.Hash) {
 					continue
 				}
 				s.set.facts = x.repo.facts
-				if !maps.Equal(s.set.shape(p, s.set.pick(p)), s.set.peers[n]) {
+				if !s.set.shape(p, s.set.pick(p)).equal(s.set.peers[n]) {
 					s.makeStale(x.repo.facts)
 				}
 			}

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 
+	"portcullis/authz/l7"
 	"portcullis/bpf/abi"
 	"portcullis/identity"
 )
@@ -188,7 +189,10 @@ func genRule(r *rand.Rand, i int) Rule {
 		rule.Action = Deny
 	}
 	if rule.Action == Allow && r.IntN(3) == 0 {
-		rule.Evidence, rule.L7 = oneOf(r, genEvidence), r.IntN(3) == 0
+		rule.Evidence = oneOf(r, genEvidence)
+		if r.IntN(3) == 0 {
+			rule.L7 = genL7(r, false)
+		}
 	}
 	if rule.AnyPeer = r.IntN(4) == 0; !rule.AnyPeer {
 		rule.Peers = []PeerSelector{}
@@ -202,6 +206,9 @@ func genRule(r *rand.Rand, i int) Rule {
 	}
 	if r.IntN(10) == 0 {
 		rule.Action, rule.AnyPeer, rule.Peers, rule.Evidence = Limit, true, nil, identity.EvidenceNone
+		if rule.L7 = nil; r.IntN(3) == 0 {
+			rule.L7 = genL7(r, true)
+		}
 		for range r.IntN(4) {
 			a, b := oneOf(r, genPorts), oneOf(r, genPorts)
 			rule.Ports = append(rule.Ports, PortRange{Proto: oneOf(r, []uint8{ProtoTCP, ProtoUDP}), First: min(a, b), Last: max(a, b)})
@@ -224,6 +231,25 @@ func genRule(r *rand.Rand, i int) Rule {
 		}
 	}
 	return rule
+}
+
+// genMethods are those that rules inside HTTP speak of.
+var genMethods = []string{"GET", "PUT", "POST", "HEAD"}
+
+// genL7 returns rules inside HTTP that allow some methods, as an expression of a
+// tree or as Cilium has them.
+func genL7(r *rand.Rand, tree bool) *l7.Rules {
+	out := &l7.Rules{Parser: l7.ParserHTTP}
+	for _, m := range genMethods {
+		switch {
+		case r.IntN(2) == 0:
+		case tree:
+			out.HTTP = append(out.HTTP, l7.HTTP{Expr: &l7.Expr{Method: m}})
+		default:
+			out.HTTP = append(out.HTTP, l7.HTTP{Method: m})
+		}
+	}
+	return out
 }
 
 func genPolicy(r *rand.Rand, i int) *Policy {

@@ -78,10 +78,10 @@ func (s Set) Lookup(k abi.PolicyKey) (abi.Policy, bool) {
 	if s.compiled == nil {
 		return abi.Policy{}, false
 	}
-	entries := s.any
+	entries := s.any.all()
 	k.Set = 0
 	if k.Identity != uint32(abi.IDAny) {
-		entries = s.peers[identity.Numeric(k.Identity)]
+		entries = s.peers[identity.Numeric(k.Identity)].all()
 		k.Identity = 0
 	}
 	if e, ok := entries[k]; ok {

@@ -22,15 +22,16 @@ type limit struct {
 	ref RuleRef
 }
 
-// rules yields the rules that the limits come to.
-func (l limits) rules(add func(ref RuleRef, r *Rule, unsure bool)) {
+// rules yields the rules that the limits come to. sureLimit: it is a limit that
+// surely holds, and says how far what others allow goes inside.
+func (l limits) rules(add func(ref RuleRef, r *Rule, unsure, sureLimit bool)) {
 	denyOutside := func(some []limit) {
 		var ports []PortRange
 		for _, x := range some {
 			ports = append(ports, x.Ports...)
 		}
 		if outside := complement(ports); len(outside) > 0 {
-			add(some[0].ref, &Rule{Direction: some[0].Direction, Action: Deny, AnyPeer: true, Ports: outside, Path: some[0].Path}, false)
+			add(some[0].ref, &Rule{Direction: some[0].Direction, Action: Deny, AnyPeer: true, Ports: outside, Path: some[0].Path}, false, false)
 		}
 	}
 	if len(l.sure) > 0 {
@@ -41,11 +42,14 @@ func (l limits) rules(add func(ref RuleRef, r *Rule, unsure bool)) {
 			denyOutside(l.unsure[i : i+1])
 		}
 	}
-	for _, x := range slices.Concat(l.sure, l.unsure) {
-		if x.L7 {
-			// It allows nothing, but what is allowed there is so through L7.
-			add(x.ref, &Rule{Direction: x.Direction, Action: Allow, AnyPeer: true, Ports: x.Ports, L7: true, Path: x.Path}, true)
-		}
+	inside := func(l limit) bool { return l.L7 != nil }
+	if !slices.ContainsFunc(l.sure, inside) && !slices.ContainsFunc(l.unsure, inside) {
+		return
+	}
+	for i, x := range slices.Concat(l.sure, l.unsure) {
+		// It allows nothing, but what is allowed there is so as far as it goes
+		// inside, and wholly where one of them does not look there.
+		add(x.ref, &Rule{Direction: x.Direction, Action: Allow, AnyPeer: true, Ports: x.Ports, L7: x.L7, Path: x.Path}, true, i < len(l.sure))
 	}
 }
 

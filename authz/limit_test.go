@@ -3,6 +3,7 @@ package authz
 import (
 	"testing"
 
+	"portcullis/authz/l7"
 	"portcullis/bpf/abi"
 	"portcullis/identity"
 )
@@ -16,8 +17,8 @@ func TestLimit(t *testing.T) {
 	limit := func(ports ...PortRange) Rule {
 		return Rule{Direction: abi.DirIngress, Action: Limit, AnyPeer: true, Ports: ports, Path: "l4"}
 	}
-	l7 := limit(Port(ProtoTCP, 8080))
-	l7.L7 = true
+	inside := limit(Port(ProtoTCP, 8080))
+	inside.L7 = &l7.Rules{Parser: l7.ParserHTTP}
 	a := Selector{Label("app", "a")}
 	fromB := Rule{Direction: abi.DirIngress, Action: Allow, Peers: []PeerSelector{Selector{Label("app", "b")}}, AnyPort: true}
 	underPolicy := limitPolicy("allow", a, fromB)
@@ -42,9 +43,9 @@ func TestLimit(t *testing.T) {
 			{b, ProtoTCP, 80, '.'}, {c, ProtoTCP, 80, 'X'}, {b, ProtoTCP, 81, 'X'}, {b, ProtoICMP, 8 << 8, '.'}, {c, ProtoICMP, 8 << 8, 'X'}, {b, ProtoSCTP, 1, '.'}}},
 		"nothing":    {[]*Policy{limitPolicy("limit", a, limit())}, []want{{b, ProtoTCP, 80, 'X'}, {b, ProtoUDP, 53, 'X'}, {b, ProtoICMP, 8 << 8, '.'}}},
 		"everything": {[]*Policy{limitPolicy("limit", a, limit(AllPorts(ProtoTCP), AllPorts(ProtoUDP)))}, []want{{b, ProtoTCP, 80, '.'}, {b, ProtoUDP, 53, '.'}}},
-		"through L7": {[]*Policy{underPolicy, limitPolicy("limit", a, l7, limit(Port(ProtoTCP, 80)))}, []want{
+		"through L7": {[]*Policy{underPolicy, limitPolicy("limit", a, inside, limit(Port(ProtoTCP, 80)))}, []want{
 			{b, ProtoTCP, 8080, '7'}, {c, ProtoTCP, 8080, 'X'}, {b, ProtoTCP, 80, '.'}, {b, ProtoTCP, 81, 'X'}}},
-		"through L7 alone": {[]*Policy{limitPolicy("limit", a, l7)}, []want{{b, ProtoTCP, 8080, '7'}, {c, ProtoTCP, 8080, '7'}, {b, ProtoTCP, 80, 'X'}, {b, ProtoICMP, 8 << 8, '.'}}},
+		"through L7 alone": {[]*Policy{limitPolicy("limit", a, inside)}, []want{{b, ProtoTCP, 8080, '7'}, {c, ProtoTCP, 8080, '7'}, {b, ProtoTCP, 80, 'X'}, {b, ProtoICMP, 8 << 8, '.'}}},
 		"of others":        {[]*Policy{limitPolicy("limit", Selector{Label("app", "c")}, limit(Port(ProtoTCP, 80)))}, []want{{b, ProtoTCP, 81, '.'}}},
 		"unsure": {[]*Policy{limitPolicy("limit", Selector{NamespaceHasLabel("team", "x")}, limit(Port(ProtoTCP, 80), Port(ProtoTCP, 81))), limitPolicy("other", Selector{NamespaceHasLabel("team", "y")}, limit(Port(ProtoTCP, 81)))}, []want{
 			{b, ProtoTCP, 80, 'X'}, {b, ProtoTCP, 81, '.'}, {b, ProtoTCP, 82, 'X'}}},

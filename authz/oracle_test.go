@@ -233,8 +233,9 @@ func speaksOf(r Rule, proto uint8, port uint16, called []identity.NamedPort) (no
 // packet: as what it can be read, for this peer and for any.
 type spoken struct {
 	Rule
-	this reading
-	any  []reading
+	this  reading
+	any   []reading
+	limit reading // it was a limit that is meant so; no: it was none
 }
 
 func conclude(byDefault bool, rules []spoken, how func(int) reading) outcome {
@@ -250,7 +251,7 @@ func conclude(byDefault bool, rules []spoken, how func(int) reading) outcome {
 		case r.Action == Deny:
 			return outcome{}
 		case out.pass:
-			out.evidence, out.l7 = max(out.evidence, r.Evidence), out.l7 || r.L7
+			out.evidence, out.l7 = max(out.evidence, r.Evidence), out.l7 || r.L7 != nil
 		}
 	}
 	return out
@@ -272,7 +273,7 @@ func (o oracle) speak(subject identity.Identity, dir abi.Direction, peer Peer, c
 				if r.Direction != dir {
 					continue
 				}
-				restricts = restricts || r.Action != Allow || r.L7 || r.Evidence != 0
+				restricts = restricts || r.Action != Allow || r.L7 != nil || r.Evidence != 0
 				now, ever := speaksOf(r, proto, port, called)
 				if dir == abi.DirIngress {
 					ever = readAs(now, false) // the subject's own ports are what they are
@@ -287,8 +288,10 @@ func (o oracle) speak(subject identity.Identity, dir abi.Direction, peer Peer, c
 				s := spoken{Rule: r}
 				if r.Action == Limit {
 					limits[meant] = append(limits[meant], now)
-					if s.Action = Allow; now && r.L7 {
+					if s.Action = Allow; now && r.L7 != nil {
 						s.this, s.any = maybe, []reading{maybe} // it allows nothing
+					}
+					if s.limit = meant; now {
 						rules = append(rules, s)
 					}
 					continue
@@ -342,7 +345,7 @@ func (o oracle) judge(subject identity.Identity, dir abi.Direction, peer Peer, c
 
 // depends tries every way in which rules may read some peer.
 func (o oracle) depends(byDefault bool, rules []spoken) bool {
-	rules = slices.DeleteFunc(slices.Clone(rules), func(r spoken) bool { return len(r.any) == 1 && r.any[0] == no })
+	rules = slices.DeleteFunc(slices.Clone(rules), func(r spoken) bool { return len(r.any) == 0 || len(r.any) == 1 && r.any[0] == no })
 	at := make([]int, len(rules))
 	seen := map[outcome]bool{}
 	for {

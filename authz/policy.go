@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 
+	"portcullis/authz/l7"
 	"portcullis/bpf/abi"
 	"portcullis/identity"
 )
@@ -103,11 +104,11 @@ type Rule struct {
 	// none stands for the configured default. Where several rules allow a
 	// packet, the strongest demand among them counts.
 	Evidence identity.Evidence
-	// L7: what the rule allows is allowed as far as the rules inside the
-	// protocol go, which somebody else judges. It is so for a packet if any of
-	// the rules that allow it says so. In a Limit rule it is said of whatever is
-	// allowed at its ports.
-	L7 bool
+	// L7: what the rule allows is allowed as far as these rules inside the
+	// protocol go; nil: wholly. Where several rules allow a packet, it is let
+	// inside as far as any of them goes; see Inside. In a Limit rule it is said
+	// of whatever is allowed at its ports.
+	L7 *l7.Rules
 
 	Path string // where in the document, for flow records and traces
 }
@@ -192,7 +193,7 @@ func (r Rule) validate() error {
 			return fmt.Errorf("port %q has a number too, or is of a protocol (%d) without ports", p.Name, p.Proto)
 		}
 	}
-	if r.Action == Deny && (r.L7 || r.Evidence != identity.EvidenceNone) {
+	if r.Action == Deny && (r.L7 != nil || r.Evidence != identity.EvidenceNone) {
 		return fmt.Errorf("it denies, and asks for evidence or L7")
 	}
 	if r.Action == Limit {

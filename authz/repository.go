@@ -200,7 +200,7 @@ func (r *Repository) Compile(subject identity.Identity, peers iter.Seq2[identity
 func (r *Repository) compile(subject identity.Identity, applied []application, own []identity.NamedPort) Set {
 	mode := r.enforcement(subject)
 	s := Set{Rules: []RuleRef{{}}, LocalHost: r.opts.LocalHost, Audit: mode == EnforceAudit,
-		compiled: &compiled{facts: r.facts, ports: r.ports.of, peers: map[identity.Numeric]shape{}, hosts: numbers{}, shapes: map[string]shape{}}}
+		compiled: &compiled{facts: r.facts, ports: r.ports.of, peers: map[identity.Numeric]*shape{}, hosts: numbers{}, shapes: map[string]*shape{}}}
 	if mode == EnforceNever {
 		return s
 	}
@@ -229,7 +229,10 @@ func (r *Repository) compile(subject identity.Identity, applied []application, o
 		}
 	}
 	for dir := range abi.DirMax {
-		limited[dir].rules(func(ref RuleRef, r *Rule, unsure bool) { s.addRule(ref, r, unsure, nil) })
+		limited[dir].rules(func(ref RuleRef, r *Rule, unsure, sureLimit bool) {
+			s.addRule(ref, r, unsure, nil)
+			s.rules[len(s.rules)-1].sureLimit = sureLimit
+		})
 		// Rules that restrict, without a default deny: all but what they name
 		// passes.
 		if lone[dir] && !deny[dir] {

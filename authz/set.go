@@ -49,13 +49,14 @@ type compiled struct {
 	facts *facts
 	ports func(identity.Identity) []identity.NamedPort
 
-	any      map[abi.PolicyKey]abi.Policy
-	peers    map[identity.Numeric]shape // none of them empty
-	hosts    numbers                    // of the subject's own node, beside the reserved one
-	shapes   map[string]shape           // by the picks, for peers without named ports
-	key      []byte                     // spare, for a key of shapes
-	names    bool                       // a rule names ports of peers
-	anyNames bool                       // one for every peer does
+	any      *shape
+	peers    map[identity.Numeric]*shape // none of them empty
+	hosts    numbers                     // of the subject's own node, beside the reserved one
+	shapes   map[string]*shape           // by the picks, for peers without named ports
+	key      []byte                      // spare, for a key of shapes
+	names    bool                        // a rule names ports of peers
+	anyNames bool                        // one for every peer does
+	insides  [abi.DirMax]bool            // a rule has rules inside a protocol
 
 	// Of Sets: which rules (as indices) a selection makes pick, and when this
 	// was compiled.
@@ -63,7 +64,27 @@ type compiled struct {
 	version     uint64
 }
 
-type shape map[abi.PolicyKey]abi.Policy
+// shape is what is said of a peer, and for its entries with L7 how far it goes
+// inside. It is not changed once it is made; nil says nothing.
+type shape struct {
+	entries map[abi.PolicyKey]abi.Policy
+	depths  map[abi.PolicyKey]*depth // nil: none of them has L7
+}
+
+// all returns the entries.
+func (s *shape) all() map[abi.PolicyKey]abi.Policy {
+	if s == nil {
+		return nil
+	}
+	return s.entries
+}
+
+func (s *shape) equal(o *shape) bool {
+	if s == nil || o == nil {
+		return len(s.all()) == len(o.all())
+	}
+	return s == o || maps.Equal(s.entries, o.entries) && maps.EqualFunc(s.depths, o.depths, (*depth).equal)
+}
 
 // maxShapes bounds the shapes that are remembered for peers to come.
 const maxShapes = 4096
@@ -75,15 +96,19 @@ type numbered struct {
 	number uint32
 	// unsure: the subject may not be meant. An allow rule then allows nothing,
 	// but what it demands is demanded.
-	unsure bool
-	ports  []PortRange
-	names  []PortRange
+	unsure    bool
+	ports     []PortRange
+	names     []PortRange
+	limits    bool // it is what a Limit rule allows nothing by, but says of what is allowed
+	sureLimit bool // the Limit rule surely holds
+	standing  bool // no policy says it
+	looked    bool // in its direction a rule of the set looks inside a protocol
 }
 
 // addRule numbers a rule. The called side of ingress is the subject: names
 // become the numbers of its own ports.
 func (s *Set) addRule(ref RuleRef, r *Rule, unsure bool, own []identity.NamedPort) {
-	n := numbered{Rule: r, number: uint32(len(s.Rules)), unsure: unsure}
+	n := numbered{Rule: r, number: uint32(len(s.Rules)), unsure: unsure, limits: ref.Action == Limit, standing: ref.Policy == (Ref{})}
 	for _, p := range r.Ports {
 		switch {
 		case p.Name == "":
@@ -94,6 +119,7 @@ func (s *Set) addRule(ref RuleRef, r *Rule, unsure bool, own []identity.NamedPor
 			n.names = append(n.names, p)
 		}
 	}
+	s.insides[r.Direction] = s.insides[r.Direction] || r.L7 != nil
 	s.names = s.names || len(n.names) > 0
 	s.anyNames = s.anyNames || len(n.names) > 0 && r.AnyPeer
 	s.rules = append(s.rules, n)
@@ -118,9 +144,9 @@ func (s Set) Equal(o Set) bool {
 
 func (c *compiled) equal(o *compiled) bool {
 	if c == nil || o == nil {
-		return (c == nil || len(c.any)+len(c.peers) == 0) && (o == nil || len(o.any)+len(o.peers) == 0)
+		return (c == nil || len(c.any.all())+len(c.peers) == 0) && (o == nil || len(o.any.all())+len(o.peers) == 0)
 	}
-	return c == o || maps.Equal(c.any, o.any) && maps.EqualFunc(c.peers, o.peers, func(a, b shape) bool { return maps.Equal(a, b) })
+	return c == o || c.any.equal(o.any) && maps.EqualFunc(c.peers, o.peers, (*shape).equal) && (!c.looksInside() && !o.looksInside() || c.equalRules(o))
 }
 
 // Len returns how many entries the set has.
@@ -129,9 +155,9 @@ func (s Set) Len() (n int) {
 		return 0
 	}
 	for _, sh := range s.peers {
-		n += len(sh)
+		n += len(sh.entries)
 	}
-	return n + len(s.any)
+	return n + len(s.any.all())
 }
 
 // WithSet returns the entries of the policy map, under the number of a set.
@@ -140,12 +166,12 @@ func (s Set) WithSet(id uint32) map[abi.PolicyKey]abi.Policy {
 	if s.compiled == nil {
 		return out
 	}
-	for k, v := range s.any {
+	for k, v := range s.any.all() {
 		k.Set = id
 		out[k] = v
 	}
 	for n, sh := range s.peers {
-		for k, v := range sh {
+		for k, v := range sh.entries {
 			k.Set, k.Identity = id, uint32(n)
 			out[k] = v
 		}
@@ -170,28 +196,28 @@ func (c *compiled) enter(n identity.Numeric, p Peer, picks []pick) map[abi.Polic
 		return nil // the wildcard is nobody's number
 	}
 	sh := c.put(n, p, picks)
-	if len(sh) == 0 {
+	if len(sh.all()) == 0 {
 		return nil
 	}
-	out := make(map[abi.PolicyKey]abi.Policy, len(sh))
-	for k, v := range sh {
+	out := make(map[abi.PolicyKey]abi.Policy, len(sh.entries))
+	for k, v := range sh.entries {
 		k.Identity = uint32(n)
 		out[k] = v
 	}
 	return out
 }
 
-func (c *compiled) put(n identity.Numeric, p Peer, picks []pick) shape {
+func (c *compiled) put(n identity.Numeric, p Peer, picks []pick) *shape {
 	sh := c.shape(p, picks)
 	c.set(n, p, sh)
 	return sh
 }
 
-func (c *compiled) set(n identity.Numeric, p Peer, sh shape) {
+func (c *compiled) set(n identity.Numeric, p Peer, sh *shape) {
 	if p.Identity.Reserved == hostName {
 		c.hosts[n] = struct{}{}
 	}
-	if len(sh) == 0 {
+	if len(sh.all()) == 0 {
 		delete(c.peers, n)
 	} else {
 		c.peers[n] = sh
@@ -205,7 +231,7 @@ func (s Set) RemovePeer(numbers ...identity.Numeric) (keys []abi.PolicyKey) {
 		return nil
 	}
 	for _, n := range numbers {
-		for k := range s.peers[n] {
+		for k := range s.peers[n].all() {
 			k.Identity = uint32(n)
 			keys = append(keys, k)
 		}
@@ -253,7 +279,7 @@ func (c *compiled) named(picks []pick) bool {
 }
 
 // shape returns the entries of a peer whom rules pick.
-func (c *compiled) shape(p Peer, picks []pick) shape {
+func (c *compiled) shape(p Peer, picks []pick) *shape {
 	if c.named(picks) {
 		if named := c.ports(p.Identity); len(named) > 0 {
 			return c.newShape(named, picks)
@@ -278,17 +304,18 @@ func (c *compiled) shape(p Peer, picks []pick) shape {
 	return sh
 }
 
-func (c *compiled) newShape(named []identity.NamedPort, picks []pick) shape {
+func (c *compiled) newShape(named []identity.NamedPort, picks []pick) *shape {
 	t := trie{}
 	// What the peer's entries need of the rules for everybody, since theirs go
 	// before those: where it is allowed, what everybody has to meet; where
-	// something is demanded of it alone, what allows everybody.
+	// something is demanded of it alone, or said of the inside, what allows
+	// everybody.
 	var demands, allows [abi.DirMax]bool
 	add := func(r numbered, doubt bool, anyPort bool, ports []PortRange) {
 		t.add(r.Direction, 0, r.cell(doubt), anyPort, ports)
 		if r.Action == Allow && (anyPort || len(ports) > 0) {
 			demands[r.Direction] = true
-			allows[r.Direction] = allows[r.Direction] || doubt
+			allows[r.Direction] = allows[r.Direction] || doubt || c.insides[r.Direction]
 		}
 	}
 	for _, pk := range picks {
@@ -312,7 +339,7 @@ func (c *compiled) newShape(named []identity.NamedPort, picks []pick) shape {
 			t.add(r.Direction, 0, r.cell(r.unsure), r.AnyPort, r.ports)
 		}
 	}
-	return shape(t.fold())
+	return t.fold()
 }
 
 // compileAny makes the entries that speak of every peer. A rule that names
@@ -321,6 +348,9 @@ func (c *compiled) newShape(named []identity.NamedPort, picks []pick) shape {
 // may turn out to be a peer's port of that name.
 func (c *compiled) compileAny() {
 	t := trie{}
+	for i := range c.rules {
+		c.rules[i].looked = c.insides[c.rules[i].Direction]
+	}
 	for _, r := range c.rules {
 		switch {
 		case r.AnyPeer:

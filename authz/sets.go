@@ -87,7 +87,7 @@ func (x *Sets) Compile(s *Subject) Set {
 	c := set.compiled
 	c.version, c.bySelection = x.version, map[*selection][]int{}
 	if s.set.compiled != nil {
-		c.peers = make(map[identity.Numeric]shape, len(s.set.peers)) // about as many as before
+		c.peers = make(map[identity.Numeric]*shape, len(s.set.peers)) // about as many as before
 	}
 	met := x.spare[:0]
 	if c.anyNames {
@@ -136,7 +136,7 @@ func (x *Sets) putAll(c *compiled, all []*selection, met []meeting) {
 	slices.Sort(met)
 	type seen struct {
 		picks []pick
-		sh    shape
+		sh    *shape
 		named bool
 	}
 	bySelections := map[string]seen{}
@@ -258,11 +258,11 @@ func (x *Sets) AddPeer(n identity.Numeric, p Peer) (out []Delta) {
 // is not sure of that writes this.
 func (x *Sets) Entries(n identity.Numeric) (out []Delta) {
 	for s := range x.subjects {
-		if s.set.compiled == nil || len(s.set.peers[n]) == 0 {
+		if s.set.compiled == nil || len(s.set.peers[n].all()) == 0 {
 			continue
 		}
-		d := Delta{Subject: s, Add: make(map[abi.PolicyKey]abi.Policy, len(s.set.peers[n]))}
-		for k, v := range s.set.peers[n] {
+		d := Delta{Subject: s, Add: make(map[abi.PolicyKey]abi.Policy, len(s.set.peers[n].all()))}
+		for k, v := range s.set.peers[n].all() {
 			k.Identity = uint32(n)
 			d.Add[k] = v
 		}

@@ -152,7 +152,7 @@ func (n *node) check(what string) {
 		if !maps.Equal(s.kernel, s.set.WithSet(0)) {
 			n.Fatalf("after %s: subject %s: in the kernel %+v, in force %+v", what, s.id, s.kernel, s.set.WithSet(0))
 		}
-		entries := maps.Clone(s.set.any)
+		entries := maps.Clone(s.set.any.all())
 		for num := range n.peers {
 			for _, d := range n.sets.Entries(num) {
 				if d.Subject == s.Subject {

@@ -20,7 +20,7 @@ func (d demand) merge(o demand) demand {
 // demands reports whether the rule allows under conditions.
 func (r *Rule) demands() bool { return r.Action == Allow && r.demand() != demand{} }
 
-func (r *Rule) demand() demand { return demand{r.Evidence, r.L7} }
+func (r *Rule) demand() demand { return demand{r.Evidence, r.L7 != nil} }
 
 // trie collects entries before they are folded.
 type trie map[abi.PolicyKey]cell
@@ -32,6 +32,7 @@ type cell struct {
 	flags       uint8
 	demand      demand
 	peers       demand // of the rules that name peers, in an entry for everybody
+	depth       *depth // where l7 is demanded: what is allowed inside the protocol
 	allow, deny uint32
 }
 
@@ -41,9 +42,9 @@ func (r numbered) cell(doubt bool) cell {
 	case r.Action == Deny:
 		return cell{flags: uint8(abi.PolicyDeny), deny: r.number}
 	case doubt:
-		return cell{demand: r.demand()}
+		return cell{demand: r.demand(), depth: r.depth(doubt)}
 	}
-	return cell{flags: uint8(abi.PolicyAllow), allow: r.number, demand: r.demand()}
+	return cell{flags: uint8(abi.PolicyAllow), allow: r.number, demand: r.demand(), depth: r.depth(doubt)}
 }
 
 // peersCell is the rule's, in an entry for everybody where the rule names some.
@@ -61,6 +62,7 @@ func (c cell) merge(o cell) cell {
 	c.flags |= o.flags
 	c.demand = c.demand.merge(o.demand)
 	c.peers = c.peers.merge(o.peers)
+	c.depth = c.depth.merge(o.depth)
 	c.allow = first(c.allow, o.allow)
 	c.deny = first(c.deny, o.deny)
 	return c
@@ -117,12 +119,13 @@ func (t trie) add(dir abi.Direction, id uint32, c cell, anyPort bool, ports []Po
 // fold returns the entries, each with what its shorter prefixes say merged in:
 // the kernel finds the longest match only. One that says what the next
 // shorter one says is left out.
-func (t trie) fold() map[abi.PolicyKey]abi.Policy {
+func (t trie) fold() *shape {
 	var lengths [abi.PolicyPrefixPort + 1]bool // that there are
 	for k := range t {
 		lengths[k.Prefixlen] = true
 	}
 	out := make(map[abi.PolicyKey]abi.Policy, len(t))
+	depths := map[abi.PolicyKey]*depth{}
 	for k, c := range t {
 		for n := range shorter(k.Prefixlen) {
 			if lengths[n] {
@@ -131,6 +134,9 @@ func (t trie) fold() map[abi.PolicyKey]abi.Policy {
 		}
 		if e, ok := c.entry(); ok {
 			out[k] = e
+			if has(e, abi.PolicyL7) {
+				depths[k] = c.depth
+			}
 		}
 	}
 	var idle []abi.PolicyKey
@@ -140,7 +146,7 @@ func (t trie) fold() map[abi.PolicyKey]abi.Policy {
 				continue
 			}
 			if s, ok := out[truncate(k, n)]; ok {
-				if s == e {
+				if s == e && depths[k].equal(depths[truncate(k, n)]) {
 					idle = append(idle, k)
 				}
 				break
@@ -149,8 +155,12 @@ func (t trie) fold() map[abi.PolicyKey]abi.Policy {
 	}
 	for _, k := range idle {
 		delete(out, k)
+		delete(depths, k)
 	}
-	return out
+	if len(depths) == 0 {
+		depths = nil
+	}
+	return &shape{out, depths}
 }
 
 // shorter yields the prefix lengths below n that an entry can have, longest

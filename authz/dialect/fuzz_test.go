@@ -62,7 +62,7 @@ func checkParsed(t *testing.T, data string, dialects ...dialect.Dialect) {
 				t.Fatalf("%s: the subject is not bound to a namespace: %v", p.Ref, s.Subject)
 			}
 			for _, r := range s.Rules {
-				if r.L7 && p.Enforceable() == nil {
+				if r.L7 != nil && p.Enforceable() == nil {
 					t.Fatalf("%s: there is no datapath for %+v", p.Ref, r)
 				}
 			}

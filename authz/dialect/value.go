@@ -98,6 +98,9 @@ func (v *Value) Refuse(format string, args ...any) {
 	}
 }
 
+// Fine reports whether nothing has been refused in the document so far.
+func (v *Value) Fine() bool { return len(v.doc.problems) == 0 }
+
 // NotEnforced records that what the value says can be judged, but has no
 // datapath yet. The message says why, and what to do instead.
 func (v *Value) NotEnforced(format string, args ...any) {

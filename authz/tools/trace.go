@@ -186,7 +186,7 @@ func (f *flow) rule(of authz.Ref, r *authz.Rule, sure bool) TraceRule {
 	}
 	t.Decided = f.decided == authz.RuleRef{Policy: of, Path: r.Path, Direction: r.Direction, Action: r.Action}
 	var needs []string
-	if r.L7 {
+	if r.L7 != nil {
 		needs = append(needs, "rules inside the protocol (L7) must allow it too")
 	}
 	if r.Evidence != identity.EvidenceNone {

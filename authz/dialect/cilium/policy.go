@@ -185,7 +185,7 @@ func (p *parser) rule(dir abi.Direction, action authz.Action, path string, v *di
 		p.Rules = append(p.Rules, r)
 	}
 	for _, l7 := range ports.l7 {
-		r.L7, r.Ports, r.Path = true, l7.ports, fmt.Sprintf("%s.toPorts[%d]", path, l7.index)
+		r.L7, r.Ports, r.Path = l7.rules, l7.ports, fmt.Sprintf("%s.toPorts[%d]", path, l7.index)
 		p.Rules = append(p.Rules, r)
 	}
 }

@@ -7,6 +7,7 @@ import (
 
 	"portcullis/authz"
 	"portcullis/authz/dialect"
+	"portcullis/authz/l7"
 	"portcullis/bpf/abi"
 )
 
@@ -29,14 +30,15 @@ type ports struct {
 type l7Ports struct {
 	index int // in toPorts
 	ports []authz.PortRange
+	rules *l7.Rules
 }
 
 func (p *ports) parse(v *dialect.Value) {
 	v.List(func(i int, v *dialect.Value) {
 		p.some = true
-		ranges, l7 := p.element(v)
-		if l7 {
-			p.l7 = append(p.l7, l7Ports{i, ranges})
+		ranges, rules := p.element(v)
+		if rules != nil {
+			p.l7 = append(p.l7, l7Ports{i, ranges, rules})
 			return
 		}
 		p.plain = append(p.plain, ranges...)
@@ -44,7 +46,7 @@ func (p *ports) parse(v *dialect.Value) {
 }
 
 // element parses an element of toPorts.
-func (p *ports) element(v *dialect.Value) (ranges []authz.PortRange, l7 bool) {
+func (p *ports) element(v *dialect.Value) (ranges []authz.PortRange, inside *l7.Rules) {
 	var parsed []port
 	fields := dialect.Fields{"ports": func(f *dialect.Value) {
 		f.List(func(_ int, v *dialect.Value) {
@@ -73,23 +75,22 @@ func (p *ports) element(v *dialect.Value) (ranges []authz.PortRange, l7 bool) {
 		}
 	}
 	if !v.Object(fields) {
-		return nil, false
+		return nil, nil
 	}
 	v.Require("ports")
 	if p.action == authz.Deny {
-		return ranges, false
+		return ranges, nil
 	}
 	if r := v.Field("rules"); r != nil {
-		l7 = p.rules(r, parsed)
+		inside = p.rules(r, parsed)
 	}
 	if s := v.Field("serverNames"); s != nil {
-		if l7 {
+		if inside != nil {
 			s.Refuse("it cannot be combined with rules: write an element of toPorts for each")
 		}
-		p.serverNames(s, parsed)
-		l7 = true
+		inside = p.serverNames(s, parsed)
 	}
-	return ranges, l7
+	return ranges, inside
 }
 
 // port is what an element of ports says.

@@ -121,6 +121,9 @@ func TestRefused(t *testing.T) {
 		// Rules inside a protocol.
 		{in + "toPorts: [{ports: [{port: '80'}, {port: '0', protocol: TCP}], rules: {http: [{method: '(', path: 'a{2,1}', host: '[', headers: ['', ': x', 'a:b:c d'], headerMatches: [{}, {name: 'a b', mismatch: DROP, secret: {}}], x: 1}]}}]",
 			"7 spec.ingress[0].toPorts[0].rules.http[0].x, 7 spec.ingress[0].toPorts[0].rules.http[0].method, 7 spec.ingress[0].toPorts[0].rules.http[0].path, 7 spec.ingress[0].toPorts[0].rules.http[0].host, 7 spec.ingress[0].toPorts[0].rules.http[0].headers[0], 7 spec.ingress[0].toPorts[0].rules.http[0].headers[1], 7 spec.ingress[0].toPorts[0].rules.http[0].headers[2], 7 spec.ingress[0].toPorts[0].rules.http[0].headerMatches[0], 7 spec.ingress[0].toPorts[0].rules.http[0].headerMatches[1].name, 7 spec.ingress[0].toPorts[0].rules.http[0].headerMatches[1].mismatch, 7 spec.ingress[0].toPorts[0].rules.http[0].headerMatches[1].secret, 7 spec.ingress[0].toPorts[0].ports[0], 7 spec.ingress[0].toPorts[0].ports[1]"},
+		{in + "toPorts: [{ports: [{port: '80', protocol: TCP}], rules: {http: [{headers: ['Name:'], headerMatches: [{name: B, secret: {name: s, namespace: ns}}, {name: C, value: ' x'}]}, {headerMatches: [{name: Host, value: x, mismatch: REPLACE}]}]}}]",
+			"7 spec.ingress[0].toPorts[0].rules.http[0].headers[0], 7 spec.ingress[0].toPorts[0].rules.http[0].headerMatches[0].secret, 7 spec.ingress[0].toPorts[0].rules.http[0].headerMatches[1].value"},
+		{in + "toPorts: [{ports: [{port: '80', protocol: TCP}], rules: {http: [{headerMatches: [{name: Host, value: x, mismatch: REPLACE}]}]}}]", "7 spec.ingress[0].toPorts[0].rules"},
 		{in + "toPorts: [{ports: [{port: '53'}], rules: {dns: [{matchPattern: '*'}]}}]", "7 spec.ingress[0].toPorts[0].rules.dns"},
 		{out + "toPorts: [{ports: [{port: '53', endPort: 54}, {port: '0'}, {protocol: GRE}], rules: {dns: [{matchPattern: '?'}, {}]}}]",
 			"7 spec.egress[0].toPorts[0].rules.dns[0].matchPattern, 7 spec.egress[0].toPorts[0].rules.dns[1], 7 spec.egress[0].toPorts[0].ports[0], 7 spec.egress[0].toPorts[0].ports[2], 7 spec.egress[0].toPorts[0].ports[1]"},
@@ -166,7 +169,7 @@ func TestNotEnforced(t *testing.T) {
 		{deny + "toServices: [{k8sService: {serviceName: a}}]", "7 spec.egressDeny[0].toServices"},
 		{out + "toFQDNs: [{matchName: Example.COM.}, {matchPattern: '**.example.com'}, {matchPattern: '*'}]", "7 spec.egress[0].toFQDNs"},
 		{in + "toPorts: [{ports: [{port: '80', protocol: TCP}], rules: {http: [{}]}}]", "7 spec.ingress[0].toPorts[0].rules.http"},
-		{in + "toPorts: [{ports: [{port: '80', endPort: 90, protocol: TCP}], rules: {http: [{method: GET, path: '/a.*', host: '.*[.]x', headers: ['X-Y: 42', Z], headerMatches: [{name: A, value: b, mismatch: LOG}, {name: B, secret: {name: s, namespace: ns}}]}]}}]", "7 spec.ingress[0].toPorts[0].rules.http"},
+		{in + "toPorts: [{ports: [{port: '80', endPort: 90, protocol: TCP}], rules: {http: [{method: GET, path: '/a.*', host: '.*[.]x', headers: ['X-Y: 42', Z], headerMatches: [{name: A, value: b, mismatch: LOG}, {name: B}]}]}}]", "7 spec.ingress[0].toPorts[0].rules.http"},
 		{out + "toPorts: [{ports: [{port: '53', protocol: ANY}], rules: {dns: [{matchPattern: '*'}]}}]", "7 spec.egress[0].toPorts[0].rules.dns"},
 		{out + "toPorts: [{ports: [{port: '443', protocol: TCP}], serverNames: [a.example, '*.b.example']}]", "7 spec.egress[0].toPorts[0].serverNames"},
 		{in + "authentication: {mode: test-always-fail}", "7 spec.ingress[0].authentication.mode"},

@@ -7,7 +7,8 @@
 //	allow     the peers: who is covered is under default deny on ingress
 //	requires  what every peer must have besides; it allows nothing
 //	l4        limits TCP and UDP, in either direction, and allows nothing
-//	l7-rules  expressions that are checked; nothing enforces them yet
+//	l7-rules  rules inside HTTP, by which what is allowed at a port is judged
+//	          further; refused as not enforced yet
 //
 // A label in a child of the tree is relative to the child's path: "deathstar"
 // in root.id.empire is the label id.empire.deathstar. A tree is known by its

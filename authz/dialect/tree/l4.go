@@ -5,6 +5,7 @@ import (
 
 	"portcullis/authz"
 	"portcullis/authz/dialect"
+	"portcullis/authz/l7"
 	"portcullis/bpf/abi"
 )
 
@@ -14,23 +15,24 @@ func (t *tree) l4(s *authz.Spec, v *dialect.Value, _ string) {
 	v.List(func(_ int, e *dialect.Value) {
 		ports := func(dir abi.Direction) func(*dialect.Value) {
 			return func(v *dialect.Value) {
-				var plain, inside []authz.PortRange
-				v.List(func(_ int, p *dialect.Value) {
-					if ports, parsed := port(p); parsed {
-						inside = append(inside, ports...)
-					} else {
-						plain = append(plain, ports...)
-					}
-				})
+				var plain []authz.PortRange
+				var inside []authz.Rule
 				limit := authz.Rule{Direction: dir, Action: authz.Limit, AnyPeer: true, Path: v.RulePath()}
+				v.List(func(_ int, p *dialect.Value) {
+					ports, rules := port(p)
+					if rules == nil {
+						plain = append(plain, ports...)
+						return
+					}
+					r := limit
+					r.Ports, r.L7, r.Path = ports, rules, p.RulePath()
+					inside = append(inside, r)
+				})
 				if plain != nil {
 					limit.Ports = plain
 					s.Rules = append(s.Rules, limit)
 				}
-				if inside != nil {
-					limit.Ports, limit.L7 = inside, true
-					s.Rules = append(s.Rules, limit)
-				}
+				s.Rules = append(s.Rules, inside...)
 				if v.IsList() && v.Len() == 0 {
 					v.Refuse(nothing)
 				}
@@ -51,9 +53,10 @@ var protocols = map[string][]uint8{
 	"tcp": {authz.ProtoTCP}, "udp": {authz.ProtoUDP},
 }
 
-// port parses one element of in-ports or out-ports. inside tells that rules
-// inside the protocol decide further.
-func port(v *dialect.Value) (out []authz.PortRange, inside bool) {
+// port parses one element of in-ports or out-ports. inside: these rules inside
+// the protocol decide further.
+func port(v *dialect.Value) (out []authz.PortRange, inside *l7.Rules) {
+	var requests []l7.HTTP
 	number, protos := 0, protocols[""]
 	var parser string
 	instead := func(write string) func(*dialect.Value) {
@@ -85,7 +88,12 @@ func port(v *dialect.Value) (out []authz.PortRange, inside bool) {
 		},
 		"l7-rules": func(rules *dialect.Value) {
 			rules.List(func(_ int, r *dialect.Value) {
-				if r.Object(dialect.Fields{"expr": expression}) {
+				parse := func(f *dialect.Value) {
+					if e := expression(f); e != nil {
+						requests = append(requests, l7.HTTP{Expr: e})
+					}
+				}
+				if r.Object(dialect.Fields{"expr": parse}) {
 					r.Require("expr")
 				}
 			})
@@ -104,9 +112,13 @@ func port(v *dialect.Value) (out []authz.PortRange, inside bool) {
 			v.Refuse("a parser wants protocol tcp")
 		}
 		v.Field("l7-parser").NotEnforced("there is no proxy that would judge requests; remove l7-parser and l7-rules to allow the whole port, or remove the port")
-		return out, true
+		inside = &l7.Rules{Parser: l7.ParserHTTP, HTTP: requests}
+		if err := inside.Compile(); err != nil && v.Fine() {
+			v.Refuse("no proxy takes its rules: %v", err)
+		}
+		return out, inside
 	case rules != nil && rules.Len() > 0:
 		rules.Refuse("l7-parser is missing: write http")
 	}
-	return out, false
+	return out, nil
 }
