@@ -3,7 +3,7 @@
 # for what the programs need when they run.
 
 .DEFAULT_GOAL := help
-.PHONY: help build image demo test test-all chaos chaos-long e2e e2e-up e2e-down e2e-measure generate lint floors race conformance bench measure prepare clean
+.PHONY: help build image demo test test-all chaos chaos-long model schedules e2e e2e-up e2e-down e2e-measure generate lint floors race conformance bench measure prepare clean
 
 # ---- the Go command ----------------------------------------------------
 
@@ -84,9 +84,17 @@ e2e-measure: need-go ## memory, requests, pod starts and policy changes of agent
 
 # ---- for those who change it -------------------------------------------
 
-test-all: test ## `test`, then the lease simulation with 1,000,000 schedules and a minute of every fuzz target (hours)
-	$(GO) test -count=1 -timeout=12h -v -run '^TestSchedules$$' ./ipcache/lease/sim -sim.schedules=1000000
+test-all: test model schedules ## `test`, `model`, `schedules` and a minute of every fuzz target (hours)
 	@test/fuzz 60s
+
+MODEL_FLAGS ?= -model.states=0 -model.time=10m -test.parallel=2
+model: need-go ## search the formal model of the leases as far as ten minutes for each of its configurations go (docs/model)
+	GOMEMLIMIT=5GiB $(GO) test -count=1 -timeout=12h -v -run '^Test(Configs|KernelConfigs)$$' ./ipcache/lease/model $(MODEL_FLAGS)
+
+SCHEDULES ?= 1000000
+schedules: need-go ## run 1,000,000 schedules of the lease machines, or SCHEDULES=n; goes on where it was stopped (an hour on two cores)
+	@mkdir -p out
+	$(GO) test -count=1 -timeout=12h -v -run '^TestSchedules$$' ./ipcache/lease/sim -sim.schedules=$(SCHEDULES) -sim.resume=$(CURDIR)/out/schedules
 
 generate: need-go ## rebuild what is generated and committed (needs clang 19.1.x, llvm-strip and protoc)
 	@for g in $(GENERATORS); do echo "$$g"; ./$$g || exit 1; done

@@ -38,6 +38,7 @@ var Table = []Row{
 	{Path: "ipcache", Floor: 1, Holds: "desired state of slots"},
 	{Path: "ipcache/lease", Floor: 1, Holds: "owner and verifier machines"},
 	{Path: "ipcache/lease/sim", Floor: 1, Holds: "their simulation"},
+	{Path: "ipcache/lease/model", Floor: 1, Leaf: nothing, Holds: "a formal model of the protocol, searched"},
 	{Path: "authz", Floor: 1, Holds: "rule model, compiler, evaluator"},
 	{Path: "authz/dialect", Floor: 1, Holds: "one entry for all dialects"},
 	{Path: "authz/dialect/k8s", Floor: 1, Holds: "NetworkPolicy"},

@@ -44,7 +44,7 @@ func (w *World) converge() {
 				continue
 			}
 			if u := live[i]; u != nil && u.active && u.node != v && w.grants == 0 && !v.believes(u) &&
-				(w.idle > 2*w.ttl || v.lastLive[u] < begin) {
+				(w.idle > 2*w.ttl || u.lastLive[v.index] < begin) {
 				w.violate("I3", "%s has not confirmed %s after 2 x TTL without faults", v.name, u.name)
 			}
 		}
@@ -73,7 +73,7 @@ func (w *World) converge2() {
 
 func (n *node) believes(u *workload) bool {
 	for i := range n.k.slots {
-		if s := &n.k.slots[i]; n.live(s) && s.who() == u.who() {
+		if s := &n.k.slots[i]; s.of == u && n.live(s) {
 			return true
 		}
 	}

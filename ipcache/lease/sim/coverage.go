@@ -2,7 +2,7 @@ package sim
 
 import (
 	"fmt"
-	"strings"
+	"reflect"
 
 	"portcullis/ipcache/lease"
 )
@@ -14,10 +14,7 @@ type Pair struct {
 	Input   string
 }
 
-func kind(v any) string {
-	s := fmt.Sprintf("%T", v)
-	return s[strings.LastIndexByte(s, '.')+1:]
-}
+func kind(v any) string { return reflect.TypeOf(v).Name() }
 
 func (w *World) count1(machine string, state fmt.Stringer, input any) {
 	w.cover[Pair{machine, state.String(), kind(input)}]++

@@ -25,6 +25,9 @@ type workload struct {
 	active bool  // it can send and receive
 	began  int64 // real time
 	ended  int64 // real time at which it could last send; 0: it never could, or still can
+	// lastLive is, for each node, when its kernel last let packets to this
+	// workload out; -1: never, or long ago.
+	lastLive []int64
 }
 
 // endpoint is an element of the pinned endpoints map.
@@ -41,6 +44,7 @@ type kslot struct {
 	uid   identity.UID
 	gen   identity.Generation
 	hash  identity.Hash
+	of    *workload // uid under hash; nil: there never was one
 	owner *node
 	boot  identity.BootID
 
@@ -123,6 +127,7 @@ func (n *node) write(wr lease.Write) {
 			stamp: wr.Stamp, ip: ip, lease: wr.Lease, uid: wr.Binding.UID, gen: wr.Binding.Generation,
 			hash: wr.Binding.Identity.Hash(), owner: n.w.byName[wr.Binding.Owner], boot: wr.OwnerBoot,
 		}
+		k.slots[wr.Slot].of = n.w.byWho[k.slots[wr.Slot].who()]
 		k.binding[ip] = wr.Slot
 	case lease.Zero:
 		if s := &k.slots[wr.Slot]; s.stamp == wr.Stamp {

@@ -49,7 +49,7 @@ func TestMutants(t *testing.T) {
 			o.noCalm = !slices.Contains(m.by, "I3")
 			best := Result{Seed: ^uint64(0)}
 			found := func() bool { mu.Lock(); defer mu.Unlock(); return best.Violation != nil }
-			parallel(5000, func(seeds func() (uint64, bool)) {
+			parallel(*fromFlag, 5000, func(seeds func() (uint64, bool)) {
 				for seed, ok := seeds(); ok && !found(); seed, ok = seeds() {
 					h := m.hooks()
 					h.noProofs = !strings.HasPrefix(m.by[0], "P")

@@ -28,8 +28,6 @@ type node struct {
 
 	// fresh[o] is the latest deadline that owner o's answers allow (I2).
 	fresh []lease.Time
-	// lastLive is when this kernel last let packets to the workload out.
-	lastLive map[*workload]int64
 	// idled is when this agent last gave the binding back because nothing used it.
 	idled map[*workload]int64
 	proof *made // of the message that the agent works on; nil: it is none
@@ -205,7 +203,9 @@ func (a *agent) stepOwner(in lease.OwnerInput) {
 		}
 	}
 	a.n.w.coverOwner(a, in)
-	a.n.w.log("%s owner <- %T%+v", a.n.name, in, in)
+	if a.n.w.verbose {
+		a.n.w.log("%s owner <- %T%+v", a.n.name, in, in)
+	}
 	out := a.owner.Step(a.n.clock(), in)
 	if h.ownerOut != nil {
 		out = h.ownerOut(a, in, out)
@@ -223,7 +223,9 @@ func (a *agent) stepVerifier(in lease.VerifierInput) {
 		}
 	}
 	a.n.w.coverVerifier(a, in)
-	a.n.w.log("%s verifier <- %T%+v", a.n.name, in, in)
+	if a.n.w.verbose {
+		a.n.w.log("%s verifier <- %T%+v", a.n.name, in, in)
+	}
 	a.n.proof = nil
 	if f, ok := in.(lease.FromOwner); ok {
 		if p, ok := f.Message.(lease.Proof); ok {
@@ -239,12 +241,23 @@ func (a *agent) stepVerifier(in lease.VerifierInput) {
 	}
 }
 
-// flush carries out the next outputs, checking after each.
+// flush carries out the next outputs, checking after each that changes
+// anything, and at the end: the machine's own books changed with the step.
 func (a *agent) flush(count int) {
+	checked := false
 	for ; count > 0 && len(a.pending) > 0 && a.n.agent == a; count-- {
 		out := a.pending[0]
 		a.pending = a.pending[1:]
 		a.do(out)
+		checked = false
+		switch out.(type) {
+		case lease.OwnerLog, lease.OwnerTimer, lease.VerifierLog, lease.VerifierTimer, lease.Learned:
+		default:
+			a.n.w.check()
+			checked = true
+		}
+	}
+	if !checked {
 		a.n.w.check()
 	}
 }
@@ -421,8 +434,8 @@ func (n *node) touch(t int64) {
 		if !n.live(s) {
 			continue
 		}
-		if u := n.w.byWho[s.who()]; u != nil {
-			n.lastLive[u] = max(n.lastLive[u], min(t, n.when(n.k.leases[s.lease])))
+		if u := s.of; u != nil {
+			u.lastLive[n.index] = max(u.lastLive[n.index], min(t, n.when(n.k.leases[s.lease])))
 		}
 	}
 }

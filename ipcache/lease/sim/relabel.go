@@ -40,7 +40,10 @@ func (a *agent) relabel(in relabel) {
 // slowest clock, and what was let out until then has arrived; for its new self,
 // as long as packets from before are under way.
 func (w *World) excused(u *workload, as who) bool {
-	o := w.byWho[as]
+	return w.relabels == lease.RelabelPrompt && w.excusedFor(u, w.byWho[as])
+}
+
+func (w *World) excusedFor(u, o *workload) bool {
 	switch {
 	case w.relabels != lease.RelabelPrompt || o == nil || o.uid != u.uid:
 		return false

@@ -132,7 +132,7 @@ type hop struct {
 }
 
 func (w *World) hops() []hop {
-	var hs []hop
+	hs := w.hopped[:0]
 	keep := w.streams[:0]
 	for _, s := range w.streams {
 		if s.over() {
@@ -153,7 +153,7 @@ func (w *World) hops() []hop {
 			hs = append(hs, hop{s, true})
 		}
 	}
-	w.streams = keep
+	w.streams, w.hopped = keep, hs
 	return hs
 }
 

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"time"
 
 	"portcullis/identity"
@@ -37,6 +38,7 @@ type World struct {
 	byWho   map[who]*workload
 	count   int
 	streams []*stream
+	hopped  []hop // used again by hops
 	cuts    map[[2]int]bool
 
 	lag                        int  // one delivery in so many makes its stream slow
@@ -112,7 +114,7 @@ func newWorld(seed uint64, o Options, h hooks) *World {
 		n := &node{
 			w: w, index: i, name: identity.NodeName(fmt.Sprintf("n%d", i)), rate: pick(w.rng, rates...),
 			offset: w.rng.Int64N(int64(time.Hour)), boot: w.newBoot(), k: newKernel(),
-			fresh: make([]lease.Time, o.Nodes), lastLive: map[*workload]int64{}, idled: map[*workload]int64{},
+			fresh: make([]lease.Time, o.Nodes), idled: map[*workload]int64{},
 		}
 		w.nodes = append(w.nodes, n)
 		w.byName[n.name] = n
@@ -187,6 +189,7 @@ func (w *World) newWorkload(ip int) {
 func (w *World) enter(u *workload) {
 	u.me = who{u.uid, u.id.Hash()} // once: the checks ask for it all the time
 	w.byUID[u.uid], w.byWho[u.me] = u, u
+	u.lastLive = slices.Repeat([]int64{-1}, len(w.nodes))
 	w.ips[u.ip].past = append(w.ips[u.ip].past, u)
 }
 
@@ -268,7 +271,7 @@ func (w *World) prune(ip *ipInfo) {
 func (w *World) checkSlot(v *node, s *kslot) {
 	// I1: no packet of another workload may arrive while the slot admits.
 	for _, u := range w.ips[s.ip].recent {
-		if u.who() != s.who() && (u.active || w.real <= u.ended+v.flight()) && !w.excused(u, s.who()) {
+		if u != s.of && (u.active || w.real <= u.ended+v.flight()) && !w.excused(u, s.who()) {
 			w.violate("I1", "%s admits %s as %s, and a packet of %s (active %v) can arrive now",
 				v.name, w.ips[s.ip].addr, w.name(s.who()), u.name, u.active)
 		}
@@ -289,32 +292,33 @@ func (w *World) checkSlot(v *node, s *kslot) {
 				time.Duration(v.when(d)-w.real), s.owner.name, time.Duration(s.owner.when(g)-w.real), ok)
 		}
 	}
-	if u := w.byWho[s.who()]; u != nil {
-		v.lastLive[u] = w.real
+	if s.of != nil {
+		s.of.lastLive[v.index] = w.real
 	}
 }
 
 // checkEgress is I1 for packets to the IP: whoever is active must not get
 // what was let out towards the workload before.
 func (w *World) checkEgress(ip *ipInfo) {
+	flight := ip.node.flight()
 	for _, u := range ip.recent {
 		if !u.active {
 			continue
 		}
 		for _, old := range ip.past {
-			if old == u || w.excused(u, old.who()) {
+			if old == u || w.excusedFor(u, old) {
 				continue
 			}
 			for _, v := range w.nodes {
-				t, ok := v.lastLive[old]
-				if !ok {
+				t := old.lastLive[v.index]
+				if t < 0 {
 					continue
 				}
-				if w.real <= t+ip.node.flight() {
+				if w.real <= t+flight {
 					w.violate("I1", "egress: %s is active, and a packet that %s let out to %s %v ago can arrive",
 						u.name, v.name, old.name, time.Duration(w.real-t))
 				} else if w.real > t+int64(time.Minute) && !old.active {
-					delete(v.lastLive, old)
+					old.lastLive[v.index] = -1
 				}
 			}
 		}
