@@ -15,7 +15,7 @@ import (
 // the kernel went by, and how far those with L7 go. It travels as JSON.
 //
 // It belongs to one goroutine until Ready; then Judge and Knows are safe for
-// many, as long as nobody calls Put or Remove.
+// many, as long as nobody calls Put or Remove, which keep the fields up.
 type Inside struct {
 	// Rules are those inside protocols, by the number of the rule in the set.
 	Rules map[uint32]*l7.Rules `json:"rules,omitempty"`
@@ -32,6 +32,8 @@ type Inside struct {
 
 	any    map[abi.PolicyKey]*Within
 	shapes []map[abi.PolicyKey]*Within
+	users  []int // of each shape
+	free   []int // shapes without users
 }
 
 // Within is one entry of the policy map, with 0 in the place of set and peer,
@@ -144,7 +146,15 @@ func (x *Inside) Ready() error {
 	if x.any, err = x.index(x.Any); err != nil {
 		return err
 	}
-	x.shapes = nil
+	x.shapes, x.free, x.users = nil, nil, make([]int, len(x.Shapes))
+	for _, at := range x.Peers {
+		x.users[at]++
+	}
+	for at, n := range x.users {
+		if n == 0 {
+			x.free = append(x.free, at)
+		}
+	}
 	for _, sh := range x.Shapes {
 		one, err := x.index(sh)
 		if err != nil {
@@ -256,8 +266,14 @@ func (x *Inside) Put(n identity.Numeric, of []Within, host bool) error {
 	if x.Peers == nil {
 		x.Peers = map[identity.Numeric]int{}
 	}
-	x.Peers[n] = len(x.shapes)
-	x.shapes = append(x.shapes, one)
+	at := len(x.Shapes)
+	if last := len(x.free) - 1; last >= 0 {
+		at, x.free = x.free[last], x.free[:last]
+		x.Shapes[at], x.shapes[at], x.users[at] = of, one, 1
+	} else {
+		x.Shapes, x.shapes, x.users = append(x.Shapes, of), append(x.shapes, one), append(x.users, 1)
+	}
+	x.Peers[n] = at
 	return nil
 }
 
@@ -265,8 +281,9 @@ func (x *Inside) Put(n identity.Numeric, of []Within, host bool) error {
 func (x *Inside) Remove(n identity.Numeric) {
 	if at, ok := x.Peers[n]; ok {
 		delete(x.Peers, n)
-		if !slices.Contains(slices.Collect(maps.Values(x.Peers)), at) {
-			x.shapes[at] = nil
+		if x.users[at]--; x.users[at] == 0 {
+			x.Shapes[at], x.shapes[at] = nil, nil
+			x.free = append(x.free, at)
 		}
 	}
 	if n != identity.NumHost {

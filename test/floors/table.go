@@ -62,6 +62,7 @@ var Table = []Row{
 	{Path: "agent/kube", Floor: 2, Holds: "Kubernetes sources"},
 	{Path: "agent/api", Floor: 2, Holds: "the local API, generated"},
 	{Path: "proxy", Floor: 2, Holds: "L7 forwarding"},
+	{Path: "proxy/feed", Floor: 2, Holds: "the socket between agent and proxy"},
 	{Path: "proxy/dns", Floor: 2, Holds: "DNS"},
 	{Path: "observe/hubble", Floor: 2, Holds: "Hubble API and relay"},
 	{Path: "observe/export", Floor: 2, Holds: "exporters"},

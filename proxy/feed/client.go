@@ -1,0 +1,207 @@
+package feed
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+
+	"portcullis/proxy"
+)
+
+// Sizes and times of the proxy's side.
+const (
+	recordQueue   = 16384 // records that wait to be sent; further ones are counted
+	askQueue      = 1024  // questions that wait to be sent
+	statsInterval = 5 * time.Second
+	redialLeast   = 50 * time.Millisecond
+	redialMost    = 2 * time.Second
+	writeTimeout  = 10 * time.Second
+)
+
+// ErrAway is returned to who asks the agent while it is not there.
+var ErrAway = errors.New("the agent does not answer")
+
+// Client is the proxy's end. Record and Learn are safe for concurrent use, before
+// Run and after it too.
+type Client struct {
+	path   string
+	tables *Tables
+	stats  func() Stats
+	log    *zap.Logger
+
+	records chan *proxy.Record
+	asks    chan *question
+	lost    atomic.Uint64
+
+	mu      sync.Mutex
+	next    uint64                 // guarded by mu
+	waiting map[uint64]chan string // guarded by mu: who waits for an answer
+}
+
+// NewClient returns the client of the agent at a unix socket, which keeps the
+// tables. stats may be nil.
+func NewClient(path string, tables *Tables, stats func() Stats, log *zap.Logger) *Client {
+	return &Client{path: path, tables: tables, stats: stats, log: log, records: make(chan *proxy.Record, recordQueue),
+		asks: make(chan *question, askQueue), waiting: map[uint64]chan string{}}
+}
+
+// Record implements proxy.Recorder.
+func (c *Client) Record(r *proxy.Record) {
+	select {
+	case c.records <- r:
+	default:
+		c.lost.Add(1)
+	}
+}
+
+// Learn has the agent admit what an answer says, and returns nil once it is
+// admitted.
+func (c *Client) Learn(ctx context.Context, conn proxy.Conn, d proxy.Decision, a Answer) error {
+	reply := make(chan string, 1)
+	c.mu.Lock()
+	c.next++
+	q := &question{ID: c.next, Conn: conn, Epoch: d.Epoch, Answer: a}
+	c.waiting[q.ID] = reply
+	c.mu.Unlock()
+	defer func() {
+		c.mu.Lock()
+		delete(c.waiting, q.ID)
+		c.mu.Unlock()
+	}()
+	select {
+	case c.asks <- q:
+	default:
+		return ErrAway
+	}
+	select {
+	case refused := <-reply:
+		if refused != "" {
+			return errors.New(refused)
+		}
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("%w: %w", ErrAway, ctx.Err())
+	}
+}
+
+// Run keeps the tables as the agent says until ctx ends, connecting again as
+// often as it takes. The tables stand while there is no connection.
+func (c *Client) Run(ctx context.Context) error {
+	wait := redialLeast
+	for {
+		began := time.Now()
+		err := c.connect(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if time.Since(began) > redialMost {
+			wait = redialLeast
+		}
+		c.log.Info("no connection to the agent", zap.Error(err), zap.Duration("again in", wait))
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(wait):
+		}
+		wait = min(2*wait, redialMost)
+	}
+}
+
+// connect serves one connection until it ends.
+func (c *Client) connect(ctx context.Context) error {
+	var dialer net.Dialer
+	conn, err := dialer.DialContext(ctx, "unix", c.path)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stop()
+	var wg sync.WaitGroup
+	wg.Go(func() { cancel(c.send(ctx, conn)) })
+	err = c.read(conn)
+	cancel(err)
+	conn.Close()
+	wg.Wait()
+	return context.Cause(ctx)
+}
+
+// read takes up what the agent says. A set that this proxy cannot judge ends the
+// connection's use of that set only.
+func (c *Client) read(conn net.Conn) error {
+	in := newLines(conn, maxTold)
+	heard := map[uint32]bool{} // nil: everything was told
+	for {
+		var m told
+		if err := in.next(&m); err != nil {
+			return err
+		}
+		if heard != nil && m.Inside != nil {
+			heard[m.Set] = true
+		}
+		switch {
+		case m.Answer != nil:
+			c.answer(m.Answer)
+		case m.Synced:
+			if heard != nil {
+				c.tables.keep(heard)
+			}
+			heard = nil
+		default:
+			if err := c.tables.tell(&m); err != nil {
+				// Its flows are refused: they are of a set that is not known.
+				c.log.Error("rules that this proxy cannot judge", zap.Error(err))
+			}
+		}
+	}
+}
+
+func (c *Client) answer(a *answer) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if reply := c.waiting[a.ID]; reply != nil {
+		delete(c.waiting, a.ID)
+		reply <- a.Error // it has room
+	}
+}
+
+// send reports until ctx ends.
+func (c *Client) send(ctx context.Context, conn net.Conn) error {
+	tick := time.NewTicker(statsInterval)
+	defer tick.Stop()
+	for {
+		var out report
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case out.Record = <-c.records:
+		case out.Ask = <-c.asks:
+		case <-tick.C:
+			if out.Lost = c.lost.Swap(0); c.stats != nil {
+				stats := c.stats()
+				out.Stats = &stats
+			}
+		}
+		b, err := encode(out)
+		if err != nil {
+			return err
+		}
+		if err := conn.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
+			return err
+		}
+		if _, err := conn.Write(b); err != nil {
+			c.lost.Add(out.Lost)
+			if out.Record != nil {
+				c.lost.Add(1)
+			}
+			return err
+		}
+	}
+}
