@@ -226,8 +226,8 @@ func TestGoResolver(t *testing.T) {
 			}
 		}
 	}
-	if g.knows("www.example.com", netip.MustParseAddr("192.0.2.200")) || len(g.learnt) != 3 {
-		t.Errorf("learnt: %v", g.learnt)
+	if g.knows("www.example.com", netip.MustParseAddr("192.0.2.200")) {
+		t.Error("one name has another's address")
 	}
 	var dnsErr *net.DNSError
 	if _, err := r.LookupHost(t.Context(), "none.example.com."); !errors.As(err, &dnsErr) || !dnsErr.IsNotFound {
@@ -380,8 +380,8 @@ func TestSpoofedAnswers(t *testing.T) {
 	g := start(t, server, nil)
 	m := ask("a.", dns.TypeA)
 	a := g.exchange(t, "udp", m)
-	if a.Id != m.Id || len(a.Answer) != 1 || !strings.Contains(a.Answer[0].String(), "192.0.2.1") || !slices.Equal(g.learnt["a"], []netip.Addr{netip.MustParseAddr("192.0.2.1")}) {
-		t.Errorf("the answer is %v; learnt: %v", a, g.learnt)
+	if a.Id != m.Id || len(a.Answer) != 1 || !strings.Contains(a.Answer[0].String(), "192.0.2.1") || !g.knows("a", netip.MustParseAddr("192.0.2.1")) || g.knows("a", netip.MustParseAddr("203.0.113.66")) {
+		t.Errorf("the answer is %v", a)
 	}
 	if n := g.relay.Stats().Stray.Load(); n != 6 {
 		t.Errorf("%d stray messages counted, not 6", n)
@@ -415,4 +415,3 @@ func TestSlowServer(t *testing.T) {
 		t.Errorf("%v", a)
 	}
 }
-

@@ -131,9 +131,14 @@ func originalDestination(oob []byte) netip.AddrPort {
 	return netip.AddrPort{}
 }
 
-// WriteTo implements Packets. The socket is made for the one answer: one that
-// stayed would take packets away from the one that takes queries.
+// WriteTo implements Packets.
 func (s *Steered) WriteTo(b []byte, server, client netip.AddrPort) error {
+	if s.LocalAddr().(*net.UDPAddr).AddrPort().Port() == server.Port() {
+		_, _, err := s.WriteMsgUDPAddrPort(b, sourceAddress(server.Addr()), client)
+		return err
+	}
+	// A socket is made for the one answer: one that stayed would take packets
+	// away from the one that takes queries, where sockets are looked up by address.
 	l := net.ListenConfig{Control: func(network, _ string, raw syscall.RawConn) error { return s.network.control(network, raw) }}
 	c, err := l.ListenPacket(context.Background(), family("udp", server.Addr()), server.String())
 	if err != nil {
@@ -142,4 +147,12 @@ func (s *Steered) WriteTo(b []byte, server, client netip.AddrPort) error {
 	defer c.Close()
 	_, err = c.(*net.UDPConn).WriteToUDPAddrPort(b, client)
 	return err
+}
+
+// sourceAddress is the control message that sends a packet from an address.
+func sourceAddress(ip netip.Addr) []byte {
+	if ip.Is4() {
+		return unix.PktInfo4(&unix.Inet4Pktinfo{Spec_dst: ip.As4()})
+	}
+	return unix.PktInfo6(&unix.Inet6Pktinfo{Addr: ip.As16()})
 }

@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -88,13 +87,15 @@ func TestTransparent(t *testing.T) {
 				}
 			}
 		}
+		g.mu.Lock()
 		if at := netip.AddrPortFrom(netip.MustParseAddr(server), 53); !servers[at] {
 			t.Errorf("the judge was never asked about %s, but %v", at, servers)
 		}
+		g.mu.Unlock()
 	}
 	for name, ip := range map[string]string{"www.example.com": "2001:db8::1", "short.svc.cluster.local": "192.0.2.7"} {
-		if !slices.Contains(g.learnt[name], netip.MustParseAddr(ip)) {
-			t.Errorf("%s of %s was not learnt, but %v", ip, name, g.learnt)
+		if !g.knows(name, netip.MustParseAddr(ip)) {
+			t.Errorf("%s of %s was not learnt", ip, name)
 		}
 	}
 	// The other protocol's dialer, in the client's name.
