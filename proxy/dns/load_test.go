@@ -15,10 +15,13 @@ import (
 
 // A client of glibc asks for both families from one socket, at once.
 func TestOneSocketTwoQueries(t *testing.T) {
+	var mu sync.Mutex
 	seen := map[netip.AddrPort]int{}
 	var held [][]byte
 	g := start(t, rawServer(t, func(c *net.UDPConn, from netip.AddrPort, b []byte) {
+		mu.Lock()
 		seen[from]++
+		mu.Unlock()
 		if held = append(held, b); len(held) < 2 {
 			return
 		}
@@ -48,6 +51,8 @@ func TestOneSocketTwoQueries(t *testing.T) {
 		}
 		delete(want, m.Id)
 	}
+	mu.Lock()
+	defer mu.Unlock()
 	if len(seen) != 1 {
 		t.Errorf("the server was asked from %d sockets", len(seen))
 	}

@@ -46,6 +46,7 @@ var Table = []Row{
 	{Path: "authz/dialect/clusternp", Floor: 1, Holds: "ClusterNetworkPolicy"},
 	{Path: "authz/dialect/tree", Floor: 1, Holds: "the 2017 policy tree"},
 	{Path: "authz/l7", Floor: 0, Leaf: nothing, Holds: "rules inside HTTP, DNS and TLS, and their matchers"},
+	{Path: "authz/names", Floor: 0, Leaf: nothing, Holds: "which addresses a workload was told of, by DNS names"},
 	{Path: "authz/tools", Floor: 1, Holds: "matrix, trace, diff"},
 	{Path: "chaos/check", Floor: 1, Leaf: []string{"identity"}, Holds: "judges histories"},
 
