@@ -1,6 +1,9 @@
 package l7
 
-import "strings"
+import (
+	"slices"
+	"strings"
+)
 
 // Request is what is judged: exactly what the server will read.
 type Request struct {
@@ -176,4 +179,30 @@ func JudgeServerName(rules []*Rules, name string) (rule string, allowed bool) {
 		}
 	}
 	return "", false
+}
+
+// LooksAt reports whether any of the rules asks for the header.
+func LooksAt(rules []*Rules, name string) bool {
+	for _, rs := range rules {
+		for i := range rs.HTTP {
+			for j := range rs.HTTP[i].Headers {
+				if strings.EqualFold(rs.HTTP[i].Headers[j].Name, name) {
+					return true
+				}
+			}
+			if rs.HTTP[i].Expr.looksAt(name) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+func (e *Expr) looksAt(name string) bool {
+	if e == nil {
+		return false
+	}
+	looks := func(e Expr) bool { return e.looksAt(name) }
+	return e.Header != nil && strings.EqualFold(e.Header.Name, name) || e.Not.looksAt(name) ||
+		slices.ContainsFunc(e.Any, looks) || slices.ContainsFunc(e.All, looks)
 }

@@ -1,0 +1,3 @@
+package proxy
+
+func (p *pair) serveTLS(d Decision) { p.abort("later") }
