@@ -3,7 +3,7 @@
 # for what the programs need when they run.
 
 .DEFAULT_GOAL := help
-.PHONY: help build image demo test test-all chaos chaos-long model schedules e2e e2e-up e2e-down e2e-measure generate lint floors race conformance bench measure prepare clean
+.PHONY: help build image demo test test-all chaos chaos-long chaos-found model schedules e2e e2e-up e2e-down e2e-measure generate lint floors race conformance bench measure prepare clean
 
 # ---- the Go command ----------------------------------------------------
 
@@ -65,6 +65,10 @@ chaos: build ## break the lab in every way under every kind of evidence, and wri
 chaos-long: build ## 5000 reuses of IPs without a fault and under a partition, and write docs/chaos-results-long.md (root, an hour; goes on where it was stopped)
 	@test/prepare strict
 	$(GO) run ./test/chaos -long -write docs/chaos-results-long.md $(CHAOS_FLAGS)
+
+chaos-found: build ## try again whatever chaos runs have ever found (docs/chaos-found.md), and that they still see what is wrong (root, minutes)
+	@test/prepare strict
+	$(GO) run ./test/chaos -found docs/chaos-found.md
 
 # A real Kubernetes: three nodes on this machine. The first time it is built
 # from source, for minutes; see test/e2e.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -74,5 +75,35 @@ func TestPage(t *testing.T) {
 	of[0].Evidence = "svid"
 	if _, failed := page(of[:1], [][]*check.Result{{held, broken}}, false); failed != 1 {
 		t.Errorf("%d runs failed, want 1", failed)
+	}
+}
+
+// The page of what was found has commands that can be run, and both outcomes.
+func TestFound(t *testing.T) {
+	text, err := os.ReadFile("../../docs/chaos-found.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	all, err := readFound(string(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	wants := map[string]int{}
+	for _, f := range all {
+		wants[f.want]++
+		if !slices.Contains(f.args, "--seed") || !slices.Contains(f.args, "--evidence") {
+			t.Errorf("%v: it does not say its seed or its evidence", f.args)
+		}
+		if classic := slices.Contains(f.args, "classic"); classic != (f.want == check.Violated) {
+			t.Errorf("%v: %s is expected", f.args, f.want)
+		}
+	}
+	if wants[check.Held] == 0 || wants[check.Violated] == 0 {
+		t.Errorf("%v", wants)
+	}
+	for _, bad := range []string{"", "```\n```", "```\nportcullis chaos run mixed\n```", "```\nportcullis chaos run mixed # fine\n```", "```\nrm -rf / # held\n```"} {
+		if all, err := readFound(bad); err == nil {
+			t.Errorf("%q: %v", bad, all)
+		}
 	}
 }

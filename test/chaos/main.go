@@ -29,6 +29,7 @@ type options struct {
 	faults   []string
 	long     bool
 	page     string
+	found    string
 }
 
 func main() {
@@ -42,6 +43,7 @@ func main() {
 	flag.StringVar(&faults, "faults", "", "only cells with one of these faults, with commas; none: those without")
 	flag.BoolVar(&o.long, "long", false, "instead of every fault: 5000 reuses without a fault and under a partition")
 	flag.StringVar(&o.page, "write", "", "file that gets the tables, as Markdown; empty: standard output")
+	flag.StringVar(&o.found, "found", "", "instead of every fault: the commands of this page, which must come to what it says")
 	flag.Parse()
 	o.evidence = strings.Split(evidence, ",")
 	if faults != "" {
@@ -54,6 +56,9 @@ func main() {
 }
 
 func run(ctx context.Context, o options) error {
+	if o.found != "" {
+		return tryFound(ctx, o.binary, o.found)
+	}
 	all := cells(o.evidence)
 	if o.long {
 		all = longCells(o.evidence)
