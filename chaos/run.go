@@ -352,7 +352,7 @@ func (w *world) cause(ctx context.Context, k fault.Kind, r *rand.Rand, locks *lo
 		<-ctx.Done()
 		return nil
 	}
-	for first := true; sleep(ctx, between(r, w.TTL/2, 2*w.TTL)); first = false {
+	for first := true; sleep(ctx, w.pause(k, first, r)); first = false {
 		nodes := map[fault.Who][][]string{
 			fault.Verifier: {{verifierNode}, {otherNode}}, fault.Owner: {{ownerNode}},
 			fault.Between: {{ownerNode, verifierNode}, {ownerNode, otherNode}}, fault.Everybody: {{ownerNode, verifierNode, otherNode}},
@@ -367,6 +367,17 @@ func (w *world) cause(ctx context.Context, k fault.Kind, r *rand.Rand, locks *lo
 		}
 	}
 	return nil
+}
+
+// pause is how long nothing happens before a fault: after one whose end includes a
+// wait for every lease that can be, until that is over, or nobody would ever get
+// an IP again.
+func (w *world) pause(k fault.Kind, first bool, r *rand.Rand) time.Duration {
+	d := between(r, w.TTL/2, 2*w.TTL)
+	if k.Waits && !first {
+		d += fault.MaxLease + fault.MaxLease/4 + 10*w.TTL
+	}
+	return d
 }
 
 func (w *world) happen(ctx context.Context, k fault.Kind, nodes []string, r *rand.Rand, locks *locks) error {

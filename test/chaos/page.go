@@ -105,7 +105,8 @@ func page(cells []Cell, results [][]*check.Result, long bool) (text string, fail
 tried: admitted must be 0. *Legitimate* attempts may fail while a fault stands in their way; *reachable* counts those with nothing
 in their way. Times are p50 / p99 in milliseconds: of the first answer between two workloads, and from a registration on a used IP
 until the workload is active. *Held* comes with the 95 % upper bound of violations by reuse (3/n); else the invariants that were violated, and how often.
-Evidence classic is the cache that is believed until it hears otherwise, beside them so that one sees that the harness can see.
+Evidence classic is the cache that is believed until it hears otherwise, beside them so that one sees that the harness can see; with maps-full
+it is not run, for what it believes of all workloads does not fit, and nobody ever comes up.
 `)
 	if runtime.NumCPU() <= 2 {
 		b.WriteString("With so few processors the harness takes its part of them; times are those of a busy machine.\n")
