@@ -55,8 +55,8 @@ func TestFaults(t *testing.T) {
 // What the checker takes for the rules is what the policies say, of every two
 // identities.
 func TestRulesArePolicies(t *testing.T) {
-	all := []string{sleepV1, sleepV2, neither, helloV1, helloV2, callerV}
-	manifests := policies
+	all := []string{SleepV1, SleepV2, neither, HelloV1, HelloV2, Caller}
+	manifests := Policies
 	for _, is := range all {
 		manifests += fmt.Sprintf("---\napiVersion: v1\nkind: Pod\nmetadata: {name: %s, namespace: default, labels: {is: %s}}\n", is, is)
 	}
@@ -72,10 +72,10 @@ func TestRulesArePolicies(t *testing.T) {
 	}
 	permits := func(endpoint, peer string, d check.Direction, protocol string) bool {
 		isolated := false
-		for _, r := range rules() {
+		for _, r := range Rules() {
 			if r.Identity == endpoint && r.Direction == d {
 				isolated = true
-				if r.Protocol == protocol && r.Port == servicePort && slices.Contains(r.Peers, peer) {
+				if r.Protocol == protocol && r.Port == ServicePort && slices.Contains(r.Peers, peer) {
 					return true
 				}
 			}
@@ -83,7 +83,7 @@ func TestRulesArePolicies(t *testing.T) {
 		return !isolated
 	}
 	for _, protocol := range []string{"tcp", "udp"} {
-		port, err := tools.ParsePort(fmt.Sprintf("%d/%s", servicePort, strings.ToUpper(protocol)))
+		port, err := tools.ParsePort(fmt.Sprintf("%d/%s", ServicePort, strings.ToUpper(protocol)))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -186,7 +186,7 @@ func (d *drawing) holders(rows map[netip.Addr]float64) {
 				if i+1 < len(w.Names) {
 					to = w.Names[i+1].Since
 				}
-				class := map[string]string{sleepV1: "v1", sleepV2: "v2"}[n.Identity]
+				class := map[string]string{SleepV1: "v1", SleepV2: "v2"}[n.Identity]
 				d.Shapes = append(d.Shapes, d.bar(cmp.Or(class, "vn"), from, to, y+2, 10, fmt.Sprintf("%s is %s", w.Name, n.Identity)))
 			}
 		}

@@ -17,11 +17,11 @@ func TestPage(t *testing.T) {
 	ip := []netip.Addr{netip.MustParseAddr("10.1.1.1"), netip.MustParseAddr("fd00:1::1")}
 	h := &check.History{
 		Run:   check.Run{Scenario: "ip-reuse", Evidence: "classic", Faults: []string{"partition"}, Seed: 7, Nodes: []string{"owner"}, Begin: 1, End: 1000 * ms, Tick: 1, Complete: true},
-		Rules: rules(),
+		Rules: Rules(),
 		Workloads: []check.Workload{
-			{UID: "s", Name: "d/hello", Node: "verifier", IPs: []netip.Addr{netip.MustParseAddr("10.2.0.1")}, Names: []check.Name{{Identity: helloV1, Since: 1, Sure: 1}}, Made: 1, Asked: 1, Ready: 1},
-			{UID: "a", Name: "d/<script>", Node: "owner", IPs: ip, Names: []check.Name{{Identity: sleepV1, Since: 1, Sure: 1}}, Made: 1, Asked: 1, Ready: 2 * ms, Left: 300 * ms, Gone: 310 * ms},
-			{UID: "b", Name: "d/b", Node: "owner", IPs: ip, Names: []check.Name{{Identity: sleepV2, Since: 320 * ms, Sure: 320 * ms}}, Made: 320 * ms, Asked: 320 * ms, Ready: 400 * ms},
+			{UID: "s", Name: "d/hello", Node: "verifier", IPs: []netip.Addr{netip.MustParseAddr("10.2.0.1")}, Names: []check.Name{{Identity: HelloV1, Since: 1, Sure: 1}}, Made: 1, Asked: 1, Ready: 1},
+			{UID: "a", Name: "d/<script>", Node: "owner", IPs: ip, Names: []check.Name{{Identity: SleepV1, Since: 1, Sure: 1}}, Made: 1, Asked: 1, Ready: 2 * ms, Left: 300 * ms, Gone: 310 * ms},
+			{UID: "b", Name: "d/b", Node: "owner", IPs: ip, Names: []check.Name{{Identity: SleepV2, Since: 320 * ms, Sure: 320 * ms}}, Made: 320 * ms, Asked: 320 * ms, Ready: 400 * ms},
 		},
 		Messages: []check.Message{
 			{ID: 1, Flow: 1, Protocol: "tcp", Sender: "a", From: netip.AddrPortFrom(ip[0], 9), To: netip.MustParseAddrPort("10.2.0.1:5000"), Sent: 100 * ms, Ended: 101 * ms, Connected: 101 * ms},

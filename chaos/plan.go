@@ -121,19 +121,21 @@ func setDefault[T comparable](p *T, v T) {
 	}
 }
 
-// The identities. Workloads on IPs that change hands are sleep-v1 or sleep-v2.
+// The identities, by the value of the label `is`. Workloads on IPs that change
+// hands are SleepV1 or SleepV2; HelloV1 and HelloV2 admit the sleep of their
+// version alone, and Caller may call SleepV1 alone.
 const (
-	sleepV1 = "sleep-v1"
-	sleepV2 = "sleep-v2"
-	helloV1 = "hello-v1"
-	helloV2 = "hello-v2"
-	callerV = "caller"
+	SleepV1 = "sleep-v1"
+	SleepV2 = "sleep-v2"
+	HelloV1 = "hello-v1"
+	HelloV2 = "hello-v2"
+	Caller  = "caller"
 	neither = "sleep-v3" // of a workload that is allowed nowhere
 )
 
-// policies are what the agents are given; rules are the same, as the checker
+// Policies are what the agents are given; Rules are the same, as the checker
 // reads them. TestRulesArePolicies holds one against the other.
-const policies = `apiVersion: networking.k8s.io/v1
+const Policies = `apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
 metadata: {name: hello-v1}
 spec:
@@ -162,14 +164,15 @@ spec:
     ports: [{port: 5000, protocol: TCP}, {port: 5000, protocol: UDP}]
 `
 
-func rules() (out []check.Rule) {
+// Rules are Policies as the checker reads them.
+func Rules() (out []check.Rule) {
 	for _, r := range []check.Rule{
-		{Identity: helloV1, Direction: check.Ingress, Peers: []string{sleepV1}},
-		{Identity: helloV2, Direction: check.Ingress, Peers: []string{sleepV2}},
-		{Identity: callerV, Direction: check.Egress, Peers: []string{sleepV1}},
+		{Identity: HelloV1, Direction: check.Ingress, Peers: []string{SleepV1}},
+		{Identity: HelloV2, Direction: check.Ingress, Peers: []string{SleepV2}},
+		{Identity: Caller, Direction: check.Egress, Peers: []string{SleepV1}},
 	} {
 		for _, protocol := range []string{"tcp", "udp"} {
-			r.Protocol, r.Port = protocol, servicePort
+			r.Protocol, r.Port = protocol, ServicePort
 			out = append(out, r)
 		}
 	}

@@ -51,7 +51,7 @@ func Run(ctx context.Context, o Options) (*check.Result, error) {
 	run.End = now()
 	fmt.Fprintf(p.Progress, "chaos: judging\n")
 	downErr := w.down(context.WithoutCancel(ctx))
-	h := w.rec.history(run, rules())
+	h := w.rec.history(run, Rules())
 	h.Drops = difference(before, after)
 	for i := range h.Drops {
 		h.Drops[i].Unknown = h.Drops[i].Unknown || w.lost.turn(h.Drops[i].Node) > 0 // it was made anew
@@ -111,7 +111,7 @@ func (w *world) play(ctx context.Context) error {
 // slot is the life of the workloads on one address of each family.
 func (w *world) slot(ctx context.Context, i int, r *rand.Rand, round *barrier) error {
 	ips := []netip.Addr{netip.AddrFrom4([4]byte{10, 1, 1, byte(i + 1)}), netip.MustParseAddr(fmt.Sprintf("fd00:1::1:%x", i+1))}
-	is := []string{sleepV1, sleepV2}[r.IntN(2)]
+	is := []string{SleepV1, SleepV2}[r.IntN(2)]
 	for first := true; ctx.Err() == nil && !w.enough(); first = false {
 		if w.scenario.storm {
 			round.wait(ctx)
@@ -131,7 +131,7 @@ func (w *world) slot(ctx context.Context, i int, r *rand.Rand, round *barrier) e
 		if came == registered && !first {
 			w.reused.Add(1)
 		}
-		is = map[string]string{sleepV1: sleepV2, sleepV2: sleepV1}[is]
+		is = map[string]string{SleepV1: SleepV2, SleepV2: SleepV1}[is]
 	}
 	return nil
 }
@@ -217,7 +217,7 @@ func (w *world) live(ctx context.Context, x *present, r *rand.Rand) {
 		return
 	}
 	sleep(ctx, d/2)
-	to := []string{sleepV1, sleepV2, neither}[r.IntN(3)]
+	to := []string{SleepV1, SleepV2, neither}[r.IntN(3)]
 	if err := w.relabel(ctx, x, to); err == nil {
 		sleep(ctx, d/2)
 	}
@@ -268,7 +268,7 @@ func (w *world) speak(ctx context.Context, x *present, r *rand.Rand) {
 					from = own
 				}
 			}
-			to := netip.AddrPortFrom(ip, servicePort)
+			to := netip.AddrPortFrom(ip, ServicePort)
 			attempt := func(f func()) {
 				select {
 				case busy <- struct{}{}:
@@ -306,7 +306,7 @@ func (w *world) call(ctx context.Context, c *standing, r *rand.Rand) {
 		if c.ips[0].Is4() != ip.Is4() {
 			from = c.ips[1]
 		}
-		to := netip.AddrPortFrom(ip, servicePort)
+		to := netip.AddrPortFrom(ip, ServicePort)
 		select {
 		case busy <- struct{}{}:
 		default:

@@ -20,7 +20,8 @@ import (
 )
 
 const (
-	servicePort = 5000 // on which every workload serves
+	// ServicePort is where every workload serves, TCP and UDP.
+	ServicePort = 5000
 	clientPort  = 4000 // from which it sends datagrams, so that 5-tuples come again
 	// attemptLimit is how long an attempt may take.
 	attemptLimit = 2 * time.Second
@@ -38,7 +39,7 @@ type talker struct {
 	wg     sync.WaitGroup // all that it started
 
 	server   *net.TCPListener
-	services *net.UDPConn // on servicePort
+	services *net.UDPConn // on ServicePort
 	caller   *net.UDPConn // on clientPort
 
 	mu      sync.Mutex
@@ -51,12 +52,12 @@ func newTalker(ctx context.Context, rec *recorder, uid, netns string) (*talker, 
 	err := lab.InNamespace(netns, func() error {
 		var lc net.ListenConfig
 		lc.SetMultipathTCP(false)
-		l, err := lc.Listen(ctx, "tcp", ":"+strconv.Itoa(servicePort))
+		l, err := lc.Listen(ctx, "tcp", ":"+strconv.Itoa(ServicePort))
 		if err != nil {
 			return err
 		}
 		t.server = l.(*net.TCPListener)
-		if t.services, err = net.ListenUDP("udp", &net.UDPAddr{Port: servicePort}); err == nil {
+		if t.services, err = net.ListenUDP("udp", &net.UDPAddr{Port: ServicePort}); err == nil {
 			t.caller, err = net.ListenUDP("udp", &net.UDPAddr{Port: clientPort})
 		}
 		return err

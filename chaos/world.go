@@ -82,7 +82,7 @@ func newWorld(ctx context.Context, p *plan) (w *world, err error) {
 		return nil, err
 	}
 	w = &world{plan: p, lab: l, rec: newRecorder(), rnd: rand.New(rand.NewPCG(p.Seed, 0x706f7274)), targets: map[int][]netip.Addr{}}
-	if err = l.ImportPolicies(ctx, &api.PolicyFile{Name: "chaos.yaml", Content: []byte(policies)}); err == nil {
+	if err = l.ImportPolicies(ctx, &api.PolicyFile{Name: "chaos.yaml", Content: []byte(Policies)}); err == nil {
 		err = w.populate(ctx, ownerNode, verifierNode, otherNode)
 	}
 	if err != nil {
@@ -93,7 +93,7 @@ func newWorld(ctx context.Context, p *plan) (w *world, err error) {
 
 // places are where workloads stand.
 var places = []struct{ is, node string }{
-	{helloV1, verifierNode}, {helloV2, verifierNode}, {helloV1, otherNode}, {helloV1, ownerNode}, {callerV, verifierNode},
+	{HelloV1, verifierNode}, {HelloV2, verifierNode}, {HelloV1, otherNode}, {HelloV1, ownerNode}, {Caller, verifierNode},
 }
 
 // populate puts standing workloads on the nodes.
@@ -108,7 +108,7 @@ func (w *world) populate(ctx context.Context, nodes ...string) error {
 			return err
 		}
 		st := &standing{x, x.run.IPs}
-		if s.is == callerV {
+		if s.is == Caller {
 			w.callers = append(w.callers, st)
 			continue
 		}
@@ -179,7 +179,7 @@ func (w *world) lose(nodes []string) error {
 // found is lose's reverse, when the nodes are there again. Policies come first.
 func (w *world) found(ctx context.Context, nodes []string) error {
 	for _, n := range nodes {
-		if err := w.lab.ImportPoliciesAt(ctx, n, &api.PolicyFile{Name: "chaos.yaml", Content: []byte(policies)}); err != nil {
+		if err := w.lab.ImportPoliciesAt(ctx, n, &api.PolicyFile{Name: "chaos.yaml", Content: []byte(Policies)}); err != nil {
 			return err
 		}
 	}

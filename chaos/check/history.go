@@ -38,6 +38,14 @@ type Run struct {
 	// Complete says that the run came to its end. What an interrupted one did
 	// is judged too.
 	Complete bool `json:"complete"`
+	// Target is where it was run: empty in a lab, or "kubernetes".
+	Target string `json:"target,omitempty"`
+	// Short says why the run, though it came to its end, shows nothing: for
+	// instance since no IP was used again. Empty: it shows something.
+	Short string `json:"short,omitempty"`
+	// Unmeasured are fields of the result (by their names there) of which the
+	// history cannot tell. They are left out of it.
+	Unmeasured []string `json:"unmeasured,omitempty"`
 }
 
 // Direction of a rule, seen from the endpoint.

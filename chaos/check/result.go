@@ -1,6 +1,7 @@
 package check
 
 import (
+	"encoding/json"
 	"fmt"
 	"slices"
 	"time"
@@ -55,7 +56,7 @@ type Result struct {
 	// UpperBound is the 95 % upper bound of the rate of violations by reuse
 	// when there were none: 3/n. 0 if there were violations, or no reuses.
 	UpperBound float64 `json:"upper_bound_95"`
-	// Verdict is "held", "violated", or "interrupted".
+	// Verdict is "held", "violated", "interrupted", or "inconclusive".
 	Verdict string `json:"verdict"`
 
 	refused      uint64
@@ -72,7 +73,30 @@ const (
 	Held        = "held"
 	Violated    = "violated"
 	Interrupted = "interrupted" // nothing was violated as far as it came
+	// Inconclusive: nothing was violated, and nothing was put to the test
+	// (Run.Short says why not).
+	Inconclusive = "inconclusive"
 )
+
+// MarshalJSON leaves out what the run could not measure: 0 would be a number.
+func (r *Result) MarshalJSON() ([]byte, error) {
+	type plain Result
+	b, err := json.Marshal((*plain)(r))
+	if err != nil || len(r.Unmeasured) == 0 {
+		return b, err
+	}
+	var fields map[string]json.RawMessage
+	if err := json.Unmarshal(b, &fields); err != nil {
+		return nil, err
+	}
+	for _, name := range r.Unmeasured {
+		delete(fields, name)
+	}
+	return json.Marshal(fields)
+}
+
+// Measured reports whether the history tells of a field of the result.
+func (r *Result) Measured(field string) bool { return !slices.Contains(r.Unmeasured, field) }
 
 func newResult(h *History) *Result {
 	return &Result{Run: h.Run, Dropped: map[string]uint64{}, ViolationCount: map[Invariant]uint64{}, Violations: []Violation{}, contacts: map[[2]string]bool{}}
@@ -106,6 +130,8 @@ func (r *Result) finish() {
 		r.Verdict = Violated
 	case !r.Complete:
 		r.Verdict = Interrupted
+	case r.Short != "":
+		r.Verdict = Inconclusive
 	default:
 		r.Verdict = Held
 	}

@@ -16,11 +16,12 @@ import (
 	"portcullis/chaos"
 	"portcullis/chaos/check"
 	"portcullis/chaos/fault"
+	"portcullis/chaos/kube"
 )
 
 func newChaosCmd(env *Env) *cobra.Command {
 	return group("chaos", "Scenarios of IP reuse under faults, judged by a checker that knows who truly held each IP",
-		newChaosListCmd(env), newChaosRunCmd(env), newChaosJudgeCmd(env), newChaosReportCmd(env))
+		newChaosListCmd(env), newChaosRunCmd(env), newChaosJudgeCmd(env), newChaosReportCmd(env), newChaosTalkCmd(env), newChaosBreakCmd(env))
 }
 
 func newChaosListCmd(env *Env) *cobra.Command {
@@ -38,12 +39,17 @@ func newChaosListCmd(env *Env) *cobra.Command {
 		var all struct {
 			Scenarios []entry `json:"scenarios"`
 			Faults    []entry `json:"faults"`
+			// KubernetesFaults can happen with --target kubernetes.
+			KubernetesFaults []entry `json:"kubernetes_faults"`
 		}
 		for _, s := range chaos.Scenarios() {
 			all.Scenarios = append(all.Scenarios, entry{s.Name, s.Does})
 		}
 		for _, k := range fault.Kinds() {
 			all.Faults = append(all.Faults, entry{k.Name, k.Does})
+		}
+		for _, k := range kube.Faults() {
+			all.KubernetesFaults = append(all.KubernetesFaults, entry{k.Name, k.Does})
 		}
 		if *o != outTable {
 			b, err := json.Marshal(all)
@@ -56,7 +62,7 @@ func newChaosListCmd(env *Env) *cobra.Command {
 			for _, part := range []struct {
 				title   string
 				entries []entry
-			}{{"SCENARIO", all.Scenarios}, {"FAULT", all.Faults}} {
+			}{{"SCENARIO", all.Scenarios}, {"FAULT", all.Faults}, {"FAULT IN A CLUSTER", all.KubernetesFaults}} {
 				fmt.Fprintf(tw, "%s\tWHAT HAPPENS\n", part.title)
 				for _, e := range part.entries {
 					fmt.Fprintf(tw, "%s\t%s\n", e.Name, e.Does)
@@ -70,7 +76,7 @@ func newChaosListCmd(env *Env) *cobra.Command {
 func newChaosRunCmd(env *Env) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "run SCENARIO",
-		Short: "Run a scenario in a lab of its own, with faults, and judge what came of it",
+		Short: "Run a scenario in a lab of its own or in a cluster, with faults, and judge what came of it",
 		Long: `Run a scenario in a lab of its own, with faults, and judge what came of it.
 
 The harness notes who held each IP and when, every attempt and who received it, all on
@@ -79,44 +85,41 @@ agents that are judged. The exit status is 1 if an invariant was violated, or if
 did not come to its end. Ctrl-C ends a run early: what was seen until then is judged, and
 the lab is removed. Needs root and Linux 6.6 or newer.
 
+With --target kubernetes the scenario ip-reuse runs in a cluster that has Portcullis, by
+what kubectl can do: with pods in a namespace of its own, which is removed at the end, and
+faults on the named nodes. Faults but agent-restart need the right to make privileged
+pods. The exit status is 3 if nothing was violated and nothing put to the test either,
+for instance since no IP was used again. Needs kubectl, and no root.
+
 Run with --evidence=classic to see that the harness can see: there a violation is what is
 expected, under every fault that keeps news from a verifier.`,
 		Example: `  portcullis chaos run ip-reuse --events 100
   portcullis chaos run ip-reuse --fault partition,kill-verifier --events 200 --seed 7 -o json
-  portcullis chaos run ip-reuse --fault partition --evidence classic --history history.jsonl`,
+  portcullis chaos run ip-reuse --fault partition --evidence classic --history history.jsonl
+  portcullis chaos run ip-reuse --target kubernetes --nodes n2,n1,n3 --fault partition --events 40`,
 		Args: usageArgs(cobra.ExactArgs(1)),
 	}
 	o := addOutput(cmd)
-	var c chaos.Options
-	f := cmd.Flags()
-	f.StringVar(&c.Evidence, "evidence", "lease", "what a binding is believed on: lease, svid, or classic (unsafe)")
-	f.StringSliceVar(&c.Faults, "fault", nil, "faults, all at work in the same run (see chaos list)")
-	f.IntVar(&c.Events, "events", 100, "how many times an IP is used again")
-	f.Uint64Var(&c.Seed, "seed", 0, "seed of the plan (0: from the clock); the same plan meets other interleavings")
-	f.DurationVar(&c.TTL, "ttl", time.Second, "how long a lease holds without renewal")
-	f.IntVar(&c.Parallel, "parallel", 0, "how many IPs change hands side by side (0: as the scenario has it)")
-	f.DurationVar(&c.Limit, "limit", 10*time.Minute, "ends the run, however far it came")
-	f.StringVar(&c.Lab, "lab", "chaos", "name of the lab")
-	history := f.String("history", "", "file that gets the history, as JSON lines")
+	var c chaosFlags
+	c.add(cmd.Flags())
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		c.Scenario = args[0]
-		if c.Seed == 0 {
-			c.Seed = uint64(time.Now().UnixNano())
+		c.lab.Scenario, c.lab.Progress = args[0], env.Stderr
+		if c.lab.Seed == 0 {
+			c.lab.Seed = uint64(time.Now().UnixNano())
 		}
-		c.Progress = env.Stderr
+		run, err := c.choose(cmd.Flags())
+		if err != nil {
+			return usageError{err}
+		}
 		var file *os.File
-		if *history != "" {
-			var err error
-			if file, err = os.Create(*history); err != nil {
+		if c.history != "" {
+			if file, err = os.Create(c.history); err != nil {
 				return fmt.Errorf("the history: %w", err)
 			}
 			defer file.Close()
-			c.History = file
+			c.lab.History, c.kube.History = file, file
 		}
-		if err := chaos.Check(c); err != nil {
-			return usageError{err}
-		}
-		r, err := chaos.Run(cmd.Context(), c)
+		r, err := run(cmd.Context())
 		if file != nil {
 			err = errors.Join(err, file.Close())
 		}
@@ -193,7 +196,8 @@ every violation with what was around it.`,
 	}
 }
 
-// showResult prints a result. Anything but "held" is exit status 1.
+// showResult prints a result. Anything but "held" is exit status 1, or 3 if it
+// is no result.
 func showResult(out io.Writer, o output, r *check.Result) error {
 	err := func() error {
 		if o == outTable {
@@ -205,10 +209,13 @@ func showResult(out io.Writer, o output, r *check.Result) error {
 		}
 		return structured(out, o, b)
 	}()
-	if err == nil && r.Verdict != check.Held {
-		err = exitError{exitFailed}
+	switch {
+	case err != nil || r.Verdict == check.Held:
+		return err
+	case r.Verdict == check.Inconclusive:
+		return exitError{exitInconclusive}
 	}
-	return err
+	return exitError{exitFailed}
 }
 
 func resultTable(out io.Writer, r *check.Result) error {
@@ -219,6 +226,9 @@ func resultTable(out io.Writer, r *check.Result) error {
 		if faults == "" {
 			faults = "none"
 		}
+		if r.Short != "" {
+			row("Shows nothing", "%s", r.Short)
+		}
 		row("Run", "%s, evidence %s, faults: %s, seed %d, %s", r.Scenario, r.Evidence, faults, r.Seed, time.Duration(r.End-r.Begin).Round(time.Second/10))
 		row("IPs used again", "%d", r.Reuses)
 		row("Legitimate attempts", "%d, admitted %d", r.Attempts.Legitimate, r.Admitted.Legitimate)
@@ -226,7 +236,9 @@ func resultTable(out io.Writer, r *check.Result) error {
 		row("Undecided", "%d, for the IP changed hands meanwhile", r.Attempts.Undecided)
 		row("Availability", "%.5f (%d of %d attempts failed with nothing in their way)", r.Availability.Rate, r.Availability.Failed, r.Availability.Attempts)
 		row("First contact", "p50 %.1f ms, p99 %.1f ms, of %d", r.FirstContactMS.P50, r.FirstContactMS.P99, r.FirstContactMS.N)
-		row("Wait for an IP", "p50 %.1f ms, p99 %.1f ms, longest %.1f ms", r.ReuseDelayMS.P50, r.ReuseDelayMS.P99, r.ReuseDelayMS.Max)
+		if r.Measured("reuse_delay_ms") {
+			row("Wait for an IP", "p50 %.1f ms, p99 %.1f ms, longest %.1f ms", r.ReuseDelayMS.P50, r.ReuseDelayMS.P99, r.ReuseDelayMS.Max)
+		}
 		if r.Excused > 0 {
 			row("By a rogue owner", "%d messages passed wrongly while its leases lasted", r.Excused)
 		}
@@ -236,7 +248,12 @@ func resultTable(out io.Writer, r *check.Result) error {
 			dropped = append(dropped, fmt.Sprintf("%s %d", reason, n))
 		}
 		slices.Sort(dropped)
-		row("Dropped", "%s", strings.Join(dropped, ", "))
+		if r.Measured("dropped") {
+			row("Dropped", "%s", strings.Join(dropped, ", "))
+		}
+		if len(r.Unmeasured) > 0 {
+			row("Not measured", "%s", strings.Join(r.Unmeasured, ", "))
+		}
 		for _, i := range []check.Invariant{check.Safety, check.FallsShut, check.StaysUp, check.NoInheritance, check.UnknownWorld, check.NothingSilent} {
 			if n := r.ViolationCount[i]; n > 0 {
 				row("Violations of "+string(i), "%d", n)

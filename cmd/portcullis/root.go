@@ -30,6 +30,8 @@ const (
 	exitOK     = 0
 	exitFailed = 1
 	exitUsage  = 2
+	// exitInconclusive: of `chaos run`, that nothing was put to the test.
+	exitInconclusive = 3
 )
 
 // usageError is an error of the one who typed the command.

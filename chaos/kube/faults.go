@@ -1,0 +1,274 @@
+package kube
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"portcullis/chaos/kube/breaker"
+	"portcullis/chaos/kube/talk"
+)
+
+// breakThings lets one fault happen after the other, each kind in its turn, until
+// ctx ends.
+func (w *world) breakThings(ctx context.Context, background context.Context, r *rand.Rand) error {
+	for i := 0; len(w.plan.faults) > 0; i++ {
+		if !sleep(ctx, 5*time.Second+time.Duration(r.Int64N(int64(5*time.Second)))) {
+			return nil
+		}
+		f := w.plan.faults[i%len(w.plan.faults)]
+		if err := w.happen(ctx, background, f, i, r); err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
+			return fmt.Errorf("fault %s: %w", f.Name, err)
+		}
+		if i < len(w.plan.faults) && sleep(ctx, 5*time.Second) { // to see what comes after
+			w.mended.Add(1)
+		}
+	}
+	return nil
+}
+
+// happen lets one fault happen, from its begin to its end.
+func (w *world) happen(ctx, background context.Context, f Fault, n int, r *rand.Rand) error {
+	verifier := w.verifiers[r.IntN(len(w.verifiers))]
+	node := []string{w.owner, verifier}[r.IntN(2)]
+	lasts := w.ttl/2 + time.Duration(r.Int64N(int64(w.ttl)))
+	note := &faultNote{fault: f, lease: w.ttl, places: [][]string{{node}}}
+	at := map[string]breaker.Options{}
+	switch f.Name {
+	case "agent-restart", "agent-kill":
+		return w.restart(ctx, background, note, node, n)
+	case "agent-stop":
+		at[node] = breaker.Options{Signal: unix.SIGSTOP}
+	case "api-cut":
+		note.places = [][]string{{verifier}}
+		ends, err := w.apiServer(ctx)
+		if err != nil {
+			return err
+		}
+		at[verifier] = breaker.Options{Cut: ends}
+	case "partition":
+		note.places = [][]string{{w.owner, verifier}}
+		at[w.owner], at[verifier] = breaker.Options{Cut: agentEnds(w.nodes[verifier])}, breaker.Options{Cut: agentEnds(w.nodes[w.owner])}
+	}
+	fmt.Fprintf(w.Progress, "chaos: %s at %v for %v\n", f.Name, note.places[0], lasts.Round(time.Second))
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	var errs []error
+	for where, o := range at {
+		o.After, o.For = breakAfter, lasts
+		wg.Go(func() {
+			stamps, err := w.breakNode(ctx, background, fmt.Sprintf("%s-%d-%s", f.Name, n, where), where, o)
+			mu.Lock()
+			defer mu.Unlock()
+			note.add(stamps)
+			errs = append(errs, err)
+		})
+	}
+	wg.Wait()
+	w.mu.Lock()
+	w.faults = append(w.faults, note)
+	w.mu.Unlock()
+	return errors.Join(errs...)
+}
+
+// breakAfter is how long a pod that breaks something runs before, so that the API
+// server knows that it runs when its node is cut off.
+const breakAfter = 6 * time.Second
+
+// span are the times of one node's part of a fault.
+type span struct{ from, began, to, ended stamp }
+
+func (f *faultNote) add(s span) {
+	if s.from.at == 0 {
+		return // nothing happened there
+	}
+	f.from, f.began = append(f.from, s.from), append(f.began, s.began)
+	f.to, f.ended = append(f.to, s.to), append(f.ended, s.ended)
+}
+
+// breakNode lets a pod break something on a node, and waits until it is restored.
+// Where ctx ends first, the pod is told to end and restores it at once.
+func (w *world) breakNode(ctx, background context.Context, name, node string, o breaker.Options) (s span, err error) {
+	reading, stop := context.WithCancel(background)
+	var readers sync.WaitGroup
+	defer readers.Wait()
+	defer stop()
+	f, err := w.order(ctx, reading, w.breakerPod(name, node, o), "", &readers)
+	if err != nil {
+		return s, err
+	}
+	limited, cancel := context.WithTimeout(ctx, startLimit+o.After+o.For)
+	defer cancel()
+	_, err = f.until(limited, talk.Restored)
+	if err != nil {
+		// What it says at its end is of use all the same.
+		patience, cancel := context.WithTimeout(background, time.Minute)
+		defer cancel()
+		_, deleteErr := w.k.run(background, nil, "delete", "pod", name, "--ignore-not-found", "--wait=false")
+		if _, restoredErr := f.until(patience, talk.Restored); restoredErr == nil {
+			err = ctx.Err()
+		}
+		err = errors.Join(err, deleteErr)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, r := range f.log.records {
+		at := stamp{f.log.records[0].Boot, r.At}
+		switch r.Kind {
+		case talk.Breaking:
+			s = span{at, at, stamp{boot: at.boot}, stamp{boot: at.boot}}
+		case talk.Broken:
+			s.began = at
+		case talk.Restoring:
+			s.to = at
+		case talk.Restored:
+			s.ended = at
+		}
+	}
+	if err == nil {
+		_, err = w.k.run(background, nil, "delete", "pod", name, "--ignore-not-found", "--wait=false")
+	}
+	return s, err
+}
+
+// restart ends a node's agent, and waits until it is ready again. It ends at a
+// time that nobody notes, so the fault counts from before to after.
+func (w *world) restart(ctx, background context.Context, note *faultNote, node string, n int) error {
+	fmt.Fprintf(w.Progress, "chaos: %s at %s\n", note.fault.Name, node)
+	before, err := w.agents(ctx)
+	if err != nil {
+		return err
+	}
+	if before[node] == nil {
+		return fmt.Errorf("node %s has no agent", node)
+	}
+	from := stamp{w.boot, talk.Now()}
+	if note.fault.Name == "agent-kill" {
+		_, err = w.breakNode(ctx, background, fmt.Sprintf("%s-%d-%s", note.fault.Name, n, node), node, breaker.Options{Signal: unix.SIGKILL})
+	} else {
+		_, err = w.all.in(agentNamespace).run(ctx, nil, "delete", "pod", before[node].Metadata.Name, "--wait=false")
+	}
+	if err == nil {
+		// Its DaemonSet and its kubelet bring it back, whoever waits for it.
+		limited, cancel := context.WithTimeout(ctx, startLimit)
+		defer cancel()
+		err = poll(limited, time.Second, func() error { return w.isAnother(limited, node, before[node]) })
+	}
+	now := stamp{w.boot, talk.Now()}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	note.add(span{from, now, now, now})
+	w.faults = append(w.faults, note)
+	return err
+}
+
+// isAnother returns nil if a node's agent is ready, and another process than it
+// was.
+func (w *world) isAnother(ctx context.Context, node string, was *podState) error {
+	agents, err := w.agents(ctx)
+	if err != nil {
+		return err
+	}
+	a := agents[node]
+	if a == nil || !a.ready() || a.Metadata.UID == was.Metadata.UID && a.restarts() == was.restarts() {
+		return fmt.Errorf("the agent of node %s is not ready again", node)
+	}
+	return nil
+}
+
+func (p *podState) restarts() (n int) {
+	for _, c := range p.Status.ContainerStatuses {
+		n += c.RestartCount
+	}
+	return n
+}
+
+// agents are the agents' pods by their nodes: of two on one node, the one that is
+// not ending.
+func (w *world) agents(ctx context.Context) (map[string]*podState, error) {
+	out, err := w.all.in(agentNamespace).run(ctx, nil, "get", "pods", "-l", agentSelector, "-o", "json")
+	if err != nil {
+		return nil, err
+	}
+	var list struct{ Items []*podState }
+	if err := json.Unmarshal(out, &list); err != nil {
+		return nil, fmt.Errorf("the agents' pods: %w", err)
+	}
+	agents := map[string]*podState{}
+	for _, p := range list.Items {
+		if was := agents[p.Spec.NodeName]; was == nil || was.Metadata.DeletionTimestamp != nil {
+			agents[p.Spec.NodeName] = p
+		}
+	}
+	return agents, nil
+}
+
+func agentEnds(ips []netip.Addr) (out []netip.AddrPort) {
+	for _, ip := range ips {
+		out = append(out, netip.AddrPortFrom(ip, breaker.AgentPort))
+	}
+	return out
+}
+
+// apiServer is where the API server is reached: its Service, and what is behind
+// it.
+func (w *world) apiServer(ctx context.Context) ([]netip.AddrPort, error) {
+	k := w.all.in("default")
+	service, err := k.run(ctx, nil, "get", "service", "kubernetes", "-o", "json")
+	if err != nil {
+		return nil, err
+	}
+	slices, err := k.run(ctx, nil, "get", "endpointslices", "-l", "kubernetes.io/service-name=kubernetes", "-o", "json")
+	if err != nil {
+		return nil, err
+	}
+	return readAPIServer(service, slices)
+}
+
+func readAPIServer(service, slices []byte) (out []netip.AddrPort, err error) {
+	type port struct{ Port uint16 }
+	var s struct {
+		Spec struct {
+			ClusterIPs []string
+			Ports      []port
+		}
+	}
+	var e struct {
+		Items []struct {
+			Endpoints []struct{ Addresses []string }
+			Ports     []port
+		}
+	}
+	if err := errors.Join(json.Unmarshal(service, &s), json.Unmarshal(slices, &e)); err != nil {
+		return nil, fmt.Errorf("the API server's addresses: %w", err)
+	}
+	add := func(ips []string, ports []port) {
+		for _, text := range ips {
+			ip, perr := netip.ParseAddr(text)
+			err = errors.Join(err, perr)
+			for _, p := range ports {
+				out = append(out, netip.AddrPortFrom(ip, p.Port))
+			}
+		}
+	}
+	add(s.Spec.ClusterIPs, s.Spec.Ports)
+	for _, i := range e.Items {
+		for _, p := range i.Endpoints {
+			add(p.Addresses, i.Ports)
+		}
+	}
+	if len(out) == 0 {
+		return nil, errors.New("the API server has no address")
+	}
+	return out, err
+}
