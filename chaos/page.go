@@ -80,6 +80,13 @@ func (d *drawing) Seconds() string {
 
 // Command runs it again.
 func (d *drawing) Command() string {
+	if d.R.Target == "kubernetes" {
+		s := fmt.Sprintf("portcullis chaos run %s --target kubernetes --nodes %s --seed %d --events %d", d.R.Scenario, strings.Join(d.R.Nodes, ","), d.R.Seed, d.R.Reuses)
+		if len(d.R.Faults) > 0 {
+			s += " --fault " + strings.Join(d.R.Faults, ",")
+		}
+		return s
+	}
 	s := fmt.Sprintf("portcullis chaos run %s --evidence %s --seed %d --events %d", d.R.Scenario, d.R.Evidence, d.R.Seed, d.R.Reuses)
 	if len(d.R.Faults) > 0 {
 		s += " --fault " + strings.Join(d.R.Faults, ",")

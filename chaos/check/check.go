@@ -257,6 +257,9 @@ func (x *index) loses(a, b string, from, to int64) bool {
 
 // silence compares what was refused with what was counted: I6.
 func (x *index) silence(r *Result) {
+	if !r.Measured("dropped") {
+		return
+	}
 	var counted uint64
 	nodes := map[string]bool{}
 	for _, d := range x.Drops {
