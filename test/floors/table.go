@@ -81,6 +81,9 @@ var Table = []Row{
 	{Path: "chaos/lab/probe", Floor: 4, Leaf: nothing, Holds: "small clients and servers"},
 	{Path: "chaos/fault", Floor: 4, Holds: "faults"},
 	{Path: "chaos/demo", Floor: 4, Holds: "the story"},
+	{Path: "chaos/kube", Floor: 4, Holds: "scenarios in a cluster, by kubectl"},
+	{Path: "chaos/kube/talk", Floor: 4, Leaf: nothing, Holds: "the traffic in its pods"},
+	{Path: "chaos/kube/breaker", Floor: 4, Leaf: []string{"chaos/kube/talk"}, Holds: "what breaks its nodes"},
 
 	{Path: "cmd/portcullis", Floor: 5, Holds: "commands, no logic"},
 
@@ -142,6 +145,8 @@ var Exceptions = []Exception{
 	{"chaos", "chaos/lab", "scenarios are played in a lab"},
 	{"chaos", "chaos/fault", "scenarios meet faults; faults know nothing of scenarios"},
 	{"chaos/fault", "chaos/lab", "faults happen to a lab"},
+	{"chaos/kube", "chaos/kube/talk", "it makes pods of it, and reads what they wrote down"},
+	{"chaos/kube", "chaos/kube/breaker", "it makes pods of it"},
 	{"authz/tools", "authz/dialect", "a cluster's manifests are read by the bounded reader of policy files, which they hold as well"},
 }
 

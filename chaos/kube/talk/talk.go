@@ -18,9 +18,9 @@ import (
 )
 
 const (
-	// Port is where every pod serves, TCP and UDP; ClientPort is from where
-	// it sends datagrams, so that 5-tuples come again.
-	Port       = 5000
+	// Port is where every pod serves, TCP and UDP.
+	Port = 5000
+	// ClientPort is from where it sends datagrams, so that 5-tuples come again.
 	ClientPort = 4000
 	// AttemptLimit is how long an attempt may take.
 	AttemptLimit = 2 * time.Second
