@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
-	"net/netip"
 	"strconv"
 	"strings"
 	"time"
@@ -96,7 +95,6 @@ type podState struct {
 	Spec   struct{ NodeName string }
 	Status struct {
 		Phase, Reason, Message string
-		PodIPs                 []struct{ IP string }
 		Conditions             []struct{ Type, Status string }
 		ContainerStatuses      []struct {
 			RestartCount int
@@ -117,15 +115,6 @@ func (p *podState) ready() bool {
 		}
 	}
 	return false
-}
-
-func (p *podState) ips() (out []netip.Addr) {
-	for _, s := range p.Status.PodIPs {
-		if ip, err := netip.ParseAddr(s.IP); err == nil {
-			out = append(out, ip)
-		}
-	}
-	return out
 }
 
 // why says why a pod does not run.
