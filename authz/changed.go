@@ -95,7 +95,7 @@ func (x *Sets) portsChanged(identities ...identity.Hash) {
 					continue
 				}
 				s.set.facts = x.repo.facts
-				if !s.set.shape(p, s.set.pick(p)).equal(s.set.peers[n]) {
+				if !s.set.shape(p, s.set.pick(p.asKnownTo(s))).equal(s.set.peers[n]) {
 					s.makeStale(x.repo.facts)
 				}
 			}

@@ -199,7 +199,9 @@ func genRule(r *rand.Rand, i int) Rule {
 		for range r.IntN(4) {
 			s := genPeerSelector(r)
 			if r.IntN(8) == 0 {
-				s = AllBut{s}
+				if _, byName := s.(DNSName); !byName {
+					s = AllBut{s}
+				}
 			}
 			rule.Peers = append(rule.Peers, s)
 		}

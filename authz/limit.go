@@ -98,6 +98,9 @@ func (a AllBut) validate() error {
 	if a.PeerSelector == nil {
 		return fmt.Errorf("all but nobody in particular")
 	}
+	if _, named := innermost(a).(DNSName); named {
+		return fmt.Errorf("all but the addresses of a DNS name: nobody knows all of them")
+	}
 	return a.PeerSelector.validate()
 }
 

@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 
+	"portcullis/authz/l7"
 	"portcullis/identity"
 )
 
@@ -276,48 +277,8 @@ func (n DNSName) selects(p Peer, _ *facts, _ bool) bool {
 	return p.isWorld() && slices.ContainsFunc(p.Names, n.Matches)
 }
 
-// Matches reports whether the name is meant.
-func (n DNSName) Matches(name string) bool {
-	if n.Name != "" {
-		return n.Name == name
-	}
-	if rest, deep := strings.CutPrefix(n.Pattern, "**."); deep {
-		// A * does not cross a dot, so rest has as many labels as it shows.
-		for range strings.Count(name, ".") - strings.Count(rest, ".") {
-			var label string
-			if label, name, _ = strings.Cut(name, "."); label == "" {
-				return false
-			}
-			if matchPattern(rest, name) {
-				return true
-			}
-		}
-		return false
-	}
-	return n.Pattern == "*" || matchPattern(n.Pattern, name)
-}
-
-// matchPattern matches * with any run of characters but dots, by
-// backtracking to the last *: linear times the number of stars at worst.
-func matchPattern(pattern, name string) bool {
-	p, n, star, from := 0, 0, -1, 0
-	for n < len(name) {
-		switch {
-		case p < len(pattern) && pattern[p] == '*':
-			star, from = p, n
-			p++
-		case p < len(pattern) && pattern[p] == name[n]:
-			p++
-			n++
-		case star >= 0 && name[from] != '.':
-			from++
-			p, n = star+1, from
-		default:
-			return false
-		}
-	}
-	return strings.Trim(pattern[p:], "*") == ""
-}
+// Matches reports whether the name is meant, as l7.Name has it.
+func (n DNSName) Matches(name string) bool { return l7.Name(n).Matches(name) }
 
 // Key implements PeerSelector.
 func (s Selector) Key() string {

@@ -10,7 +10,7 @@ import (
 // selection is the peers that one selector selects, evaluated once however
 // many rules and sets use it.
 type selection struct {
-	key      string
+	selectionKey
 	selector PeerSelector
 	sure     numbers // selected
 	unsure   numbers // not to be excluded
@@ -21,9 +21,15 @@ type selection struct {
 	namespaces bool
 }
 
-func newSelection(key string, s PeerSelector) *selection {
+// selectionKey names a selection. By DNS names it is of one subject.
+type selectionKey struct {
+	key     string
+	subject *Subject // nil: whatever subjects use it
+}
+
+func newSelection(key selectionKey, s PeerSelector) *selection {
 	b, _ := s.(Block)
-	return &selection{key: key, selector: s, sure: numbers{}, unsure: numbers{}, users: map[*Subject]struct{}{}, places: selectorPlaces(s),
+	return &selection{selectionKey: key, selector: s, sure: numbers{}, unsure: numbers{}, users: map[*Subject]struct{}{}, places: selectorPlaces(s),
 		block: b.Prefix, namespaces: looksAtNamespaces(s)}
 }
 

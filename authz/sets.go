@@ -3,6 +3,7 @@ package authz
 import (
 	"encoding/binary"
 	"iter"
+	"net/netip"
 	"slices"
 
 	"portcullis/bpf/abi"
@@ -25,12 +26,14 @@ type Sets struct {
 	repo         *Repository
 	peers        map[identity.Numeric]Peer
 	peersAt      map[place]numbers
-	selections   map[string]*selection
+	selections   map[selectionKey]*selection
 	selectionsAt map[place]map[*selection]struct{}
 	keys         map[*Rule][]string // of the selectors of rules that were compiled
 	subjects     map[*Subject]struct{}
 	version      uint64 // of all that sets are made of
 	spare        []meeting
+	singles      map[netip.Addr]numbers // of the world's single addresses
+	public       numbers                // with names that everybody knows
 }
 
 // Subject is one workload that has a set.
@@ -41,6 +44,8 @@ type Subject struct {
 	set      Set           // in force
 	stale    bool
 	uses     map[*selection]struct{} // by set, and by one compiled since
+	named    map[*selection]struct{} // those of uses that are by DNS names
+	learnt   map[netip.Addr][]string // the names by which it knows addresses
 }
 
 // Stale reports whether the subject's set may no longer be what the
@@ -59,15 +64,15 @@ type Delta struct {
 // NewSets returns the sets of a repository that has none yet. From then on the
 // repository tells them what changes.
 func NewSets(r *Repository) *Sets {
-	r.sets = &Sets{repo: r, peers: map[identity.Numeric]Peer{}, peersAt: map[place]numbers{}, selections: map[string]*selection{},
-		selectionsAt: map[place]map[*selection]struct{}{}, keys: map[*Rule][]string{}, subjects: map[*Subject]struct{}{}}
+	r.sets = &Sets{repo: r, peers: map[identity.Numeric]Peer{}, peersAt: map[place]numbers{}, selections: map[selectionKey]*selection{},
+		selectionsAt: map[place]map[*selection]struct{}{}, keys: map[*Rule][]string{}, subjects: map[*Subject]struct{}{}, singles: map[netip.Addr]numbers{}, public: numbers{}}
 	return r.sets
 }
 
 // AddSubject adds a subject, with its own named ports. It is stale: its set in
 // force is the empty one.
 func (x *Sets) AddSubject(id identity.Identity, own ...identity.NamedPort) *Subject {
-	s := &Subject{identity: id, own: own, stale: true, uses: map[*selection]struct{}{}, applied: x.repo.allApplications(id)}
+	s := &Subject{identity: id, own: own, stale: true, uses: map[*selection]struct{}{}, named: map[*selection]struct{}{}, applied: x.repo.allApplications(id)}
 	x.subjects[s] = struct{}{}
 	return s
 }
@@ -100,9 +105,12 @@ func (x *Sets) Compile(s *Subject) Set {
 	}
 	var all []*selection
 	for i, r := range c.rules {
-		for _, sel := range x.selectionsOf(r.Rule) {
+		for _, sel := range x.selectionsOf(s, r.Rule) {
 			if _, again := c.bySelection[sel]; !again {
 				sel.users[s], s.uses[sel] = struct{}{}, struct{}{}
+				if sel.subject != nil {
+					s.named[sel] = struct{}{}
+				}
 				for n := range sel.sure {
 					met = append(met, newMeeting(n, len(all)<<1))
 				}
@@ -222,7 +230,7 @@ func (x *Sets) AddPeer(n identity.Numeric, p Peer) (out []Delta) {
 	x.enter(n, p)
 	picks := map[*Subject][]pick{}
 	for sel := range x.meeting(p) {
-		sure, maybe := sel.meets(p, x.repo.facts)
+		sure, maybe := x.meets(sel, n)
 		sel.put(n, sure, maybe)
 		if !maybe {
 			continue
@@ -242,7 +250,7 @@ func (x *Sets) AddPeer(n identity.Numeric, p Peer) (out []Delta) {
 		var entries map[abi.PolicyKey]abi.Policy
 		switch {
 		case s.stale:
-			entries = s.set.AddPeer(n, p)
+			entries = s.set.AddPeer(n, p.asKnownTo(s))
 		case len(picks[s]) > 0 || s.set.anyNames || p.Identity.Reserved == hostName:
 			entries = s.set.enter(n, p, picks[s])
 		}
@@ -314,7 +322,7 @@ func (x *Sets) changePeer(n identity.Numeric, old, p Peer) {
 // than before, subjects are stale, and mean what they did with the facts before.
 func (x *Sets) see(sel *selection, n identity.Numeric, before *facts) {
 	wasSure, wasMaybe := sel.of(n)
-	sure, maybe := sel.meets(x.peers[n], x.repo.facts)
+	sure, maybe := x.meets(sel, n)
 	if sure == wasSure && maybe == wasMaybe {
 		return
 	}
@@ -334,6 +342,7 @@ func (x *Sets) see(sel *selection, n identity.Numeric, before *facts) {
 
 func (x *Sets) enter(n identity.Numeric, p Peer) {
 	x.peers[n] = p
+	x.noteNames(n, p, true)
 	for _, at := range append(p.places(), identityPlaces(p.Identity)...) {
 		if x.peersAt[at] == nil {
 			x.peersAt[at] = numbers{}
@@ -344,6 +353,7 @@ func (x *Sets) enter(n identity.Numeric, p Peer) {
 
 func (x *Sets) leave(n identity.Numeric, p Peer) {
 	delete(x.peers, n)
+	x.noteNames(n, p, false)
 	for _, at := range append(p.places(), identityPlaces(p.Identity)...) {
 		delete(x.peersAt[at], n)
 		if len(x.peersAt[at]) == 0 {
@@ -367,7 +377,7 @@ func (x *Sets) meeting(p Peer) iter.Seq[*selection] {
 }
 
 // selectionsOf returns those of a rule's peers, evaluated.
-func (x *Sets) selectionsOf(r *Rule) []*selection {
+func (x *Sets) selectionsOf(s *Subject, r *Rule) []*selection {
 	if len(r.Peers) == 0 {
 		return nil
 	}
@@ -380,10 +390,14 @@ func (x *Sets) selectionsOf(r *Rule) []*selection {
 	}
 	out := make([]*selection, len(keys))
 	for i, key := range keys {
-		sel := x.selections[key]
+		at := selectionKey{key: key}
+		if _, byName := r.Peers[i].(DNSName); byName {
+			at.subject = s
+		}
+		sel := x.selections[at]
 		if sel == nil {
-			sel = newSelection(key, r.Peers[i])
-			x.selections[key] = sel
+			sel = newSelection(at, r.Peers[i])
+			x.selections[at] = sel
 			for _, at := range sel.places {
 				if x.selectionsAt[at] == nil {
 					x.selectionsAt[at] = map[*selection]struct{}{}
@@ -399,6 +413,10 @@ func (x *Sets) selectionsOf(r *Rule) []*selection {
 
 // evaluate looks at every peer that the selection can meet.
 func (x *Sets) evaluate(sel *selection, before *facts) {
+	if sel.subject != nil {
+		x.evaluateNames(sel, before)
+		return
+	}
 	for _, at := range sel.places {
 		for n := range x.peersAt[at] {
 			if !sel.elsewhere(x.peers[n]) {
@@ -411,11 +429,12 @@ func (x *Sets) evaluate(sel *selection, before *facts) {
 // drop says that a subject uses a selection no more.
 func (x *Sets) drop(s *Subject, sel *selection) {
 	delete(s.uses, sel)
+	delete(s.named, sel)
 	delete(sel.users, s)
 	if len(sel.users) > 0 {
 		return
 	}
-	delete(x.selections, sel.key)
+	delete(x.selections, sel.selectionKey)
 	for _, at := range sel.places {
 		delete(x.selectionsAt[at], sel)
 		if len(x.selectionsAt[at]) == 0 {
