@@ -14,6 +14,10 @@ func (p *pair) answers() {
 		p.serverGone(err)
 		return
 	}
+	if h := p.http2(); h != nil {
+		h.answers()
+		return
+	}
 	var rs response
 	for {
 		n, err := p.head(p.out)
@@ -107,6 +111,7 @@ func (p *pair) switchTo(ex *exchange, rs *response, n int) {
 // passed on as such.
 func (p *pair) serverGone(err error) {
 	switch {
+	case p.isClosing():
 	case errors.Is(err, io.EOF) && len(p.out.data()) == 0:
 		p.failWaiting("the server ended the connection without an answer")
 		p.finish()

@@ -21,11 +21,47 @@ func (p *pair) serveHTTP() {
 		defer p.out.release()
 		p.answers()
 	}()
-	p.requests()
+	if h := p.begin(); h != nil {
+		h.requests()
+	} else {
+		p.requests()
+	}
 	<-done
 	if p.isClosing() {
 		p.linger()
 	}
+}
+
+// begin waits for the first bytes. If they are those of HTTP/2, the pair speaks
+// it from now on.
+func (p *pair) begin() *h2 {
+	for timed := false; p.in.fill(len(preface)) == nil; {
+		data := p.in.data()
+		if n := min(len(data), len(preface)); string(data[:n]) != preface[:n] {
+			if timed {
+				p.client.SetReadDeadline(time.Time{})
+			}
+			return nil
+		} else if n < len(preface) {
+			if !timed {
+				timed = true
+				p.client.SetReadDeadline(time.Now().Add(p.s.opts.HeaderTimeout)) // an error comes with the next read
+			}
+			continue
+		}
+		h := newH2(p)
+		p.mu.Lock()
+		p.h2 = h
+		p.mu.Unlock()
+		return h
+	}
+	return nil // what is wrong comes again
+}
+
+func (p *pair) http2() *h2 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.h2
 }
 
 // requests judges and forwards what the client sends.

@@ -12,46 +12,46 @@ const maxHello = 64 << 10
 // errMore: the hello is not whole yet.
 const errMore = malformed("a TLS hello that is cut off")
 
-// serverName reads the name that a TLS client asks for out of its first bytes:
-// in lower case, "" if it names none. The hello may be spread over records.
-func serverName(data []byte) (name string, err error) {
-	var message []byte
+// hello reads a TLS client's hello, which may be spread over records, out of
+// bytes that come bit by bit: every byte is looked at once.
+type hello struct {
+	used    int    // bytes of whole records that were read
+	message []byte // what they hold
+}
+
+// read reads the name that the client asks for: in lower case, "" if it names
+// none. data are all bytes since the first.
+func (h *hello) read(data []byte) (name string, err error) {
 	for {
-		if len(data) < 5 {
-			if len(data) > 0 && data[0] != 22 || len(data) > 1 && data[1] != 3 {
-				return "", malformed("not TLS")
-			}
-			return "", errMore
-		}
-		n := int(binary.BigEndian.Uint16(data[3:]))
-		if data[0] != 22 || data[1] != 3 || n > 1<<14 {
+		b := data[h.used:]
+		if len(b) > 0 && b[0] != 22 || len(b) > 1 && b[1] != 3 {
 			return "", malformed("not TLS")
 		}
-		if n == 0 {
-			return "", malformed("an empty TLS record")
-		}
-		part := data[5:min(5+n, len(data))]
-		if message == nil && len(data) >= 5+n {
-			message = part // mostly the whole hello
-		} else {
-			message = append(message[:len(message):len(message)], part...)
-		}
-		if len(message) > 0 && message[0] != 1 {
-			return "", malformed("TLS that does not begin with a hello")
-		}
-		if len(message) >= 4 {
-			length := int(message[1])<<16 | int(message[2])<<8 | int(message[3])
-			if length > maxHello {
-				return "", malformed("a TLS hello that is too long")
-			}
-			if len(message) >= 4+length {
-				return helloName(message[4 : 4+length])
-			}
-		}
-		if len(data) < 5+n {
+		if len(b) < 5 {
 			return "", errMore
 		}
-		data = data[5+n:]
+		n := int(binary.BigEndian.Uint16(b[3:]))
+		if n == 0 || n > 1<<14 {
+			return "", malformed("a TLS record that is empty or too long")
+		}
+		if len(b) < 5+n {
+			return "", errMore
+		}
+		h.used += 5 + n
+		h.message = append(h.message, b[5:5+n]...)
+		if h.message[0] != 1 {
+			return "", malformed("TLS that does not begin with a hello")
+		}
+		if len(h.message) < 4 {
+			continue
+		}
+		length := int(h.message[1])<<16 | int(h.message[2])<<8 | int(h.message[3])
+		if length > maxHello {
+			return "", malformed("a TLS hello that is too long")
+		}
+		if len(h.message) >= 4+length {
+			return helloName(h.message[4 : 4+length])
+		}
 	}
 }
 

@@ -33,6 +33,7 @@ type pair struct {
 	half    bool                          // the client sends nothing more
 	closing bool                          // the client gets nothing more
 	retired bool                          // ends when nothing waits
+	h2      *h2                           // nil: HTTP/1
 	ended   bool
 	reason  string // why it ended, if not in peace
 }
@@ -191,9 +192,13 @@ func (p *pair) why() string {
 func (p *pair) retire() {
 	p.mu.Lock()
 	p.retired = true
-	idle := len(p.waiting) == 0 && p.server != nil
+	idle, h := len(p.waiting) == 0 && p.server != nil, p.h2
 	p.changed.Broadcast()
 	p.mu.Unlock()
+	if h != nil {
+		h.retire()
+		return
+	}
 	if idle || p.tunnel.Load() {
 		p.close()
 	}

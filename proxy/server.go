@@ -84,8 +84,8 @@ func (s *Server) Run(ctx context.Context, listeners ...Listener) error {
 	for _, l := range listeners {
 		l.Close()
 	}
-	s.drain()
 	limit := time.AfterFunc(s.opts.DrainTimeout, func() { s.each(func(p *pair) { p.abort("the proxy ends") }) })
+	s.drain()
 	s.wg.Wait()
 	limit.Stop()
 	close(stop)

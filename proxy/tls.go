@@ -53,10 +53,10 @@ func (p *pair) serveTLS(d Decision) {
 
 // hello waits for the whole hello, which stays unread.
 func (p *pair) hello() (name string, err error) {
-	timed := false
+	timed, h := false, hello{}
 	for {
 		if data := p.in.data(); len(data) > 0 {
-			if name, err = serverName(data); err != errMore {
+			if name, err = h.read(data); err != errMore {
 				break
 			}
 			if !timed {

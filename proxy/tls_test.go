@@ -39,6 +39,8 @@ func clientHello(t testing.TB, name string) []byte {
 	return append(head, rest...)
 }
 
+func serverName(b []byte) (string, error) { return new(hello).read(b) }
+
 // records spreads the message of one record over records of a size.
 func records(hello []byte, size int) (out []byte) {
 	for body := hello[5:]; len(body) > 0; {
@@ -51,21 +53,24 @@ func records(hello []byte, size int) (out []byte) {
 
 func TestServerName(t *testing.T) {
 	for _, want := range []string{"a.example", "", strings.Repeat("a", 60) + ".example"} {
-		hello := clientHello(t, want)
+		first := clientHello(t, want)
 		for _, size := range []int{1, 2, 3, 7, 100, 1 << 14} {
-			b := records(hello, size)
+			b := records(first, size)
 			if name, err := serverName(b); name != want || err != nil {
 				t.Errorf("records of %d bytes: %q %v, want %q", size, name, err, want)
 			}
+			bits := hello{}
 			for n := range b {
-				if name, err := serverName(b[:n]); err != errMore {
+				if name, err := bits.read(b[:n]); err != errMore {
 					t.Fatalf("%d of %d bytes: %q %v", n, len(b), name, err)
 				}
 			}
+			if name, err := bits.read(b); name != want || err != nil {
+				t.Errorf("records of %d bytes, bit by bit: %q %v, want %q", size, name, err, want)
+			}
 		}
 	}
-	hello := clientHello(t, "A.Example")
-	if name, err := serverName(append(hello, "more"...)); name != "a.example" || err != nil {
+	if name, err := serverName(append(clientHello(t, "A.Example"), "more"...)); name != "a.example" || err != nil {
 		t.Errorf("%q %v", name, err)
 	}
 	for what, b := range map[string][]byte{
