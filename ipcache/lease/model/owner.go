@@ -2,9 +2,25 @@ package model
 
 // drop forgets a grant: the verifier's lease on it is over, or was given back.
 func (x *stepper) drop(o *owner, p *peer, w int) {
-	if p.grant[w] != grantNone {
-		p.grant[w], p.left[w] = grantNone, 0
+	if p.left[w] > 0 {
 		o.gone = 0
+	}
+	p.grant[w], p.left[w] = grantNone, 0
+}
+
+// sweep forgets what is over and of no open session, in the journal too. Until
+// then a restart takes it for what may still run.
+func (x *stepper) sweep(s0 *state, v int) {
+	s := *s0
+	p := &s.peer[v]
+	session := p.older == streamOpen || p.current == streamOpen
+	for w := range x.Workloads {
+		if p.left[w] == 0 && (p.grant[w] == grantExpired || p.grant[w] == grantStanding && !session) {
+			p.grant[w] = grantNone
+		}
+	}
+	if s.owner.up == 1 && s != *s0 {
+		x.emit(s, "", "the owner sweeps out expired grants of v%d", v+1)
 	}
 }
 
@@ -16,7 +32,7 @@ func (x *stepper) end(s *state) {
 		if w := s.owner.holder; p.grant[w] == grantStanding {
 			p.grant[w] = grantRevoked
 			if p.left[w] == 0 {
-				p.grant[w] = grantNone // that lease was over before the binding was
+				p.grant[w] = grantExpired // that lease was over before the binding was
 			}
 		}
 	}
@@ -200,12 +216,24 @@ func (x *stepper) ownerReads(s0 *state, v int) {
 	if p.session == sessionDialling && p.dead == 0 && p.current == streamNone && !p.toVerifier.has(Challenge) {
 		x.accept(*s0, v)
 	}
+	x.sweep(s0, v)
+	x.olderEnds(s0, v)
 	if p.abandoned[0].Kind != 0 && p.older != streamNone {
 		x.ownerReadsFrom(*s0, v, true)
 	}
 	if p.toOwner[0].Kind != 0 && p.current != streamNone && p.dead == 0 {
 		x.ownerReadsFrom(*s0, v, false)
 	}
+}
+
+// olderEnds: the owner learns that a stream is over, or finds it silent.
+func (x *stepper) olderEnds(s0 *state, v int) {
+	if s0.peer[v].older == streamNone {
+		return
+	}
+	s := *s0
+	s.peer[v].older, s.peer[v].abandoned = streamNone, queue{}
+	x.emit(s, "", "the owner learns that the stream which v%d gave up is over", v+1)
 }
 
 // accept: the owner speaks first. Of an older stream that has not said Hello
@@ -274,7 +302,7 @@ func (x *stepper) ack(s *state, v, w int) {
 			continue
 		}
 		for r := range x.Workloads {
-			if (r == w || x.Rules.AckByAddress) && s.peer[u].grant[r] == grantRevoked {
+			if g := s.peer[u].grant[r]; (r == w || x.Rules.AckByAddress) && (g == grantRevoked || g == grantExpired) {
 				x.drop(&s.owner, &s.peer[u], r)
 			}
 		}
@@ -350,7 +378,9 @@ func (x *stepper) settle(s *state, p *peer, w int, listed bool) bool {
 	case x.Rules.WelcomeDropsRefused:
 		x.drop(o, p, w)
 	case p.grant[w] == grantStanding:
-		p.grant[w] = grantRevoked
+		if p.grant[w] = grantRevoked; p.left[w] == 0 {
+			p.grant[w] = grantExpired
+		}
 	}
 	return false
 }

@@ -33,6 +33,7 @@ type Config struct {
 	StaysUp         bool  // I3 of held packets is checked
 	NeverStuck      bool  // from every state the last workload can still be admitted
 	FirstAlone      bool  // breaks, crashes, MaxLease and releases are the first verifier's alone
+	ManyHeartbeats  bool  // more than one under way
 	Rules           Rules // all false: the protocol as it is
 }
 

@@ -116,6 +116,7 @@ const (
 	grantNone uint8 = iota
 	grantStanding
 	grantRevoked
+	grantExpired // its lease is over, and the journal does not know yet
 )
 
 // Where a held packet is.

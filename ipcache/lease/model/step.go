@@ -93,6 +93,11 @@ func (x *stepper) forget(s *state) {
 	o.gone = min(o.gone, x.Margin)
 	for v := range x.Verifiers {
 		p := &s.peer[v]
+		for w := range x.Workloads {
+			if o.up == 1 && o.crashes == 0 && p.grant[w] == grantExpired {
+				p.grant[w] = grantNone
+			}
+		}
 		if !x.Egress {
 			p.lastLive = [maxWorkloads]uint8{}
 		}
@@ -144,7 +149,7 @@ func (x *stepper) tickPeer(o *owner, p *peer) {
 			continue
 		}
 		if p.grant[w] == grantRevoked || p.grant[w] == grantStanding && x.Rules.ExpiryDrops {
-			x.drop(o, p, w)
+			p.grant[w], o.gone = grantExpired, 0
 		}
 	}
 	less(&p.deadline)

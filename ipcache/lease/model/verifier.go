@@ -83,10 +83,18 @@ func (x *stepper) verifierFaults(s0 *state, v int) {
 // verifierSends is what a verifier says of itself.
 func (x *stepper) verifierSends(s0 *state, v int) {
 	p := &s0.peer[v]
-	if p.up == 0 || p.session != sessionOpen || p.dead == 1 {
+	if p.up == 0 {
 		return
 	}
-	if !p.toOwner.has(Heartbeat) && !p.toVerifier.has(HeartbeatReply) {
+	if x.Releases && x.mayFail(v) && p.slot != 0 && (p.session == sessionNone || p.dead == 1) {
+		s := *s0
+		s.peer[v].zero()
+		x.emit(s, "", "v%d zeroes w%d; the next Hello does not list it", v+1, p.slot)
+	}
+	if p.session != sessionOpen || p.dead == 1 {
+		return
+	}
+	if x.ManyHeartbeats || !p.toOwner.has(Heartbeat) && !p.toVerifier.has(HeartbeatReply) {
 		for most := range 1 + b(x.AskMaxLease && x.mayFail(v)) {
 			s := *s0
 			left := x.TTL
@@ -159,6 +167,9 @@ func (x *stepper) welcome(p *peer, m Message) bool {
 	}
 	p.session = sessionOpen
 	x.renewed(p, m.Left)
+	if m.Left == 0 && !p.toOwner.push(Message{Kind: Heartbeat, Left: x.TTL}) {
+		return false // it came too late, and there is no room to ask again
+	}
 	if refused && !x.Rules.WelcomeDropsRefused {
 		return p.toOwner.push(Message{Kind: Ack, Workload: m.Workload})
 	}
@@ -193,10 +204,13 @@ func (x *stepper) storeFails(s state, v int, m Message) {
 // install is what a Binding brings. It reports a breach of I3.
 func (x *stepper) install(s *state, v int, m Message) string {
 	p := &s.peer[v]
-	p.zero()
-	p.slot, p.onSession = m.Workload, 1
 	asked := p.asked
 	p.asked, p.negative = 0, 0
+	if p.slot == m.Workload && p.condemned == 0 {
+		return "" // it stands: nothing is written
+	}
+	p.zero()
+	p.slot, p.onSession = m.Workload, 1
 	p.since = x.sinceTicks(m.Since)
 	if !x.StaysUp || p.held == 0 || p.heldAt != heldByAgent || !x.sends(s, p.held) {
 		return ""
