@@ -75,3 +75,19 @@ func TestRefusedProofsDoNotFloodTheLog(t *testing.T) {
 		}
 	}
 }
+
+// A proof that was under way for as long as it counts is none: nobody is let go,
+// and it is asked for again.
+func TestProofThatCameTooLate(t *testing.T) {
+	v := live(t, proving(false))
+	p := proofOf(one[lease.Prove](t, v.wantProof()))
+	p.Checked.Valid = 1200 * ms // as it was when it was read, and counted from the question
+	v.now = v.now.Add(1300 * ms)
+	out := v.msg(p)
+	none[lease.SetProved](t, out)
+	none[lease.ProofAnswer](t, out)
+	q := one[lease.Prove](t, v.wait(250*ms))
+	if a := one[lease.ProofAnswer](t, v.msg(proofOf(q))); !a.Proved {
+		t.Errorf("%+v", a)
+	}
+}

@@ -214,12 +214,17 @@ func (v *Verifier) proofReceived(o *peer, m Proof) {
 		return
 	}
 	p.state = proofRests
-	if r := judgeProof(p, e, m); r != 0 {
+	// Counted from when it was asked for: the certificate's life was looked
+	// at later.
+	until := p.sent.Add(min(m.Checked.Valid, MaxProof))
+	r := judgeProof(p, e, m)
+	if r == 0 && until <= v.now.Add(leastProof/4) {
+		r = ProofTimeout // under way, or unread, for as long as it counts
+	}
+	if r != 0 {
 		v.refuseProof(p, r, m.Checked.Certificate)
 	} else {
-		// Counted from when it was asked for: the certificate's life was looked
-		// at later.
-		v.setProved(p, p.sent.Add(min(m.Checked.Valid, MaxProof)))
+		v.setProved(p, until)
 		p.reason, p.next = 0, v.now.Add(max(p.until.Sub(v.now)/2, leastProof/2))
 		v.proofDue(p.next)
 		accepted := v.proofEntry(LogProof, p, e, "", m.Checked.Certificate)

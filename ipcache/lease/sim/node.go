@@ -40,8 +40,9 @@ type agent struct {
 	ver   *lease.Verifier
 	table *ipcache.Table
 
-	inbox   []any // lease.OwnerInput, lease.VerifierInput or relabel, made on this node
-	pending []any // outputs of the step in progress
+	inbox   []any      // lease.OwnerInput, lease.VerifierInput or relabel, made on this node
+	pending []any      // outputs of the step in progress
+	decided lease.Time // when the verifier's was
 	oTimer  lease.Time
 	vTimer  lease.Time
 
@@ -232,7 +233,8 @@ func (a *agent) stepVerifier(in lease.VerifierInput) {
 			a.n.proof = a.n.w.madeOf(p)
 		}
 	}
-	out := a.ver.Step(a.n.clock(), in)
+	a.decided = a.n.clock()
+	out := a.ver.Step(a.decided, in)
 	if h.verifierOut != nil {
 		out = h.verifierOut(a, in, out)
 	}

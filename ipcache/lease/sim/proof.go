@@ -160,14 +160,15 @@ func (w *World) checkProved(v *node, s *kslot) {
 }
 
 // proofAnswered looks whether what is let go is proved: P3, a packet that waited
-// for a proof is judged again when there is one.
+// for a proof is judged again when there is one; or was, when that was decided: an
+// agent may be descheduled before it does so, and the kernel looks at the deadline.
 func (a *agent) proofAnswered(out lease.ProofAnswer) {
 	n := a.n
 	i, ok := n.k.binding[n.w.ipIndex[out.IP]]
 	if !out.Proved {
 		return
 	}
-	if s := &n.k.slots[i]; !ok || s.stamp != out.Stamp || s.proved <= n.clock() {
+	if s := &n.k.slots[i]; !ok || s.stamp != out.Stamp || s.proved <= a.decided {
 		n.w.violate("P3", "%s: who waits for a proof of %s under stamp %d is let go, and there is none", n.name, out.IP, out.Stamp)
 	}
 }
