@@ -8,6 +8,8 @@
  *	from_workload	tcx ingress: what the workload sends
  *	to_workload	tcx egress: what it is about to receive
  *
+ * Those behind the proxy and the node's translation are told of where they are.
+ *
  * Each packet's life is parse, identify, judge, account. Every exit that is not
  * an explicit pass is a drop with a reason (I6).
  */
@@ -17,6 +19,7 @@
 #include "lib/hold.h"
 #include "lib/icmp.h"
 #include "lib/judge.h"
+#include "lib/proxied.h"
 #include "lib/recent.h"
 #include "lib/translated.h"
 
@@ -112,7 +115,7 @@ separate int mark_write(struct __sk_buff *skb, struct pc_life *l)
  * should see them. */
 inline_always void leave(struct __sk_buff *skb, struct pc_life *l, int dir)
 {
-	if (l->reinjected)
+	if (l->reinjected || l->p.proxied)
 		skb->mark &= ~mark_mask;
 	if (!endpoint_mark_mask)
 		return;
@@ -157,7 +160,17 @@ inline_always int gate(struct __sk_buff *skb, int dir)
 	l.reinjected = has_mark(skb, reinject_mark);
 	l.reason = judge(skb, &l, dir);
 
-	if (dir == PC_DIR_EGRESS && !l.reason && l.peer.kind == PEER_LATER && !service_to_node(skb))
+	if (!l.reason && unlikely(l.p.l7) && !l.p.proxied) {
+		if (steer(skb, &l)) {
+			count(skb, PC_REASON_NONE, dir, PC_VERDICT_STEER);
+			if (l.report || l.reinjected)
+				emit(skb, &l, PC_VERDICT_STEER);
+			return TCX_REDIRECT;
+		}
+		l.reason = PC_REASON_L7_UNAVAILABLE;
+	}
+	/* The proxy knows neither this device's MAC nor that of the next hop. */
+	if (dir == PC_DIR_EGRESS && !l.reason && (l.peer.kind == PEER_LATER || l.p.proxied) && !service_to_node(skb))
 		l.reason = PC_REASON_SERVICE_UNTRANSLATED;
 	if (dir == PC_DIR_EGRESS && !l.reason && l.peer.kind == PEER_LATER) {
 		/* after_translation counts it, and tells of it. */
@@ -226,6 +239,25 @@ int to_workload(struct __sk_buff *skb)
 		return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
 	}
 	return gate(skb, PC_DIR_INGRESS);
+}
+
+/* What the proxy sends; see proxied.h. */
+SEC("tcx/ingress")
+int from_proxy(struct __sk_buff *skb)
+{
+	return proxied_gate(skb);
+}
+
+SEC("tcx/ingress")
+int to_proxy(struct __sk_buff *skb)
+{
+	return proxied_enter(skb);
+}
+
+SEC("sk_lookup")
+int proxy_socket(struct bpf_sk_lookup *ctx)
+{
+	return proxied_socket(ctx);
 }
 
 SEC("netfilter")

@@ -65,12 +65,13 @@ inline_always int origin_lost(struct __sk_buff *skb, const struct pc_life *l)
 }
 
 /* Did a packet from a remote address come in where remote addresses live? A
- * re-injected one was asked before it was held. */
+ * re-injected one was asked before it was held, one of the proxy's before it came
+ * to the proxy. */
 inline_always int from_uplink(struct __sk_buff *skb, const struct pc_life *l)
 {
 	__u32 ifindex = skb->ingress_ifindex;
 
-	return l->reinjected || (ifindex && bpf_map_lookup_elem(&uplinks, &ifindex));
+	return l->reinjected || l->p.proxied || (ifindex && bpf_map_lookup_elem(&uplinks, &ifindex));
 }
 
 /* Is the slot of an address of this node's own? Its number does not say, for
@@ -84,6 +85,8 @@ inline_always int slot_is_host(__u32 lease, __u32 ifindex)
  * the slot's holder is? (to_workload only) */
 inline_always int slot_origin(struct __sk_buff *skb, const struct pc_life *l, __u32 ifindex)
 {
+	if (l->p.proxied)
+		return PEER_BOUND;
 	if (l->peer.host) {
 		/* Only what this node generated itself is `host`. A forwarded
 		 * packet with the node's address (masquerade) is nobody's, and
@@ -231,9 +234,9 @@ inline_always int peer_look_up(struct __sk_buff *skb, struct pc_life *l)
 
 	barrier();
 	b = bpf_map_lookup_elem(&bindings, addr);
-	/* The answer to a peer that is known by its mark: its address is not its
-	 * own, so the judgement says who it is. */
-	if (endpoint_mark_mask && l->dir == PC_DIR_EGRESS && (l->how & CT_KNOWN) &&
+	/* The answer to a peer that is known by its mark (or what it said, through
+	 * the proxy): its address is not its own, so the judgement says who it is. */
+	if (endpoint_mark_mask && (l->dir == PC_DIR_EGRESS || l->p.proxied) && (l->how & CT_KNOWN) &&
 	    (l->j.flags & PC_JUDGED_BY_MARK)) {
 		s = slot_find(l->j.slot, l->j.stamp);
 		if (!s)

@@ -70,14 +70,16 @@ inline_always int flow_of(const struct pc_packet *p, struct pc_flow *f)
  * field that decides. Conntrack elements are recycled and judgements rewritten
  * while other CPUs read them, without a lock; a mixture of two does not add up
  * and counts as no judgement. It guards against races, not against forgery:
- * only the kernel writes here.
+ * only the kernel writes here. (PC_JUDGED_L7 would not fit beside the others.)
  */
+_Static_assert(PC_REASON_MAX <= 128, "evidence, which holds a reason too, shares its byte with PC_JUDGED_L7");
 inline_always __u64 judgement_seal(__u64 sum, const struct pc_judgement *j, int jdir, __u32 opened_by_b)
 {
 	return sum + j->stamp * 0xe7037ed1a0b428dbULL +
 	       ((__u64)j->slot << 32 | j->endpoint) * 0x8ebc6af09c88c6e3ULL +
 	       ((__u64)j->epoch << 32 | (__u32)j->mark << 16 | (__u32)j->evidence << 8 |
-		(__u32)(j->flags & ~PC_JUDGED_REPLY_SEEN) << 2 | (jdir << 1) | (opened_by_b ? 1 : 0)) *
+		(__u32)(j->flags & ~(PC_JUDGED_REPLY_SEEN | PC_JUDGED_L7)) << 2 |
+		(__u32)(j->flags & PC_JUDGED_L7) << 9 | (jdir << 1) | (opened_by_b ? 1 : 0)) *
 		       0x589965cc75374cc3ULL;
 }
 

@@ -170,8 +170,11 @@ separate int fragment_follow(struct __sk_buff *skb, struct pc_life *l)
 		return reason;
 	if (!origin_same(skb, l, l->dir))
 		return PC_REASON_SPOOFED;
-	if (judgement_fresh(&j, life_peer(l, l->dir), l->now))
+	if (judgement_fresh(&j, life_peer(l, l->dir), l->now)) {
+		if (unlikely(j.flags & PC_JUDGED_L7)) /* of UDP, steer() asks for that */
+			l->p.l7 = L7_BY_EGRESS;
 		return PC_REASON_NONE;
+	}
 	if (!j.stamp)
 		return PC_REASON_UNBOUND; /* the ranges have changed */
 	return slot_of(j.slot, j.stamp, life_peer(l, l->dir)) ? PC_REASON_STALE_LEASE :

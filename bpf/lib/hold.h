@@ -38,6 +38,10 @@ inline_always int may_hold(const struct pc_life *l)
 	 * for then the record says whose packet it is (pc_held.stamp); of a fragment
 	 * it does not. A peer that only its mark names is not asked for under the
 	 * packet's address; the node itself sends what it sends. */
+	/* Sent back, it would go through the proxy as what its workload sent. What
+	 * that sends waits for the same answer. */
+	if (unlikely(l->p.proxied))
+		return 0;
 	if (unlikely(l->reason == PC_REASON_EVIDENCE_TOO_WEAK))
 		return proofs && l->need == PC_EVIDENCE_SVID && l->peer.kind == PEER_BOUND && !l->peer.mark &&
 		       !l->peer.host && (l->peer.stamp || !l->reinjected) && reader_alive(l->now);

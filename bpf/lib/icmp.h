@@ -52,6 +52,9 @@ separate int judge_icmp_error(struct __sk_buff *skb, struct pc_life *l)
 	if (j->epoch != l->policy ||
 	    !judgement_fresh(j, quoted == PC_DIR_EGRESS ? &q.dst : &q.src, l->now))
 		return PC_REASON_UNSUPPORTED;
+	/* The proxy's packets are meant: those that came by here. */
+	if (unlikely(j->flags & PC_JUDGED_L7))
+		steer_known(skb, l, opened_by_src ? quoted : PC_DIR_INGRESS - quoted);
 	return PC_REASON_NONE;
 }
 

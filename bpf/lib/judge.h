@@ -6,14 +6,14 @@
 
 #include "conntrack.h"
 #include "policy.h"
-#include "service.h"
+#include "steer.h"
 
 /* A known flow's packet towards the workload must come in where its peer's
  * packets did. The device may change (two uplinks), so a difference means:
  * judge anew. Only a flow that needed to know its peer cares. */
 inline_always int origin_same(struct __sk_buff *skb, const struct pc_life *l, int dir)
 {
-	if (dir == PC_DIR_EGRESS || l->reinjected)
+	if (dir == PC_DIR_EGRESS || l->reinjected || l->p.proxied)
 		return 1;
 	if (!l->j.stamp && !(l->j.flags & PC_JUDGED_BY_RANGE))
 		return 1;
@@ -52,9 +52,12 @@ separate int judge_anew(struct __sk_buff *skb, struct pc_life *l)
 	const struct pc_endpoint *ep;
 	struct pc_judgement *j;
 	__u32 jdir, id;
+	int sticks;
 
 	if (!skb || !l)
 		return PC_REASON_MALFORMED;
+	if (!(l->how & CT_KNOWN) && steer_answer(skb, l))
+		return PC_REASON_NONE;
 	j = &l->j;
 	known = l->how & CT_KNOWN;
 	forward = l->how & CT_FORWARD;
@@ -71,11 +74,17 @@ separate int judge_anew(struct __sk_buff *skb, struct pc_life *l)
 		return PC_REASON_NO_FLOW;
 	if (forward && jdir == PC_DIR_EGRESS && service_unknown(l))
 		return service_later(skb, l, ep);
-	l->expect = known && !forward ? j->stamp : 0;
+	/* What came through the proxy is nobody else's than what went into it. */
+	l->expect = known && (!forward || l->p.proxied) ? j->stamp : 0;
+	sticks = known && steer_sticks(l);
 	l->flow = known ? (forward ? PC_FLOW_ESTABLISHED : PC_FLOW_REPLY) : PC_FLOW_NEW;
 	reason = policy_judge(skb, l, jdir, forward);
 	if (reason && !audit_remembers(l, reason))
 		return reason;
+	if (sticks)
+		l->p.l7 = 1 + jdir;
+	else if (unlikely(l->p.l7) && l->p.translated && !steered_service(l))
+		return PC_REASON_L7_UNAVAILABLE;
 	if (!endpoint_unchanged(skb, l, ep))
 		return PC_REASON_NO_ENDPOINT;
 
@@ -95,16 +104,21 @@ separate int judge_anew(struct __sk_buff *skb, struct pc_life *l)
 	j->epoch = l->policy;
 	j->evidence = l->need;
 	j->rule = l->rule;
-	j->ifindex = PC_IFINDEX_NONE;
-	if (l->dir == PC_DIR_INGRESS && !l->reinjected)
-		j->ifindex = skb->ingress_ifindex;
+	if (!l->p.proxied) {
+		j->ifindex = PC_IFINDEX_NONE;
+		if (l->dir == PC_DIR_INGRESS && !l->reinjected)
+			j->ifindex = skb->ingress_ifindex;
+	}
 	j->stamp = 0;
 	j->slot = 0;
 	service_mark(j, &l->p, forward);
 	if (reason) {
 		j->flags |= PC_JUDGED_AUDIT;
 		j->evidence = reason;
-	} else if (l->peer.kind) { /* it was asked who the peer is, and so it counts */
+	} else if (unlikely(l->p.l7)) {
+		j->flags |= PC_JUDGED_L7;
+	}
+	if (!reason && l->peer.kind) { /* it was asked who the peer is, and so it counts */
 		j->slot = l->peer.slot;
 		if (l->peer.mark) {
 			j->flags |= PC_JUDGED_BY_MARK;
@@ -263,6 +277,9 @@ inline_always int judge_flow(struct __sk_buff *skb, struct pc_life *l, int dir)
 		l->how |= CT_FORWARD;
 	}
 
+	if ((l->how & CT_KNOWN) && unlikely(j->flags & PC_JUDGED_L7))
+		steer_known(skb, l, forward ? dir : other);
+
 	/* The established packet. */
 	if ((l->how & CT_KNOWN) && j->epoch == l->policy && origin_same(skb, l, dir) &&
 	    judgement_fresh(j, life_peer(l, dir), l->now) &&
@@ -286,8 +303,13 @@ inline_always int judge_flow(struct __sk_buff *skb, struct pc_life *l, int dir)
 	}
 	/* A service's answer is judged by who gave it. */
 	if (dir == PC_DIR_INGRESS && !forward && (l->how & CT_KNOWN) &&
-	    unlikely(j->flags & PC_JUDGED_BY_SERVICE) && !service_reply(skb, l))
+	    unlikely(j->flags & PC_JUDGED_BY_SERVICE) && !service_reply(skb, l)) {
+		/* The proxy's own words: it asks for itself whether they are allowed
+		 * still. What it has from there has come by here, and was asked. */
+		if (l->p.proxied && judgement_fresh(j, life_peer(l, dir), l->now))
+			return PC_REASON_NONE;
 		return PC_REASON_SERVICE_UNTRANSLATED;
+	}
 	reason = judge_slow(skb, l);
 	if (!reason && (l->how & CT_KEEP))
 		ct_touch(ct, &l->p, forward, flags, l->now);

@@ -8,6 +8,10 @@
  * that was judged as itself before? */
 enum pc_translated { TRANSLATED_NOT = 0, TRANSLATED_SERVICE, TRANSLATED_OTHER };
 
+/* Who says that the packet passes through the proxy only: the endpoint's judgement
+ * of a flow that it opened, or of one that it was called by. */
+enum pc_l7 { L7_NOT = 0, L7_BY_EGRESS = 1 + PC_DIR_EGRESS, L7_BY_INGRESS = 1 + PC_DIR_INGRESS };
+
 /* How the other side of a packet is known. */
 enum pc_peer_kind {
 	PEER_NOT_ASKED = 0,

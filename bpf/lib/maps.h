@@ -230,4 +230,25 @@ struct {
 	__type(value, struct pc_uplink);
 } uplinks SEC(".maps");
 
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, PC_DIR_MAX);
+	__type(key, __u32);
+	__type(value, struct pc_steering);
+} steering SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 4096);
+	__type(key, struct pc_l7_service_key);
+	__type(value, struct pc_l7_service);
+} l7_services SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKMAP);
+	__uint(max_entries, PC_L7_SOCKET_MAX);
+	__type(key, __u32);
+	__type(value, __u64);
+} l7_sockets SEC(".maps");
+
 #endif

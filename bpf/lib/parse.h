@@ -53,6 +53,8 @@ struct pc_packet {
 	__u8 l4;   /* where the transport header begins */
 	__u32 frag_id;
 	__u16 frag_at, frag_len; /* of its part of the datagram: in 8 bytes; in bytes */
+	__u8 l7;	/* it passes through the proxy only: enum pc_l7 */
+	__u8 proxied;	/* and it has been there: it carries that judgement's mark */
 	__u8 translated; /* enum pc_translated: dst and dport, of a reply src and sport, are those behind it */
 };
 

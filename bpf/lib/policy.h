@@ -53,7 +53,7 @@ inline_always int host_possible(const struct __sk_buff *skb, const struct pc_lif
 {
 	if (dir != PC_DIR_INGRESS || !(l->ep_flags & PC_EP_ADMIT_HOST))
 		return 0;
-	if (l->dir == PC_DIR_INGRESS)
+	if (l->dir == PC_DIR_INGRESS && !l->p.proxied)
 		return !skb->ingress_ifindex && !l->reinjected;
 	return !!l->expect;
 }
@@ -98,8 +98,16 @@ inline_always int peer_unknown(const struct pc_life *l)
 	}
 }
 
-/* The decision of abi.h, "policy". Sets l->rule, l->no_evidence, l->need.
- * NONE: the endpoint's policy lets the flow pass for this peer. Of the entry for
+/* Does the entry that decides want the proxy to look inside? Not under audit, which
+ * changes nothing about what passes. */
+inline_always void policy_l7(struct pc_life *l, int dir, __u8 flags)
+{
+	if (unlikely(flags & PC_POLICY_L7) && !(l->ep_flags & PC_EP_AUDIT))
+		l->p.l7 = dir == PC_DIR_EGRESS ? L7_BY_EGRESS : L7_BY_INGRESS;
+}
+
+/* The decision of abi.h, "policy". Sets l->rule, l->no_evidence, l->need,
+ * l->p.l7.  * NONE: the endpoint's policy lets the flow pass for this peer. Of the entry for
  * everybody what is still asked for after the peer was looked for lies in l: the
  * stack is full. */
 inline_always int policy_judge(struct __sk_buff *skb, struct pc_life *l, int dir, int forward)
@@ -110,6 +118,7 @@ inline_always int policy_judge(struct __sk_buff *skb, struct pc_life *l, int dir
 	int reason;
 
 	l->need = PC_EVIDENCE_NONE;
+	l->p.l7 = L7_NOT;
 	if (!endpoint_enforces(l, dir)) {
 		l->no_evidence = 1;
 		return PC_REASON_NONE;
@@ -121,8 +130,10 @@ inline_always int policy_judge(struct __sk_buff *skb, struct pc_life *l, int dir
 	l->no_evidence = 1;
 	if (flags & PC_POLICY_DENY)
 		return PC_REASON_POLICY_DENIED;
-	if ((flags & PC_POLICY_ALLOW) && !(flags & PC_POLICY_PEER_DENY) && !l->need)
+	if ((flags & PC_POLICY_ALLOW) && !(flags & PC_POLICY_PEER_DENY) && !l->need) {
+		policy_l7(l, dir, flags);
 		return PC_REASON_NONE;
+	}
 	if (!needs_peer(flags) && !host_possible(skb, l, dir))
 		return PC_REASON_POLICY_DENIED;
 
@@ -157,6 +168,7 @@ inline_always int policy_judge(struct __sk_buff *skb, struct pc_life *l, int dir
 		l->need = PC_EVIDENCE_NONE;
 		return PC_REASON_NONE;
 	}
+	policy_l7(l, dir, peer.flags & PC_POLICY_ALLOW ? peer.flags : flags);
 	/* A range is a fact of configuration, not of a binding: the default
 	 * strength does not apply to it, one that is asked for by number does. */
 	if (!l->need && l->peer.kind == PEER_BOUND)

@@ -195,7 +195,7 @@ separate int recent_store(struct __sk_buff *skb, struct pc_life *l)
 		return 0;
 	/* What such a packet passes by is not all in what is asked each time. */
 	if (l->reinjected || l->p.frag || l->ep_state != PC_EP_ACTIVE || (l->ep_flags & PC_EP_FORWARDS) ||
-	    (l->j.flags & (PC_JUDGED_AUDIT | PC_JUDGED_BY_MARK)))
+	    (l->j.flags & (PC_JUDGED_AUDIT | PC_JUDGED_BY_MARK | PC_JUDGED_L7)))
 		return 0;
 	if (!recent_key(skb, l->dir & 1, &k))
 		return 0;

@@ -64,6 +64,8 @@ separate int service_stands(struct pc_life *l)
 	return (l->j.flags & (PC_JUDGED_BY_SERVICE | PC_JUDGED_CALLED)) != PC_JUDGED_BY_SERVICE || service_address(&l->p.dst);
 }
 
+separate int steer_service(struct __sk_buff *skb, struct pc_life *l);
+
 inline_always int service_unknown(const struct pc_life *l)
 {
 	return !l->p.translated && endpoint_enforces(l, PC_DIR_EGRESS) && service_address(&l->p.dst);
@@ -226,7 +228,8 @@ separate int service_to_node(struct __sk_buff *skb)
 	       !bpf_skb_change_type(skb, PACKET_HOST);
 }
 
-/* A packet to a service whose flow is not known as it has to be. */
+/* A packet to a service whose flow is not known as it has to be. (l->p.l7: it was
+ * known, and goes through the proxy.) */
 inline_always int service_later(struct __sk_buff *skb, struct pc_life *l, const struct pc_endpoint *ep)
 {
 	if (!service_judged(skb, l))
@@ -239,6 +242,9 @@ inline_always int service_later(struct __sk_buff *skb, struct pc_life *l, const 
 	__builtin_memset(&l->j, 0, sizeof(l->j));
 	l->j.endpoint = l->id;
 	l->j.epoch = l->policy;
+	steer_service(skb, l);
+	if (l->p.l7)
+		l->j.flags = PC_JUDGED_L7;
 	return PC_REASON_NONE;
 }
 
