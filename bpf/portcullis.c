@@ -41,7 +41,7 @@ inline_always int judge_from(struct __sk_buff *skb, struct pc_life *l, const str
 	if (l->p.kind == KIND_FRAGMENT)
 		return fragment_follow(skb, l);
 	if (l->p.kind == KIND_ICMP_ERROR)
-		return judge_icmp_error(skb, l);
+		return judge_error(skb, l);
 	return judge_flow(skb, l, PC_DIR_EGRESS);
 }
 
@@ -59,7 +59,7 @@ inline_always int judge_to(struct __sk_buff *skb, struct pc_life *l, const struc
 	if (l->p.kind == KIND_FRAGMENT)
 		return fragment_follow(skb, l);
 	if (l->p.kind == KIND_ICMP_ERROR)
-		return judge_icmp_error(skb, l);
+		return judge_error(skb, l);
 	return judge_flow(skb, l, PC_DIR_INGRESS);
 }
 

@@ -53,22 +53,23 @@ var carried = map[string]struct {
 	needed []string
 	must   bool // without them the agent must not start
 }{
-	"endpoints":  {[]string{"id", "ifindex", "state", "flags", "policy", "hold_index", "uid", "ip4.d", "ip6.d"}, true},
-	"bindings":   {[]string{"stamp", "slot"}, false},
-	"slots":      {[]string{"stamp", "ip.d", "identity", "lease", "ifindex", "evidence"}, false},
-	"slots_cold": {[]string{"stamp", "uid"}, false},
-	"leases":     {[]string{"deadline"}, false},
-	"ranges":     {[]string{"flags"}, true}, // without ranges every address is the world's (I5)
-	"policy":     {[]string{"flags", "evidence"}, false},
-	"uplinks":    {nil, false},
-	"sources":    {[]string{"flags"}, false},
-	"services":   {[]string{"flags"}, true}, // without them a service's address is as any other
-	"conntrack":  {nil, false},
-	"state":      {[]string{"next_stamp", "next_endpoint", "next_policy"}, true}, // else stamps would be used twice
+	"endpoints":   {[]string{"id", "ifindex", "state", "flags", "policy", "hold_index", "uid", "ip4.d", "ip6.d"}, true},
+	"bindings":    {[]string{"stamp", "slot"}, false},
+	"slots":       {[]string{"stamp", "ip.d", "identity", "lease", "ifindex", "evidence"}, false},
+	"slots_cold":  {[]string{"stamp", "uid"}, false},
+	"leases":      {[]string{"deadline"}, false},
+	"ranges":      {[]string{"flags"}, true}, // without ranges every address is the world's (I5)
+	"policy":      {[]string{"flags", "evidence"}, false},
+	"uplinks":     {nil, false},
+	"sources":     {[]string{"flags"}, false},
+	"services":    {[]string{"flags"}, true}, // without them a service's address is as any other
+	"l7_services": {[]string{"flags"}, false},
+	"conntrack":   {nil, false},
+	"state":       {[]string{"next_stamp", "next_endpoint", "next_policy"}, true}, // else stamps would be used twice
 }
 
 // afresh are the maps that begin empty.
-var afresh = []string{"counters", "clock", "events", "held", "hold_quota", "hold_sources", "fragments", "ct_budget", "marks", "recent", "seen"}
+var afresh = []string{"counters", "clock", "events", "held", "hold_quota", "hold_sources", "fragments", "ct_budget", "marks", "recent", "seen", "steering", "l7_sockets"}
 
 // step is one step of Open: what is done between two of them can be cut off,
 // and the next Open recovers.

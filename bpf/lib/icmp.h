@@ -47,15 +47,25 @@ separate int judge_icmp_error(struct __sk_buff *skb, struct pc_life *l)
 		return PC_REASON_UNSUPPORTED;
 	flags = READ_ONCE(ct->flags);
 	opened_by_src = !(flags & PC_CT_FORWARD_B) == !src_is_b;
-	if (!judgement_read(ct, opened_by_src ? quoted : PC_DIR_INGRESS - quoted, f->sum, flags & PC_CT_FORWARD_B, l->id, j))
+	l->p.l7 = 1 + (opened_by_src ? quoted : PC_DIR_INGRESS - quoted);
+	if (!judgement_read(ct, l->p.l7 - 1, f->sum, flags & PC_CT_FORWARD_B, l->id, j))
 		return PC_REASON_UNSUPPORTED;
 	if (j->epoch != l->policy ||
 	    !judgement_fresh(j, quoted == PC_DIR_EGRESS ? &q.dst : &q.src, l->now))
 		return PC_REASON_UNSUPPORTED;
-	/* The proxy's packets are meant: those that came by here. */
-	if (unlikely(j->flags & PC_JUDGED_L7))
-		steer_known(skb, l, opened_by_src ? quoted : PC_DIR_INGRESS - quoted);
 	return PC_REASON_NONE;
+}
+
+/* An error about a packet of the proxy's goes there; its own has the mark. */
+inline_always int judge_error(struct __sk_buff *skb, struct pc_life *l)
+{
+	int reason = judge_icmp_error(skb, l);
+
+	if (!reason && unlikely(l->j.flags & PC_JUDGED_L7))
+		steer_known(skb, l, l->p.l7 - 1);
+	else
+		l->p.l7 = L7_NOT;
+	return reason;
 }
 
 #endif

@@ -122,7 +122,7 @@ func (g *gate) run(prog string, packet []byte, ctx skBuff) result {
 	g.t.Helper()
 	before := g.counters()
 	r := g.runUncounted(prog, packet, ctx)
-	if r.ret == tcxRedirect {
+	if r.ret == tcxRedirect && ctx.Mark == turnMark {
 		return r
 	}
 	dir := abi.DirEgress
@@ -142,13 +142,16 @@ func (g *gate) run(prog string, packet []byte, ctx skBuff) result {
 		g.t.Errorf("%s: packet counted %d times", prog, r.counted)
 	}
 	let := r.verdict == abi.VerdictPass || r.verdict == abi.VerdictAudit
-	if pass := r.ret == tcxNext; pass != let || (!pass && r.ret != tcxDrop) {
+	if steered := r.ret == tcxRedirect; steered != (r.verdict == abi.VerdictSteer) {
+		g.t.Errorf("%s returns %d with verdict %v", prog, r.ret, r.verdict)
+	} else if pass := r.ret == tcxNext; pass != let || (!pass && !steered && r.ret != tcxDrop) {
 		g.t.Errorf("%s returns %d with verdict %v", prog, r.ret, r.verdict)
 	}
-	if r.verdict != abi.VerdictPass && r.reason == abi.ReasonNone {
+	goesOn := r.verdict == abi.VerdictPass || r.verdict == abi.VerdictSteer
+	if !goesOn && r.reason == abi.ReasonNone {
 		g.t.Errorf("%s: %v without a reason", prog, r.verdict)
 	}
-	if r.verdict != abi.VerdictPass && len(r.events) != 1 && !(r.verdict == abi.VerdictAudit && len(r.events) == 0) {
+	if !goesOn && len(r.events) != 1 && !(r.verdict == abi.VerdictAudit && len(r.events) == 0) {
 		g.t.Errorf("%s: %v (%v) with %d events", prog, r.verdict, r.reason, len(r.events))
 	}
 	for _, e := range r.events {

@@ -62,7 +62,8 @@ func TestStack(t *testing.T) {
 				depth[functions[i]] = max(32, (n+31)/32*32)
 			}
 		}
-		if len(functions) < 5 || len(depth) != len(functions) {
+		small := name == "to_proxy" || name == "proxy_socket"
+		if len(functions) < 5 && !small || len(depth) != len(functions) {
 			t.Fatalf("%s: functions %v, depths %s", name, functions, m[1])
 		}
 		var deepest func(f string) int
