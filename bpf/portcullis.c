@@ -144,6 +144,19 @@ inline_always int audit_passes(const struct pc_life *l)
 	return 1;
 }
 
+/* What looks inside is behind another device; 0: there is none, and so it ends here. */
+inline_always int gate_steers(struct __sk_buff *skb, struct pc_life *l, int dir)
+{
+	if (!steer(skb, l)) {
+		l->reason = PC_REASON_L7_UNAVAILABLE;
+		return 0;
+	}
+	count(skb, PC_REASON_NONE, dir, PC_VERDICT_STEER);
+	if (l->report || l->reinjected)
+		emit(skb, l, PC_VERDICT_STEER);
+	return 1;
+}
+
 /* dir is a constant: one text, two programs. */
 inline_always int gate(struct __sk_buff *skb, int dir)
 {
@@ -160,15 +173,8 @@ inline_always int gate(struct __sk_buff *skb, int dir)
 	l.reinjected = has_mark(skb, reinject_mark);
 	l.reason = judge(skb, &l, dir);
 
-	if (!l.reason && unlikely(l.p.l7) && !l.p.proxied) {
-		if (steer(skb, &l)) {
-			count(skb, PC_REASON_NONE, dir, PC_VERDICT_STEER);
-			if (l.report || l.reinjected)
-				emit(skb, &l, PC_VERDICT_STEER);
-			return TCX_REDIRECT;
-		}
-		l.reason = PC_REASON_L7_UNAVAILABLE;
-	}
+	if (!l.reason && unlikely(l.p.l7) && !l.p.proxied && gate_steers(skb, &l, dir))
+		return TCX_REDIRECT;
 	/* The proxy knows neither this device's MAC nor that of the next hop. */
 	if (dir == PC_DIR_EGRESS && !l.reason && (l.peer.kind == PEER_LATER || l.p.proxied) && !service_to_node(skb))
 		l.reason = PC_REASON_SERVICE_UNTRANSLATED;

@@ -46,7 +46,8 @@ type Datapath struct {
 	sources array[abi.HoldQuota]
 	budget  array[abi.CTBudget]
 
-	untranslated error // why services cannot be judged; nil: they are
+	untranslated error       // why services cannot be judged; nil: they are
+	steers       atomic.Bool // the way through a proxy is in force
 
 	emptied map[uint32]int64                        // slot -> CLOCK_BOOTTIME when it was emptied; until it is filled again
 	resting map[abi.Addr]rest                       // entries of local IPs whose bindings ended

@@ -11,6 +11,7 @@
 //	<pin-dir>/progs/{from_workload,to_workload}
 //	<pin-dir>/links/<ifname>/{from_workload,to_workload}
 //	<pin-dir>/hooks/<hook>_{a,b}: after_translation (translation.go)
+//	<pin-dir>/proxy/...: the programs around the L7 proxy (steering.go)
 //
 // Open adopts what it finds there, and replaces the programs under the standing
 // links, one atomic update each. Maps of another layout or size, of another

@@ -181,7 +181,7 @@ func fit(s *ebpf.MapSpec, m *ebpf.Map) (bool, error) {
 	if s.Compatible(m) != nil {
 		return false, nil
 	}
-	if s.Type == ebpf.RingBuf {
+	if s.Type == ebpf.RingBuf || s.Type == ebpf.SockMap { // which carry no layout
 		return true, nil
 	}
 	want, err := entryOfSpec(s)

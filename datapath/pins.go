@@ -302,7 +302,7 @@ func (p pinDir) remove() error {
 			return fmt.Errorf("remove the links of %s: %w", ifname, err)
 		}
 	}
-	if err := errors.Join(p.removeAll(p.links()), p.removeHooks(), p.removeAll(p.progs()),
+	if err := errors.Join(p.removeAll(p.links()), p.removeHooks(), p.removeAll(p.proxy()), p.removeAll(p.progs()),
 		p.removeAll(p.maps()), p.removeAll(p.mapsNew()), p.removeAll(p.mapsReady())); err != nil {
 		return fmt.Errorf("remove pins: %w", err)
 	}

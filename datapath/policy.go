@@ -31,8 +31,9 @@ func (d *Datapath) PutPolicy(set uint32, entries map[abi.PolicyKey]abi.Policy) e
 			return fmt.Errorf("an entry of policy set %d was given for set %d", k.Set, set)
 		}
 		if entries[k].Flags&uint8(abi.PolicyL7) != 0 {
-			// The programs would let pass all that it allows at best.
-			return fmt.Errorf("policy set %d asks for rules inside a protocol (L7), which no program obeys", set)
+			if err := d.refuseL7(set); err != nil {
+				return err
+			}
 		}
 	}
 	if err := d.reapPolicy(d.Now()); err != nil {

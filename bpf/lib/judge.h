@@ -42,6 +42,52 @@ inline_always int audit_remembers(const struct pc_life *l, int reason)
 	       (audit_unsettled(reason) && !(l->how & CT_KNOWN));
 }
 
+/* Writes what was judged into l->j. begins: of a flow that is new here. */
+inline_always void judgement_fill(struct __sk_buff *skb, struct pc_life *l, int forward, int begins, int reason)
+{
+	struct pc_judgement *j = &l->j;
+
+	if (begins) {
+		l->flow = PC_FLOW_NEW;
+		l->report = 1;
+		j->flags = 0;
+	}
+	j->flags &= PC_JUDGED_REPLY_SEEN;
+	if (!forward && !j->flags) {
+		l->report = 1;
+		j->flags = PC_JUDGED_REPLY_SEEN;
+	}
+	j->endpoint = l->id;
+	j->epoch = l->policy;
+	j->evidence = l->need;
+	j->rule = l->rule;
+	if (!l->p.proxied) {
+		j->ifindex = PC_IFINDEX_NONE;
+		if (l->dir == PC_DIR_INGRESS && !l->reinjected)
+			j->ifindex = skb->ingress_ifindex;
+	}
+	j->stamp = 0;
+	j->slot = 0;
+	service_mark(j, &l->p, forward);
+	if (reason) {
+		j->flags |= PC_JUDGED_AUDIT;
+		j->evidence = reason;
+	} else if (unlikely(l->p.l7)) {
+		j->flags |= PC_JUDGED_L7;
+	}
+	if (!reason && l->peer.kind) { /* it was asked who the peer is, and so it counts */
+		j->slot = l->peer.slot;
+		if (l->peer.mark) {
+			j->flags |= PC_JUDGED_BY_MARK;
+			j->mark = l->peer.mark;
+		}
+		if (l->peer.kind == PEER_BOUND)
+			j->stamp = l->peer.stamp;
+		else
+			j->flags |= PC_JUDGED_BY_RANGE;
+	}
+}
+
 /* Judges a new flow, or one whose judgement lost a ground: policy changed,
  * binding gone, lease past its deadline. The forward tuple is judged, also
  * when the packet is a reply; but a reply is bound to the binding that was
@@ -90,45 +136,7 @@ separate int judge_anew(struct __sk_buff *skb, struct pc_life *l)
 
 	/* Another binding than before, and allowed by itself: another flow. */
 	restart = known && forward && j->stamp && l->peer.kind && j->stamp != l->peer.stamp;
-	if (!known || restart) {
-		l->flow = PC_FLOW_NEW;
-		l->report = 1;
-		j->flags = 0;
-	}
-	j->flags &= PC_JUDGED_REPLY_SEEN;
-	if (!forward && !j->flags) {
-		l->report = 1;
-		j->flags = PC_JUDGED_REPLY_SEEN;
-	}
-	j->endpoint = l->id;
-	j->epoch = l->policy;
-	j->evidence = l->need;
-	j->rule = l->rule;
-	if (!l->p.proxied) {
-		j->ifindex = PC_IFINDEX_NONE;
-		if (l->dir == PC_DIR_INGRESS && !l->reinjected)
-			j->ifindex = skb->ingress_ifindex;
-	}
-	j->stamp = 0;
-	j->slot = 0;
-	service_mark(j, &l->p, forward);
-	if (reason) {
-		j->flags |= PC_JUDGED_AUDIT;
-		j->evidence = reason;
-	} else if (unlikely(l->p.l7)) {
-		j->flags |= PC_JUDGED_L7;
-	}
-	if (!reason && l->peer.kind) { /* it was asked who the peer is, and so it counts */
-		j->slot = l->peer.slot;
-		if (l->peer.mark) {
-			j->flags |= PC_JUDGED_BY_MARK;
-			j->mark = l->peer.mark;
-		}
-		if (l->peer.kind == PEER_BOUND)
-			j->stamp = l->peer.stamp;
-		else
-			j->flags |= PC_JUDGED_BY_RANGE;
-	}
+	judgement_fill(skb, l, forward, !known || restart, reason);
 	/* An echo reply that answers nothing opens nothing. */
 	if (!known && is_echo_reply(&l->p)) {
 		l->flow = PC_FLOW_NONE;
@@ -279,7 +287,6 @@ inline_always int judge_flow(struct __sk_buff *skb, struct pc_life *l, int dir)
 
 	if ((l->how & CT_KNOWN) && unlikely(j->flags & PC_JUDGED_L7))
 		steer_known(skb, l, forward ? dir : other);
-
 	/* The established packet. */
 	if ((l->how & CT_KNOWN) && j->epoch == l->policy && origin_same(skb, l, dir) &&
 	    judgement_fresh(j, life_peer(l, dir), l->now) &&
@@ -303,13 +310,10 @@ inline_always int judge_flow(struct __sk_buff *skb, struct pc_life *l, int dir)
 	}
 	/* A service's answer is judged by who gave it. */
 	if (dir == PC_DIR_INGRESS && !forward && (l->how & CT_KNOWN) &&
-	    unlikely(j->flags & PC_JUDGED_BY_SERVICE) && !service_reply(skb, l)) {
+	    unlikely(j->flags & PC_JUDGED_BY_SERVICE) && !service_reply(skb, l))
 		/* The proxy's own words: it asks for itself whether they are allowed
 		 * still. What it has from there has come by here, and was asked. */
-		if (l->p.proxied && judgement_fresh(j, life_peer(l, dir), l->now))
-			return PC_REASON_NONE;
-		return PC_REASON_SERVICE_UNTRANSLATED;
-	}
+		return l->p.proxied && judgement_fresh(j, life_peer(l, dir), l->now) ? PC_REASON_NONE : PC_REASON_SERVICE_UNTRANSLATED;
 	reason = judge_slow(skb, l);
 	if (!reason && (l->how & CT_KEEP))
 		ct_touch(ct, &l->p, forward, flags, l->now);

@@ -46,15 +46,13 @@ struct pc_packet {
 	__u8 proto;
 	__u8 kind; /* enum pc_kind */
 	__u8 tcp_flags;
-	__u8 type; /* ICMP, IGMP: its type; SCTP: that of the first chunk */
-	__u8 code;
+	__u8 type, code; /* of ICMP; IGMP: its type; SCTP: that of the first chunk */
 	__u8 is6;
 	__u8 frag; /* enum pc_frag */
 	__u8 l4;   /* where the transport header begins */
 	__u32 frag_id;
 	__u16 frag_at, frag_len; /* of its part of the datagram: in 8 bytes; in bytes */
-	__u8 l7;	/* it passes through the proxy only: enum pc_l7 */
-	__u8 proxied;	/* and it has been there: it carries that judgement's mark */
+	__u8 l7, proxied; /* it passes through the proxy only (enum pc_l7); and it has been there, as its mark says */
 	__u8 translated; /* enum pc_translated: dst and dport, of a reply src and sport, are those behind it */
 };
 

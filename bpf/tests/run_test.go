@@ -122,7 +122,7 @@ func (g *gate) run(prog string, packet []byte, ctx skBuff) result {
 	g.t.Helper()
 	before := g.counters()
 	r := g.runUncounted(prog, packet, ctx)
-	if r.ret == tcxRedirect && ctx.Mark == turnMark {
+	if r.ret == tcxRedirect && ctx.Mark&markMask == turnMark {
 		return r
 	}
 	dir := abi.DirEgress

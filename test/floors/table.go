@@ -52,6 +52,7 @@ var Table = []Row{
 
 	{Path: "datapath", Floor: 2, Holds: "load, pins, reconcile, events"},
 	{Path: "datapath/hold", Floor: 2, Holds: "held packets"},
+	{Path: "datapath/steer", Floor: 2, Holds: "the L7 proxy's network namespace"},
 	{Path: "datapath/netdev", Floor: 2, Holds: "netlink, links, uplinks"},
 	{Path: "datapath/doctor", Floor: 2, Holds: "what the kernel offers"},
 	{Path: "ipcache/session", Floor: 2, Holds: "gRPC over mTLS, authorizers"},
