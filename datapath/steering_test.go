@@ -361,3 +361,54 @@ func TestSteeredEnds(t *testing.T) {
 		})
 	}
 }
+
+// TestSteeredLook: what the proxy is told of a flow is what the kernel has judged,
+// and the flow's end is seen at once.
+func TestSteeredLook(t *testing.T) {
+	both(t, func(t *testing.T, own, another, remote netip.Addr) {
+		x := newSteered(t, through{egress: true}, through{ingress: true})
+		f := x.forwarder(x.s)
+		look, err := datapath.OpenSteered(x.pins)
+		x.must(err)
+		t.Cleanup(func() { look.Close() })
+		at := netip.AddrPortFrom(remote, 8080)
+		x.connect(x.workload, own, at, x.serveTCP(x.remote, at))
+		inside := netip.AddrPortFrom(another, 8080)
+		x.connect(x.workload, own, inside, x.serveTCP(x.another, inside))
+		x.eventually("the proxy has three connections", func() bool { return len(f.saw()) == 3 })
+		for _, c := range f.saw() {
+			got, err := look.Look(c.dir, unix.IPPROTO_TCP, c.client, c.server)
+			x.must(err)
+			ep, peer := x.eps["wl0"], c.server.Addr()
+			want := abi.EvidenceLease
+			if c.server == inside {
+				want = abi.EvidenceLocal
+			}
+			if c.dir == abi.DirIngress {
+				ep, peer = x.eps["wl1"], c.client.Addr()
+			}
+			if got != (datapath.SteeredFlow{Endpoint: ep.ID, Set: ep.Policy, Peer: client, PeerAddr: peer, Port: 8080, Evidence: want, Rule: 9}) {
+				t.Errorf("%v: %+v", c, got)
+			}
+		}
+		c := f.saw()[0]
+		for _, other := range []taken{{abi.DirIngress, c.client, c.server}, {c.dir, c.server, c.client}, {c.dir, c.client, netip.AddrPortFrom(remote, 1)}} {
+			if got, err := look.Look(other.dir, unix.IPPROTO_TCP, other.client, other.server); !errors.Is(err, datapath.ErrNotJudged) {
+				t.Errorf("%v: %+v, %v", other, got, err)
+			}
+		}
+		x.must(x.d.SetDeadline(sessionLease, 0))
+		if got, err := look.Look(c.dir, unix.IPPROTO_TCP, c.client, c.server); !errors.Is(err, datapath.ErrEnded) {
+			t.Errorf("after the lease: %+v, %v", got, err)
+		}
+		x.must(x.d.SetDeadline(sessionLease, x.d.Now()+int64(time.Hour)))
+		slot := uint32(10)
+		if remote.Is6() {
+			slot = 11
+		}
+		x.must(x.d.ZeroSlot(slot, x.stamps[remote], remote))
+		if got, err := look.Look(c.dir, unix.IPPROTO_TCP, c.client, c.server); !errors.Is(err, datapath.ErrEnded) {
+			t.Errorf("after the binding: %+v, %v", got, err)
+		}
+	})
+}
