@@ -14,7 +14,8 @@ func (p *pair) answers() {
 		p.serverGone(err)
 		return
 	}
-	if h := p.http2(); h != nil {
+	// A server may send its first frame of HTTP/2, which begins with 0, at once.
+	if h := p.http2(p.out.data()[0] == 0); h != nil {
 		h.answers()
 		return
 	}

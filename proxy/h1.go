@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"bytes"
 	"errors"
 	"io"
 	"net"
@@ -34,33 +35,45 @@ func (p *pair) serveHTTP() {
 
 // begin waits for the first bytes. If they are those of HTTP/2, the pair speaks
 // it from now on.
-func (p *pair) begin() *h2 {
+func (p *pair) begin() (h *h2) {
+	if p.hasPreface() {
+		h = newH2(p)
+	}
+	p.mu.Lock()
+	p.begun, p.h2 = true, h
+	p.changed.Broadcast()
+	p.mu.Unlock()
+	return h
+}
+
+func (p *pair) hasPreface() bool {
 	for timed := false; p.in.fill(len(preface)) == nil; {
 		data := p.in.data()
-		if n := min(len(data), len(preface)); string(data[:n]) != preface[:n] {
-			if timed {
-				p.client.SetReadDeadline(time.Time{})
-			}
-			return nil
-		} else if n < len(preface) {
+		n := min(len(data), len(preface))
+		same := string(data[:n]) == preface[:n]
+		if same && n < len(preface) {
 			if !timed {
 				timed = true
 				p.client.SetReadDeadline(time.Now().Add(p.s.opts.HeaderTimeout)) // an error comes with the next read
 			}
 			continue
 		}
-		h := newH2(p)
-		p.mu.Lock()
-		p.h2 = h
-		p.mu.Unlock()
-		return h
+		if timed {
+			p.client.SetReadDeadline(time.Time{})
+		}
+		return same
 	}
-	return nil // what is wrong comes again
+	return false // what is wrong comes again
 }
 
-func (p *pair) http2() *h2 {
+// http2 returns what the pair speaks: nil if HTTP/1. With wait, it waits for
+// the client's first bytes.
+func (p *pair) http2(wait bool) *h2 {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	for wait && !p.begun && !p.over() {
+		p.changed.Wait()
+	}
 	return p.h2
 }
 
@@ -87,10 +100,11 @@ func (p *pair) head(x *reader) (n int, err error) {
 	timed := false
 	for next := 0; ; {
 		if data := x.data(); len(data) > 0 {
-			if !tokenByte[data[0]] {
+			first := next == 0
+			if n, next, err = headEnd(data, next); first && !speaksHTTP(data, next) {
 				return 0, malformed("not HTTP")
 			}
-			if n, next, err = headEnd(data, next); err != nil || n > 0 {
+			if err != nil || n > 0 {
 				break
 			}
 			if !timed {
@@ -107,6 +121,19 @@ func (p *pair) head(x *reader) (n int, err error) {
 		x.conn.SetReadDeadline(time.Time{})
 	}
 	return n, err
+}
+
+// speaksHTTP reports whether data can begin a message of HTTP; lines of it, if
+// there are any whole ones, are so many bytes.
+func speaksHTTP(data []byte, lines int) bool {
+	if data[0] == '\r' || data[0] == '\n' {
+		return true // wrong in another way
+	}
+	if i := bytes.IndexByte(data[:lines], '\n'); i >= 0 {
+		data = data[:i]
+		return tokenByte[data[0]] && bytes.Contains(data, []byte("HTTP/"))
+	}
+	return tokenByte[data[0]]
 }
 
 // request judges one request and forwards it. It reports whether others may

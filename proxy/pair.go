@@ -33,6 +33,7 @@ type pair struct {
 	half    bool                          // the client sends nothing more
 	closing bool                          // the client gets nothing more
 	retired bool                          // ends when nothing waits
+	begun   bool                          // the client has sent its first bytes, or nothing
 	h2      *h2                           // nil: HTTP/1
 	ended   bool
 	reason  string // why it ended, if not in peace

@@ -68,6 +68,8 @@ func checkEscaped(c byte, rest string) error {
 		return malformed("an escaped slash in the path")
 	case c == '\\':
 		return malformed("an escaped backslash in the path")
+	case c == 0xc0 || c == 0xc1:
+		return malformed("an overlong character in the path")
 	case c < ' ' || c == 0x7f:
 		return malformed("an escaped control character in the path")
 	case c == '%' && escape("%"+rest):
