@@ -15,7 +15,7 @@ func Configs() []Config {
 	// Leases longer than the margin, which hides mistakes that it spans; and
 	// without the look at egress, which finds most of them first.
 	for _, c := range out {
-		if c.Breaks && c.Egress && !c.Rules.MarginFromEndOnly && !c.Rules.NoMarginAfterWait {
+		if c.Breaks && c.Egress && c.Owners < 2 && !c.Rules.MarginFromEndOnly && !c.Rules.NoMarginAfterWait {
 			c.Name += "/ingress"
 			c.Egress = false
 			c.Long = slices.Contains(longIngress, c.Name)
@@ -73,6 +73,8 @@ func ownerCrash(c *Config) {
 	c.OwnerCrashes, c.JournalKept, c.JournalLost = 1, true, true
 }
 
+func twoOwners(c *Config) { c.Owners = 2 }
+
 func twoVerifiers(c *Config) { c.Verifiers, c.FirstAlone = 2, true }
 
 func staysUp(c *Config) { c.StaysUp, c.Margin, c.RoundTrip = true, 4, 1 }
@@ -118,6 +120,10 @@ func wide() []Config {
 		base("W/2-verifiers-break", twoVerifiers, breaks(1)),
 		base("W/2-verifiers-owner-crash", twoVerifiers, ownerCrash),
 		base("W/2-verifiers-3-workloads", twoVerifiers, workloads(3)),
+		base("W/2-owners", twoOwners),
+		base("W/2-owners-verifier-crash", twoOwners, verifierCrash),
+		base("W/2-owners-break", twoOwners, breaks(1)),
+		base("W/2-owners-crash", twoOwners, ownerCrash),
 	}
 }
 
@@ -178,6 +184,7 @@ func planted() []Config {
 		base("D3/older-stream-read", breaks(2), rule(func(r *Rules) { r.ReadsOlder = true }), works),
 		base("G1/one-ack-suffices", twoVerifiers, rule(func(r *Rules) { r.OneAckSuffices = true }), long),
 		base("G2/first-verifier-only", twoVerifiers, rule(func(r *Rules) { r.RevokesFirstOnly = true })),
+		base("G3/frees-named-lease", twoOwners, breaks(1), rule(func(r *Rules) { r.FreesNamedLease = true }), long),
 		base("H1/ack-by-address", workloads(3), rule(func(r *Rules) { r.AckByAddress = true })),
 		base("H2/waits-for-previous-alone", workloads(3), askMax, rule(func(r *Rules) { r.WaitsForPreviousAlone = true })),
 	}

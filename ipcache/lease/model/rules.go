@@ -9,6 +9,9 @@ type Config struct {
 	Long bool
 
 	Workloads, Verifiers int
+	// Owners is 1, or 2: then there is one verifier, and an IP with workloads of
+	// its own for each. 0 is 1.
+	Owners int
 	// In ticks: a lease, the longest lease, the longest flight of a packet, the
 	// reuse margin, how long a packet is held at most, a confirmation's way.
 	TTL, MaxLease, Flight, Margin, Hold, RoundTrip uint8
@@ -73,6 +76,7 @@ type Rules struct {
 	BindingEndsWait       bool // B18: Binding ends the wait though the lease is not live
 	DeadlineFromReceipt   bool // C1
 	SinceIgnored          bool // C6
+	FreesNamedLease       bool // I1: an index is given to another owner's session while a slot names it
 	SameLease             bool // D1: a new session goes on with the lease of the one before
 	ReleaseWhileConfirmed bool // F2: given back though a Confirm is out
 }

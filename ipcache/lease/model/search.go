@@ -30,18 +30,33 @@ func (r Result) String() string {
 // breaks an invariant or stop says so. stop gets the number of states found so
 // far, every few thousand; nil: never.
 func Explore(c Config, stop func(states int) bool) Result {
-	g := &graph{stepper: stepper{Config: c}, seed: maphash.MakeSeed(), table: make([]uint32, 1<<12)}
-	first := initial(c)
+	if c.Owners == 2 {
+		x := &pairStepper{one: stepper{Config: c}}
+		first := pair{initial(c), initial(c)}
+		return explore(&graph[pair]{expand: x.next, name: func() { x.one.named = true }, hash: x.fingerprint}, first, stop)
+	}
+	x := &stepper{Config: c}
+	g := &graph[state]{expand: x.next, name: func() { x.named = true }, hash: x.fingerprint}
+	if c.NeverStuck {
+		g.admitted = func(s *state) bool {
+			return s.owner.phase == Active && int(s.owner.holder) == c.Workloads-1 && s.peer[0].live(c.Workloads-1)
+		}
+	}
+	return explore(g, initial(c), stop)
+}
+
+func explore[S comparable](g *graph[S], first S, stop func(states int) bool) Result {
+	g.first, g.seed, g.table = first, maphash.MakeSeed(), make([]uint32, 1<<12)
 	g.add(&first, 0)
-	level, depth := []state{first}, 0
-	var above []state
+	level, depth := []S{first}, 0
+	var above []S
 	for from := 0; len(level) > 0; depth++ {
 		above = above[:0]
 		for i := range level {
 			if at := from + i; at&0xfff == 0 && stop != nil && stop(len(g.print)) {
 				return Result{States: len(g.print), Depth: depth}
 			}
-			for _, n := range g.next(&level[i]) {
+			for _, n := range g.expand(&level[i]) {
 				if n.broken != "" {
 					return Result{Broken: n.broken, Trace: g.trace(uint32(from+i), n), States: len(g.print), Depth: depth}
 				}
@@ -49,11 +64,11 @@ func Explore(c Config, stop func(states int) bool) Result {
 				if fresh {
 					above = append(above, n.state)
 				}
-				if c.NeverStuck {
+				if g.admitted != nil {
 					g.edges = append(g.edges, edge{uint32(from + i), to})
 				}
 			}
-			if c.NeverStuck && g.admitted(&level[i]) {
+			if g.admitted != nil && g.admitted(&level[i]) {
 				g.goal = append(g.goal, uint32(from+i))
 			}
 		}
@@ -61,9 +76,11 @@ func Explore(c Config, stop func(states int) bool) Result {
 		level, above = above, level
 	}
 	r := Result{States: len(g.print), Depth: depth - 1, Whole: true}
-	if at, stuck := g.stuck(); c.NeverStuck && stuck {
-		r.Broken = "I3: the last workload can never be admitted again"
-		r.Trace = g.trace(at, successor{action: "stuck"})
+	if g.admitted != nil {
+		if at, stuck := g.stuck(); stuck {
+			r.Broken = "I3: the last workload can never be admitted again"
+			r.Trace = g.trace(at, successorOf[S]{action: "stuck"})
+		}
 	}
 	return r
 }
@@ -91,8 +108,13 @@ func initial(c Config) state {
 // graph is what is kept of the states: a fingerprint of 64 bits and from which
 // state each was found. Two states with one fingerprint count as one: for 10^8
 // states the chance that there are any is about 3 in 10,000.
-type graph struct {
-	stepper
+type graph[S comparable] struct {
+	expand   func(*S) []successorOf[S]
+	name     func() // from now on actions have names
+	hash     func(maphash.Seed, *S) uint64
+	admitted func(*S) bool // nil: NeverStuck is not asked for
+
+	first S
 	seed  maphash.Seed
 	print []uint64
 	from  []uint32
@@ -105,25 +127,30 @@ type edge struct{ from, to uint32 }
 
 // fingerprint is the same for two states that differ in which verifier is
 // which.
-func (g *graph) fingerprint(s *state) uint64 {
-	h := maphash.Comparable(g.seed, s.owner)
-	a := maphash.Comparable(g.seed, s.peer[0])
-	if g.Verifiers == 1 {
+func (c *Config) fingerprint(seed maphash.Seed, s *state) uint64 {
+	h := maphash.Comparable(seed, s.owner)
+	a := maphash.Comparable(seed, s.peer[0])
+	if c.Verifiers == 1 {
 		return h ^ a*0x9e3779b97f4a7c15
 	}
-	b := maphash.Comparable(g.seed, s.peer[1])
-	if g.FirstAlone {
+	b := maphash.Comparable(seed, s.peer[1])
+	if c.FirstAlone {
 		b *= 3
 	}
-	return h ^ (a+b)*0x9e3779b97f4a7c15 ^ (a*b)>>1*0xc2b2ae3d27d4eb4f
+	return h ^ either(a, b)
+}
+
+// either is a hash of two, whichever is first.
+func either(a, b uint64) uint64 {
+	return (a+b)*0x9e3779b97f4a7c15 ^ (a*b)>>1*0xc2b2ae3d27d4eb4f
 }
 
 // add returns the state's index, and whether it is new.
-func (g *graph) add(s *state, from uint32) (uint32, bool) {
+func (g *graph[S]) add(s *S, from uint32) (uint32, bool) {
 	if 2*len(g.print) >= len(g.table) {
 		g.grow()
 	}
-	h := g.fingerprint(s)
+	h := g.hash(g.seed, s)
 	i := g.place(h)
 	if g.table[i] != 0 {
 		return g.table[i] - 1, false
@@ -133,7 +160,7 @@ func (g *graph) add(s *state, from uint32) (uint32, bool) {
 	return g.table[i] - 1, true
 }
 
-func (g *graph) place(h uint64) uint64 {
+func (g *graph[S]) place(h uint64) uint64 {
 	mask := uint64(len(g.table) - 1)
 	i := h & mask
 	for g.table[i] != 0 && g.print[g.table[i]-1] != h {
@@ -142,7 +169,7 @@ func (g *graph) place(h uint64) uint64 {
 	return i
 }
 
-func (g *graph) grow() {
+func (g *graph[S]) grow() {
 	g.table = make([]uint32, 2*len(g.table))
 	for i, h := range g.print {
 		g.table[g.place(h)] = uint32(i + 1)
@@ -150,13 +177,13 @@ func (g *graph) grow() {
 }
 
 // trace walks the way to a state again, and names its actions.
-func (g *graph) trace(to uint32, last successor) []string {
+func (g *graph[S]) trace(to uint32, last successorOf[S]) []string {
 	var way []uint32
 	for ; to != 0; to = g.from[to] {
 		way = append(way, to)
 	}
-	g.named = true
-	s := initial(g.Config)
+	g.name()
+	s := g.first
 	var lines []string
 	ticks := 0
 	say := func(action string) {
@@ -167,8 +194,8 @@ func (g *graph) trace(to uint32, last successor) []string {
 		lines = append(lines, fmt.Sprintf("\t%2d  t=%-2d  %s", len(lines)+1, ticks, action))
 	}
 	for i := len(way) - 1; i >= 0; i-- {
-		for _, n := range g.next(&s) {
-			if g.fingerprint(&n.state) == g.print[way[i]] {
+		for _, n := range g.expand(&s) {
+			if g.hash(g.seed, &n.state) == g.print[way[i]] {
 				s = n.state
 				say(n.action)
 				break
@@ -179,13 +206,8 @@ func (g *graph) trace(to uint32, last successor) []string {
 	return lines
 }
 
-// admitted tells that the last workload has got through.
-func (g *graph) admitted(s *state) bool {
-	return s.owner.phase == Active && int(s.owner.holder) == g.Workloads-1 && s.peer[0].live(g.Workloads-1)
-}
-
 // stuck looks for a state from which no such state can be reached.
-func (g *graph) stuck() (uint32, bool) {
+func (g *graph[S]) stuck() (uint32, bool) {
 	begin := make([]uint32, len(g.print)+1) // of the edges that lead to each
 	for _, e := range g.edges {
 		begin[e.to+1]++

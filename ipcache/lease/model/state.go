@@ -172,6 +172,7 @@ type peer struct {
 	lease     uint8 // of the session: ticks
 	slotLease uint8 // of the session before, if the slot names that
 	condemned uint8 // the slot could not be zeroed
+	borrows   uint8 // the slot's lease index is another session's by now (planted)
 	asked     uint8 // 0: no Confirm is out; else 1 + ticks
 	negative  uint8 // ticks
 	since     uint8 // ticks since the holder before surely ended, as far as Binding said
@@ -194,7 +195,7 @@ func (p *peer) live(w int) bool {
 
 func (p *peer) anyLive() bool { return p.slot != 0 && p.live(int(p.slot)-1) }
 
-func (p *peer) zero() { p.slot, p.onSession, p.slotLease, p.condemned = 0, 0, 0, 0 }
+func (p *peer) zero() { p.slot, p.onSession, p.slotLease, p.condemned, p.borrows = 0, 0, 0, 0, 0 }
 
 func less(x *uint8) {
 	if *x > 0 {

@@ -2,24 +2,38 @@ package model
 
 import "fmt"
 
-// successor is a state that one action leads to.
-type successor struct {
-	state  state
+// successorOf is a state that one action leads to.
+type successorOf[S comparable] struct {
+	state  S
+	kind   uint8
 	action string // "" unless asked for
 	broken string // the invariant that is broken in it, or by the action
 }
+
+type successor = successorOf[state]
+
+// The kinds of actions, as far as two owners are told apart by them.
+const (
+	ofOneOwner    uint8 = iota
+	ofEverybody         // time passes
+	ofTheVerifier       // its process ends
+	ofItsNext           // and begins
+)
 
 // stepper computes successors.
 type stepper struct {
 	Config
 	named bool // actions are to be named
+	kind  uint8
 	out   []successor
 }
 
 // next returns what can come after a state. The slice is used again.
 func (x *stepper) next(s *state) []successor {
 	x.out = x.out[:0]
+	x.kind = ofEverybody
 	x.tick(*s)
+	x.kind = ofOneOwner
 	x.workloads(s)
 	x.ownerFaults(s)
 	for v := range x.Verifiers {
@@ -47,7 +61,7 @@ func (x *stepper) emit(s state, broken, format string, args ...any) {
 	if x.named || broken != "" {
 		action = fmt.Sprintf(format, args...)
 	}
-	x.out = append(x.out, successor{s, action, broken})
+	x.out = append(x.out, successor{s, x.kind, action, broken})
 }
 
 // mayArrive: a packet that w truly sent can reach a verifier's kernel now.

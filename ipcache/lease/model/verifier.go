@@ -55,7 +55,9 @@ func (x *stepper) retire(p *peer) {
 
 func (x *stepper) verifierFaults(s0 *state, v int) {
 	p := &s0.peer[v]
+	defer func() { x.kind = ofOneOwner }()
 	if p.up == 0 {
+		x.kind = ofItsNext
 		s := *s0
 		s.peer[v].up = 1
 		s.peer[v].since = x.Flight // whatever came until now is not let go
@@ -68,6 +70,7 @@ func (x *stepper) verifierFaults(s0 *state, v int) {
 	if p.crashes == 0 {
 		return
 	}
+	x.kind = ofTheVerifier
 	s := *s0
 	q := &s.peer[v]
 	q.crashes--
