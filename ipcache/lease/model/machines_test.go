@@ -33,6 +33,7 @@ type machines struct {
 	t   *testing.T
 	rng *rand.Rand
 	cfg Config
+	met map[string]int // how often what happened
 	// What a walk is made with, beside the configuration.
 	idle, margin time.Duration
 
@@ -59,6 +60,7 @@ type machineV struct {
 	leases     map[uint32]lease.Time
 	stamp      uint64
 	dialling   bool
+	failing    bool // the next zero fails
 	now, older *wire
 }
 
@@ -81,8 +83,8 @@ func (m *machines) verifierNow() lease.Time {
 	return lease.Time(2*time.Hour + time.Duration(m.ticks)*tickVerifier)
 }
 
-func newMachines(t *testing.T, cfg Config, rng *rand.Rand, change func(*machines)) *machines {
-	m := &machines{t: t, rng: rng, cfg: cfg, idle: 100 * time.Hour, margin: time.Duration(cfg.Margin) * tickOwner, gens: map[identity.Generation]int{}}
+func newMachines(t *testing.T, cfg Config, rng *rand.Rand, change func(*machines), met map[string]int) *machines {
+	m := &machines{t: t, met: met, rng: rng, cfg: cfg, idle: 100 * time.Hour, margin: time.Duration(cfg.Margin) * tickOwner, gens: map[identity.Generation]int{}}
 	if cfg.Releases {
 		m.idle = 2 * tickVerifier
 	}
@@ -197,11 +199,17 @@ func (n *machineV) start() {
 func (n *machineV) step(in lease.VerifierInput) {
 	for _, out := range n.v.Step(n.m.verifierNow(), in) {
 		switch out := out.(type) {
+		case lease.Zero:
+			if n.failing {
+				n.failing = false
+				n.m.met["a store fails"]++
+				n.step(lease.StoreFailed{Write: out})
+				return
+			}
+			delete(n.slots, out.Slot)
 		case lease.Install:
 			n.slots[out.Slot] = out
 			n.stamp = max(n.stamp, out.Stamp+1)
-		case lease.Zero:
-			delete(n.slots, out.Slot)
 		case lease.SwitchLease:
 			s := n.slots[out.Slot]
 			s.Lease = out.Lease
@@ -215,7 +223,10 @@ func (n *machineV) step(in lease.VerifierInput) {
 				n.now.toOwner = append(n.now.toOwner, out.Message)
 			}
 		case lease.CloseOwner:
-			n.m.t.Fatalf("%s closes: %s", n.name, out.Why)
+			if out.Why != "store failed" {
+				n.m.t.Fatalf("%s closes: %s", n.name, out.Why)
+			}
+			n.dropWire()
 		}
 	}
 }
@@ -223,11 +234,17 @@ func (n *machineV) step(in lease.VerifierInput) {
 // giveUp ends the verifier's side of its stream; what it sent may still be read.
 func (n *machineV) giveUp() {
 	w := n.now
-	n.now = nil
 	if n.v != nil {
 		n.step(lease.OwnerGone{Owner: "o", Stream: w.id, Why: "given up"})
 	}
-	if w.dead || !w.accepted {
+	n.dropWire()
+}
+
+// dropWire has the owner alone at its end.
+func (n *machineV) dropWire() {
+	w := n.now
+	n.now = nil
+	if w == nil || w.dead || !w.accepted {
 		return
 	}
 	if old := n.older; old != nil && n.m.owner != nil {
@@ -369,6 +386,10 @@ func (n *machineV) fromOwner() string {
 	}
 	msg := w.toVerifier[0]
 	w.toVerifier = w.toVerifier[1:]
+	if _, ok := msg.(lease.Revoke); ok && m.cfg.StoreFails && m.rng.IntN(3) == 0 {
+		n.failing = true
+	}
+	defer func() { n.failing = false }()
 	n.step(lease.FromOwner{Stream: w.id, Message: msg})
 	return fmt.Sprintf("%s reads %T", n.name, msg)
 }

@@ -19,7 +19,7 @@ var (
 func TestConfigs(t *testing.T) {
 	bound := *statesFlag
 	if testing.Short() {
-		bound = min(bound, 10_000)
+		bound = min(bound, 5_000)
 	}
 	for _, c := range Configs() {
 		if !strings.Contains(c.Name, *onlyFlag) || c.Long && bound > 0 || testing.Short() && strings.HasSuffix(c.Name, "/ingress") {

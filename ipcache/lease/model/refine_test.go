@@ -277,7 +277,7 @@ func (x *stepper) leads(v, to *view) bool {
 // walk lets the machines do random things; the model must be able to follow.
 func walk(t *testing.T, cfg Config, seed uint64, length int, change func(*machines), met map[string]int) (steps int, lost string) {
 	rng := rand.New(rand.NewPCG(seed, 0x6d6f64))
-	m := newMachines(t, cfg, rng, change)
+	m := newMachines(t, cfg, rng, change, met)
 	x := &stepper{Config: cfg, named: true}
 	states := map[state]bool{initial(cfg): true}
 	var history []string
@@ -306,7 +306,7 @@ func walk(t *testing.T, cfg Config, seed uint64, length int, change func(*machin
 
 func refineConfig() Config {
 	return base("machines", workloads(3), askMax, ownerCrash, func(c *Config) {
-		c.Egress, c.ManyHeartbeats = false, true
+		c.Egress, c.ManyHeartbeats, c.StoreFails = false, true, true
 		c.StreamBreaks, c.VerifierCrashes, c.OwnerCrashes = 255, 255, 255
 	})
 }
@@ -341,6 +341,9 @@ func TestMachinesRefine(t *testing.T) {
 	}
 	if walks < 1000 {
 		return
+	}
+	if met["a store fails"] == 0 {
+		t.Error("no store ever failed")
 	}
 	for _, k := range kinds[Challenge:] {
 		seen := false

@@ -94,6 +94,11 @@ func (x *stepper) verifierSends(s0 *state, v int) {
 		s.peer[v].zero()
 		x.emit(s, "", "v%d zeroes w%d; the next Hello does not list it", v+1, p.slot)
 	}
+	if p.condemned == 1 && !x.Rules.StoreFailureIgnored {
+		s := *s0
+		s.peer[v].zero()
+		x.emit(s, "", "v%d tries again, and zeroes w%d", v+1, p.slot)
+	}
 	if p.session != sessionOpen || p.dead == 1 {
 		return
 	}
