@@ -5,6 +5,7 @@ import "time"
 // Options are the limits of a Server. A zero field has the default.
 type Options struct {
 	Connections   int           // at once; further ones are reset (32,768)
+	PerClient     int           // of them, of one client's address (16,384)
 	HeaderBytes   int           // of the head of a request or an answer (64 KiB)
 	Fields        int           // lines of a head (256)
 	HeaderTimeout time.Duration // from the first byte of a head to its end, and to the first byte of a connection (10 s)
@@ -23,6 +24,7 @@ type Options struct {
 
 func (o Options) withDefaults() Options {
 	number(&o.Connections, 32768)
+	number(&o.PerClient, 16384)
 	number(&o.HeaderBytes, 64<<10)
 	number(&o.Fields, 256)
 	number(&o.HeaderTimeout, 10*time.Second)

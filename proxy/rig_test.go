@@ -26,6 +26,8 @@ type rig struct {
 	addr    string // of the proxy
 	records chan *Record
 	server  *Server
+	stop    context.CancelFunc
+	done    chan error // what Run returned
 
 	mu       sync.Mutex
 	decision Decision // guarded by mu
@@ -78,11 +80,14 @@ func newRig(t testing.TB, backend, rules string, opts Options) *rig {
 	var d net.Dialer
 	r.server = New(r, func(ctx context.Context, _ Conn) (net.Conn, error) { return d.DialContext(ctx, "tcp", backend) }, r, opts)
 	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- r.server.Run(ctx, Listener{l, abi.DirIngress}) }()
+	r.stop, r.done = cancel, make(chan error, 1)
+	go func() {
+		r.done <- r.server.Run(ctx, Listener{l, abi.DirIngress})
+		close(r.done)
+	}()
 	t.Cleanup(func() {
 		cancel()
-		if err := <-done; err != nil {
+		if err := <-r.done; err != nil {
 			t.Error(err)
 		}
 	})

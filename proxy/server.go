@@ -37,6 +37,7 @@ type Server struct {
 
 	mu       sync.Mutex
 	pairs    map[*pair]struct{} // guarded by mu
+	clients  map[netip.Addr]int // guarded by mu: their connections
 	draining bool               // guarded by mu
 }
 
@@ -51,7 +52,7 @@ type Stats struct {
 
 // New returns a server. All arguments but the options are required.
 func New(judge Judge, dial Dialer, recorder Recorder, opts Options) *Server {
-	return &Server{judge: judge, dial: dial, recorder: recorder, opts: opts.withDefaults(), pairs: map[*pair]struct{}{}}
+	return &Server{judge: judge, dial: dial, recorder: recorder, opts: opts.withDefaults(), pairs: map[*pair]struct{}{}, clients: map[netip.Addr]int{}}
 }
 
 // Stats returns the counts. It is safe for concurrent use.
@@ -146,26 +147,45 @@ func (s *Server) take(ctx context.Context, d abi.Direction, c net.Conn) {
 	s.stats.accepted.Add(1)
 	p := &pair{s: s, client: c, conn: Conn{Direction: d, Protocol: 6, Client: addrPort(c.RemoteAddr()), Server: addrPort(c.LocalAddr())}}
 	p.init()
-	s.mu.Lock()
-	full := s.draining || len(s.pairs) >= s.opts.Connections
-	if !full {
-		s.pairs[p] = struct{}{}
-	}
-	s.mu.Unlock()
-	if full {
+	if reason := s.add(p); reason != "" {
 		s.stats.refused.Add(1)
 		reset(c)
-		p.record(Failed, "too many connections")
+		p.record(Failed, reason)
 		return
 	}
 	s.wg.Go(func() {
-		defer func() {
-			s.mu.Lock()
-			delete(s.pairs, p)
-			s.mu.Unlock()
-		}()
+		defer s.remove(p)
 		p.serve(ctx)
 	})
+}
+
+// add counts the pair in, or says why it may not be served. No client can take
+// every place.
+func (s *Server) add(p *pair) (reason string) {
+	client := p.conn.Client.Addr()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.draining:
+		return "the proxy ends"
+	case len(s.pairs) >= s.opts.Connections:
+		return "too many connections"
+	case s.clients[client] >= s.opts.PerClient:
+		return "too many connections of this client"
+	}
+	s.pairs[p] = struct{}{}
+	s.clients[client]++
+	return ""
+}
+
+func (s *Server) remove(p *pair) {
+	client := p.conn.Client.Addr()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.pairs, p)
+	if s.clients[client]--; s.clients[client] == 0 {
+		delete(s.clients, client)
+	}
 }
 
 // watch looks at every connection at intervals.
