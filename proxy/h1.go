@@ -224,7 +224,7 @@ func (p *pair) relay(b *body, from *reader, to net.Conn) bool {
 				n, err := io.CopyN(to, from.conn, min(b.left, 1<<20))
 				b.left -= n
 				if p.touch(); err != nil {
-					p.abort("within a body: " + err.Error())
+					p.cut(from, err)
 					return false
 				}
 				done = b.left == 0
@@ -247,12 +247,23 @@ func (p *pair) relay(b *body, from *reader, to net.Conn) bool {
 			return false
 		}
 		if _, err := to.Write(from.data()[:n]); err != nil {
-			p.abort("within a body: " + err.Error())
+			p.cut(from, err)
 			return false
 		}
 		from.skip(n)
 	}
 	return true
+}
+
+// cut ends what a body was being sent to. A server that takes no more of it may
+// have answered already: its answer still goes to the client, by the other
+// goroutine, which also learns if it has not.
+func (p *pair) cut(from *reader, err error) {
+	if from == p.in && !errors.Is(err, io.EOF) {
+		closeWrite(p.server)
+		return
+	}
+	p.abort("within a body: " + err.Error())
 }
 
 // rebuild writes the head of a request with changes.

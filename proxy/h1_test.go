@@ -324,3 +324,29 @@ func TestEndsArePassedOn(t *testing.T) {
 		t.Errorf("%q %v", got, err)
 	}
 }
+
+// A server that answers before it has the whole body, and takes no more of it.
+func TestEarlyAnswer(t *testing.T) {
+	addr := rawServer(t, func(w *wire) {
+		if _, err := http.ReadRequest(w.r); err != nil {
+			return
+		}
+		w.send("HTTP/1.1 413 Content Too Large\r\nConnection: close\r\nContent-Length: 3\r\n\r\nno\n")
+		w.Conn.(*net.TCPConn).CloseWrite()
+		io.Copy(io.Discard, w.r)
+	})
+	r := newRig(t, addr, anything, Options{})
+	for range 10 {
+		w := r.dial().send("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10000000\r\n\r\n")
+		sent := make(chan struct{})
+		go func() {
+			defer close(sent)
+			w.Conn.Write(make([]byte, 10000000)) // it need not get through
+		}()
+		if res, body := w.answer("POST"); res.StatusCode != 413 || body != "no\n" {
+			t.Errorf("%v %q", res.Status, body)
+		}
+		w.Conn.Close()
+		<-sent
+	}
+}

@@ -62,7 +62,7 @@ type h2stream struct {
 
 // newH2 takes the pair over; nothing has gone to the server yet.
 func newH2(p *pair) *h2 {
-	h := &h2{p: p, toClient: newFrameWriter(p.client), toServer: newFrameWriter(p.server), streams: map[uint32]*h2stream{}, window: 65535, initial: 65535}
+	h := &h2{p: p, toClient: newFrameWriter(p.client, errClientSide), toServer: newFrameWriter(p.server, errServerSide), streams: map[uint32]*h2stream{}, window: 65535, initial: 65535}
 	h.changed.L = &h.mu
 	h.serverTable.Store(-1)
 	h.requestFields = hpack.NewDecoder(4096, nil)
@@ -111,7 +111,8 @@ func (h *h2) requests() {
 		p.record(Malformed, wrong.reason)
 		h.goAway(wrong.code)
 		p.linger()
-	case errors.Is(err, io.EOF):
+	case errors.Is(err, io.EOF), errors.Is(err, errServerSide):
+		// What the server has said still goes to the client.
 		closeWrite(p.server)
 	case p.isClosing():
 	case errors.Is(err, os.ErrDeadlineExceeded):

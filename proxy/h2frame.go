@@ -3,6 +3,7 @@ package proxy
 import (
 	"bufio"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net"
 	"sync"
@@ -103,11 +104,26 @@ func h2Errorf(code uint32, format string, args ...any) error {
 // frameWriter writes frames to one side. Both goroutines of a pair do; what one
 // call writes stays together.
 type frameWriter struct {
-	mu sync.Mutex
-	w  *bufio.Writer // guarded by mu
+	side error // that a failure is told as
+	mu   sync.Mutex
+	w    *bufio.Writer // guarded by mu
 }
 
-func newFrameWriter(c net.Conn) *frameWriter { return &frameWriter{w: bufio.NewWriterSize(c, 4<<10)} }
+var (
+	errClientSide = errors.New("write to the client")
+	errServerSide = errors.New("write to the server")
+)
+
+func newFrameWriter(c net.Conn, side error) *frameWriter {
+	return &frameWriter{side: side, w: bufio.NewWriterSize(c, 4<<10)}
+}
+
+func (w *frameWriter) failed(err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%w: %w", w.side, err)
+}
 
 // own writes what this proxy says by itself to the client, which the
 // server's first SETTINGS must have reached.
@@ -131,13 +147,13 @@ func (w *frameWriter) write(b []byte) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	_, err := w.w.Write(b)
-	return err
+	return w.failed(err)
 }
 
 func (w *frameWriter) flush() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.w.Flush()
+	return w.failed(w.w.Flush())
 }
 
 // readFrame reads the next frame. The one before is read away by it.
