@@ -258,6 +258,7 @@ func (l *loop) open(ctx context.Context) error {
 	if l.store, err = openStore(l.cfg.JournalDir, l.cfg.StateDir, l.boot); err != nil {
 		return err
 	}
+	l.openNames()
 	if l.stored, l.created, err = l.store.loadWorkloads(); err != nil {
 		return err
 	}

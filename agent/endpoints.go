@@ -12,6 +12,7 @@ import (
 	"go.uber.org/zap"
 
 	"portcullis/authz"
+	"portcullis/authz/names"
 	"portcullis/bpf/abi"
 	"portcullis/datapath"
 	"portcullis/identity"
@@ -60,7 +61,8 @@ type endpoint struct {
 	// generation of its bindings; 0 until it was activated.
 	generation identity.Generation
 	created    time.Time
-	relabelled lease.Time // packets that were held up to then are its former self's
+	relabelled lease.Time  // packets that were held up to then are its former self's
+	book       *names.Book // what it was told by DNS; nil: nothing
 	// activated is closed when the quarantine ends, or when the endpoint does.
 	activated chan struct{}
 }
@@ -71,6 +73,8 @@ type policySet struct {
 	set  authz.Set
 	lost uint32 // endpoint.lost, as it counts there
 	svid bool   // its rules ask for evidence svid where they name none
+
+	former uint32 // the endpoint's set before; 0: none
 }
 
 // Errors of a registration.
@@ -224,6 +228,7 @@ func (l *loop) neverEnforced(e *endpoint) bool { return l.enforcement(e) == auth
 func (l *loop) compile(e *endpoint) error {
 	e.subject = l.sets.AddSubject(e.identity, e.ports...)
 	l.bySubject[e.subject] = e
+	l.recallNames(e)
 	e.policy = policySet{id: l.dp.State().NextPolicySet(), set: l.meaning(e), lost: e.lost, svid: l.cfg.EvidenceIn[e.identity.Namespace] == ModeSVID}
 	if err := l.dp.PutPolicy(e.policy.id, e.policy.set.WithSet(e.policy.id)); err != nil {
 		l.forgetSubject(e)
@@ -240,6 +245,7 @@ func (l *loop) uncompile(e *endpoint) {
 }
 
 func (l *loop) forgetSubject(e *endpoint) {
+	l.forgetNames(e)
 	l.sets.RemoveSubject(e.subject)
 	delete(l.bySubject, e.subject)
 }

@@ -93,6 +93,7 @@ type loop struct {
 	slices          map[authz.Ref]*authz.SliceObject
 	servicesSet     bool // the kernel has their addresses, as services and ranges are
 	regions         regions
+	learnt          learntNames
 
 	topology    atomic.Pointer[topology] // the loop alone stores it; never nil
 	retryRanges bool                     // the kernel does not know all of topology's ranges
@@ -172,6 +173,8 @@ func (l *loop) retry() {
 	for uid := range l.retryClose {
 		l.closeEndpoint(uid)
 	}
+	l.expireNames()
+	l.storeNames()
 	l.dropNumbers()
 	l.retryCluster()
 	if l.retryPolicies && l.applyPolicies() == nil {

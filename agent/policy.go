@@ -329,7 +329,7 @@ func (l *loop) applyPolicies() error {
 			same[e] = set
 			continue
 		}
-		p := policySet{id: l.dp.State().NextPolicySet(), set: set, lost: e.lost, svid: e.policy.svid}
+		p := policySet{id: l.dp.State().NextPolicySet(), set: set, lost: e.lost, svid: e.policy.svid, former: e.policy.id}
 		next[e] = p
 		if err := l.dp.PutPolicy(p.id, set.WithSet(p.id)); err != nil {
 			undo()

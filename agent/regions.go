@@ -165,7 +165,7 @@ func (l *loop) knownRanges() map[netip.Prefix]abi.Range {
 // setRanges tells the kernel which IPs need a binding (I5), for whose binding
 // there is somebody to ask, and what blocks of the world policies tell apart.
 func (l *loop) setRanges() error {
-	if err := l.dp.SetRanges(datapath.FoldRanges(l.knownRanges(), l.regions.numbers)); err != nil {
+	if err := l.dp.SetRanges(datapath.FoldRanges(l.knownRanges(), l.worldNumbers())); err != nil {
 		return err
 	}
 	l.servicesSet = false // what is a node's may have changed

@@ -274,6 +274,9 @@ func (l *loop) sweepConntrack(ctx context.Context) error {
 			continue
 		}
 		l.alarms.clear("conntrack-sweep")
+		if len(stats.Live) > 0 {
+			l.post(func() { l.sawFlows(stats.Live) })
+		}
 		if len(stats.Used) > 0 {
 			l.post(func() { l.stepVerifier(lease.Used{IPs: stats.Used}) })
 		}

@@ -117,6 +117,10 @@ func (x *Sets) meets(sel *selection, n identity.Numeric) (sure, maybe bool) {
 	return sel.meets(p, x.repo.facts)
 }
 
+// Distrust makes a subject stale: the kernel may not have what its set in force
+// says.
+func (x *Sets) Distrust(s *Subject) { s.makeStale(x.repo.facts) }
+
 // Wants reports whether a rule of the subject's set in force speaks of a name.
 func (s *Subject) Wants(name string) bool {
 	for sel := range s.named {

@@ -60,6 +60,7 @@ type Datapath struct {
 
 	policies  atomic.Int64 // entries in `policy`
 	ranges    atomic.Int64 // entries in `ranges`
+	watched   atomic.Pointer[map[Pair]struct{}]
 	prefixes  atomic.Int64 // entries in `sources`
 	services  atomic.Int64 // entries in `services`
 	nobodys   atomic.Int64 // conntrack entries that no endpoint's budget counts, at the last sweep

@@ -60,6 +60,9 @@ type SweepStats struct {
 	// that is silent for hours needs its binding, for a reply counts from no
 	// other (I4).
 	Used []netip.Addr
+	// Live are the pairs of WatchFlows between which a flow lives, each once in a
+	// step: all of them in a pass.
+	Live []Pair
 }
 
 // sweep is where the sweep stands. Guarded by Datapath.sweepMu.
@@ -67,6 +70,7 @@ type sweep struct {
 	keys   []ctKey
 	values []ctValue
 	used   map[netip.Addr]struct{} // in this step
+	live   map[Pair]struct{}       // in this step
 
 	running bool
 	cursor  ebpf.MapBatchCursor
@@ -139,7 +143,7 @@ func (d *Datapath) beginPass(now int64, allEvery time.Duration) {
 	s := &d.sweep
 	if s.keys == nil {
 		s.keys, s.values = make([]ctKey, sweepBatch), make([]ctValue, sweepBatch)
-		s.used = map[netip.Addr]struct{}{}
+		s.used, s.live = map[netip.Addr]struct{}{}, map[Pair]struct{}{}
 	}
 	s.running, s.cursor, s.entries = true, ebpf.MapBatchCursor{}, 0
 	// last_seen may be a tick late. Twice used does no harm, never used would
@@ -180,6 +184,7 @@ func (d *Datapath) sweepSome(now int64, entries int, allEvery time.Duration) (st
 	}
 	m := d.coll.Maps["conntrack"]
 	clear(s.used)
+	clear(s.live)
 	for s.running && (entries == 0 || stats.Entries < entries) {
 		n, err := m.BatchLookup(&s.cursor, s.keys, s.values, nil)
 		if errors.Is(err, unix.ENOSPC) && n == 0 {
@@ -203,6 +208,9 @@ func (d *Datapath) sweepSome(now int64, entries int, allEvery time.Duration) (st
 		stats.Used = append(stats.Used, ip)
 	}
 	slices.SortFunc(stats.Used, netip.Addr.Compare)
+	for p := range s.live {
+		stats.Live = append(stats.Live, p)
+	}
 	return stats, nil
 }
 
@@ -250,6 +258,7 @@ func (d *Datapath) sweepOne(m *ebpf.Map, key *ctKey, value *ctValue, now int64, 
 	}
 	if now-int64(ct.LastSeen) < int64(life) {
 		s.counts.left(ct.Budget)
+		d.noteLive(k, s.live)
 		return
 	}
 	removed, budget, err := removeUnused(m, key, ct.LastSeen)
