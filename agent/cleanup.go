@@ -85,7 +85,7 @@ func cleanup(cfg Config, log *zap.Logger) error {
 		return err
 	}
 	// Without the pins these tell of nothing.
-	for _, name := range []string{"workloads", "identities", "ports"} {
+	for _, name := range []string{"workloads", "identities", "ports", "names"} {
 		if err := os.RemoveAll(filepath.Join(cfg.JournalDir, name)); err != nil {
 			return fmt.Errorf("cleanup: %w", err)
 		}

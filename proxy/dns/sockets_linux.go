@@ -17,7 +17,7 @@ import (
 
 // Transparent is the network of a namespace into which queries are steered:
 // there clients and servers keep their addresses on both sides of the relay.
-// Device is what sockets are bound to; empty: none. It needs CAP_NET_ADMIN when
+// Device is what sockets are bound to; empty: none. It needs CAP_NET_RAW when
 // sockets are made. Safe for concurrent use.
 type Transparent struct{ Device string }
 
