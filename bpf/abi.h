@@ -558,7 +558,8 @@ struct pc_held {
 	 * is as translated, and goes back to from_workload as it was sent. */
 	struct pc_addr service; /* zero: the packet is as it was sent */
 	__u16 service_port;
-	__u8 pad[6];
+	__u8 proxied; /* 1: it came from the proxy, and goes back as such */
+	__u8 pad[5];
 	/* With reason EVIDENCE_TOO_WEAK: under which binding it was judged. It waits
 	 * for a proof of that one and is no other's packet; so one that is held for
 	 * the second time, with another arrival, is not taken for a later holder's

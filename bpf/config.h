@@ -20,7 +20,8 @@ const volatile __u32 mark_mask = 0;
 const volatile __u32 reinject_mark = 0;
 
 /* In to_workload: turn this packet round, into from_workload of the same
- * device. It never means "allow" either. */
+ * device. It never means "allow" either. With the bits of reinject_mark turned
+ * over: the same, and it came from the proxy (abi.h, `steering`). */
 const volatile __u32 turn_mark = 0;
 
 /* Bits of skb->mark that name the workload which a packet comes from, and the

@@ -157,6 +157,15 @@ inline_always int gate_steers(struct __sk_buff *skb, struct pc_life *l, int dir)
 	return 1;
 }
 
+/* The mark of what comes from the proxy; without one, that of a packet which was
+ * held once, and which is steered then. */
+inline_always __u32 reinject_steered(void)
+{
+	const struct pc_steering *s = steering_of(PC_DIR_EGRESS);
+
+	return s && s->mark ? s->mark : reinject_mark;
+}
+
 /* dir is a constant: one text, two programs. */
 inline_always int gate(struct __sk_buff *skb, int dir)
 {
@@ -242,6 +251,12 @@ int to_workload(struct __sk_buff *skb)
 	 * is judged in full there: the mark allows nothing. */
 	if (has_mark(skb, turn_mark)) {
 		skb->mark = (skb->mark & ~mark_mask) | (reinject_mark & mark_mask);
+		return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
+	}
+	/* The same for what came from the proxy and was held behind the node's
+	 * translation. */
+	if (unlikely(has_mark(skb, turn_mark ^ reinject_mark))) {
+		skb->mark = (skb->mark & ~mark_mask) | (reinject_steered() & mark_mask);
 		return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
 	}
 	return gate(skb, PC_DIR_INGRESS);

@@ -29,6 +29,7 @@ type HeldPacket struct {
 	Service   netip.AddrPort // what the workload called, where Peer is whom the node's translation chose; else not valid
 	Stamp     uint64         // of the binding that waits for a proof, with ReasonEvidenceTooWeak; 0: not known
 	Passed    bool           // its endpoint is under audit: it went on, and never is to be sent or counted again
+	Proxied   bool           // it came from the L7 proxy, and goes back as such
 	Packet    []byte         // from its link-layer header on; belongs to the receiver
 }
 
@@ -54,6 +55,7 @@ func parseHeld(b []byte) (HeldPacket, error) {
 		return r, fmt.Errorf("held record says %d bytes of packet, but holds %d", h.Len, len(b)-heldHeader)
 	}
 	r.Packet = append([]byte(nil), b[heldHeader:heldHeader+int(h.Len)]...)
+	r.Proxied = h.Proxied != 0
 	if service := AddrFrom(h.Service); service.IsValid() {
 		r.Service = netip.AddrPortFrom(service, h.ServicePort)
 	}

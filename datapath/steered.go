@@ -274,4 +274,3 @@ func judgementSeal(k abi.CTKey, j abi.Judgement, dir abi.Direction, openedByB bo
 	return sum + j.Stamp*0xe7037ed1a0b428db + (uint64(j.Slot)<<32|uint64(j.Endpoint))*0x8ebc6af09c88c6e3 +
 		(uint64(j.Epoch)<<32|uint64(word32))*0x589965cc75374cc3
 }
-

@@ -105,7 +105,7 @@ func (d *Datapath) steeringInKernel() (have [abi.DirMax]abi.Steering, err error)
 // good, so that packets under way keep theirs; else new ones. Never one that means
 // something else.
 func (d *Datapath) steeringMarks(have [abi.DirMax]abi.Steering) (marks [abi.DirMax]uint32, err error) {
-	taken := map[uint32]bool{0: true, d.reinject: true, d.turn: true}
+	taken := map[uint32]bool{0: true, d.reinject: true, d.turn: true, d.turn ^ d.reinject: true}
 	for dir := range marks {
 		m := have[dir].Mark
 		for range 1000 {

@@ -25,7 +25,7 @@ type forwarder struct {
 	t         *testing.T
 	ns        *os.File
 	sockets   *datapath.Sockets
-	listeners []net.Listener
+	listeners []io.Closer
 	running   sync.WaitGroup
 
 	mu    sync.Mutex
@@ -66,6 +66,7 @@ func (l *lab) forwarder(s datapath.Steering) *forwarder {
 	for dir, place := range map[abi.Direction]abi.L7SocketIndex{abi.DirEgress: abi.L7SocketTcpEgress, abi.DirIngress: abi.L7SocketTcpIngress} {
 		l.must(datapath.InNamespace(s.Namespace, func() error { return f.listen(dir, place) }))
 	}
+	l.must(datapath.InNamespace(s.Namespace, f.listenUDP))
 	return f
 }
 

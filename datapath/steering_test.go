@@ -34,8 +34,6 @@ type steered struct {
 	eps     map[string]abi.Endpoint // by device
 	stamps  map[netip.Addr]uint64
 	s       datapath.Steering
-	bridged bool
-	set     uint32
 }
 
 // through says which of a workload's traffic goes through the proxy.

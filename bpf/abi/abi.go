@@ -558,7 +558,8 @@ type Held struct {
 	SourceIndex uint32
 	Service     Addr
 	ServicePort uint16
-	_           [6]uint8
+	Proxied     uint8
+	_           [5]uint8
 	Stamp       uint64
 }
 

@@ -144,6 +144,7 @@ inline_always void held_fill(struct pc_held *h, struct __sk_buff *skb, struct pc
 	h->source_index = at->source;
 	h->service.d[0] = h->service.d[1] = 0;
 	h->service_port = 0;
+	h->proxied = l->p.proxied;
 	h->stamp = l->reason == PC_REASON_EVIDENCE_TOO_WEAK ? l->peer.stamp : 0;
 }
 

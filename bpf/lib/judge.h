@@ -98,7 +98,6 @@ separate int judge_anew(struct __sk_buff *skb, struct pc_life *l)
 	const struct pc_endpoint *ep;
 	struct pc_judgement *j;
 	__u32 jdir, id;
-	int sticks;
 
 	if (!skb || !l)
 		return PC_REASON_MALFORMED;
@@ -116,18 +115,17 @@ separate int judge_anew(struct __sk_buff *skb, struct pc_life *l)
 	if (!ep || l->id != id)
 		return PC_REASON_NO_ENDPOINT;
 	if (!known && l->p.proto == PROTO_TCP && !packet_opens(&l->p) && /* from_workload has asked: */ !l->p.translated &&
-	    (l->ep_flags & PC_EP_STRICT_TCP))
+	    (l->ep_flags & PC_EP_STRICT_TCP) && !steer_taken(l))
 		return PC_REASON_NO_FLOW;
 	if (forward && jdir == PC_DIR_EGRESS && service_unknown(l))
 		return service_later(skb, l, ep);
 	/* What came through the proxy is nobody else's than what went into it. */
 	l->expect = known && (!forward || l->p.proxied) ? j->stamp : 0;
-	sticks = known && steer_sticks(l);
 	l->flow = known ? (forward ? PC_FLOW_ESTABLISHED : PC_FLOW_REPLY) : PC_FLOW_NEW;
 	reason = policy_judge(skb, l, jdir, forward);
 	if (reason && !audit_remembers(l, reason))
 		return reason;
-	if (sticks)
+	if (known && steer_sticks(l))
 		l->p.l7 = 1 + jdir;
 	else if (unlikely(l->p.l7) && l->p.translated && !steered_service(l))
 		return PC_REASON_L7_UNAVAILABLE;

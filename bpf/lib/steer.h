@@ -95,6 +95,14 @@ separate int steer_service(struct __sk_buff *skb, struct pc_life *l)
 	return 0;
 }
 
+/* Strict TCP, and a packet of no known flow: the proxy takes a connection to such a
+ * service before its flow is known, and is as strict. */
+separate int steer_taken(struct pc_life *l)
+{
+	return l && l->dir == PC_DIR_EGRESS && service_address(&l->p.dst) &&
+	       l7_service(l->policy, &l->p.dst, l->p.dport, l->p.proto);
+}
+
 /* The proxy's answer in a service's name, while nobody knows yet whom that leads
  * to: it takes the connection before it makes its own. It is of no flow, and
  * makes none. */

@@ -59,6 +59,7 @@ separate int hold_translated(struct bpf_nf_ctx *ctx, struct __sk_buff *skb, stru
 
 	if (!skb || !l)
 		return 0;
+	l->p.proxied = !!steered_service(l);
 	skb->gso_size = skb->gso_segs = 0;
 	info = (void *)(k->head + k->end);
 	bpf_probe_read_kernel(&skb->gso_size, sizeof(__u16), (void *)info + kernel_offset(skb_shared_info, gso_size));

@@ -22,6 +22,7 @@ type Injector struct {
 	fd   int
 	hdr  [vnetHeaderLen]byte
 	turn []byte // control message: the mark of packets for from_workload
+	back []byte // the same, of those that came from the L7 proxy
 
 	choices choices
 }
@@ -36,7 +37,7 @@ func NewInjector(reinject, turn uint32) (*Injector, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open a packet socket (needs CAP_NET_RAW): %w", err)
 	}
-	in := &Injector{fd: fd, turn: markMessage(turn)}
+	in := &Injector{fd: fd, turn: markMessage(turn), back: markMessage(turn ^ reinject)}
 	if err := unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_VNET_HDR, 1); err != nil {
 		in.Close()
 		return nil, fmt.Errorf("set PACKET_VNET_HDR: %w", err)
@@ -73,6 +74,9 @@ func (in *Injector) Inject(rec Record) error {
 	var control []byte
 	if rec.Direction == abi.DirEgress {
 		control = in.turn
+		if rec.Proxied {
+			control = in.back
+		}
 	}
 	// Never blocks: a full send buffer loses this packet, not the agent's loop.
 	switch _, err := unix.SendmsgBuffers(in.fd, [][]byte{in.hdr[:], rec.Packet}, control, to, unix.MSG_DONTWAIT); {

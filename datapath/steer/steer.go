@@ -95,7 +95,10 @@ func (c Config) join(ns *os.File) (datapath.Steering, error) {
 		var inner [abi.DirMax]netlink.Link
 		for dir := range abi.DirMax {
 			_, name := c.names(dir)
-			if err := sysctls(map[string]string{"ipv4/conf/" + name + "/rp_filter": "0", "ipv4/conf/" + name + "/accept_local": "1"}); err != nil {
+			// Its own address, which port-unreachable has as its source, is usable
+			// at once.
+			if err := sysctls(map[string]string{"ipv4/conf/" + name + "/rp_filter": "0", "ipv4/conf/" + name + "/accept_local": "1",
+				"ipv6/conf/" + name + "/accept_dad": "0", "ipv6/conf/" + name + "/accept_ra": "0", "ipv6/conf/" + name + "/router_solicitations": "0"}); err != nil {
 				return err
 			}
 			if err := linkUp(name); err != nil {
