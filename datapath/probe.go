@@ -200,7 +200,7 @@ func InspectPins(dir string) (Pins, error) {
 	if err != nil {
 		return out, err
 	}
-	known := map[string][]string{"maps": pinnedMaps(spec.Maps), "progs": {fromWorkload, toWorkload}, "links": nil, "hooks": nil}
+	known := map[string][]string{"maps": pinnedMaps(spec.Maps), "progs": {fromWorkload, toWorkload}, "links": nil, "hooks": nil, "proxy": nil}
 	for _, e := range entries {
 		names, ok := known[e.Name()]
 		if e.Name() == "maps_new" || e.Name() == "maps_ready" {

@@ -18,6 +18,7 @@ import (
 
 	"portcullis/bpf/abi"
 	"portcullis/datapath"
+	"portcullis/datapath/steer"
 )
 
 var (
@@ -34,10 +35,33 @@ type steered struct {
 	eps     map[string]abi.Endpoint // by device
 	stamps  map[netip.Addr]uint64
 	s       datapath.Steering
+	cfg     steer.Config
 }
 
-// through says which of a workload's traffic goes through the proxy.
-type through struct{ egress, ingress bool }
+// through says which of a workload's traffic goes through the proxy, and whether
+// the workloads are behind a bridge.
+type through struct{ egress, ingress, bridge bool }
+
+// bridge puts both workloads behind a bridge, which has the node's addresses then.
+func (x *steered) bridge() {
+	x.t.Helper()
+	x.must(netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br0"}}))
+	br, err := netlink.LinkByName("br0")
+	x.must(err)
+	for _, name := range []string{"wl0", "wl1"} {
+		port, err := netlink.LinkByName(name)
+		x.must(err)
+		addrs, err := netlink.AddrList(port, netlink.FAMILY_ALL)
+		x.must(err)
+		for _, a := range addrs {
+			if !a.IP.IsLinkLocalUnicast() {
+				x.must(netlink.AddrDel(port, &a))
+			}
+		}
+		x.must(netlink.LinkSetMaster(port, br))
+	}
+	x.address("br0", "10.8.0.1/24", "fd08::1/64", "10.8.1.1/24", "fd08:1::1/64")
+}
 
 func newSteered(t *testing.T, first, second through) *steered {
 	x := &steered{lab: newLab(t), eps: map[string]abi.Endpoint{}, stamps: map[netip.Addr]uint64{}}
@@ -55,13 +79,22 @@ func newSteered(t *testing.T, first, second through) *steered {
 			x.must(netlink.RouteAdd(&netlink.Route{Gw: net.ParseIP(gw)}))
 		}
 	})
-	x.d = x.open()
+	cfg := x.config()
+	if first.bridge {
+		x.bridge()
+		// Only the mark says whose a packet is that the node routes from one of
+		// the bridge's ports to another.
+		cfg.EndpointMarkMask = nodeMask
+	}
+	x.d, err = datapath.Open(cfg)
+	x.must(err)
+	t.Cleanup(func() { x.must(x.d.Close()) })
 	x.must(x.d.SetUplinks([]int{x.up}))
 	x.must(x.d.SetRanges(map[netip.Prefix]abi.Range{
 		netip.MustParsePrefix("10.8.0.0/15"): {Flags: uint32(abi.RangeKnown)},
 		netip.MustParsePrefix("fd00::/8"):    {Flags: uint32(abi.RangeKnown)},
 	}))
-	x.s, _ = x.steering(x.d)
+	x.s, x.cfg = x.steering(x.d)
 	x.workloadOf("wl0", 1, x.wl, x.workload, workload4, workload6, first)
 	x.workloadOf("wl1", 2, wl1, x.another, another4, another6, second)
 	x.stamps[remote4] = x.confirm(x.d, 10, remote4)
@@ -235,6 +268,77 @@ func TestSteeredEgress(t *testing.T) {
 			f.want([]abi.Direction{abi.DirEgress, abi.DirEgress}[:i+1]...)
 		}
 	})
+}
+
+// TestSteeredBridge: behind a bridge the packets of the proxy go up to the node,
+// whatever MAC the workload would have sent them to.
+func TestSteeredBridge(t *testing.T) {
+	both(t, func(t *testing.T, own, another, remote netip.Addr) {
+		x := newSteered(t, through{egress: true, bridge: true}, through{ingress: true})
+		f := x.forwarder(x.s)
+		at := netip.AddrPortFrom(remote, 8080)
+		client, server := x.connect(x.workload, own, at, x.serveTCP(x.remote, at))
+		x.bulk(client, server)
+		f.want(abi.DirEgress)
+		at = netip.AddrPortFrom(another, 8080)
+		conns := x.serveTCP(x.another, at)
+		client, server = x.connect(x.remote, remote, at, conns)
+		x.bulk(client, server)
+		f.want(abi.DirEgress, abi.DirIngress)
+		client, server = x.connect(x.workload, own, at, conns)
+		x.bulk(client, server)
+		if saw := f.saw(); len(saw) != 4 || saw[2].dir == saw[3].dir {
+			t.Errorf("the proxy saw %v", saw)
+		}
+	})
+}
+
+// TestSteeredRestart: connections live through an agent's restart, whose programs
+// take over under the same marks, and through a repair that finds nothing to do;
+// what was taken away is made again.
+func TestSteeredRestart(t *testing.T) {
+	x := newSteered(t, through{egress: true}, through{})
+	f := x.forwarder(x.s)
+	at := netip.AddrPortFrom(remote4, 8080)
+	conns := x.serveTCP(x.remote, at)
+	client, server := x.connect(x.workload, workload4, at, conns)
+	x.must(x.d.Close())
+	var err error
+	x.d, err = datapath.Open(x.config())
+	x.must(err)
+	if err := x.d.PutPolicy(99, map[abi.PolicyKey]abi.Policy{{Set: 99}: {Flags: uint8(abi.PolicyAllow | abi.PolicyL7)}}); !errors.Is(err, datapath.ErrNotSteered) {
+		t.Errorf("an entry for a proxy that is not joined: %v", err)
+	}
+	s, err := steer.Ensure(x.cfg)
+	x.must(err)
+	defer s.Namespace.Close()
+	if s.Sides != x.s.Sides {
+		t.Errorf("joined by %v, before by %v", s.Sides, x.s.Sides)
+	}
+	x.must(x.d.Steer(s))
+	x.bulk(client, server)
+	f.want(abi.DirEgress)
+	// Somebody takes a device away, and with it the other end.
+	link, err := netlink.LinkByIndex(int(s.Sides[abi.DirEgress].Outer))
+	x.must(err)
+	x.must(netlink.LinkDel(link))
+	f.stop()
+	s2, err := steer.Ensure(x.cfg)
+	x.must(err)
+	defer s2.Namespace.Close()
+	x.must(x.d.Steer(s2))
+	if s2.Sides[abi.DirEgress] == s.Sides[abi.DirEgress] || s2.Sides[abi.DirIngress] != s.Sides[abi.DirIngress] {
+		t.Errorf("joined by %v, before by %v", s2.Sides, s.Sides)
+	}
+	f = x.forwarder(s2)
+	client, server = x.connect(x.workload, workload4, at, conns)
+	x.bulk(client, server)
+	f.want(abi.DirEgress)
+	x.must(x.d.Unsteer())
+	if _, err := client.Write([]byte("more")); err != nil {
+		t.Error(err)
+	}
+	x.eventually("a drop", func() bool { return dropped(x.lab, x.d, abi.DirEgress, abi.ReasonL7Unavailable) > 0 })
 }
 
 // TestSteeredIngress: the same for connections to a workload; those of its

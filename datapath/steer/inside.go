@@ -51,22 +51,22 @@ func (c Config) routes(inner, outer [abi.DirMax]netlink.Link) error {
 		return fmt.Errorf("the proxy's loopback: %w", err)
 	}
 	for _, f := range families() {
-		local := func(table int) error {
-			return netlink.RouteReplace(&netlink.Route{Family: f.number, Table: table, Type: unix.RTN_LOCAL, Scope: unix.RT_SCOPE_HOST,
-				Dst: f.everything(), LinkIndex: lo.Attrs().Index})
+		local := func(table int) *netlink.Route {
+			return &netlink.Route{Family: f.number, Table: table, Type: unix.RTN_LOCAL, Scope: unix.RT_SCOPE_HOST,
+				Dst: f.everything(), LinkIndex: lo.Attrs().Index}
 		}
-		if err := local(tableInput); err != nil {
+		if err := netlink.RouteReplace(local(tableInput)); err != nil {
 			return fmt.Errorf("route what comes to the proxy: %w", err)
 		}
 		for dir := range abi.DirMax {
-			if err := c.side(f, dir, inner[dir], outer[dir]); err != nil {
+			if err := c.side(f, dir, inner[dir], outer[dir], local(unix.RT_TABLE_LOCAL)); err != nil {
 				return err
 			}
 		}
 		if f.number == unix.AF_INET {
 			// A reset without a socket has an address of somebody else's as its
 			// source: for IPv4 that must be local, and yet be routed away.
-			if err := local(unix.RT_TABLE_LOCAL); err != nil {
+			if err := netlink.RouteReplace(local(unix.RT_TABLE_LOCAL)); err != nil {
 				return fmt.Errorf("make every address the proxy's: %w", err)
 			}
 		}
@@ -77,8 +77,10 @@ func (c Config) routes(inner, outer [abi.DirMax]netlink.Link) error {
 	return nil
 }
 
-// side writes how packets leave by the device of one direction.
-func (c Config) side(f family, dir abi.Direction, inner, outer netlink.Link) error {
+// side writes how packets leave by the device of one direction. What stands
+// already stays; else mine, the route that makes every address local, has to go
+// first: to IPv4 a local address is no next hop.
+func (c Config) side(f family, dir abi.Direction, inner, outer netlink.Link, mine *netlink.Route) error {
 	name := inner.Attrs().Name
 	neigh := &netlink.Neigh{LinkIndex: inner.Attrs().Index, Family: f.number, State: netlink.NUD_PERMANENT, IP: f.hop, HardwareAddr: outer.Attrs().HardwareAddr}
 	if err := netlink.NeighSet(neigh); err != nil {
@@ -87,11 +89,35 @@ func (c Config) side(f family, dir abi.Direction, inner, outer netlink.Link) err
 	for _, at := range []struct{ table, metric int }{{tableSide + int(dir), 0}, {unix.RT_TABLE_MAIN, 1 + int(dir)}} {
 		r := &netlink.Route{Family: f.number, Table: at.table, Priority: at.metric, Dst: f.everything(), LinkIndex: inner.Attrs().Index,
 			Gw: f.hop, Flags: int(netlink.FLAG_ONLINK), MTU: c.MTU}
+		if stands, err := routed(r); err != nil {
+			return err
+		} else if stands {
+			continue
+		}
+		if f.number == unix.AF_INET {
+			if err := netlink.RouteDel(mine); err != nil && !errors.Is(err, unix.ESRCH) {
+				return fmt.Errorf("make way for the routes of %s: %w", name, err)
+			}
+		}
 		if err := netlink.RouteReplace(r); err != nil {
 			return fmt.Errorf("route what leaves by %s: %w", name, err)
 		}
 	}
 	return nil
+}
+
+// routed reports whether a route stands as it is wanted.
+func routed(want *netlink.Route) (bool, error) {
+	have, err := netlink.RouteListFiltered(want.Family, &netlink.Route{Table: want.Table, LinkIndex: want.LinkIndex}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_OIF)
+	if err != nil {
+		return false, fmt.Errorf("list the proxy's routes: %w", err)
+	}
+	for _, r := range have {
+		if r.Gw.Equal(want.Gw) && r.MTU == want.MTU && (want.Priority == 0 || r.Priority == want.Priority) {
+			return true, nil
+		}
+	}
+	return false, nil
 }
 
 // rules writes which table is asked when.
