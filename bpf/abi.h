@@ -49,7 +49,7 @@ enum pc_reason {
 	PC_REASON_MALFORMED = 14,
 	PC_REASON_UNSUPPORTED = 15,
 	PC_REASON_NO_ENDPOINT = 16,	 /* device without an endpoint, or a closed one */
-	PC_REASON_NO_FLOW = 17,		 /* strict TCP: not a SYN, and of no known flow */
+	PC_REASON_NO_FLOW = 17,		 /* strict TCP: not a SYN, and of no known flow; or the proxy's, and not steered */
 	PC_REASON_TRANSLATED = 18,	 /* forwarded with the node's own address: whose it is, nobody knows */
 	PC_REASON_SERVICE_UNTRANSLATED = 19, /* to a service address, and nobody will say whom it leads to */
 	PC_REASON_UNMANAGED = 20,	 /* an address of a node that has no agent yet */
