@@ -16,6 +16,8 @@ import (
 	"portcullis/bpf/abi"
 	"portcullis/datapath"
 	"portcullis/identity"
+	"portcullis/proxy"
+	"portcullis/proxy/feed"
 )
 
 // What workloads are told by DNS. An answer that a rule by names (toFQDNs) of its
@@ -70,11 +72,15 @@ func (l *loop) openNames() {
 	}
 }
 
-// learnNames admits what the workload at an address is about to hear, which it
-// asked for under a policy set. On an error it must not hear it: nothing of it
-// was admitted, or nobody may count on it. Safe for concurrent use.
-func (l *loop) learnNames(ctx context.Context, client netip.Addr, set uint32, name string, answer []names.Address) error {
-	return l.call(ctx, func() error { return l.learn(client, set, name, answer) })
+// learnNames admits what the client of a flow is about to hear, which it asked for
+// under a policy set. On an error it must not hear it: nothing of it was
+// admitted, or nobody may count on it. Safe for concurrent use.
+func (l *loop) learnNames(ctx context.Context, c proxy.Conn, set uint32, a feed.Answer) error {
+	answer := make([]names.Address, len(a.Addresses))
+	for i, x := range a.Addresses {
+		answer[i] = names.Address(x)
+	}
+	return l.call(ctx, func() error { return l.learn(c.Client.Addr(), set, a.Name, answer) })
 }
 
 func (l *loop) learn(client netip.Addr, set uint32, name string, answer []names.Address) error {

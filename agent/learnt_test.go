@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"net/netip"
 	"testing"
@@ -11,6 +12,8 @@ import (
 	"portcullis/bpf/abi"
 	"portcullis/datapath"
 	"portcullis/identity"
+	"portcullis/proxy"
+	"portcullis/proxy/feed"
 )
 
 // putNames puts a policy by names, and another one by blocks around them, into
@@ -32,12 +35,18 @@ func (n *node) putNames(l *loop) {
 	}
 }
 
+// tell does what the proxy asks for, with the loop's part on the test's goroutine.
 func tell(l *loop, e *endpoint, name string, ips ...string) error {
-	var answer []names.Address
+	a := feed.Answer{Name: name}
 	for _, ip := range ips {
-		answer = append(answer, names.Address{IP: netip.MustParseAddr(ip), TTL: time.Minute})
+		a.Addresses = append(a.Addresses, feed.Address{IP: netip.MustParseAddr(ip), TTL: time.Minute})
 	}
-	return l.learn(e.ips[0], e.policy.id, name, answer)
+	done := make(chan error, 1)
+	go func() {
+		done <- l.learnNames(context.Background(), proxy.Conn{Client: netip.AddrPortFrom(e.ips[0], 5353)}, e.policy.id, a)
+	}()
+	(<-l.inbox)()
+	return <-done
 }
 
 func reaches(e *endpoint, n identity.Numeric, port uint16) bool {
