@@ -183,7 +183,8 @@ type leaseState struct {
 
 // NewVerifier returns a verifier that starts now, over a table that may hold
 // what was restored from the kernel. Held packets from before must have been
-// discarded. Give it a VerifierTick, so that it renews what was restored.
+// discarded, and the deadlines of indices that no slot names zeroed: the next
+// session to get one may install bindings before it has a deadline. Give it a VerifierTick, so that it renews what was restored.
 func NewVerifier(cfg VerifierConfig, table *ipcache.Table, now Time) (*Verifier, error) {
 	setDuration(&cfg.IdleBinding, 5*time.Minute)
 	setDuration(&cfg.IdleSession, 5*time.Minute)

@@ -32,7 +32,7 @@ func Configs() []Config {
 var longIngress = []string{
 	"B3/transfer-resets/ingress", "B14/generations-restart/ingress", "C3/cold-restart-waits-ttl/ingress",
 	"F3/release-and-older-stream-read/ingress", "D1/same-lease-break/ingress",
-	"D1/same-lease-owner-crash/ingress", "G1/one-ack-suffices/ingress",
+	"D1/same-lease-owner-crash/ingress", "C7/keeps-deadlines/ingress", "G1/one-ack-suffices/ingress",
 }
 
 // base: a lease of 2 ticks, at most 4; flight 1, margin 2.
@@ -178,6 +178,7 @@ func planted() []Config {
 		base("C2/forget-on-hello", breaks(1), rule(func(r *Rules) { r.ForgetOnHello = true })),
 		base("C3/cold-restart-waits-ttl", ownerCrash, journalLost, askMax, rule(func(r *Rules) { r.RestartWaitsTTL = true })),
 		base("C4/no-drift", rule(func(r *Rules) { r.NoDrift = true }), func(c *Config) { c.TTL, c.MaxLease = 10, 10 }),
+		base("C7/keeps-deadlines", verifierCrash, askMax, rule(func(r *Rules) { r.KeepsDeadlines = true })),
 		base("D1/same-lease-break", breaks(2), askMax, rule(func(r *Rules) { r.SameLease = true })),
 		base("D1/same-lease-owner-crash", ownerCrash, askMax, rule(func(r *Rules) { r.SameLease = true })),
 		base("D1b/same-lease-inherited-deadline", breaks(2), rule(func(r *Rules) { r.SameLease, r.SessionInherits = true, true }), works),

@@ -184,6 +184,11 @@ func (n *machineV) start() {
 			n.m.t.Fatal(err)
 		}
 	}
+	for i := range n.leases {
+		if table.LeaseUsers(i) == 0 {
+			delete(n.leases, i) // as the agent does at its start
+		}
+	}
 	n.table = table
 	n.v, err = lease.NewVerifier(lease.VerifierConfig{
 		Node: n.name, Boot: bootV, TTL: time.Duration(n.m.cfg.TTL) * tickVerifier, Heartbeat: tickVerifier,

@@ -78,6 +78,7 @@ type Rules struct {
 	SinceIgnored          bool // C6
 	FreesNamedLease       bool // I1: an index is given to another owner's session while a slot names it
 	SameLease             bool // D1: a new session goes on with the lease of the one before
+	KeepsDeadlines        bool // C7: a new process leaves the deadlines of indices that no slot names
 	ReleaseWhileConfirmed bool // F2: given back though a Confirm is out
 }
 

@@ -36,6 +36,9 @@ func (q *queue) len() (n int) {
 // retire ends the verifier's side of its session. What it sent may still be
 // read, until the owner learns better; what was sent to it is not read.
 func (x *stepper) retire(p *peer) {
+	if p.session == sessionNone && x.Rules.KeepsDeadlines {
+		return // a new process: there is nothing but what the former one left
+	}
 	if p.dead == 1 {
 		p.current = streamNone
 	}
@@ -75,7 +78,11 @@ func (x *stepper) verifierFaults(s0 *state, v int) {
 	q := &s.peer[v]
 	q.crashes--
 	q.up = 0
+	lease := q.lease
 	x.retire(q)
+	if x.Rules.KeepsDeadlines && q.slot == 0 {
+		q.lease = lease // the next session gets this index
+	}
 	q.negative = 0
 	if q.heldAt != heldInRing {
 		q.release()

@@ -147,6 +147,11 @@ func (n *node) restore() *ipcache.Table {
 			panic(err)
 		}
 	}
+	for i := range n.k.leases {
+		if table.LeaseUsers(uint32(i)) == 0 {
+			n.k.leases[i] = 0 // or the next session would live by it
+		}
+	}
 	return table
 }
 
