@@ -9,7 +9,7 @@ import (
 
 var (
 	onlyFlag   = flag.String("model.only", "", "search only the configurations whose name contains this")
-	statesFlag = flag.Int("model.states", 60_000, "bound on the states of each search that is to find nothing; 0: none, and those that take long are searched too")
+	statesFlag = flag.Int("model.states", 40_000, "bound on the states of each search that is to find nothing; 0: none, and those that take long are searched too")
 	timeFlag   = flag.Duration("model.time", 0, "bound on the time of each search; 0: none")
 )
 
