@@ -12,7 +12,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
@@ -233,19 +232,5 @@ func TestRefusedRequestsAndWindows(t *testing.T) {
 			w.WriteWindowUpdate(301, 200000)
 			window += 100000
 		}
-	}
-}
-
-func TestHTTP2Ends(t *testing.T) {
-	b := newBackend(t, nil)
-	r := newRig(t, b.addr, anything, Options{HeaderTimeout: time.Second / 10})
-	w := r.dialH2()
-	w.request(1, true, plain...)
-	if got := w.outcome(1); got != "200" {
-		t.Fatal(got)
-	}
-	w.WriteHeaders(http2.HeadersFrameParam{StreamID: 3, BlockFragment: w.block(plain...)}) // and no more
-	if got := w.outcome(3); got != "GOAWAY, ENHANCE_YOUR_CALM" {
-		t.Errorf("a header that never ends: %s", got)
 	}
 }
