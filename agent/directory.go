@@ -82,6 +82,17 @@ func (d *directory) Bound(ip netip.Addr, generation identity.Generation) (string
 	return "", 0
 }
 
+// Holder returns the local workload that holds the IP now, its endpoint's id and
+// the number of its identity.
+func (d *directory) Holder(ip netip.Addr) (name string, endpoint uint32, n identity.Numeric) {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	if e := d.workloads[ip]; e != nil {
+		return e.fullName(), e.id, e.numeric
+	}
+	return "", 0, 0
+}
+
 // Policy returns the policy of a rule of an endpoint.
 func (d *directory) Policy(endpoint, rule uint32) string {
 	d.mu.RLock()

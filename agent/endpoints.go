@@ -230,7 +230,7 @@ func (l *loop) compile(e *endpoint) error {
 	l.bySubject[e.subject] = e
 	l.recallNames(e)
 	e.policy = policySet{id: l.dp.State().NextPolicySet(), set: l.meaning(e), lost: e.lost, svid: l.cfg.EvidenceIn[e.identity.Namespace] == ModeSVID}
-	if err := l.dp.PutPolicy(e.policy.id, e.policy.set.WithSet(e.policy.id)); err != nil {
+	if err := l.putSet(e.policy.id, e.policy.set, policySet{}); err != nil {
 		l.forgetSubject(e)
 		return fmt.Errorf("%w the policy of %s: %w", errKernelRefuse, e.fullName(), err)
 	}

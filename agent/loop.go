@@ -19,6 +19,7 @@ import (
 	"portcullis/ipcache/lease"
 	"portcullis/ipcache/session"
 	"portcullis/observe/audit"
+	"portcullis/proxy/feed"
 )
 
 // inboxSize bounds what may wait for the loop. Senders block when it is full:
@@ -118,9 +119,10 @@ type loop struct {
 	lostBefore                         lostTotals // at the start those of earlier agents
 	notTaken                           uint64     // re-injected, and dropped on the way: see inject
 
-	names    *directory // safe for concurrent use
-	monitors *monitors  // safe for concurrent use
-	alarms   *alarms    // safe for concurrent use
+	names    *directory   // safe for concurrent use
+	monitors *monitors    // safe for concurrent use
+	feed     *feed.Server // what the proxy must know; nil: there is no proxy
+	alarms   *alarms      // safe for concurrent use
 	started  time.Time
 	boot     identity.BootID
 }

@@ -67,6 +67,16 @@ func (m *monitors) publish(record flow.Record) {
 	}
 }
 
+// lose says that records were lost before they came here: every reader missed
+// them.
+func (m *monitors) lose(n uint64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for r := range m.readers {
+		r.lost += n
+	}
+}
+
 // takeLost returns how many records the reader lost since the last call.
 func (m *monitors) takeLost(r *monitor) uint64 {
 	m.mu.Lock()

@@ -51,6 +51,9 @@ func (l *loop) addPeer(n identity.Numeric, p authz.Peer) error {
 	l.sets.AddPeer(n, p)
 	for _, d := range l.sets.Entries(n) {
 		set := l.bySubject[d.Subject].policy.id
+		if err := l.tellPeer(d.Subject, n); err != nil {
+			return err
+		}
 		if err := l.dp.PutPolicy(set, withSet(d.Add, set)); err != nil {
 			return err
 		}
@@ -104,6 +107,7 @@ func (l *loop) dropNumbers() {
 		}
 	}
 	for _, n := range gone {
+		l.forgetPeer(n)
 		l.ids.Drop(n)
 		l.names.removeIdentity(n)
 	}

@@ -51,6 +51,7 @@ func withSet(entries map[abi.PolicyKey]abi.Policy, set uint32) map[abi.PolicyKey
 }
 
 func (l *loop) forgetPolicy(e *endpoint) {
+	l.forgetSet(e.policy.id)
 	if err := l.dp.DeletePolicySet(e.policy.id); err != nil {
 		// Set numbers are never reused, so what is left harms nobody but the
 		// map's size.
@@ -331,7 +332,7 @@ func (l *loop) applyPolicies() error {
 		}
 		p := policySet{id: l.dp.State().NextPolicySet(), set: set, lost: e.lost, svid: e.policy.svid, former: e.policy.id}
 		next[e] = p
-		if err := l.dp.PutPolicy(p.id, set.WithSet(p.id)); err != nil {
+		if err := l.putSet(p.id, set, e.policy); err != nil {
 			undo()
 			return fmt.Errorf("%w the policy of %s, nothing was changed: %w", errKernelRefuse, e.fullName(), err)
 		}

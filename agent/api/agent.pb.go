@@ -3569,6 +3569,7 @@ type FlowEvent struct {
 	Length           uint32                 `protobuf:"varint,20,opt,name=length,proto3" json:"length,omitempty"`                                               // bytes
 	Rule             uint32                 `protobuf:"varint,21,opt,name=rule,proto3" json:"rule,omitempty"`                                                   // that decided; 0: none
 	Policy           string                 `protobuf:"bytes,22,opt,name=policy,proto3" json:"policy,omitempty"`                                                // the policy of that rule, where known: "KIND/NS/NAME"
+	L7               *L7Event               `protobuf:"bytes,23,opt,name=l7,proto3" json:"l7,omitempty"`                                                        // set: it is about a request that the node's proxy has judged
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -3757,6 +3758,178 @@ func (x *FlowEvent) GetPolicy() string {
 	return ""
 }
 
+func (x *FlowEvent) GetL7() *L7Event {
+	if x != nil {
+		return x.L7
+	}
+	return nil
+}
+
+// L7Event is a request of HTTP, a query of DNS or a hello of TLS.
+type L7Event struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Protocol      string                 `protobuf:"bytes,1,opt,name=protocol,proto3" json:"protocol,omitempty"` // "http", "dns", "tls"; "": not known yet
+	Verdict       string                 `protobuf:"bytes,2,opt,name=verdict,proto3" json:"verdict,omitempty"`   // "forwarded", "denied", "malformed", "failed"
+	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`     // why it was not forwarded
+	Rule          string                 `protobuf:"bytes,4,opt,name=rule,proto3" json:"rule,omitempty"`         // that allowed it
+	Latency       *durationpb.Duration   `protobuf:"bytes,5,opt,name=latency,proto3" json:"latency,omitempty"`
+	Version       string                 `protobuf:"bytes,6,opt,name=version,proto3" json:"version,omitempty"` // of HTTP
+	Method        string                 `protobuf:"bytes,7,opt,name=method,proto3" json:"method,omitempty"`
+	Path          string                 `protobuf:"bytes,8,opt,name=path,proto3" json:"path,omitempty"`
+	Host          string                 `protobuf:"bytes,9,opt,name=host,proto3" json:"host,omitempty"`
+	Header        []string               `protobuf:"bytes,10,rep,name=header,proto3" json:"header,omitempty"` // "Name: value"
+	Status        int32                  `protobuf:"varint,11,opt,name=status,proto3" json:"status,omitempty"`
+	Name          string                 `protobuf:"bytes,12,opt,name=name,proto3" json:"name,omitempty"`  // of DNS and TLS
+	Type          uint32                 `protobuf:"varint,13,opt,name=type,proto3" json:"type,omitempty"` // of a query
+	Code          int32                  `protobuf:"varint,14,opt,name=code,proto3" json:"code,omitempty"` // of an answer, -1: none
+	Addresses     []string               `protobuf:"bytes,15,rep,name=addresses,proto3" json:"addresses,omitempty"`
+	Ttl           *durationpb.Duration   `protobuf:"bytes,16,opt,name=ttl,proto3" json:"ttl,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *L7Event) Reset() {
+	*x = L7Event{}
+	mi := &file_agent_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *L7Event) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*L7Event) ProtoMessage() {}
+
+func (x *L7Event) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use L7Event.ProtoReflect.Descriptor instead.
+func (*L7Event) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *L7Event) GetProtocol() string {
+	if x != nil {
+		return x.Protocol
+	}
+	return ""
+}
+
+func (x *L7Event) GetVerdict() string {
+	if x != nil {
+		return x.Verdict
+	}
+	return ""
+}
+
+func (x *L7Event) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *L7Event) GetRule() string {
+	if x != nil {
+		return x.Rule
+	}
+	return ""
+}
+
+func (x *L7Event) GetLatency() *durationpb.Duration {
+	if x != nil {
+		return x.Latency
+	}
+	return nil
+}
+
+func (x *L7Event) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *L7Event) GetMethod() string {
+	if x != nil {
+		return x.Method
+	}
+	return ""
+}
+
+func (x *L7Event) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *L7Event) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
+}
+
+func (x *L7Event) GetHeader() []string {
+	if x != nil {
+		return x.Header
+	}
+	return nil
+}
+
+func (x *L7Event) GetStatus() int32 {
+	if x != nil {
+		return x.Status
+	}
+	return 0
+}
+
+func (x *L7Event) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *L7Event) GetType() uint32 {
+	if x != nil {
+		return x.Type
+	}
+	return 0
+}
+
+func (x *L7Event) GetCode() int32 {
+	if x != nil {
+		return x.Code
+	}
+	return 0
+}
+
+func (x *L7Event) GetAddresses() []string {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
+func (x *L7Event) GetTtl() *durationpb.Duration {
+	if x != nil {
+		return x.Ttl
+	}
+	return nil
+}
+
 type FlowEnd struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Ip            string                 `protobuf:"bytes,1,opt,name=ip,proto3" json:"ip,omitempty"`
@@ -3772,7 +3945,7 @@ type FlowEnd struct {
 
 func (x *FlowEnd) Reset() {
 	*x = FlowEnd{}
-	mi := &file_agent_proto_msgTypes[51]
+	mi := &file_agent_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3784,7 +3957,7 @@ func (x *FlowEnd) String() string {
 func (*FlowEnd) ProtoMessage() {}
 
 func (x *FlowEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[51]
+	mi := &file_agent_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3797,7 +3970,7 @@ func (x *FlowEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FlowEnd.ProtoReflect.Descriptor instead.
 func (*FlowEnd) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{51}
+	return file_agent_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *FlowEnd) GetIp() string {
@@ -4155,7 +4328,7 @@ const file_agent_proto_rawDesc = "" +
 	"\n" +
 	"LostEvents\x12\x14\n" +
 	"\x05count\x18\x01 \x01(\x04R\x05count\x12\x14\n" +
-	"\x05where\x18\x02 \x01(\tR\x05where\"\xd7\x05\n" +
+	"\x05where\x18\x02 \x01(\tR\x05where\"\x85\x06\n" +
 	"\tFlowEvent\x12.\n" +
 	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x1b\n" +
 	"\tboot_time\x18\x02 \x01(\x04R\bbootTime\x12\x12\n" +
@@ -4184,7 +4357,26 @@ const file_agent_proto_rawDesc = "" +
 	"reinjected\x12\x16\n" +
 	"\x06length\x18\x14 \x01(\rR\x06length\x12\x12\n" +
 	"\x04rule\x18\x15 \x01(\rR\x04rule\x12\x16\n" +
-	"\x06policy\x18\x16 \x01(\tR\x06policy\"\xad\x01\n" +
+	"\x06policy\x18\x16 \x01(\tR\x06policy\x12,\n" +
+	"\x02l7\x18\x17 \x01(\v2\x1c.portcullis.agent.v1.L7EventR\x02l7\"\xb1\x03\n" +
+	"\aL7Event\x12\x1a\n" +
+	"\bprotocol\x18\x01 \x01(\tR\bprotocol\x12\x18\n" +
+	"\averdict\x18\x02 \x01(\tR\averdict\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x12\n" +
+	"\x04rule\x18\x04 \x01(\tR\x04rule\x123\n" +
+	"\alatency\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\alatency\x12\x18\n" +
+	"\aversion\x18\x06 \x01(\tR\aversion\x12\x16\n" +
+	"\x06method\x18\a \x01(\tR\x06method\x12\x12\n" +
+	"\x04path\x18\b \x01(\tR\x04path\x12\x12\n" +
+	"\x04host\x18\t \x01(\tR\x04host\x12\x16\n" +
+	"\x06header\x18\n" +
+	" \x03(\tR\x06header\x12\x16\n" +
+	"\x06status\x18\v \x01(\x05R\x06status\x12\x12\n" +
+	"\x04name\x18\f \x01(\tR\x04name\x12\x12\n" +
+	"\x04type\x18\r \x01(\rR\x04type\x12\x12\n" +
+	"\x04code\x18\x0e \x01(\x05R\x04code\x12\x1c\n" +
+	"\taddresses\x18\x0f \x03(\tR\taddresses\x12+\n" +
+	"\x03ttl\x18\x10 \x01(\v2\x19.google.protobuf.DurationR\x03ttl\"\xad\x01\n" +
 	"\aFlowEnd\x12\x0e\n" +
 	"\x02ip\x18\x01 \x01(\tR\x02ip\x12\x12\n" +
 	"\x04port\x18\x02 \x01(\rR\x04port\x12\x1a\n" +
@@ -4222,7 +4414,7 @@ func file_agent_proto_rawDescGZIP() []byte {
 	return file_agent_proto_rawDescData
 }
 
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 54)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 55)
 var file_agent_proto_goTypes = []any{
 	(*StatusRequest)(nil),              // 0: portcullis.agent.v1.StatusRequest
 	(*StatusResponse)(nil),             // 1: portcullis.agent.v1.StatusResponse
@@ -4275,111 +4467,115 @@ var file_agent_proto_goTypes = []any{
 	(*MonitorResponse)(nil),            // 48: portcullis.agent.v1.MonitorResponse
 	(*LostEvents)(nil),                 // 49: portcullis.agent.v1.LostEvents
 	(*FlowEvent)(nil),                  // 50: portcullis.agent.v1.FlowEvent
-	(*FlowEnd)(nil),                    // 51: portcullis.agent.v1.FlowEnd
-	nil,                                // 52: portcullis.agent.v1.RegisterWorkloadRequest.LabelsEntry
-	nil,                                // 53: portcullis.agent.v1.RelabelWorkloadRequest.LabelsEntry
-	(*timestamppb.Timestamp)(nil),      // 54: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),        // 55: google.protobuf.Duration
+	(*L7Event)(nil),                    // 51: portcullis.agent.v1.L7Event
+	(*FlowEnd)(nil),                    // 52: portcullis.agent.v1.FlowEnd
+	nil,                                // 53: portcullis.agent.v1.RegisterWorkloadRequest.LabelsEntry
+	nil,                                // 54: portcullis.agent.v1.RelabelWorkloadRequest.LabelsEntry
+	(*timestamppb.Timestamp)(nil),      // 55: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),        // 56: google.protobuf.Duration
 }
 var file_agent_proto_depIdxs = []int32{
-	54, // 0: portcullis.agent.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
-	55, // 1: portcullis.agent.v1.StatusResponse.ttl:type_name -> google.protobuf.Duration
-	55, // 2: portcullis.agent.v1.StatusResponse.heartbeat:type_name -> google.protobuf.Duration
-	55, // 3: portcullis.agent.v1.StatusResponse.reuse_margin:type_name -> google.protobuf.Duration
-	54, // 4: portcullis.agent.v1.StatusResponse.certificate_expiry:type_name -> google.protobuf.Timestamp
-	55, // 5: portcullis.agent.v1.StatusResponse.startup_wait:type_name -> google.protobuf.Duration
+	55, // 0: portcullis.agent.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	56, // 1: portcullis.agent.v1.StatusResponse.ttl:type_name -> google.protobuf.Duration
+	56, // 2: portcullis.agent.v1.StatusResponse.heartbeat:type_name -> google.protobuf.Duration
+	56, // 3: portcullis.agent.v1.StatusResponse.reuse_margin:type_name -> google.protobuf.Duration
+	55, // 4: portcullis.agent.v1.StatusResponse.certificate_expiry:type_name -> google.protobuf.Timestamp
+	56, // 5: portcullis.agent.v1.StatusResponse.startup_wait:type_name -> google.protobuf.Duration
 	2,  // 6: portcullis.agent.v1.StatusResponse.sources:type_name -> portcullis.agent.v1.Source
 	3,  // 7: portcullis.agent.v1.StatusResponse.maps:type_name -> portcullis.agent.v1.Map
 	4,  // 8: portcullis.agent.v1.StatusResponse.counters:type_name -> portcullis.agent.v1.Counter
 	5,  // 9: portcullis.agent.v1.StatusResponse.alarms:type_name -> portcullis.agent.v1.Alarm
 	6,  // 10: portcullis.agent.v1.StatusResponse.held:type_name -> portcullis.agent.v1.HeldPackets
-	54, // 11: portcullis.agent.v1.Alarm.since:type_name -> google.protobuf.Timestamp
-	52, // 12: portcullis.agent.v1.RegisterWorkloadRequest.labels:type_name -> portcullis.agent.v1.RegisterWorkloadRequest.LabelsEntry
+	55, // 11: portcullis.agent.v1.Alarm.since:type_name -> google.protobuf.Timestamp
+	53, // 12: portcullis.agent.v1.RegisterWorkloadRequest.labels:type_name -> portcullis.agent.v1.RegisterWorkloadRequest.LabelsEntry
 	14, // 13: portcullis.agent.v1.RegisterWorkloadRequest.ports:type_name -> portcullis.agent.v1.NamedPort
-	55, // 14: portcullis.agent.v1.RegisterWorkloadRequest.wait:type_name -> google.protobuf.Duration
+	56, // 14: portcullis.agent.v1.RegisterWorkloadRequest.wait:type_name -> google.protobuf.Duration
 	8,  // 15: portcullis.agent.v1.RegisterWorkloadRequest.attachment:type_name -> portcullis.agent.v1.Attachment
-	55, // 16: portcullis.agent.v1.RegisterWorkloadRequest.held:type_name -> google.protobuf.Duration
+	56, // 16: portcullis.agent.v1.RegisterWorkloadRequest.held:type_name -> google.protobuf.Duration
 	8,  // 17: portcullis.agent.v1.CheckWorkloadRequest.attachment:type_name -> portcullis.agent.v1.Attachment
-	53, // 18: portcullis.agent.v1.RelabelWorkloadRequest.labels:type_name -> portcullis.agent.v1.RelabelWorkloadRequest.LabelsEntry
+	54, // 18: portcullis.agent.v1.RelabelWorkloadRequest.labels:type_name -> portcullis.agent.v1.RelabelWorkloadRequest.LabelsEntry
 	12, // 19: portcullis.agent.v1.RelabelWorkloadRequest.ports:type_name -> portcullis.agent.v1.NamedPorts
-	55, // 20: portcullis.agent.v1.RelabelWorkloadRequest.wait:type_name -> google.protobuf.Duration
+	56, // 20: portcullis.agent.v1.RelabelWorkloadRequest.wait:type_name -> google.protobuf.Duration
 	14, // 21: portcullis.agent.v1.NamedPorts.ports:type_name -> portcullis.agent.v1.NamedPort
-	55, // 22: portcullis.agent.v1.RelabelWorkloadResponse.waited:type_name -> google.protobuf.Duration
+	56, // 22: portcullis.agent.v1.RelabelWorkloadResponse.waited:type_name -> google.protobuf.Duration
 	19, // 23: portcullis.agent.v1.RelabelWorkloadResponse.identity:type_name -> portcullis.agent.v1.Identity
-	55, // 24: portcullis.agent.v1.RegisterWorkloadResponse.waited:type_name -> google.protobuf.Duration
+	56, // 24: portcullis.agent.v1.RegisterWorkloadResponse.waited:type_name -> google.protobuf.Duration
 	8,  // 25: portcullis.agent.v1.DeregisterWorkloadRequest.attachment:type_name -> portcullis.agent.v1.Attachment
 	19, // 26: portcullis.agent.v1.ListIdentitiesResponse.identities:type_name -> portcullis.agent.v1.Identity
 	24, // 27: portcullis.agent.v1.ListEndpointsResponse.endpoints:type_name -> portcullis.agent.v1.Endpoint
 	18, // 28: portcullis.agent.v1.Endpoint.workload:type_name -> portcullis.agent.v1.Workload
 	19, // 29: portcullis.agent.v1.Endpoint.identity:type_name -> portcullis.agent.v1.Identity
 	14, // 30: portcullis.agent.v1.Endpoint.ports:type_name -> portcullis.agent.v1.NamedPort
-	54, // 31: portcullis.agent.v1.Endpoint.created:type_name -> google.protobuf.Timestamp
+	55, // 31: portcullis.agent.v1.Endpoint.created:type_name -> google.protobuf.Timestamp
 	8,  // 32: portcullis.agent.v1.Endpoint.attachment:type_name -> portcullis.agent.v1.Attachment
 	28, // 33: portcullis.agent.v1.Endpoint.grants:type_name -> portcullis.agent.v1.Grant
 	27, // 34: portcullis.agent.v1.ListBindingsResponse.bindings:type_name -> portcullis.agent.v1.Binding
 	18, // 35: portcullis.agent.v1.Binding.workload:type_name -> portcullis.agent.v1.Workload
 	19, // 36: portcullis.agent.v1.Binding.identity:type_name -> portcullis.agent.v1.Identity
-	55, // 37: portcullis.agent.v1.Binding.remaining:type_name -> google.protobuf.Duration
-	55, // 38: portcullis.agent.v1.Binding.age:type_name -> google.protobuf.Duration
+	56, // 37: portcullis.agent.v1.Binding.remaining:type_name -> google.protobuf.Duration
+	56, // 38: portcullis.agent.v1.Binding.age:type_name -> google.protobuf.Duration
 	28, // 39: portcullis.agent.v1.Binding.grants:type_name -> portcullis.agent.v1.Grant
-	55, // 40: portcullis.agent.v1.Grant.remaining:type_name -> google.protobuf.Duration
+	56, // 40: portcullis.agent.v1.Grant.remaining:type_name -> google.protobuf.Duration
 	31, // 41: portcullis.agent.v1.ListSessionsResponse.sessions:type_name -> portcullis.agent.v1.Session
-	54, // 42: portcullis.agent.v1.Session.certificate_expiry:type_name -> google.protobuf.Timestamp
-	54, // 43: portcullis.agent.v1.Session.last_renewal:type_name -> google.protobuf.Timestamp
-	55, // 44: portcullis.agent.v1.Session.remaining:type_name -> google.protobuf.Duration
-	54, // 45: portcullis.agent.v1.Session.since:type_name -> google.protobuf.Timestamp
+	55, // 42: portcullis.agent.v1.Session.certificate_expiry:type_name -> google.protobuf.Timestamp
+	55, // 43: portcullis.agent.v1.Session.last_renewal:type_name -> google.protobuf.Timestamp
+	56, // 44: portcullis.agent.v1.Session.remaining:type_name -> google.protobuf.Duration
+	55, // 45: portcullis.agent.v1.Session.since:type_name -> google.protobuf.Timestamp
 	35, // 46: portcullis.agent.v1.ImportPoliciesRequest.files:type_name -> portcullis.agent.v1.PolicyFile
 	39, // 47: portcullis.agent.v1.ImportPoliciesResponse.imported:type_name -> portcullis.agent.v1.ImportedPolicy
 	36, // 48: portcullis.agent.v1.ImportPoliciesResponse.problems:type_name -> portcullis.agent.v1.PolicyProblem
 	34, // 49: portcullis.agent.v1.ImportedPolicy.ref:type_name -> portcullis.agent.v1.PolicyRef
 	42, // 50: portcullis.agent.v1.ListPoliciesResponse.policies:type_name -> portcullis.agent.v1.Policy
 	34, // 51: portcullis.agent.v1.Policy.ref:type_name -> portcullis.agent.v1.PolicyRef
-	54, // 52: portcullis.agent.v1.Policy.imported:type_name -> google.protobuf.Timestamp
+	55, // 52: portcullis.agent.v1.Policy.imported:type_name -> google.protobuf.Timestamp
 	34, // 53: portcullis.agent.v1.GetPolicyRequest.ref:type_name -> portcullis.agent.v1.PolicyRef
 	42, // 54: portcullis.agent.v1.GetPolicyResponse.policy:type_name -> portcullis.agent.v1.Policy
 	34, // 55: portcullis.agent.v1.DeletePoliciesRequest.refs:type_name -> portcullis.agent.v1.PolicyRef
 	34, // 56: portcullis.agent.v1.DeletePoliciesResponse.deleted:type_name -> portcullis.agent.v1.PolicyRef
 	50, // 57: portcullis.agent.v1.MonitorResponse.flow:type_name -> portcullis.agent.v1.FlowEvent
 	49, // 58: portcullis.agent.v1.MonitorResponse.lost:type_name -> portcullis.agent.v1.LostEvents
-	54, // 59: portcullis.agent.v1.FlowEvent.time:type_name -> google.protobuf.Timestamp
-	51, // 60: portcullis.agent.v1.FlowEvent.source:type_name -> portcullis.agent.v1.FlowEnd
-	51, // 61: portcullis.agent.v1.FlowEvent.destination:type_name -> portcullis.agent.v1.FlowEnd
-	55, // 62: portcullis.agent.v1.FlowEvent.binding_age:type_name -> google.protobuf.Duration
-	0,  // 63: portcullis.agent.v1.Agent.Status:input_type -> portcullis.agent.v1.StatusRequest
-	7,  // 64: portcullis.agent.v1.Agent.RegisterWorkload:input_type -> portcullis.agent.v1.RegisterWorkloadRequest
-	16, // 65: portcullis.agent.v1.Agent.DeregisterWorkload:input_type -> portcullis.agent.v1.DeregisterWorkloadRequest
-	9,  // 66: portcullis.agent.v1.Agent.CheckWorkload:input_type -> portcullis.agent.v1.CheckWorkloadRequest
-	11, // 67: portcullis.agent.v1.Agent.RelabelWorkload:input_type -> portcullis.agent.v1.RelabelWorkloadRequest
-	22, // 68: portcullis.agent.v1.Agent.ListEndpoints:input_type -> portcullis.agent.v1.ListEndpointsRequest
-	20, // 69: portcullis.agent.v1.Agent.ListIdentities:input_type -> portcullis.agent.v1.ListIdentitiesRequest
-	25, // 70: portcullis.agent.v1.Agent.ListBindings:input_type -> portcullis.agent.v1.ListBindingsRequest
-	29, // 71: portcullis.agent.v1.Agent.ListSessions:input_type -> portcullis.agent.v1.ListSessionsRequest
-	32, // 72: portcullis.agent.v1.Agent.ResetSession:input_type -> portcullis.agent.v1.ResetSessionRequest
-	37, // 73: portcullis.agent.v1.Agent.ImportPolicies:input_type -> portcullis.agent.v1.ImportPoliciesRequest
-	40, // 74: portcullis.agent.v1.Agent.ListPolicies:input_type -> portcullis.agent.v1.ListPoliciesRequest
-	43, // 75: portcullis.agent.v1.Agent.GetPolicy:input_type -> portcullis.agent.v1.GetPolicyRequest
-	45, // 76: portcullis.agent.v1.Agent.DeletePolicies:input_type -> portcullis.agent.v1.DeletePoliciesRequest
-	47, // 77: portcullis.agent.v1.Agent.Monitor:input_type -> portcullis.agent.v1.MonitorRequest
-	1,  // 78: portcullis.agent.v1.Agent.Status:output_type -> portcullis.agent.v1.StatusResponse
-	15, // 79: portcullis.agent.v1.Agent.RegisterWorkload:output_type -> portcullis.agent.v1.RegisterWorkloadResponse
-	17, // 80: portcullis.agent.v1.Agent.DeregisterWorkload:output_type -> portcullis.agent.v1.DeregisterWorkloadResponse
-	10, // 81: portcullis.agent.v1.Agent.CheckWorkload:output_type -> portcullis.agent.v1.CheckWorkloadResponse
-	13, // 82: portcullis.agent.v1.Agent.RelabelWorkload:output_type -> portcullis.agent.v1.RelabelWorkloadResponse
-	23, // 83: portcullis.agent.v1.Agent.ListEndpoints:output_type -> portcullis.agent.v1.ListEndpointsResponse
-	21, // 84: portcullis.agent.v1.Agent.ListIdentities:output_type -> portcullis.agent.v1.ListIdentitiesResponse
-	26, // 85: portcullis.agent.v1.Agent.ListBindings:output_type -> portcullis.agent.v1.ListBindingsResponse
-	30, // 86: portcullis.agent.v1.Agent.ListSessions:output_type -> portcullis.agent.v1.ListSessionsResponse
-	33, // 87: portcullis.agent.v1.Agent.ResetSession:output_type -> portcullis.agent.v1.ResetSessionResponse
-	38, // 88: portcullis.agent.v1.Agent.ImportPolicies:output_type -> portcullis.agent.v1.ImportPoliciesResponse
-	41, // 89: portcullis.agent.v1.Agent.ListPolicies:output_type -> portcullis.agent.v1.ListPoliciesResponse
-	44, // 90: portcullis.agent.v1.Agent.GetPolicy:output_type -> portcullis.agent.v1.GetPolicyResponse
-	46, // 91: portcullis.agent.v1.Agent.DeletePolicies:output_type -> portcullis.agent.v1.DeletePoliciesResponse
-	48, // 92: portcullis.agent.v1.Agent.Monitor:output_type -> portcullis.agent.v1.MonitorResponse
-	78, // [78:93] is the sub-list for method output_type
-	63, // [63:78] is the sub-list for method input_type
-	63, // [63:63] is the sub-list for extension type_name
-	63, // [63:63] is the sub-list for extension extendee
-	0,  // [0:63] is the sub-list for field type_name
+	55, // 59: portcullis.agent.v1.FlowEvent.time:type_name -> google.protobuf.Timestamp
+	52, // 60: portcullis.agent.v1.FlowEvent.source:type_name -> portcullis.agent.v1.FlowEnd
+	52, // 61: portcullis.agent.v1.FlowEvent.destination:type_name -> portcullis.agent.v1.FlowEnd
+	56, // 62: portcullis.agent.v1.FlowEvent.binding_age:type_name -> google.protobuf.Duration
+	51, // 63: portcullis.agent.v1.FlowEvent.l7:type_name -> portcullis.agent.v1.L7Event
+	56, // 64: portcullis.agent.v1.L7Event.latency:type_name -> google.protobuf.Duration
+	56, // 65: portcullis.agent.v1.L7Event.ttl:type_name -> google.protobuf.Duration
+	0,  // 66: portcullis.agent.v1.Agent.Status:input_type -> portcullis.agent.v1.StatusRequest
+	7,  // 67: portcullis.agent.v1.Agent.RegisterWorkload:input_type -> portcullis.agent.v1.RegisterWorkloadRequest
+	16, // 68: portcullis.agent.v1.Agent.DeregisterWorkload:input_type -> portcullis.agent.v1.DeregisterWorkloadRequest
+	9,  // 69: portcullis.agent.v1.Agent.CheckWorkload:input_type -> portcullis.agent.v1.CheckWorkloadRequest
+	11, // 70: portcullis.agent.v1.Agent.RelabelWorkload:input_type -> portcullis.agent.v1.RelabelWorkloadRequest
+	22, // 71: portcullis.agent.v1.Agent.ListEndpoints:input_type -> portcullis.agent.v1.ListEndpointsRequest
+	20, // 72: portcullis.agent.v1.Agent.ListIdentities:input_type -> portcullis.agent.v1.ListIdentitiesRequest
+	25, // 73: portcullis.agent.v1.Agent.ListBindings:input_type -> portcullis.agent.v1.ListBindingsRequest
+	29, // 74: portcullis.agent.v1.Agent.ListSessions:input_type -> portcullis.agent.v1.ListSessionsRequest
+	32, // 75: portcullis.agent.v1.Agent.ResetSession:input_type -> portcullis.agent.v1.ResetSessionRequest
+	37, // 76: portcullis.agent.v1.Agent.ImportPolicies:input_type -> portcullis.agent.v1.ImportPoliciesRequest
+	40, // 77: portcullis.agent.v1.Agent.ListPolicies:input_type -> portcullis.agent.v1.ListPoliciesRequest
+	43, // 78: portcullis.agent.v1.Agent.GetPolicy:input_type -> portcullis.agent.v1.GetPolicyRequest
+	45, // 79: portcullis.agent.v1.Agent.DeletePolicies:input_type -> portcullis.agent.v1.DeletePoliciesRequest
+	47, // 80: portcullis.agent.v1.Agent.Monitor:input_type -> portcullis.agent.v1.MonitorRequest
+	1,  // 81: portcullis.agent.v1.Agent.Status:output_type -> portcullis.agent.v1.StatusResponse
+	15, // 82: portcullis.agent.v1.Agent.RegisterWorkload:output_type -> portcullis.agent.v1.RegisterWorkloadResponse
+	17, // 83: portcullis.agent.v1.Agent.DeregisterWorkload:output_type -> portcullis.agent.v1.DeregisterWorkloadResponse
+	10, // 84: portcullis.agent.v1.Agent.CheckWorkload:output_type -> portcullis.agent.v1.CheckWorkloadResponse
+	13, // 85: portcullis.agent.v1.Agent.RelabelWorkload:output_type -> portcullis.agent.v1.RelabelWorkloadResponse
+	23, // 86: portcullis.agent.v1.Agent.ListEndpoints:output_type -> portcullis.agent.v1.ListEndpointsResponse
+	21, // 87: portcullis.agent.v1.Agent.ListIdentities:output_type -> portcullis.agent.v1.ListIdentitiesResponse
+	26, // 88: portcullis.agent.v1.Agent.ListBindings:output_type -> portcullis.agent.v1.ListBindingsResponse
+	30, // 89: portcullis.agent.v1.Agent.ListSessions:output_type -> portcullis.agent.v1.ListSessionsResponse
+	33, // 90: portcullis.agent.v1.Agent.ResetSession:output_type -> portcullis.agent.v1.ResetSessionResponse
+	38, // 91: portcullis.agent.v1.Agent.ImportPolicies:output_type -> portcullis.agent.v1.ImportPoliciesResponse
+	41, // 92: portcullis.agent.v1.Agent.ListPolicies:output_type -> portcullis.agent.v1.ListPoliciesResponse
+	44, // 93: portcullis.agent.v1.Agent.GetPolicy:output_type -> portcullis.agent.v1.GetPolicyResponse
+	46, // 94: portcullis.agent.v1.Agent.DeletePolicies:output_type -> portcullis.agent.v1.DeletePoliciesResponse
+	48, // 95: portcullis.agent.v1.Agent.Monitor:output_type -> portcullis.agent.v1.MonitorResponse
+	81, // [81:96] is the sub-list for method output_type
+	66, // [66:81] is the sub-list for method input_type
+	66, // [66:66] is the sub-list for extension type_name
+	66, // [66:66] is the sub-list for extension extendee
+	0,  // [0:66] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }
@@ -4398,7 +4594,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   54,
+			NumMessages:   55,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -35,7 +35,10 @@ func TestRecordRoundTrip(t *testing.T) {
 		Evidence: identity.EvidenceLease, NoEvidenceNeeded: true, Generation: 1<<64 - 1, Stamp: 7, BindingAge: time.Hour + 1,
 		Reinjected: true, Rule: 9, Policy: "NetworkPolicy/default/x",
 	}
-	records := []flow.Record{full, {}} // the zero: neither time nor addresses are known
+	inside := full
+	inside.L7 = &flow.L7{Protocol: "http", Verdict: "denied", Reason: "why", Rule: "P x", Latency: time.Second, Version: "1.1", Method: "PUT", Path: "/a", Host: "b", Header: []string{"X: y"}, Status: 403,
+		Name: "n", Type: 1, Code: -1, Addresses: []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("::1")}, TTL: time.Minute}
+	records := []flow.Record{full, inside, {}} // the zero: neither time nor addresses are known
 	for reason := range abi.ReasonMax {
 		records = append(records, flow.Record{Reason: reason, Verdict: abi.Verdict(reason) % abi.VerdictMax})
 	}

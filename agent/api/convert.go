@@ -30,6 +30,7 @@ func FromRecord(r *flow.Record) *FlowEvent {
 	if r.Stamp != 0 {
 		ev.BindingAge = durationpb.New(r.BindingAge)
 	}
+	ev.L7 = fromL7(r.L7)
 	return ev
 }
 
@@ -64,6 +65,7 @@ func ToRecord(ev *FlowEvent) (r flow.Record, err error) {
 	r.Evidence, errs[5] = flow.ParseEvidence(ev.GetEvidence())
 	r.Source, errs[6] = toEnd(ev.GetSource())
 	r.Dest, errs[7] = toEnd(ev.GetDestination())
+	r.L7, errs[8] = toL7(ev.GetL7())
 	return r, errors.Join(errs[:]...)
 }
 

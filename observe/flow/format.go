@@ -30,6 +30,9 @@ func (f Formatter) Line(r *Record) string {
 	if f.Time && !r.Time.IsZero() {
 		b.WriteString(r.Time.Format("Jan 02 15:04:05.000 "))
 	}
+	if r.L7 != nil {
+		return b.String() + f.lineL7(r)
+	}
 	switch r.Verdict {
 	case abi.VerdictPass:
 		arrow := "->"

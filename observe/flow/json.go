@@ -39,6 +39,7 @@ type jsonRecord struct {
 	Reinjected       bool              `json:"reinjected"`
 	Rule             uint32            `json:"rule,omitempty"`
 	Policy           string            `json:"policy,omitempty"`
+	L7               *L7               `json:"l7,omitempty"`
 }
 
 type jsonEnd struct {
@@ -59,7 +60,7 @@ func (r Record) MarshalJSON() ([]byte, error) {
 		Protocol: Protocol(r.Protocol), TCPFlags: TCPFlags(r.TCPFlags), Source: toJSON(r.Source), Dest: toJSON(r.Dest),
 		Length: r.Length, Endpoint: r.Endpoint, Ifindex: r.Ifindex,
 		Evidence: r.Evidence.String(), NoEvidenceNeeded: r.NoEvidenceNeeded,
-		Generation: uint64(r.Generation), Stamp: r.Stamp, Reinjected: r.Reinjected, Rule: r.Rule, Policy: r.Policy,
+		Generation: uint64(r.Generation), Stamp: r.Stamp, Reinjected: r.Reinjected, Rule: r.Rule, Policy: r.Policy, L7: r.L7,
 	}
 	if !r.Time.IsZero() {
 		t := r.Time.UTC()
@@ -81,7 +82,7 @@ func (r *Record) UnmarshalJSON(b []byte) error {
 	*r = Record{
 		BootTime: j.BootTime, Node: j.Node, Source: j.Source.end(), Dest: j.Dest.end(), Length: j.Length,
 		Endpoint: j.Endpoint, Ifindex: j.Ifindex, NoEvidenceNeeded: j.NoEvidenceNeeded,
-		Generation: identity.Generation(j.Generation), Stamp: j.Stamp, Reinjected: j.Reinjected, Rule: j.Rule, Policy: j.Policy,
+		Generation: identity.Generation(j.Generation), Stamp: j.Stamp, Reinjected: j.Reinjected, Rule: j.Rule, Policy: j.Policy, L7: j.L7,
 	}
 	if j.Time != nil {
 		r.Time = *j.Time

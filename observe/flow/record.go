@@ -10,7 +10,8 @@ import (
 )
 
 // Record is one flow event: the first packet of a flow and direction that
-// passed, a packet that is held, or a packet that was dropped.
+// passed, a packet that is held, or a packet that was dropped; or, with L7, one
+// request that the node's proxy has judged.
 type Record struct {
 	Time     time.Time // wall clock, for people; zero: not known
 	BootTime uint64    // CLOCK_BOOTTIME of the node, ns
@@ -40,6 +41,8 @@ type Record struct {
 	Reinjected bool   // had been held
 	Rule       uint32 // that decided, 0: none; its number is of this node and moment
 	Policy     string // the policy of that rule, "KIND/NS/NAME"; "": not known
+
+	L7 *L7 // nil: it is about a packet
 }
 
 // End is one side of a flow.

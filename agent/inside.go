@@ -1,0 +1,127 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+
+	"go.uber.org/zap"
+
+	"portcullis/authz"
+	"portcullis/authz/l7"
+	"portcullis/bpf/abi"
+	"portcullis/identity"
+	"portcullis/observe/flow"
+	"portcullis/proxy"
+	"portcullis/proxy/feed"
+)
+
+// What policies say inside protocols goes to the node's proxy, set by set, before
+// the kernel names the set: a flow that the kernel judges so is refused by a proxy
+// that does not know how.
+
+// putSet puts an endpoint's new policy set into the kernel, after the proxy was
+// told of it.
+func (l *loop) putSet(id uint32, set authz.Set, before policySet) error {
+	if l.feed != nil && (set.LooksInside() || l.feed.Knows(before.id)) {
+		// One that looks inside no more is told too: connections that the proxy
+		// has live on by it.
+		if err := l.feed.Put(id, set.Inside()); err != nil {
+			return fmt.Errorf("rules inside protocols: %w", err)
+		}
+	}
+	if err := l.dp.PutPolicy(id, set.WithSet(id)); err != nil {
+		l.forgetSet(id)
+		return err
+	}
+	return nil
+}
+
+// forgetSet says that the kernel names a set no more.
+func (l *loop) forgetSet(id uint32) {
+	if l.feed != nil {
+		l.feed.Drop(id)
+	}
+}
+
+// tellPeer tells the proxy what a set says of a peer alone, before the kernel
+// has it, and when it is over.
+func (l *loop) tellPeer(s *authz.Subject, n identity.Numeric) error {
+	if l.feed == nil {
+		return nil
+	}
+	e := l.bySubject[s]
+	of, host := e.policy.set.InsideOf(n)
+	return l.feed.PutPeer(e.policy.id, n, of, host)
+}
+
+// forgetPeer tells the proxy that nobody bears a number any more, before it may
+// be given to another identity.
+func (l *loop) forgetPeer(n identity.Numeric) {
+	if l.feed == nil {
+		return
+	}
+	for _, e := range l.endpoints {
+		if err := l.feed.PutPeer(e.policy.id, n, nil, false); err != nil {
+			l.log.Error("tell the proxy of a number that is gone", zap.Error(err)) // it cannot: nothing is put
+		}
+	}
+}
+
+// insides hears what the proxy says. Its methods are called beside the loop.
+type insides struct{ l *loop }
+
+// Record implements feed.Handler.
+func (i insides) Record(r *proxy.Record) {
+	if i.l.monitors.empty() {
+		return
+	}
+	i.l.monitors.publish(i.l.insideRecord(r))
+}
+
+// Lost implements feed.Handler.
+func (i insides) Lost(n uint64) { i.l.monitors.lose(n) }
+
+// Learn implements feed.Handler. Names are not learnt: an answer of DNS admits
+// nothing by itself, and who asked may hear it.
+func (i insides) Learn(context.Context, proxy.Conn, uint32, feed.Answer) error { return nil }
+
+// insideRecord makes a flow record of a proxy's. The ends are named by their
+// addresses as they are held now: the flow is alive, or was a moment ago, so of
+// a record of the past a name may be the next holder's.
+func (l *loop) insideRecord(r *proxy.Record) flow.Record {
+	out := flow.Record{Time: r.Time, Node: l.cfg.Node, Verdict: abi.VerdictPass, Direction: r.Conn.Direction, Protocol: r.Conn.Protocol,
+		Source: flow.End{IP: r.Conn.Client.Addr(), Port: r.Conn.Client.Port()},
+		Dest:   flow.End{IP: r.Conn.Server.Addr(), Port: r.Conn.Server.Port()},
+		L7:     insideL7(r)}
+	if r.Verdict != proxy.Forwarded {
+		out.Verdict, out.Reason = abi.VerdictDrop, abi.ReasonPolicyDenied
+	}
+	local, peer := out.Local(), out.Peer()
+	name, id, numeric := l.names.Holder(local.IP)
+	local.Workload, local.Endpoint, local.Identity, out.Endpoint = name, id, numeric, id
+	peer.Workload, peer.Endpoint, _ = l.names.Holder(peer.IP)
+	peer.Identity = r.Peer.Identity
+	for _, e := range []*flow.End{&out.Source, &out.Dest} {
+		if id, ok := l.names.Identity(e.Identity); ok {
+			e.Text, e.Labels = id.String(), id.LabelList()
+		}
+	}
+	return out
+}
+
+func insideL7(r *proxy.Record) *flow.L7 {
+	out := &flow.L7{Verdict: string(r.Verdict), Reason: r.Reason, Rule: r.Rule, Name: r.ServerName}
+	if r.Parser != l7.ParserNone {
+		out.Protocol = r.Parser.String()
+	}
+	if h := r.HTTP; h != nil {
+		out.Version, out.Method, out.Path, out.Host, out.Status, out.Latency = h.Version, h.Method, h.Path, h.Host, h.Status, h.Latency
+		for _, field := range h.Header {
+			out.Header = append(out.Header, field[0]+": "+field[1])
+		}
+	}
+	if d := r.DNS; d != nil {
+		out.Name, out.Type, out.Code, out.Addresses, out.TTL, out.Latency = d.Name, d.Type, d.Code, d.Addresses, d.TTL, d.Latency
+	}
+	return out
+}
