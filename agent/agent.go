@@ -25,6 +25,7 @@ import (
 	"portcullis/identity/svid"
 	"portcullis/ipcache/lease"
 	"portcullis/observe/audit"
+	"portcullis/proxy/feed"
 )
 
 // Sizes that are not flags.
@@ -129,6 +130,7 @@ func (l *loop) runParts(ctx context.Context, group *errgroup.Group, source *svid
 	run("devices", l.watchDevices)
 	run("confirmation log", l.reopenLog)
 	run("conntrack sweep", l.sweepConntrack)
+	run("proxy", l.watchProxy)
 	run("workload processes", func(ctx context.Context) error {
 		return l.processes.run(ctx, func(uid identity.UID, what process) { l.post(func() { l.processEnded(uid, what) }) })
 	})
@@ -210,6 +212,10 @@ func newLoop(ctx context.Context, cfg Config, log *zap.Logger) (*loop, error) {
 		numerics: map[uint64]identity.Numeric{}, installedAt: map[uint64]lease.Time{}, policyFiles: map[authz.Ref]importedFile{}, groups: map[authz.Ref]*authz.Group{}, spaces: map[authz.Ref]*authz.NamespaceObject{}, services: map[authz.Ref]*authz.ServiceObject{}, slices: map[authz.Ref]*authz.SliceObject{},
 		names: newDirectory(), peerSessions: map[identity.NodeName]*audit.Session{}, monitors: newMonitors(), alarms: newAlarms()}
 	l.coverage.since = l.started
+	l.proxyWanted = make(chan struct{})
+	if cfg.Proxy {
+		l.feed = feed.NewServer(insides{l}, log)
+	}
 
 	if cfg.IdentityTemplate != "" { // Validate asks for one; without, no workload has a SPIFFE ID
 		var err error

@@ -92,6 +92,12 @@ type Config struct {
 	WorkloadBundle   string   // file; may vouch for workloads of TrustDomain, and for no agent
 	FederatedBundles []string // TRUST-DOMAIN=FILE
 
+	// Proxy: policies with rules inside protocols are taken, and a proxy started
+	// with the first of them. ProxyBinary is what is started; empty: this program.
+	Proxy       bool
+	ProxyBinary string
+	ProxyDir    string // of its network namespace, lock and socket; on a tmpfs
+
 	APISocket  string
 	PinDir     string
 	JournalDir string
@@ -174,6 +180,7 @@ type Config struct {
 func Default() Config {
 	return Config{
 		APISocket: "/run/portcullis/agent.sock", PinDir: "/sys/fs/bpf/portcullis", JournalDir: "/run/portcullis/journal",
+		Proxy: true, ProxyDir: "/run/portcullis/proxy",
 		StateDir: "/var/lib/portcullis", IdentityTemplate: identity.DefaultTemplate,
 		AuditLog: "/var/log/portcullis/confirmations.jsonl", AuditSync: "interval", AuditMaxBytes: 64 << 20, AuditMaxAge: 24 * time.Hour, AuditKeep: 64, AuditCheckpoint: time.Minute,
 		Evidence: ModeLease, WatchFreshness: 90 * time.Second, AllowLocalHost: LocalHostAlways, ClusterName: "default",
@@ -214,7 +221,7 @@ func (c *Config) Validate() error {
 	}
 	errs = append(errs, c.validateSVID()...)
 	errs = append(errs, c.validateWorkloadSVIDs()...)
-	for flag, path := range map[string]string{"--api-socket": c.APISocket, "--pin-dir": c.PinDir, "--journal-dir": c.JournalDir, "--state-dir": c.StateDir, "--audit-log": c.AuditLog} {
+	for flag, path := range map[string]string{"--api-socket": c.APISocket, "--pin-dir": c.PinDir, "--journal-dir": c.JournalDir, "--state-dir": c.StateDir, "--proxy-dir": c.ProxyDir, "--audit-log": c.AuditLog} {
 		if !filepath.IsAbs(path) {
 			bad("%s %q: want an absolute path", flag, path)
 		}

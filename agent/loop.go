@@ -119,12 +119,15 @@ type loop struct {
 	lostBefore                         lostTotals // at the start those of earlier agents
 	notTaken                           uint64     // re-injected, and dropped on the way: see inject
 
-	names    *directory   // safe for concurrent use
-	monitors *monitors    // safe for concurrent use
-	feed     *feed.Server // what the proxy must know; nil: there is no proxy
-	alarms   *alarms      // safe for concurrent use
-	started  time.Time
-	boot     identity.BootID
+	names         *directory    // safe for concurrent use
+	monitors      *monitors     // safe for concurrent use
+	feed          *feed.Server  // what the proxy must know; safe for concurrent use; nil: --proxy=false
+	steering      bool          // flows are steered into the proxy where policies ask for it
+	proxyWanted   chan struct{} // closed with steering
+	proxyRestarts atomic.Uint64
+	alarms        *alarms // safe for concurrent use
+	started       time.Time
+	boot          identity.BootID
 }
 
 type importedFile struct {

@@ -192,7 +192,7 @@ func (l *loop) use(o api.Object, at time.Time) error {
 		l.useSlice(o.Slice)
 	default:
 		// Who enforces obeys all of a policy or none of it.
-		if err := o.Policy.Enforceable(); err != nil {
+		if err := l.enforceable(o.Policy); err != nil {
 			return err
 		}
 		if err := l.repo.Put(o.Policy); err != nil {

@@ -51,6 +51,7 @@ func (l *loop) status() (*api.StatusResponse, error) {
 		}
 	}
 	l.statusSources(s)
+	l.statusProxy(s)
 	maps, err := l.pressure()
 	if err != nil {
 		return nil, err

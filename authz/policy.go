@@ -41,6 +41,9 @@ type Policy struct {
 	// NotEnforced are the places of what can be judged but has no datapath
 	// yet. Who enforces must refuse a policy that has any; see Enforceable.
 	NotEnforced []Problem
+	// NeedsProxy are the places of rules inside protocols. Who enforces without a
+	// proxy must refuse a policy that has any.
+	NeedsProxy []Problem
 }
 
 // Spec is one specification of a policy: subjects, and what holds for them.

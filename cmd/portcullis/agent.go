@@ -120,6 +120,8 @@ func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (instea
 	f.StringArrayVar(&cfg.FederatedBundles, "federated-bundle", nil, "TRUST-DOMAIN=FILE: the bundle that workloads' SVIDs of another trust domain are verified with (repeat)")
 	f.StringVar(&cfg.APISocket, "api-socket", "", "unix socket of the local API (default: --socket)")
 	f.StringVar(&cfg.PinDir, "pin-dir", cfg.PinDir, "directory on a bpffs for programs and maps")
+	f.BoolVar(&cfg.Proxy, "proxy", cfg.Proxy, "take policies with rules inside protocols (HTTP, DNS, TLS server names): what they select goes through a proxy of this node, started with the first of them (false: they are refused)")
+	f.StringVar(&cfg.ProxyDir, "proxy-dir", cfg.ProxyDir, "directory of the proxy's network namespace, lock and socket; on a tmpfs")
 	f.StringVar(&raw.plugin.BinDir, "cni-bin-dir", "", "directory of CNI plugins to keep "+cni.BinaryName+" in, e.g. /opt/cni/bin (empty: nowhere; --cleanup removes it)")
 	f.StringVar(&raw.plugin.ConfDir, "cni-conf-dir", "", "directory of network configurations, e.g. /etc/cni/net.d: the plugin is kept the last of the one in use (empty: they are left alone; --cleanup takes it out)")
 	f.StringVar(&cfg.JournalDir, "journal-dir", cfg.JournalDir, "directory of the grant journal; on a tmpfs, it must not outlive a boot")

@@ -65,6 +65,7 @@ var commands = []func(*Env) *cobra.Command{
 	newDoctorCmd,
 	newCNICmd,
 	newIssuerCmd,
+	newProxyCmd,
 	newVersionCmd,
 	newCompletionCmd,
 }

@@ -1,0 +1,126 @@
+package proxyd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"portcullis/bpf/abi"
+	"portcullis/datapath"
+	"portcullis/identity"
+	"portcullis/proxy"
+	"portcullis/proxy/dns"
+	"portcullis/proxy/feed"
+)
+
+// Config is the proxy's.
+type Config struct {
+	PinDir    string // of the datapath
+	Namespace string // bind mount of the proxy's network namespace
+	Socket    string // of the agent, where it tells what policies say
+	Lock      string // file that says that a proxy runs for this datapath
+	NXDomain  bool   // names that are refused do not exist
+	Options   proxy.Options
+}
+
+// ErrRunning: another proxy serves this datapath.
+var ErrRunning = errors.New("another proxy runs already")
+
+// Run serves until ctx ends. The process is where Enter has put it.
+func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
+	lock, err := takeLock(cfg.Lock)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	places, err := datapath.OpenSockets(cfg.PinDir)
+	if err != nil {
+		return err
+	}
+	defer places.Close()
+	steered, err := datapath.OpenSteered(cfg.PinDir)
+	if err != nil {
+		return err
+	}
+	defer steered.Close()
+
+	tables := feed.NewTables(flows{steered})
+	var server *proxy.Server
+	client := feed.NewClient(cfg.Socket, tables, func() feed.Stats { return feed.Stats(server.Stats()) }, log)
+	server = proxy.New(tables, dialTCP, client, cfg.Options)
+	relay, err := dns.New(dns.Config{Judge: tables, Learner: learner{client}, Recorder: client, NXDomain: cfg.NXDomain, Dial: network(abi.DirEgress).Dial})
+	if err != nil {
+		return err
+	}
+	open, err := openSockets(ctx, places)
+	if err != nil {
+		return err
+	}
+	defer open.close()
+	egress := newSplit(open.tcp[abi.DirEgress], abi.DirEgress, tables)
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return client.Run(ctx) })
+	group.Go(func() error { return egress.run(ctx) })
+	group.Go(func() error {
+		return server.Run(ctx, proxy.Listener{Listener: egress.other, Direction: abi.DirEgress},
+			proxy.Listener{Listener: open.tcp[abi.DirIngress], Direction: abi.DirIngress})
+	})
+	group.Go(func() error { return relay.Run(ctx, []dns.Packets{open.queries}, []net.Listener{egress.dns}) })
+	log.Info("the proxy serves", zap.String("socket", cfg.Socket))
+	return group.Wait()
+}
+
+// takeLock makes sure that no two proxies take each other's places.
+func takeLock(path string) (*os.File, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, ErrRunning
+		}
+		return nil, fmt.Errorf("lock %s: %w", path, err)
+	}
+	return f, nil
+}
+
+// dialTCP connects to a flow's server in the client's name.
+func dialTCP(ctx context.Context, c proxy.Conn) (net.Conn, error) {
+	return network(c.Direction).Dial(ctx, c)
+}
+
+// flows asks the datapath.
+type flows struct{ *datapath.Steered }
+
+// Look implements feed.Flows.
+func (f flows) Look(c proxy.Conn) (feed.Flow, error) {
+	s, err := f.Steered.Look(c.Direction, c.Protocol, c.Client, c.Server)
+	if err != nil {
+		return feed.Flow{}, err
+	}
+	return feed.Flow{Set: s.Set, Peer: identity.Numeric(s.Peer), Port: s.Port}, nil
+}
+
+// learner has the agent admit what answers of DNS say.
+type learner struct{ *feed.Client }
+
+// Learn implements dns.Learner.
+func (l learner) Learn(ctx context.Context, c proxy.Conn, d proxy.Decision, a dns.Answer) error {
+	out := feed.Answer{Name: a.Name}
+	for _, x := range a.Addresses {
+		out.Addresses = append(out.Addresses, feed.Address{IP: x.IP, TTL: x.TTL})
+	}
+	return l.Client.Learn(ctx, c, d, out)
+}
