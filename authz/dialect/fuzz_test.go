@@ -62,7 +62,7 @@ func checkParsed(t *testing.T, data string, dialects ...dialect.Dialect) {
 				t.Fatalf("%s: the subject is not bound to a namespace: %v", p.Ref, s.Subject)
 			}
 			for _, r := range s.Rules {
-				if r.L7 != nil && p.Enforceable() == nil {
+				if r.L7 != nil && len(p.NeedsProxy) == 0 {
 					t.Fatalf("%s: there is no datapath for %+v", p.Ref, r)
 				}
 			}
@@ -124,8 +124,8 @@ func FuzzExpression(f *testing.F) {
 		}
 		doc := `{"rules": [{"coverage": ["a"], "l4": [{"in-ports": [{"port": 80, "protocol": "tcp", "l7-parser": "http", "l7-rules": [{"expr": ` + string(text) + `}]}]}]}]}`
 		r, err := dialect.ParseFile("f", []byte(doc), tree.Dialect)
-		if err == nil && r.Policies[0].Enforceable() == nil {
-			t.Fatal("nothing enforces it")
+		if err == nil && (len(r.Policies[0].NeedsProxy) == 0 || r.Policies[0].Specs[0].Rules[0].L7.HTTP[0].Expr == nil) {
+			t.Fatal("nobody is asked for it")
 		}
 	})
 }

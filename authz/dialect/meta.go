@@ -39,7 +39,7 @@ func (d *Document) policy(ref authz.Ref, fields func(*authz.Policy) Fields) *aut
 	m := d.metadata(ref)
 	p := &authz.Policy{Ref: m.Ref, UID: m.UID, Source: d.Source}
 	d.Object(fields(p))
-	p.NotEnforced = d.later
+	p.NotEnforced, p.NeedsProxy = d.later, d.proxied
 	return p
 }
 

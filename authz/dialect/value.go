@@ -19,6 +19,7 @@ type Document struct {
 	root     *Value
 	problems []authz.Problem
 	later    []authz.Problem
+	proxied  []authz.Problem
 	values   int
 	patterns int  // bytes of regular expressions so far
 	anchors  bool // there may be some, so nodes may be read twice
@@ -32,6 +33,9 @@ func (d *Document) Problems() []authz.Problem { return d.problems }
 
 // NotEnforced returns what Value.NotEnforced has recorded so far.
 func (d *Document) NotEnforced() []authz.Problem { return d.later }
+
+// NeedsProxy returns what Value.NeedsProxy has recorded so far.
+func (d *Document) NeedsProxy() []authz.Problem { return d.proxied }
 
 // Value is one value of a document. It knows where it stands.
 type Value struct {
@@ -106,6 +110,14 @@ func (v *Value) Fine() bool { return len(v.doc.problems) == 0 }
 func (v *Value) NotEnforced(format string, args ...any) {
 	if len(v.doc.later) <= maxProblems {
 		v.doc.later = append(v.doc.later, v.problem("not enforced yet: "+format, args...))
+	}
+}
+
+// NeedsProxy records that what the value says is judged by a proxy. The message
+// says what to do where there is none.
+func (v *Value) NeedsProxy(format string, args ...any) {
+	if len(v.doc.proxied) <= maxProblems {
+		v.doc.proxied = append(v.doc.proxied, v.problem("it needs a proxy, and there is none: "+format, args...))
 	}
 }
 

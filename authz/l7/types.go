@@ -1,6 +1,9 @@
 package l7
 
-import "fmt"
+import (
+	"encoding/json"
+	"fmt"
+)
 
 // Parser is the protocol that a flow must speak for its rules to be judged.
 type Parser uint8
@@ -54,6 +57,15 @@ type Rules struct {
 	ServerNames []string `json:"serverNames,omitempty"` // names and patterns, as in Name; lower case, no final dot
 
 	compiled bool // nothing is allowed before
+}
+
+// String returns the rules as JSON.
+func (r *Rules) String() string {
+	b, err := json.Marshal(r)
+	if err != nil {
+		return err.Error()
+	}
+	return string(b)
 }
 
 // HTTP allows requests. What is empty allows anything; the rest must all hold.

@@ -87,7 +87,7 @@ func FuzzManifests(f *testing.F) {
 		}
 		m.Text()
 		for i := range w.Workloads {
-			trace := j.Trace(w.WorkloadParty(i), w.WorkloadParty(0), o.Ports[0])
+			trace := j.Trace(w.WorkloadParty(i), w.WorkloadParty(0), o.Ports[0], tools.Request{})
 			trace.Text()
 			word := map[byte]string{'.': "allowed", 'X': "blocked", '7': "allowed through L7", '-': "not judged"}[m.Ports[o.Ports[0].String()].Combined[i][0]]
 			if trace.Verdict != word {

@@ -42,11 +42,13 @@ type Judge struct {
 
 // subject is whom policies select: all workloads that they do not tell apart.
 type subject struct {
-	index int
-	set   authz.Set
-	added map[identity.Numeric]bool
-	deny  [abi.DirMax][]authz.Ref // the policies that put it under default deny
-	whys  map[uint64]uint32       // by direction, rule and outcome
+	inside   *authz.Inside // nil until something is asked of it
+	insideOf map[identity.Numeric]bool
+	index    int
+	set      authz.Set
+	added    map[identity.Numeric]bool
+	deny     [abi.DirMax][]authz.Ref // the policies that put it under default deny
+	whys     map[uint64]uint32       // by direction, rule and outcome
 }
 
 // Reason is what decided of a cell.
@@ -288,7 +290,11 @@ func (j *Judge) decide(s *subject, dir abi.Direction, n identity.Numeric, proto 
 		s.added[n] = true
 		s.set.AddPeer(n, j.peer(n))
 	}
-	return s.set.Judge(dir, n, proto, port)
+	d := s.set.Judge(dir, n, proto, port)
+	if d.Verdict == abi.VerdictPass && d.L7 && j.inside(s, dir, n, proto, port).Everything {
+		d.L7 = false // some rule allows it without looking inside
+	}
+	return d
 }
 
 // character is how tables show a decision. Who must be known and is not gets

@@ -126,7 +126,7 @@ func TestForms(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		traces.WriteString(j.Trace(party(t, w, x[0]), party(t, w, x[1]), p).Text() + "\n")
+		traces.WriteString(j.Trace(party(t, w, x[0]), party(t, w, x[1]), p, tools.Request{}).Text() + "\n")
 	}
 	golden(t, "trace.txt", traces.String())
 
@@ -413,7 +413,7 @@ func TestTraceOfLimits(t *testing.T) {
 		"ICMP/8": {"ALLOWED", "(limit) does not match", "no: it limits TCP and UDP only"},
 	} {
 		o := options(t, w, port)
-		got := judge(t, w).Trace(w.WorkloadParty(1), w.WorkloadParty(0), o.Ports[0]).Text()
+		got := judge(t, w).Trace(w.WorkloadParty(1), w.WorkloadParty(0), o.Ports[0], tools.Request{}).Text()
 		for _, s := range want {
 			if !strings.Contains(got, s) {
 				t.Errorf("%s: there is no %q in\n%s", port, s, got)
@@ -471,7 +471,7 @@ func TestHostileNames(t *testing.T) {
 	if strings.Count(s, "<script") != 2 || strings.Count(s, "</script") != 2 || strings.Contains(s, "<img") {
 		t.Error("a name is markup")
 	}
-	trace := judge(t, w).Trace(w.WorkloadParty(0), o.Externals[0], o.Ports[0]).Text()
+	trace := judge(t, w).Trace(w.WorkloadParty(0), o.Externals[0], o.Ports[0], tools.Request{}).Text()
 	for what, text := range map[string]string{"page": s, "table": m.Text(), "trace": trace} {
 		if strings.ContainsAny(text, "\x1b\u202e") {
 			t.Errorf("%s: control characters", what)

@@ -5,6 +5,7 @@ import (
 	"strings"
 
 	"portcullis/authz"
+	"portcullis/authz/l7"
 	"portcullis/bpf/abi"
 	"portcullis/identity"
 )
@@ -14,7 +15,8 @@ type Trace struct {
 	From    TraceEnd `json:"from"`
 	To      TraceEnd `json:"to"`
 	Port    string   `json:"port"`
-	Verdict string   `json:"verdict"` // "allowed", "blocked", "allowed through L7", "not judged"
+	Request string   `json:"request,omitempty"` // inside the flow
+	Verdict string   `json:"verdict"`           // "allowed", "blocked", "allowed through L7", "not judged"
 	// Egress is what the policies of the source say, Ingress those of the
 	// destination.
 	Egress  TraceSide `json:"egress"`
@@ -36,6 +38,8 @@ type TraceSide struct {
 	Evidence string        `json:"evidence,omitempty"`
 	Policies []TracePolicy `json:"policies"`       // those that select the side
 	Others   int           `json:"other_policies"` // those that do not
+	// Inside says what is judged inside the protocol, and how a request fares.
+	Inside string `json:"inside,omitempty"`
 }
 
 // TracePolicy is a policy that selects a side.
@@ -60,10 +64,13 @@ type TraceRule struct {
 
 var verdictWords = map[byte]string{Allowed: "allowed", Blocked: "blocked", ThroughL7: "allowed through L7", NotJudged: "not judged"}
 
-// Trace judges one flow, and says why.
-func (j *Judge) Trace(from, to Party, port Port) *Trace {
+// Trace judges one flow, and if there is one a request inside it, and says why.
+func (j *Judge) Trace(from, to Party, port Port, r Request) *Trace {
 	t := &Trace{From: TraceEnd{from.Title, from.Is}, To: TraceEnd{to.Title, to.Is}, Port: port.String()}
-	egress, ingress := j.trace(&t.Egress, from, to, abi.DirEgress, port), j.trace(&t.Ingress, from, to, abi.DirIngress, port)
+	if !r.IsZero() {
+		t.Request = r.String()
+	}
+	egress, ingress := j.trace(&t.Egress, from, to, abi.DirEgress, port, r), j.trace(&t.Ingress, from, to, abi.DirIngress, port, r)
 	// A side that is no workload says nothing.
 	switch {
 	case from.Workload < 0 && to.Workload >= 0:
@@ -76,7 +83,7 @@ func (j *Judge) Trace(from, to Party, port Port) *Trace {
 }
 
 // trace fills in one side and returns its verdict.
-func (j *Judge) trace(t *TraceSide, from, to Party, dir abi.Direction, port Port) byte {
+func (j *Judge) trace(t *TraceSide, from, to Party, dir abi.Direction, port Port, r Request) byte {
 	own, other := from, to
 	if dir == abi.DirIngress {
 		own, other = to, from
@@ -100,6 +107,9 @@ func (j *Judge) trace(t *TraceSide, from, to Party, dir abi.Direction, port Port
 	n := j.numbersFor(own.Workload, other, j.six(from, to, port.Proto))[0]
 	d := j.decide(s, dir, n, port.Proto, number)
 	char := character(d)
+	if char == ThroughL7 {
+		char = j.traceInside(t, j.inside(s, dir, n, port.Proto, number).Rules, r)
+	}
 	t.Verdict, t.Enforced, t.Reason = verdictWords[char], s.set.Enforce(dir), j.explain(s, dir, d)
 	t.Evidence = evidence(d, t.Enforced)
 	f := flow{Judge: j, subject: x, set: &s.set, dir: dir, peer: j.peerOf(n, x), number: n, proto: port.Proto, port: number}
@@ -114,6 +124,22 @@ func (j *Judge) trace(t *TraceSide, from, to Party, dir abi.Direction, port Port
 		t.Policies = append(t.Policies, f.policy(p))
 	}
 	return char
+}
+
+// traceInside says what rules inside a protocol allow, and what that makes of a
+// request.
+func (j *Judge) traceInside(t *TraceSide, rules []*l7.Rules, r Request) byte {
+	t.Inside = "allowed inside the protocol: " + describe(rules)
+	if r.IsZero() {
+		return ThroughL7
+	}
+	rule, ok := r.allowed(rules)
+	if !ok {
+		t.Inside += fmt.Sprintf("; %s is refused: no rule allows it", r)
+		return Blocked
+	}
+	t.Inside += fmt.Sprintf("; %s is allowed by %s", r, rule)
+	return Allowed
 }
 
 // peerOf returns who a subject meets under a number.
@@ -281,7 +307,11 @@ func (f *flow) withinLimits() bool {
 // Text returns the trace in words, step by step.
 func (t *Trace) Text() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s -> %s at %s: %s\n", visible(t.From.Asked), visible(t.To.Asked), t.Port, strings.ToUpper(t.Verdict))
+	request := ""
+	if t.Request != "" {
+		request = ", " + visible(t.Request)
+	}
+	fmt.Fprintf(&b, "%s -> %s at %s%s: %s\n", visible(t.From.Asked), visible(t.To.Asked), t.Port, request, strings.ToUpper(t.Verdict))
 	for i, end := range []TraceEnd{t.From, t.To} {
 		fmt.Fprintf(&b, "  %-4s  %s: %s\n", []string{"from", "to"}[i], visible(end.Asked), visible(end.Is))
 	}
@@ -327,6 +357,9 @@ func (s *TraceSide) text(b *strings.Builder, title string) {
 		fmt.Fprintf(b, "   %s not select it\n", map[bool]string{true: "1 other policy does", false: fmt.Sprint(s.Others, " other policies do")}[s.Others == 1])
 	}
 	fmt.Fprintf(b, "   => %s\n", visible(s.Reason.Text))
+	if s.Inside != "" {
+		fmt.Fprintf(b, "   inside: %s\n", visible(s.Inside))
+	}
 	if s.Evidence != "" {
 		fmt.Fprintf(b, "   evidence: %s\n", s.Evidence)
 	}

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -20,14 +21,24 @@ policy that selects the side every rule is shown, and why it matches or not; *
 is the rule that decided.
 
 An END is NAMESPACE/POD, an address, a block, reserved:NAME or fqdn:NAME. PATHs
-are those of policy matrix. The exit status is 0 whatever the verdict is.`,
+are those of policy matrix. With --method, --path, --host or --header, --dns-name or
+--server-name a request inside the flow is judged too. The exit status is 0 whatever the verdict is.`,
 		Example: "  portcullis policy trace --from default/xwing --to default/deathstar --port 80/TCP -f starwars-app.yaml -f networkpolicy-L4.yaml\n" +
+			"  portcullis policy trace --from default/tiefighter --to default/deathstar --port 80/TCP --method PUT --path /v1/exhaust-port -f starwars-app.yaml -f networkpolicy-L7.yaml\n" +
 			"  portcullis policy trace --from 192.0.2.1 --to default/deathstar --port 80/TCP --live",
 		Args: usageArgs(noArgs),
 	}
 	from := cmd.Flags().String("from", "", "who calls")
 	to := cmd.Flags().String("to", "", "who is called")
 	port := cmd.Flags().String("port", "", "as 80/TCP, TCP/http, ICMP/8")
+	var r tools.Request
+	var headers []string
+	cmd.Flags().StringVar(&r.Method, "method", "", "of an HTTP request inside the flow (default GET, if --path or --host is there)")
+	cmd.Flags().StringVar(&r.Path, "path", "", "of an HTTP request, with the query (default /)")
+	cmd.Flags().StringVar(&r.Host, "host", "", "of an HTTP request")
+	cmd.Flags().StringArrayVar(&headers, "header", nil, "of an HTTP request, as NAME: VALUE (repeat)")
+	cmd.Flags().StringVar(&r.Name, "dns-name", "", "name that DNS is asked for inside the flow")
+	cmd.Flags().StringVar(&r.ServerName, "server-name", "", "name that TLS asks for inside the flow")
 	g := addJudging(cmd)
 	o := addOutput(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
@@ -36,6 +47,16 @@ are those of policy matrix. The exit status is 0 whatever the verdict is.`,
 		}
 		p, err := tools.ParsePort(*port)
 		if err != nil {
+			return usageError{err}
+		}
+		for _, h := range headers {
+			name, value, ok := strings.Cut(h, ":")
+			if !ok {
+				return usagef("--header %q: want NAME: VALUE", h)
+			}
+			r.Header = append(r.Header, [2]string{name, strings.TrimSpace(value)})
+		}
+		if err := r.Check(); err != nil {
 			return usageError{err}
 		}
 		w, err := g.world(cmd.Context(), env)
@@ -51,7 +72,7 @@ are those of policy matrix. The exit status is 0 whatever the verdict is.`,
 		if err != nil {
 			return err
 		}
-		t := j.Trace(a, b, p)
+		t := j.Trace(a, b, p, r)
 		if *o == outTable {
 			_, err = io.WriteString(env.Stdout, t.Text())
 			return err

@@ -97,7 +97,7 @@ func (n *toolTally) trace(t *testing.T, j *tools.Judge, m *tools.Matrix, o tools
 			default:
 				continue
 			}
-			trace := j.Trace(from, to, port)
+			trace := j.Trace(from, to, port, tools.Request{})
 			n.side(t, trace, &trace.Egress, egress)
 			n.side(t, trace, &trace.Ingress, ingress)
 		}

@@ -80,7 +80,7 @@ func checkPolicy(t *testing.T, p *authz.Policy) {
 			t.Fatalf("%s: the subject is not bound to a namespace: %v", p.Ref, s.Subject)
 		}
 		for _, r := range s.Rules {
-			if (r.L7 != nil || s.Nodes) && p.Enforceable() == nil {
+			if r.L7 != nil && len(p.NeedsProxy) == 0 || s.Nodes && p.Enforceable() == nil {
 				t.Fatalf("%s: there is no datapath for %+v", p.Ref, r)
 			}
 			for _, x := range r.Peers {

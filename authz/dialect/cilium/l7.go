@@ -22,7 +22,7 @@ func (p *ports) rules(v *dialect.Value, parsed []port) (out *l7.Rules) {
 				}
 			}
 			p.inside(v)
-			v.NotEnforced("there is no proxy that would judge requests; remove rules to allow the whole port, or remove the port")
+			v.NeedsProxy("remove rules to allow the whole port, or remove the port")
 		},
 		"dns": func(v *dialect.Value) {
 			out = &l7.Rules{Parser: l7.ParserDNS}
@@ -43,7 +43,7 @@ func (p *ports) rules(v *dialect.Value, parsed []port) (out *l7.Rules) {
 				}
 			}
 			if p.dir == abi.DirEgress {
-				v.NotEnforced("there is no proxy that would judge queries; remove rules to allow the whole port, or remove the port")
+				v.NeedsProxy("remove rules to allow the whole port, or remove the port")
 			}
 		},
 		"kafka": dropped, "l7proto": dropped, "l7": dropped,
@@ -176,7 +176,7 @@ func (p *ports) serverNames(v *dialect.Value, parsed []port) *l7.Rules {
 		}
 	}
 	p.inside(v)
-	v.NotEnforced("there is no proxy that would look at TLS; remove it to allow the whole port, or remove the port")
+	v.NeedsProxy("remove it to allow the whole port, or remove the port")
 	p.compile(v, out)
 	return out
 }

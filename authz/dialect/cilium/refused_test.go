@@ -196,13 +196,13 @@ func TestNotEnforced(t *testing.T) {
 			t.Errorf("%s\n%v", c.doc, err)
 			continue
 		}
-		if got := places(t, r.Policies[0].NotEnforced); got != c.want {
+		if got := places(t, slices.Concat(r.Policies[0].NeedsProxy, r.Policies[0].NotEnforced)); got != c.want {
 			t.Errorf("%s\n got %s\nwant %s", c.doc, got, c.want)
 		}
 		if err := r.Policies[0].Validate(); err != nil {
 			t.Errorf("%s\n%v", c.doc, err)
 		}
-		if (r.Policies[0].Enforceable() == nil) != (c.want == "") {
+		if (r.Policies[0].Enforceable() == nil) != (len(r.Policies[0].NotEnforced) == 0) {
 			t.Errorf("%s\n%v", c.doc, r.Policies[0].Enforceable())
 		}
 	}

@@ -291,8 +291,10 @@ func TestModelGolden(t *testing.T) {
 	b := []authz.PeerSelector{authz.Selector{authz.Label("app", "b")}}
 	want := &authz.Policy{
 		Ref: authz.Ref{Kind: "CiliumClusterwideNetworkPolicy", Name: "p"}, Source: src,
+		NeedsProxy: []authz.Problem{
+			{File: "f", Document: 1, Line: 12, Path: "specs[0].ingress[0].toPorts[1].rules.http", Message: "it needs a proxy, and there is none: remove rules to allow the whole port, or remove the port"},
+		},
 		NotEnforced: []authz.Problem{
-			{File: "f", Document: 1, Line: 12, Path: "specs[0].ingress[0].toPorts[1].rules.http", Message: "not enforced yet: there is no proxy that would judge requests; remove rules to allow the whole port, or remove the port"},
 			{File: "f", Document: 1, Line: 15, Path: "specs[1].nodeSelector", Message: "not enforced yet: policies for nodes have no datapath; protect the node by its own firewall, and workloads by endpointSelector"},
 		},
 		Specs: []authz.Spec{

@@ -8,7 +8,7 @@
 //	requires  what every peer must have besides; it allows nothing
 //	l4        limits TCP and UDP, in either direction, and allows nothing
 //	l7-rules  rules inside HTTP, by which what is allowed at a port is judged
-//	          further; refused as not enforced yet
+//	          further
 //
 // A label in a child of the tree is relative to the child's path: "deathstar"
 // in root.id.empire is the label id.empire.deathstar. A tree is known by its

@@ -111,7 +111,7 @@ func port(v *dialect.Value) (out []authz.PortRange, inside *l7.Rules) {
 		if len(protos) != 1 || protos[0] != authz.ProtoTCP {
 			v.Refuse("a parser wants protocol tcp")
 		}
-		v.Field("l7-parser").NotEnforced("there is no proxy that would judge requests; remove l7-parser and l7-rules to allow the whole port, or remove the port")
+		v.Field("l7-parser").NeedsProxy("remove l7-parser and l7-rules to allow the whole port, or remove the port")
 		inside = &l7.Rules{Parser: l7.ParserHTTP, HTTP: requests}
 		if err := inside.Compile(); err != nil && v.Fine() {
 			v.Refuse("no proxy takes its rules: %v", err)

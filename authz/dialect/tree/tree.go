@@ -39,7 +39,7 @@ func Parse(doc *dialect.Document) (dialect.Result, []authz.Problem) {
 	if bad := doc.Problems(); len(bad) > 0 {
 		return dialect.Result{}, bad
 	}
-	p.NotEnforced = doc.NotEnforced()
+	p.NotEnforced, p.NeedsProxy = doc.NotEnforced(), doc.NeedsProxy()
 	return dialect.Result{Policies: []*authz.Policy{p}}, nil
 }
 
