@@ -84,6 +84,9 @@ func cleanup(cfg Config, log *zap.Logger) error {
 	if err := datapath.Remove(cfg.PinDir); err != nil {
 		return err
 	}
+	if err := removeProxy(cfg); err != nil {
+		return err
+	}
 	// Without the pins these tell of nothing.
 	for _, name := range []string{"workloads", "identities", "ports", "names"} {
 		if err := os.RemoveAll(filepath.Join(cfg.JournalDir, name)); err != nil {

@@ -97,6 +97,9 @@ type Config struct {
 	Proxy       bool
 	ProxyBinary string
 	ProxyDir    string // of its network namespace, lock and socket; on a tmpfs
+	// ProxyNamespace is the bind mount of its network namespace; empty: netns in
+	// ProxyDir.
+	ProxyNamespace string
 
 	APISocket  string
 	PinDir     string

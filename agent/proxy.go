@@ -1,9 +1,11 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,6 +16,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"portcullis/agent/api"
+	"portcullis/agent/proxyd"
 	"portcullis/authz"
 	"portcullis/datapath/steer"
 	"portcullis/proxy/feed"
@@ -36,9 +39,25 @@ const (
 const ExitProxyRunning = 3
 
 // Files of the proxy, in Config.ProxyDir.
-func (c *Config) proxyNamespace() string { return filepath.Join(c.ProxyDir, "netns") }
-func (c *Config) proxySocket() string    { return filepath.Join(c.ProxyDir, "agent.sock") }
-func (c *Config) proxyLock() string      { return filepath.Join(c.ProxyDir, "lock") }
+func (c *Config) proxySocket() string { return filepath.Join(c.ProxyDir, "agent.sock") }
+func (c *Config) proxyLock() string   { return filepath.Join(c.ProxyDir, "lock") }
+func (c *Config) proxyNamespace() string {
+	return cmp.Or(c.ProxyNamespace, filepath.Join(c.ProxyDir, "netns"))
+}
+
+// removeProxy ends the proxy, and removes its network namespace.
+func removeProxy(cfg Config) error {
+	if _, err := os.Stat(cfg.ProxyDir); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err := proxyd.Stop(cfg.proxyLock()); err != nil {
+		return fmt.Errorf("end the proxy: %w", err)
+	}
+	if err := steer.Remove(steer.Config{Path: cfg.proxyNamespace()}); err != nil {
+		return fmt.Errorf("remove the proxy's network namespace: %w", err)
+	}
+	return removeTree(cfg.ProxyDir)
+}
 
 // enforceable returns why a policy cannot be enforced here. One that needs the
 // proxy has it set up.

@@ -54,6 +54,9 @@ func nodeMAC(index int) net.HardwareAddr {
 
 func (l *Lab) underlayNS() string        { return netnsDir + "/pc." + l.name + ".underlay" }
 func (l *Lab) nodeNS(node string) string { return netnsDir + "/pc." + l.name + ".n." + node }
+func (l *Lab) proxyNS(node string) string {
+	return netnsDir + "/pc." + l.name + ".p." + node
+}
 func (l *Lab) workloadNS(w Workload) string {
 	return netnsDir + "/pc." + l.name + ".w." + w.Namespace + "." + w.Name
 }

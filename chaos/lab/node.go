@@ -56,6 +56,7 @@ func (l *Lab) agentArgs(s *state, n *nodeState, fresh bool) []string {
 		"--delegated-socket", labca.AdminAddress(l.caDir(), identity.NodeName(n.Name)), "--delegated-by", "selectors",
 		"--api-socket", l.Socket(n.Name), "--pin-dir", l.pinDir(n.Name),
 		"--journal-dir", l.JournalDir(n.Name), "--state-dir", l.stateDir(n.Name), "--audit-log", l.AuditLog(n.Name),
+		"--proxy-dir", filepath.Join(l.nodeDir(n.Name), "proxy"), "--proxy-namespace", l.proxyNS(n.Name),
 		"--evidence", s.Config.Evidence,
 		"--ttl", s.Config.TTL.String(), "--heartbeat", s.Config.Heartbeat.String(),
 		"--reuse-margin", s.Config.ReuseMargin.String(), "--add-wait", s.Config.addWait().String(),

@@ -122,6 +122,7 @@ func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (instea
 	f.StringVar(&cfg.PinDir, "pin-dir", cfg.PinDir, "directory on a bpffs for programs and maps")
 	f.BoolVar(&cfg.Proxy, "proxy", cfg.Proxy, "take policies with rules inside protocols (HTTP, DNS, TLS server names): what they select goes through a proxy of this node, started with the first of them (false: they are refused)")
 	f.StringVar(&cfg.ProxyDir, "proxy-dir", cfg.ProxyDir, "directory of the proxy's network namespace, lock and socket; on a tmpfs")
+	f.StringVar(&cfg.ProxyNamespace, "proxy-namespace", "", "bind mount of the proxy's network namespace (default: netns in --proxy-dir)")
 	f.StringVar(&raw.plugin.BinDir, "cni-bin-dir", "", "directory of CNI plugins to keep "+cni.BinaryName+" in, e.g. /opt/cni/bin (empty: nowhere; --cleanup removes it)")
 	f.StringVar(&raw.plugin.ConfDir, "cni-conf-dir", "", "directory of network configurations, e.g. /etc/cni/net.d: the plugin is kept the last of the one in use (empty: they are left alone; --cleanup takes it out)")
 	f.StringVar(&cfg.JournalDir, "journal-dir", cfg.JournalDir, "directory of the grant journal; on a tmpfs, it must not outlive a boot")
