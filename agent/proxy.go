@@ -16,7 +16,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"portcullis/agent/api"
-	"portcullis/agent/proxyd"
 	"portcullis/authz"
 	"portcullis/datapath/steer"
 	"portcullis/proxy/feed"
@@ -50,7 +49,7 @@ func removeProxy(cfg Config) error {
 	if _, err := os.Stat(cfg.ProxyDir); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	if err := proxyd.Stop(cfg.proxyLock()); err != nil {
+	if err := feed.Stop(cfg.proxyLock()); err != nil {
 		return fmt.Errorf("end the proxy: %w", err)
 	}
 	if err := steer.Remove(steer.Config{Path: cfg.proxyNamespace()}); err != nil {

@@ -2,19 +2,10 @@ package proxyd
 
 import (
 	"context"
-	"errors"
-	"fmt"
-	"io/fs"
 	"net"
-	"os"
-	"path/filepath"
-	"strconv"
-	"strings"
-	"time"
 
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
-	"golang.org/x/sys/unix"
 
 	"portcullis/bpf/abi"
 	"portcullis/datapath"
@@ -34,12 +25,9 @@ type Config struct {
 	Options   proxy.Options
 }
 
-// ErrRunning: another proxy serves this datapath.
-var ErrRunning = errors.New("another proxy runs already")
-
 // Run serves until ctx ends. The process is where Enter has put it.
 func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
-	lock, err := takeLock(cfg.Lock)
+	lock, err := feed.Lock(cfg.Lock)
 	if err != nil {
 		return err
 	}
@@ -80,73 +68,6 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 	log.Info("the proxy serves", zap.String("socket", cfg.Socket))
 	return group.Wait()
 }
-
-// takeLock makes sure that no two proxies take each other's places.
-func takeLock(path string) (*os.File, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, err
-	}
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		f.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, ErrRunning
-		}
-		return nil, fmt.Errorf("lock %s: %w", path, err)
-	}
-	if err := f.Truncate(0); err != nil {
-		return nil, errors.Join(err, f.Close())
-	}
-	if _, err := fmt.Fprintln(f, os.Getpid()); err != nil {
-		return nil, errors.Join(err, f.Close())
-	}
-	return f, nil
-}
-
-// Stop ends the proxy that holds the lock, if one does, and waits until it has.
-func Stop(lock string) error {
-	f, err := os.Open(lock)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	told := false
-	for range stopTries {
-		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err == nil {
-			return nil
-		} else if !errors.Is(err, unix.EWOULDBLOCK) {
-			return fmt.Errorf("lock %s: %w", lock, err)
-		}
-		if !told {
-			b, err := os.ReadFile(lock)
-			if err != nil {
-				return err
-			}
-			pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
-			if err != nil || pid <= 1 {
-				return fmt.Errorf("%s does not name the proxy that holds it: %q", lock, b)
-			}
-			// Who holds the lock wrote its number, and lives.
-			if err := unix.Kill(pid, unix.SIGTERM); err != nil && !errors.Is(err, unix.ESRCH) {
-				return err
-			}
-			told = true
-		}
-		time.Sleep(stopPause)
-	}
-	return errors.New("it does not end")
-}
-
-const (
-	stopTries = 200
-	stopPause = 50 * time.Millisecond
-)
 
 // dialTCP connects to a flow's server in the client's name.
 func dialTCP(ctx context.Context, c proxy.Conn) (net.Conn, error) {

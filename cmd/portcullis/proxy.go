@@ -7,6 +7,7 @@ import (
 
 	"portcullis/agent"
 	"portcullis/agent/proxyd"
+	"portcullis/proxy/feed"
 )
 
 func newProxyCmd(env *Env) *cobra.Command {
@@ -39,7 +40,7 @@ Exit status 3: another proxy serves this datapath already.`,
 				return err
 			}
 			err = proxyd.Run(cmd.Context(), cfg, log.Named("proxy"))
-			if errors.Is(err, proxyd.ErrRunning) {
+			if errors.Is(err, feed.ErrRunning) {
 				log.Info(err.Error())
 				return exitError{agent.ExitProxyRunning}
 			}

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"os"
+	"os/exec"
 	"path/filepath"
 	"sync"
 	"testing"
@@ -248,5 +250,40 @@ func TestLearn(t *testing.T) {
 	cancel()
 	if err := r.client.Learn(over, conn, proxy.Decision{Epoch: 5}, want); !errors.Is(err, ErrAway) {
 		t.Errorf("without an agent: %v", err)
+	}
+}
+
+// One proxy holds the lock; whoever wants it to end ends it.
+func TestLock(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "lock")
+	if err := Stop(path); err != nil {
+		t.Errorf("nobody runs: %v", err)
+	}
+	f, err := Lock(path)
+	must(t, err)
+	if _, err := Lock(path); !errors.Is(err, ErrRunning) {
+		t.Errorf("a second one: %v", err)
+	}
+	must(t, f.Close())
+	if err := Stop(path); err != nil {
+		t.Errorf("it ended: %v", err)
+	}
+
+	cmd := exec.Command("flock", "-n", "-o", path, "sleep", "600")
+	must(t, cmd.Start())
+	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+	for end := time.Now().Add(deadline); ; {
+		if f, err := Lock(path); errors.Is(err, ErrRunning) {
+			break
+		} else if err == nil {
+			f.Close()
+		}
+		if time.Now().After(end) {
+			t.Fatal("it does not take the lock")
+		}
+	}
+	must(t, os.WriteFile(path, []byte("x\n"), 0o600))
+	if err := Stop(path); err == nil {
+		t.Error("who holds it is not named")
 	}
 }

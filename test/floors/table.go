@@ -75,6 +75,7 @@ var Table = []Row{
 	{Path: "agent", Floor: 3, Holds: "the loop, wiring"},
 	{Path: "agent/cni", Floor: 3, Holds: "chained plugin, registrar"},
 	{Path: "agent/install", Floor: 3, Holds: "into a cluster"},
+	{Path: "agent/proxyd", Floor: 3, Holds: "the proxy's process"},
 	{Path: "agent/issue", Floor: 3, Holds: "the issuer's wiring"},
 
 	{Path: "chaos", Floor: 4, Holds: "scenarios, report"},
