@@ -3,11 +3,14 @@ package agent
 import (
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 
 	"go.uber.org/zap"
 
 	"portcullis/authz"
 	"portcullis/authz/l7"
+	"portcullis/authz/names"
 	"portcullis/bpf/abi"
 	"portcullis/identity"
 	"portcullis/observe/flow"
@@ -54,6 +57,24 @@ func (l *loop) tellPeer(s *authz.Subject, n identity.Numeric) error {
 	return l.feed.PutPeer(e.policy.id, n, of, host)
 }
 
+// tellPeers does so of all that a change of a set speaks of.
+func (l *loop) tellPeers(s *authz.Subject, d authz.Delta) error {
+	if l.feed == nil {
+		return nil
+	}
+	told := map[uint32]bool{}
+	for _, k := range slices.AppendSeq(slices.Clone(d.Remove), maps.Keys(d.Add)) {
+		if told[k.Identity] {
+			continue
+		}
+		told[k.Identity] = true
+		if err := l.tellPeer(s, identity.Numeric(k.Identity)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // forgetPeer tells the proxy that nobody bears a number any more, before it may
 // be given to another identity.
 func (l *loop) forgetPeer(n identity.Numeric) {
@@ -81,9 +102,14 @@ func (i insides) Record(r *proxy.Record) {
 // Lost implements feed.Handler.
 func (i insides) Lost(n uint64) { i.l.monitors.lose(n) }
 
-// Learn implements feed.Handler. Names are not learnt: an answer of DNS admits
-// nothing by itself, and who asked may hear it.
-func (i insides) Learn(context.Context, proxy.Conn, uint32, feed.Answer) error { return nil }
+// Learn implements feed.Handler.
+func (i insides) Learn(ctx context.Context, c proxy.Conn, set uint32, a feed.Answer) error {
+	answer := make([]names.Address, 0, len(a.Addresses))
+	for _, x := range a.Addresses {
+		answer = append(answer, names.Address{IP: x.IP, TTL: x.TTL})
+	}
+	return i.l.learnNames(ctx, c.Client.Addr(), set, a.Name, answer)
+}
 
 // insideRecord makes a flow record of a proxy's. The ends are named by their
 // addresses as they are held now: the flow is alive, or was a moment ago, so of

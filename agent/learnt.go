@@ -171,6 +171,9 @@ func (l *loop) sayNames(e *endpoint, ip netip.Addr) error {
 	}
 	d := l.sets.Learn(e.subject, ip, is)
 	set := e.policy.id
+	if err := l.tellPeers(e.subject, d); err != nil {
+		return err
+	}
 	if len(d.Add) > 0 {
 		if err := l.dp.PutPolicy(set, withSet(d.Add, set)); err != nil {
 			return err
