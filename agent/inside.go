@@ -10,7 +10,6 @@ import (
 
 	"portcullis/authz"
 	"portcullis/authz/l7"
-	"portcullis/authz/names"
 	"portcullis/bpf/abi"
 	"portcullis/identity"
 	"portcullis/observe/flow"
@@ -104,11 +103,7 @@ func (i insides) Lost(n uint64) { i.l.monitors.lose(n) }
 
 // Learn implements feed.Handler.
 func (i insides) Learn(ctx context.Context, c proxy.Conn, set uint32, a feed.Answer) error {
-	answer := make([]names.Address, 0, len(a.Addresses))
-	for _, x := range a.Addresses {
-		answer = append(answer, names.Address{IP: x.IP, TTL: x.TTL})
-	}
-	return i.l.learnNames(ctx, c.Client.Addr(), set, a.Name, answer)
+	return i.l.learnNames(ctx, c, set, a)
 }
 
 // insideRecord makes a flow record of a proxy's. The ends are named by their
