@@ -41,14 +41,15 @@ func (w *world) breakThings(ctx context.Context, background context.Context, r *
 func (w *world) happen(ctx, background context.Context, f Fault, n int, r *rand.Rand) error {
 	verifier := w.verifiers[r.IntN(len(w.verifiers))]
 	node := []string{w.owner, verifier}[r.IntN(2)]
-	lasts := w.ttl/2 + time.Duration(r.Int64N(int64(w.ttl)))
+	least := w.ttl/2 + time.Duration(r.Int64N(int64(w.ttl)))
 	note := &faultNote{fault: f, lease: w.ttl, places: [][]string{{node}}}
 	at := map[string]breaker.Options{}
 	switch f.Name {
 	case "agent-restart", "agent-kill":
 		return w.restart(ctx, background, note, node, n)
-	case "agent-stop":
-		at[node] = breaker.Options{Signal: unix.SIGSTOP}
+	case "agent-stop": // of the owner: no pod would come that could have an IP
+		note.places = [][]string{{verifier}}
+		at[verifier] = breaker.Options{Signal: unix.SIGSTOP}
 	case "api-cut":
 		note.places = [][]string{{verifier}}
 		ends, err := w.apiServer(ctx)
@@ -60,25 +61,72 @@ func (w *world) happen(ctx, background context.Context, f Fault, n int, r *rand.
 		note.places = [][]string{{w.owner, verifier}}
 		at[w.owner], at[verifier] = breaker.Options{Cut: agentEnds(w.nodes[verifier])}, breaker.Options{Cut: agentEnds(w.nodes[w.owner])}
 	}
-	fmt.Fprintf(w.Progress, "chaos: %s at %v for %v\n", f.Name, note.places[0], lasts.Round(time.Second))
+	fmt.Fprintf(w.Progress, "chaos: %s at %v for %v at least\n", f.Name, note.places[0], least.Round(time.Second))
+	turn := &turn{parts: len(at), least: least, begun: make(chan struct{})}
+	ctx, giveUp := context.WithCancel(ctx)
+	defer giveUp()
 	var wg sync.WaitGroup
 	var mu sync.Mutex
 	var errs []error
 	for where, o := range at {
-		o.After, o.For = breakAfter, lasts
+		o.After, o.For = breakAfter, maxFault
 		wg.Go(func() {
-			stamps, err := w.breakNode(ctx, background, fmt.Sprintf("%s-%d-%s", f.Name, n, where), where, o)
+			stamps, err := w.breakNode(ctx, background, fmt.Sprintf("%s-%d-%s", f.Name, n, where), where, o, turn)
 			mu.Lock()
 			defer mu.Unlock()
 			note.add(stamps)
-			errs = append(errs, err)
+			if errs = append(errs, err); err != nil {
+				giveUp() // the other part is not to wait for this one
+			}
 		})
 	}
 	wg.Wait()
 	w.mu.Lock()
 	w.faults = append(w.faults, note)
 	w.mu.Unlock()
+	w.turned.Add(int64(w.uses.turns()))
+	fmt.Fprintf(w.Progress, "chaos: %s at %v is over; %d IPs went from who had them at its begin to another identity meanwhile\n", f.Name, note.places[0], w.uses.turns())
 	return errors.Join(errs...)
+}
+
+// maxFault is how long something stays broken at most, and enoughTurns how many
+// IPs are to have gone from who had them at a fault's begin to another identity
+// until it ends.
+const (
+	maxFault    = 4 * time.Minute
+	enoughTurns = 3
+)
+
+// turn is a fault's time: from when it is at work at all its nodes until it has
+// lasted for long enough and enough has happened meanwhile.
+type turn struct {
+	least time.Duration
+	begun chan struct{} // closed when all parts have begun
+
+	mu    sync.Mutex
+	parts int // guarded by mu; that have not begun
+}
+
+// over waits until a part of the fault, which has begun, is to end.
+func (t *turn) over(ctx context.Context, u *uses) {
+	ctx, cancel := context.WithTimeout(ctx, maxFault)
+	defer cancel()
+	t.mu.Lock()
+	if t.parts--; t.parts == 0 {
+		u.mark()
+		close(t.begun)
+	}
+	t.mu.Unlock()
+	select {
+	case <-t.begun:
+	case <-ctx.Done():
+		return
+	}
+	if !sleep(ctx, t.least) {
+		return
+	}
+	for u.turns() < enoughTurns && sleep(ctx, time.Second/2) {
+	}
 }
 
 // breakAfter is how long a pod that breaks something runs before, so that the API
@@ -96,9 +144,10 @@ func (f *faultNote) add(s span) {
 	f.to, f.ended = append(f.to, s.to), append(f.ended, s.ended)
 }
 
-// breakNode lets a pod break something on a node, and waits until it is restored.
-// Where ctx ends first, the pod is told to end and restores it at once.
-func (w *world) breakNode(ctx, background context.Context, name, node string, o breaker.Options) (s span, err error) {
+// breakNode lets a pod break something on a node, until its turn is over (nil:
+// the pod knows by itself), and waits until it is restored. Where ctx ends first,
+// the pod is told to end, and restores it at once.
+func (w *world) breakNode(ctx, background context.Context, name, node string, o breaker.Options, t *turn) (s span, err error) {
 	reading, stop := context.WithCancel(background)
 	var readers sync.WaitGroup
 	defer readers.Wait()
@@ -109,17 +158,17 @@ func (w *world) breakNode(ctx, background context.Context, name, node string, o 
 	}
 	limited, cancel := context.WithTimeout(ctx, startLimit+o.After+o.For)
 	defer cancel()
-	_, err = f.until(limited, talk.Restored)
-	if err != nil {
-		// What it says at its end is of use all the same.
-		patience, cancel := context.WithTimeout(background, time.Minute)
-		defer cancel()
-		_, deleteErr := w.k.run(background, nil, "delete", "pod", name, "--ignore-not-found", "--wait=false")
-		if _, restoredErr := f.until(patience, talk.Restored); restoredErr == nil {
-			err = ctx.Err()
-		}
-		err = errors.Join(err, deleteErr)
+	if _, err = f.until(limited, talk.Broken); err == nil && t != nil {
+		t.over(limited, &w.uses)
+	} else if err == nil {
+		_, err = f.until(limited, talk.Restored)
 	}
+	// It restores what it broke when it is told to end. What it says then is of use
+	// whatever came before.
+	patience, cancelPatience := context.WithTimeout(background, time.Minute)
+	defer cancelPatience()
+	_, deleteErr := w.k.run(background, nil, "delete", "pod", name, "--ignore-not-found", "--wait=false")
+	_, restoredErr := f.until(patience, talk.Restored)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, r := range f.log.records {
@@ -135,10 +184,10 @@ func (w *world) breakNode(ctx, background context.Context, name, node string, o 
 			s.ended = at
 		}
 	}
-	if err == nil {
-		_, err = w.k.run(background, nil, "delete", "pod", name, "--ignore-not-found", "--wait=false")
+	if s.from.at == 0 && ctx.Err() != nil {
+		return s, ctx.Err() // it was not come to that
 	}
-	return s, err
+	return s, errors.Join(err, deleteErr, restoredErr)
 }
 
 // restart ends a node's agent, and waits until it is ready again. It ends at a
@@ -154,7 +203,7 @@ func (w *world) restart(ctx, background context.Context, note *faultNote, node s
 	}
 	from := stamp{w.boot, talk.Now()}
 	if note.fault.Name == "agent-kill" {
-		_, err = w.breakNode(ctx, background, fmt.Sprintf("%s-%d-%s", note.fault.Name, n, node), node, breaker.Options{Signal: unix.SIGKILL})
+		_, err = w.breakNode(ctx, background, fmt.Sprintf("%s-%d-%s", note.fault.Name, n, node), node, breaker.Options{Signal: unix.SIGKILL}, nil)
 	} else {
 		_, err = w.all.in(agentNamespace).run(ctx, nil, "delete", "pod", before[node].Metadata.Name, "--wait=false")
 	}

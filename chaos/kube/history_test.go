@@ -238,19 +238,19 @@ func TestUnmeasured(t *testing.T) {
 
 // A run that put nothing to the test is not held.
 func TestShort(t *testing.T) {
-	p := &plan{Options: Options{Events: 5, Pods: 50}}
+	p := &plan{Options: Options{Events: 5, Pods: 50}, faults: []Fault{{Name: "partition", lasts: true}}}
 	_, r := reuse(false).judge(t)
 	for _, c := range []struct {
-		lost         []string
-		reused, made int
-		says         string
-	}{{nil, 5, 20, ""}, {[]string{"pod x"}, 5, 20, "pod x"}, {nil, 0, 50, "too late"}, {nil, 4, 50, "too late"}, {nil, 4, 20, ""}} {
-		if got := short(p, r, c.lost, c.reused, c.made); (got == "") != (c.says == "") || !strings.Contains(got, c.says) {
+		lost                 []string
+		reused, made, turned int
+		says                 string
+	}{{nil, 5, 20, 1, ""}, {[]string{"pod x"}, 5, 20, 1, "pod x"}, {nil, 0, 50, 1, "too late"}, {nil, 4, 50, 1, "too late"}, {nil, 4, 20, 1, ""}, {nil, 5, 20, 0, "while it lasted"}} {
+		if got := short(p, r, c.lost, c.reused, c.made, c.turned); (got == "") != (c.says == "") || !strings.Contains(got, c.says) {
 			t.Errorf("%+v: %q", c, got)
 		}
 	}
 	r.Attempts.Impostor = 0
-	if short(p, r, nil, 5, 20) == "" {
+	if short(p, r, nil, 5, 20, 1) == "" {
 		t.Error("a run without an impostor shows something")
 	}
 	s := reuse(false)

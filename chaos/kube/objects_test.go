@@ -125,4 +125,17 @@ func TestUses(t *testing.T) {
 	if u.count() != 1 {
 		t.Errorf("%d reuses by another", u.count())
 	}
+	// A fault begins: 1, 2 and 3 are held. 1 goes to another, and back.
+	u.mark()
+	u.taken(ip(4), chaos.SleepV1)
+	u.taken(ip(1), chaos.SleepV1)
+	u.taken(ip(1), chaos.SleepV2)
+	u.taken(ip(2), chaos.SleepV2)
+	u.taken(ip(4), chaos.SleepV2)
+	if u.turns() != 1 {
+		t.Errorf("%d went to another since it began", u.turns())
+	}
+	if u.mark(); u.turns() != 0 {
+		t.Errorf("%d went to another at its begin", u.turns())
+	}
 }

@@ -42,6 +42,8 @@ type Fault struct {
 	silent bool
 	// breaks says that it needs a privileged pod on the node.
 	breaks bool
+	// lasts: it keeps news from a node until IPs have changed hands.
+	lasts bool
 }
 
 // Faults are all of them.
@@ -49,9 +51,9 @@ func Faults() []Fault {
 	return []Fault{
 		{Name: "agent-kill", breaks: true, Does: "a node's agent is killed (SIGKILL), and its kubelet starts it again"},
 		{Name: "agent-restart", Does: "a node's agent's pod is deleted, and its DaemonSet makes another"},
-		{Name: "agent-stop", breaks: true, silent: true, Does: "a node's agent is stopped (SIGSTOP) for half a TTL to one and a half, and goes on"},
-		{Name: "api-cut", breaks: true, Does: "nothing that a node sends reaches the API server for half a TTL to one and a half"},
-		{Name: "partition", breaks: true, silent: true, Does: "the agents of two nodes cannot talk for half a TTL to one and a half"},
+		{Name: "agent-stop", breaks: true, lasts: true, silent: true, Does: "the agent of a node that judges is stopped (SIGSTOP) until IPs have changed hands, and goes on"},
+		{Name: "api-cut", breaks: true, lasts: true, Does: "nothing that a node sends reaches the API server until IPs have changed hands"},
+		{Name: "partition", breaks: true, lasts: true, silent: true, Does: "the agents of two nodes cannot talk until IPs have changed hands"},
 	}
 }
 

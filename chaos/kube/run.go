@@ -54,6 +54,7 @@ type world struct {
 
 	made   atomic.Int64
 	mended atomic.Int64
+	turned atomic.Int64 // IPs that went to another identity while a fault kept that from a node
 }
 
 // Run runs the scenario and judges it. When ctx ends, the run ends, what was
@@ -97,7 +98,7 @@ func (w *world) judge(run check.Run, failed error) (*check.Result, error) {
 	if err != nil {
 		return nil, errors.Join(failed, err)
 	}
-	if h.Run.Short = short(w.plan, r, w.lost, w.uses.count(), int(w.made.Load())); h.Run.Short != "" {
+	if h.Run.Short = short(w.plan, r, w.lost, w.uses.count(), int(w.made.Load()), int(w.turned.Load())); h.Run.Short != "" {
 		if r, err = check.Check(h); err != nil {
 			return nil, errors.Join(failed, err)
 		}
@@ -109,12 +110,14 @@ func (w *world) judge(run check.Run, failed error) (*check.Result, error) {
 }
 
 // short says why a run shows nothing, if so.
-func short(p *plan, r *check.Result, lost []string, reused, made int) string {
+func short(p *plan, r *check.Result, lost []string, reused, made, turned int) string {
 	switch {
 	case len(lost) > 0:
 		return fmt.Sprintf("not all is known of what was received: %s", strings.Join(lost[:min(len(lost), 5)], "; "))
 	case reused == 0 || reused < p.Events && made >= p.Pods:
 		return fmt.Sprintf("of %d pods only %d had an IP that had been another identity's: the cluster's IPAM gives IPs again too late (a node with a smaller range of pods does so sooner, or see --max-pods)", made, reused)
+	case turned == 0 && slices.ContainsFunc(p.faults, func(f Fault) bool { return f.lasts }):
+		return "no IP went from who had it when a fault began to another identity while it lasted (a node with a smaller range of pods gives IPs again sooner)"
 	case r.Attempts.Impostor == 0:
 		return "no impostor tried anything"
 	}

@@ -23,6 +23,28 @@ type uses struct {
 	free    []netip.Addr          // guarded by mu; in the order in which they were freed
 	ordered int                   // guarded by mu; pods that have no IP yet
 	another int                   // guarded by mu; how often an IP went to another identity
+	// A fault that keeps news from a node is worth something only if an IP whose
+	// holder was known when it began goes to another while it lasts.
+	known  map[netip.Addr]string // guarded by mu; the holders when the last one began
+	turned int                   // guarded by mu; how many of these went to another identity since
+}
+
+// mark begins anew with turned: with the pods that live now.
+func (u *uses) mark() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.turned, u.known = 0, map[netip.Addr]string{}
+	for ip, is := range u.last {
+		if !slices.Contains(u.free, ip) {
+			u.known[ip] = is
+		}
+	}
+}
+
+func (u *uses) turns() int {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.turned
 }
 
 // next chooses the identity of the next pod: another than that of the IP which
@@ -56,8 +78,12 @@ func (u *uses) taken(ips []netip.Addr, is string) {
 	if u.last == nil {
 		u.last = map[netip.Addr]string{}
 	}
-	another := false
+	another, turned := false, false
 	for _, ip := range ips {
+		if was, ok := u.known[ip]; ok && was != is {
+			turned = true
+			delete(u.known, ip)
+		}
 		was, known := u.last[ip]
 		another = another || known && was != is
 		u.last[ip] = is
@@ -65,6 +91,9 @@ func (u *uses) taken(ips []netip.Addr, is string) {
 	}
 	if another {
 		u.another++
+	}
+	if turned {
+		u.turned++
 	}
 }
 
