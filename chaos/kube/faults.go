@@ -61,8 +61,8 @@ func (w *world) happen(ctx, background context.Context, f Fault, n int, r *rand.
 		note.places = [][]string{{w.owner, verifier}}
 		at[w.owner], at[verifier] = breaker.Options{Cut: agentEnds(w.nodes[verifier])}, breaker.Options{Cut: agentEnds(w.nodes[w.owner])}
 	}
-	fmt.Fprintf(w.Progress, "chaos: %s at %v for %v at least\n", f.Name, note.places[0], least.Round(time.Second))
-	turn := &turn{parts: len(at), least: least, begun: make(chan struct{})}
+	fmt.Fprintf(w.Progress, "chaos: %s at %v\n", f.Name, note.places[0])
+	turn := &turn{parts: len(at), least: least, begun: make(chan struct{}), deaf: f.Name == "api-cut"}
 	ctx, giveUp := context.WithCancel(ctx)
 	defer giveUp()
 	var wg sync.WaitGroup
@@ -70,6 +70,9 @@ func (w *world) happen(ctx, background context.Context, f Fault, n int, r *rand.
 	var errs []error
 	for where, o := range at {
 		o.After, o.For = breakAfter, maxFault
+		if turn.deaf {
+			o.For = least + deafFault
+		}
 		wg.Go(func() {
 			stamps, err := w.breakNode(ctx, background, fmt.Sprintf("%s-%d-%s", f.Name, n, where), where, o, turn)
 			mu.Lock()
@@ -95,6 +98,7 @@ func (w *world) happen(ctx, background context.Context, f Fault, n int, r *rand.
 const (
 	maxFault    = 4 * time.Minute
 	enoughTurns = 3
+	deafFault   = 45 * time.Second // what such a fault lasts longer than its least
 )
 
 // turn is a fault's time: from when it is at work at all its nodes until it has
@@ -102,6 +106,9 @@ const (
 type turn struct {
 	least time.Duration
 	begun chan struct{} // closed when all parts have begun
+	// deaf: the node does not hear that it is to end, nor is it always heard that
+	// it has begun. It ends by itself.
+	deaf bool
 
 	mu    sync.Mutex
 	parts int // guarded by mu; that have not begun
@@ -122,7 +129,7 @@ func (t *turn) over(ctx context.Context, u *uses) {
 	case <-ctx.Done():
 		return
 	}
-	if !sleep(ctx, t.least) {
+	if t.deaf || !sleep(ctx, t.least) {
 		return
 	}
 	for u.turns() < enoughTurns && sleep(ctx, time.Second/2) {
@@ -158,9 +165,11 @@ func (w *world) breakNode(ctx, background context.Context, name, node string, o 
 	}
 	limited, cancel := context.WithTimeout(ctx, startLimit+o.After+o.For)
 	defer cancel()
-	if _, err = f.until(limited, talk.Broken); err == nil && t != nil {
+	err = w.awaitBroken(limited, f, o, t != nil && t.deaf)
+	if err == nil && t != nil {
 		t.over(limited, &w.uses)
-	} else if err == nil {
+	}
+	if err == nil && (t == nil || t.deaf) {
 		_, err = f.until(limited, talk.Restored)
 	}
 	// It restores what it broke when it is told to end. What it says then is of use
@@ -188,6 +197,32 @@ func (w *world) breakNode(ctx, background context.Context, name, node string, o 
 		return s, ctx.Err() // it was not come to that
 	}
 	return s, errors.Join(err, deleteErr, restoredErr)
+}
+
+// awaitBroken waits until a pod has broken what it is to, or, where it cannot
+// always be heard, until it must have.
+func (w *world) awaitBroken(ctx context.Context, f *follower, o breaker.Options, deaf bool) error {
+	if !deaf {
+		_, err := f.until(ctx, talk.Broken)
+		return err
+	}
+	for {
+		s, _, changed := w.pods.get(f.log.name)
+		if s != nil && s.Status.Phase != "Pending" {
+			break
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	heard, cancel := context.WithTimeout(ctx, o.After+time.Second)
+	defer cancel()
+	if _, err := f.until(heard, talk.Broken); err != nil && heard.Err() == nil {
+		return err
+	}
+	return ctx.Err()
 }
 
 // restart ends a node's agent, and waits until it is ready again. It ends at a

@@ -258,7 +258,7 @@ func receive(m *check.Message, uid string, at int64, by *check.Workload) {
 // lostMessage is one that was received and that its sender could not write down,
 // since it was killed. It was sent at some time of its life.
 func lostMessage(r talk.Record, sender, receiver *check.Workload) check.Message {
-	m := check.Message{Protocol: r.Protocol, Sender: sender.UID, From: r.From, To: r.To, Sent: max(sender.Made, sender.Ready)}
+	m := check.Message{Protocol: r.Protocol, Sender: sender.UID, From: r.From, To: r.To, Sent: sender.Made}
 	if !slices.Contains(sender.IPs, m.From.Addr()) {
 		m.From = netip.AddrPortFrom(sameFamily(sender.IPs, m.From.Addr()), m.From.Port())
 	}

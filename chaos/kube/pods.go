@@ -163,8 +163,7 @@ func (w *world) heard(f *follower, r talk.Record, ordered int64) {
 	switch r.Kind {
 	case talk.Begins:
 		w.uses.taken(r.IPs, f.log.is)
-	case talk.Serves:
-		w.aims.add(f.log.uid, f.first().IPs)
+		w.aims.add(f.log.uid, r.IPs)
 	case talk.Leaves:
 		w.aims.remove(f.log.uid)
 	case talk.Ends:

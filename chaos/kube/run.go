@@ -98,7 +98,10 @@ func (w *world) judge(run check.Run, failed error) (*check.Result, error) {
 	if err != nil {
 		return nil, errors.Join(failed, err)
 	}
-	if h.Run.Short = short(w.plan, r, w.lost, w.uses.count(), int(w.made.Load()), int(w.turned.Load())); h.Run.Short != "" {
+	if r.Verdict != check.Violated {
+		h.Run.Short = short(w.plan, r, w.lost, w.uses.count(), int(w.made.Load()), int(w.turned.Load()))
+	}
+	if h.Run.Short != "" {
 		if r, err = check.Check(h); err != nil {
 			return nil, errors.Join(failed, err)
 		}
@@ -322,7 +325,7 @@ func (w *world) slot(ctx, background context.Context, r *rand.Rand, readers *syn
 		n := w.made.Add(1)
 		is := w.uses.next(r)
 		name := fmt.Sprintf("%s-%d", is, n)
-		life := 3*time.Second + time.Duration(r.Int64N(int64(4*time.Second)))
+		life := 4*time.Second + time.Duration(r.Int64N(int64(4*time.Second)))
 		args := []string{"--for", life.String(), "--seed", fmt.Sprint(r.Uint64())}
 		for _, ip := range w.serving {
 			args = append(args, "--call", ip.String())

@@ -21,7 +21,7 @@ type Kind string
 // What a pod, or a fault's, writes down.
 const (
 	Begins  Kind = "begins"  // first of all
-	Serves  Kind = "serves"  // its sockets are open
+	Serves  Kind = "serves"  // its sockets are open, and its node carries packets
 	Tried   Kind = "tried"   // an attempt has ended
 	Got     Kind = "got"     // a request was received
 	Replied Kind = "replied" // a reply was received

@@ -90,7 +90,6 @@ func Run(ctx context.Context, o Options, out io.Writer) (err error) {
 		t.close()
 		return err
 	}
-	t.out.Write(Record{Kind: Serves, At: Now()})
 	for _, f := range []func(){t.accept, t.datagrams, t.replies} {
 		t.wg.Go(f)
 	}
@@ -105,6 +104,8 @@ func Run(ctx context.Context, o Options, out io.Writer) (err error) {
 		t.wg.Go(func() { t.aimed(aims) })
 	}
 	t.wg.Go(func() { t.call(ips) })
+	awaitGateways(ctx)
+	t.out.Write(Record{Kind: Serves, At: Now()})
 	<-ctx.Done()
 	t.out.Write(Record{Kind: Leaves, At: Now()})
 	leave()

@@ -4,14 +4,17 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"golang.org/x/sys/unix"
 	"math/rand/v2"
+	"net"
 	"net/netip"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // log is what a pod has written; it may be read while it is written.
@@ -101,8 +104,9 @@ func TestRun(t *testing.T) {
 	}
 	all := l.records(t)
 	kinds := func(i int) Kind { return all[i].Kind }
-	if kinds(0) != Begins || kinds(1) != Serves || kinds(len(all)-1) != Ends || all[0].Boot == "" || !slices.Equal(all[0].IPs, ips) {
-		t.Errorf("it begins with %+v, %+v and ends with %+v", all[0], all[1], all[len(all)-1])
+	serves := slices.IndexFunc(all, func(r Record) bool { return r.Kind == Serves })
+	if kinds(0) != Begins || serves < 0 || kinds(len(all)-1) != Ends || all[0].Boot == "" || !slices.Equal(all[0].IPs, ips) {
+		t.Errorf("it begins with %+v, serves at %d and ends with %+v", all[0], serves, all[len(all)-1])
 	}
 	got, leaves := map[ID]Record{}, slices.IndexFunc(all, func(r Record) bool { return r.Kind == Leaves })
 	for _, r := range all {
@@ -178,6 +182,19 @@ func TestRead(t *testing.T) {
 		if _, err := read(bad, 0); err == nil {
 			t.Errorf("%.20q is taken", bad)
 		}
+	}
+}
+
+// A gateway answers when its link address is known.
+func TestGateways(t *testing.T) {
+	gateway := net.ParseIP("fd00::1")
+	for state, want := range map[int]bool{unix.NUD_INCOMPLETE: false, unix.NUD_FAILED: false, unix.NUD_REACHABLE: true, unix.NUD_STALE: true} {
+		if got := answers([]netlink.Neigh{{IP: net.ParseIP("fd00::2"), State: unix.NUD_REACHABLE}, {IP: gateway, State: state}}, gateway); got != want {
+			t.Errorf("state %#x: %v", state, got)
+		}
+	}
+	if answers(nil, gateway) {
+		t.Error("nobody answers")
 	}
 }
 
