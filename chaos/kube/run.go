@@ -325,7 +325,9 @@ func (w *world) slot(ctx, background context.Context, r *rand.Rand, readers *syn
 		n := w.made.Add(1)
 		is := w.uses.next(r)
 		name := fmt.Sprintf("%s-%d", is, n)
-		life := 4*time.Second + time.Duration(r.Int64N(int64(4*time.Second)))
+		// Long enough that some are there whenever a fault begins: only their IPs
+		// can be believed wrongly.
+		life := 6*time.Second + time.Duration(r.Int64N(int64(8*time.Second)))
 		args := []string{"--for", life.String(), "--seed", fmt.Sprint(r.Uint64())}
 		for _, ip := range w.serving {
 			args = append(args, "--call", ip.String())
