@@ -122,6 +122,11 @@ func (v *Verifier) release(p *peer, e ipcache.Entry) {
 	if p.state != PeerOpen || e.OwnerBoot != p.boot {
 		return // the next Hello does not list it
 	}
+	if _, asked := p.confirms[e.Binding.IP]; asked {
+		// I1: its Binding is on its way, and what the owner reads after the
+		// Confirm would take that grant too. The answer settles it.
+		return
+	}
 	v.log(LogEntry{Kind: LogRelease, Peer: p.name, IP: e.Binding.IP, Generation: e.Binding.Generation, UID: e.Binding.UID})
 	v.emit(SendToOwner{p.stream, Release{IP: e.Binding.IP, Generation: e.Binding.Generation}})
 }

@@ -155,7 +155,8 @@ var program = func() func(*testing.T) string {
 // TestPastSeeds: schedules that once failed.
 func TestPastSeeds(t *testing.T) {
 	for _, seed := range []uint64{
-		43548,               // descheduled between the decision that a proof stands and what follows: it had ended meanwhile
+		43548,          // descheduled between the decision that a proof stands and what follows: it had ended meanwhile
+		109274, 109741, // given back, for a store that failed, while a Confirm was out
 		59530,               // a new process had left the deadlines of the former one's sessions
 		16199, 35968, 42904, // a proof that was unread for as long as it counted was taken for one
 		26112229630, 26112249872, // given back as idle just before the end: the check took that for a loss
