@@ -165,18 +165,23 @@ func follow(t *testing.T, dir string, node identity.NodeName) <-chan *workloadap
 
 func TestStreamBringsRenewals(t *testing.T) {
 	dir := labDir(t)
-	start(t, Config{Dir: dir, TrustDomain: td, Nodes: []identity.NodeName{"n1"}, TTL: 2 * time.Second})
+	start(t, Config{Dir: dir, TrustDomain: td, Nodes: []identity.NodeName{"n1"}, TTL: 4 * time.Second})
 	got := follow(t, dir, "n1")
-	first := <-got
+	first := (<-got).DefaultSVID().Certificates[0]
+	last := first
 	for range 2 {
-		next := <-got
-		if next.DefaultSVID().Certificates[0].Equal(first.DefaultSVID().Certificates[0]) {
+		next := (<-got).DefaultSVID().Certificates[0]
+		if next.Equal(last) {
 			t.Fatal("the same SVID was sent again")
 		}
-		if before, after := first.DefaultSVID().Certificates[0].NotAfter, next.DefaultSVID().Certificates[0].NotAfter; !after.After(before) {
-			t.Errorf("the SVID ends at %v, its renewal at %v", before, after)
+		// Certificates know whole seconds only.
+		if next.NotAfter.Before(last.NotAfter) {
+			t.Errorf("the SVID ends at %v, its renewal at %v", last.NotAfter, next.NotAfter)
 		}
-		first = next
+		last = next
+	}
+	if !last.NotAfter.After(first.NotAfter) {
+		t.Errorf("the SVID ends at %v, after two renewals at %v", first.NotAfter, last.NotAfter)
 	}
 }
 
