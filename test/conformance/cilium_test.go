@@ -88,7 +88,7 @@ func ciliumCorpus(t *testing.T, k *corpusKernel) {
 					for dir, want := range map[abi.Direction]byte{abi.DirIngress: c.Expect[name].Ingress[p][s], abi.DirEgress: c.Expect[name].Egress[s][p]} {
 						d := set.Judge(dir, c.number(p), proto, dport)
 						if k != nil {
-							k.judge(set, dir, c.number(p), proto, dport, d.Verdict == abi.VerdictPass, c.ID+": "+name+", peer "+peer.Key)
+							k.judge(set, dir, c.number(p), proto, dport, d, c.ID+": "+name+", peer "+peer.Key)
 						}
 						got := character(d)
 						n.cells++

@@ -22,11 +22,15 @@ type corpusKernel struct {
 	entries int
 
 	unsupported int // ICMP that is neither echo nor error
+	steered     int // to the proxy
 }
 
 func newCorpusKernel(t *testing.T) *corpusKernel {
 	k := &corpusKernel{kernel: loadObject(t), sets: map[*authz.RuleRef]uint32{}, next: 1}
 	k.put("ranges", abi.RangeKey{Prefixlen: 0}, abi.Range{Flags: uint32(abi.RangeKnown)}) // nobody is world
+	for dir := range uint32(abi.DirMax) {
+		k.put("steering", dir, abi.Steering{Outer: loopback, Inner: 77 + dir, Mark: 0x0c000000 << dir, Mac: [6]byte{2, 0xcc, 0, 0, 0, 1}})
+	}
 	return k
 }
 
@@ -85,9 +89,17 @@ func (k *corpusKernel) flush() {
 	k.entries, k.current = 0, 0
 }
 
-// judge has the kernel judge a cell, of which the evaluator says pass.
-func (k *corpusKernel) judge(set authz.Set, dir abi.Direction, n identity.Numeric, proto uint8, port uint16, pass bool, at string) {
+// judge has the kernel judge a cell, of which the evaluator says d.
+func (k *corpusKernel) judge(set authz.Set, dir abi.Direction, n identity.Numeric, proto uint8, port uint16, d authz.Decision, at string) {
 	k.Helper()
+	want := uint32(tcxDrop)
+	switch {
+	case d.Verdict == abi.VerdictPass && d.L7:
+		want = tcxRedirect // to the proxy
+		k.steered++
+	case d.Verdict == abi.VerdictPass:
+		want = tcxNext
+	}
 	if !set.Enforce(dir) {
 		if k.skipped++; k.skipped%64 != 0 {
 			return // it all passes; a sample is enough
@@ -96,7 +108,7 @@ func (k *corpusKernel) judge(set authz.Set, dir abi.Direction, n identity.Numeri
 	if (proto == authz.ProtoICMP || proto == authz.ProtoICMPv6) && port != uint16(echoRequest(proto))<<8 {
 		// Of ICMP the programs know echoes and errors; the rest is dropped as
 		// unsupported, whatever policy says.
-		pass = false
+		want = tcxDrop
 		k.unsupported++
 	}
 	k.use(set)
@@ -120,8 +132,8 @@ func (k *corpusKernel) judge(set authz.Set, dir abi.Direction, n identity.Numeri
 		pkt.src, pkt.dst = own, far
 	}
 	k.cells++
-	if got := k.run(dir, pkt, from) == tcxNext; got != pass {
-		k.Errorf("%s: %s: the kernel passes it: %v, the evaluator: %v", at, dir, got, pass)
+	if got := k.run(dir, pkt, from); got != want {
+		k.Errorf("%s: %s: the kernel returns %d, the evaluator wants %d (2 drops, 7 steers to the proxy)", at, dir, int32(got), int32(want))
 	}
 }
 
@@ -141,7 +153,7 @@ func TestCiliumCorpusInKernel(t *testing.T) {
 
 func (k *corpusKernel) enough(policed int) {
 	k.Helper()
-	k.Logf("%d cells judged by the kernel, in %d sets; %d of them ICMP that it does not support", k.cells, k.next-1, k.unsupported)
+	k.Logf("%d cells judged by the kernel, in %d sets; %d of them ICMP that it does not support, %d steered to the proxy", k.cells, k.next-1, k.unsupported, k.steered)
 	if k.cells < policed {
 		k.Error("fewer cells than there are under policy")
 	}

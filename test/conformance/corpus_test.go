@@ -108,7 +108,7 @@ func (n *tally) cell(t *testing.T, s authz.Set, dir abi.Direction, peer identity
 	d := s.Judge(dir, peer, proto, port)
 	pass := d.Verdict == abi.VerdictPass
 	if n.kernel != nil {
-		n.kernel.judge(s, dir, peer, proto, port, pass, at)
+		n.kernel.judge(s, dir, peer, proto, port, d, at)
 	}
 	if want == '-' {
 		return pass

@@ -21,7 +21,7 @@ import (
 )
 
 // tcxNext is what a program returns to let a packet pass: TCX_NEXT, -1.
-const tcxNext, tcxDrop = math.MaxUint32, 2
+const tcxNext, tcxDrop, tcxRedirect = math.MaxUint32, 2, 7
 
 // kernel is the loaded object.
 type kernel struct {
