@@ -116,7 +116,7 @@ conformance: need-go ## agreement with the published truth tables of policy, in 
 	$(GO) test -count=1 -v -run 'Corpus$$' ./test/conformance
 
 # The machines, parsers and stores, and the parts that run goroutines.
-RACE_PACKAGES ?= ./identity/... ./ipcache/... ./authz/... ./observe/... ./datapath/hold ./agent/... ./test/summary
+RACE_PACKAGES ?= ./identity/... ./ipcache/... ./authz/... ./observe/... ./proxy/... ./datapath/hold ./agent/... ./test/summary
 race: need-go ## run the tests of RACE_PACKAGES under the race detector (needs gcc)
 	@test/prepare
 	@$(BUILD) -o out/summary ./test/summary
