@@ -30,7 +30,6 @@ func TestChaos(t *testing.T) {
 			run.Stdout, run.Stderr = &stdout, &stderr
 			err := run.Run()
 			t.Logf("%s%s", stderr.String(), stdout.String())
-			must(t, err) // its status is 0 for "held" alone
 			type counts struct{ Legitimate, Impostor int }
 			var r struct {
 				Verdict            string
@@ -39,7 +38,11 @@ func TestChaos(t *testing.T) {
 				Faults             []string
 			}
 			must(t, json.Unmarshal(stdout.Bytes(), &r))
-			if r.Verdict != "held" || r.Reuses < 8 || r.Attempts.Impostor == 0 || r.Admitted.Impostor != 0 || r.Admitted.Legitimate == 0 {
+			// Whether an IP goes from its holder to another identity just while a
+			// fault lasts is chance: where none did, the run says so, and its
+			// status is 3. Nothing may be violated in any case.
+			chance := fault != "" && r.Verdict == "inconclusive" && run.ProcessState.ExitCode() == 3
+			if err != nil && !chance || r.Verdict != "held" && !chance || r.Reuses < 8 || r.Attempts.Impostor == 0 || r.Admitted.Impostor != 0 || r.Admitted.Legitimate == 0 {
 				t.Errorf("%+v", r)
 			}
 			if left, err := exec.CommandContext(t.Context(), kubectl, "get", "namespace", "portcullis-chaos", "--ignore-not-found", "-o", "name").CombinedOutput(); err != nil || strings.TrimSpace(string(left)) != "" {
