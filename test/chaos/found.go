@@ -1,15 +1,11 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"strings"
-	"syscall"
 
 	"portcullis/chaos/check"
 )
@@ -60,12 +56,12 @@ func tryFound(ctx context.Context, binary, file string) error {
 	var errs []error
 	for i, f := range all {
 		fmt.Fprintf(os.Stderr, "chaos: %d/%d  portcullis %s\n", i+1, len(all), strings.Join(f.args, " "))
-		r, err := f.run(ctx, binary)
+		r, _, err := chaosRun(ctx, binary, append(f.args, "--lab", fmt.Sprintf("found%d", os.Getpid()), "-o", "json"))
 		switch {
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case err != nil:
-			errs = append(errs, fmt.Errorf("portcullis %s: %w", strings.Join(f.args, " "), err))
+			errs = append(errs, err)
 		case r.Verdict != f.want:
 			errs = append(errs, fmt.Errorf("portcullis %s: %s, and %s is expected", strings.Join(f.args, " "), verdict([]*check.Result{r}), f.want))
 		default:
@@ -74,22 +70,4 @@ func tryFound(ctx context.Context, binary, file string) error {
 	}
 	fmt.Printf("%d passed, %d failed, 0 skipped\n", len(all)-len(errs), len(errs))
 	return errors.Join(errs...)
-}
-
-func (f found) run(ctx context.Context, binary string) (*check.Result, error) {
-	cmd := exec.Command(binary, append(f.args, "--lab", fmt.Sprintf("found%d", os.Getpid()), "-o", "json")...)
-	var out, log bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &log
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C is ours to pass on
-	if err := cmd.Start(); err != nil {
-		return nil, err
-	}
-	stop := context.AfterFunc(ctx, func() { cmd.Process.Signal(syscall.SIGTERM) })
-	failed := cmd.Wait()
-	stop()
-	r := &check.Result{}
-	if err := json.Unmarshal(out.Bytes(), r); err != nil {
-		return nil, fmt.Errorf("%w\n%s", errors.Join(failed, err), tail(log.String()))
-	}
-	return r, nil
 }

@@ -159,28 +159,38 @@ func (k *keeper) judge(ctx context.Context, c Cell, events int, seed uint64, lan
 	if c.Parallel > 0 {
 		args = append(args, "--parallel", strconv.Itoa(c.Parallel))
 	}
-	cmd := exec.Command(k.binary, args...)
+	r, out, err := chaosRun(ctx, k.binary, args)
+	if err != nil {
+		return nil, err
+	}
+	if r.Verdict == check.Interrupted {
+		return nil, fmt.Errorf("portcullis %s: it did not come to its end", strings.Join(args, " "))
+	}
+	// Written in one step: half a file would be taken for a run.
+	if err := os.WriteFile(file+".new", out, 0o644); err != nil {
+		return nil, err
+	}
+	return r, os.Rename(file+".new", file)
+}
+
+// chaosRun runs a command of portcullis whose output is a result, and returns it
+// read and as it is. A status that is not 0 is no error where there is a result.
+func chaosRun(ctx context.Context, binary string, args []string) (*check.Result, []byte, error) {
+	cmd := exec.Command(binary, args...)
 	var out, log bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C is ours to pass on
 	if err := cmd.Start(); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	stop := context.AfterFunc(ctx, func() { cmd.Process.Signal(syscall.SIGTERM) })
 	failed := cmd.Wait()
 	stop()
 	r := &check.Result{}
 	if err := json.Unmarshal(out.Bytes(), r); err != nil {
-		return nil, fmt.Errorf("portcullis %s: %w\n%s", strings.Join(args, " "), errors.Join(failed, err), tail(log.String()))
+		return nil, nil, fmt.Errorf("portcullis %s: %w\n%s", strings.Join(args, " "), errors.Join(failed, err), tail(log.String()))
 	}
-	if r.Verdict == check.Interrupted {
-		return nil, fmt.Errorf("portcullis %s: it did not come to its end: %w\n%s", strings.Join(args, " "), failed, tail(log.String()))
-	}
-	// Written in one step: half a file would be taken for a run.
-	if err := os.WriteFile(file+".new", out.Bytes(), 0o644); err != nil {
-		return nil, err
-	}
-	return r, os.Rename(file+".new", file)
+	return r, out.Bytes(), nil
 }
 
 func tail(s string) string {

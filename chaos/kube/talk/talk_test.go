@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -55,7 +56,7 @@ func start(t *testing.T, o Options, l *log) (end func() error, done <-chan error
 				if errors.Is(err, unix.EADDRINUSE) {
 					break
 				}
-				t.Skipf("it cannot run here: %v", err)
+				cannot(t, "it cannot run here: %v", err)
 			case <-time.After(10 * time.Millisecond):
 				if len(l.records(t)) < 2 {
 					continue
@@ -65,8 +66,18 @@ func start(t *testing.T, o Options, l *log) (end func() error, done <-chan error
 			break
 		}
 	}
-	t.Skip("no port is free")
+	cannot(t, "no port is free")
 	return nil, nil
+}
+
+// cannot skips a test on a machine where it cannot run, and fails it in CI, which
+// must be one where it can.
+func cannot(t *testing.T, format string, args ...any) {
+	t.Helper()
+	if os.Getenv("CI") == "true" {
+		t.Fatalf(format, args...)
+	}
+	t.Skipf(format, args...)
 }
 
 // A pod that calls itself writes down both sides of everything, from its begin
@@ -74,7 +85,7 @@ func start(t *testing.T, o Options, l *log) (end func() error, done <-chan error
 func TestRun(t *testing.T) {
 	ips, err := ownIPs()
 	if err != nil {
-		t.Skipf("no address to call: %v", err)
+		cannot(t, "no address to call: %v", err)
 	}
 	var l log
 	end, done := start(t, Options{UID: "a", Call: ips[:1], Every: 10 * time.Millisecond}, &l)
@@ -129,7 +140,7 @@ func TestRun(t *testing.T) {
 // Aim changes whom a pod calls.
 func TestAim(t *testing.T) {
 	if ips, err := ownIPs(); err != nil || !slices.ContainsFunc(ips, netip.Addr.Is4) {
-		t.Skipf("no address to call from: %v, %v", ips, err)
+		cannot(t, "no address to call from: %v, %v", ips, err)
 	}
 	var l log
 	end, done := start(t, Options{UID: "b", Aimed: true, Every: 10 * time.Millisecond}, &l)
