@@ -126,6 +126,7 @@ func (l *loop) runParts(ctx context.Context, group *errgroup.Group, source *svid
 	run("proofs", l.watchProofs)
 	run("sessions", l.transport.Run)
 	run("held packets", func(ctx context.Context) error { return l.dp.Held(ctx, func(r hold.Record) { l.receive(ctx, r) }) })
+	run("lost events", l.noteLost)
 	run("events", func(ctx context.Context) error { return l.dp.Events(ctx, l.publish) })
 	run("devices", l.watchDevices)
 	run("confirmation log", l.reopenLog)
@@ -210,7 +211,7 @@ func newLoop(ctx context.Context, cfg Config, log *zap.Logger) (*loop, error) {
 		endpoints: map[identity.UID]*endpoint{}, byIP: map[netip.Addr]*endpoint{}, byEndpointID: map[uint32]*endpoint{}, byIfindex: map[uint32]*endpoint{},
 		holdIndexes: newIndexes(cfg.Endpoints, cfg.ReuseMargin), retryActivation: map[identity.UID]identity.Generation{}, retryClose: map[identity.UID]bool{}, nodeUIDs: map[identity.UID]netip.Addr{},
 		numerics: map[uint64]identity.Numeric{}, installedAt: map[uint64]lease.Time{}, policyFiles: map[authz.Ref]importedFile{}, groups: map[authz.Ref]*authz.Group{}, spaces: map[authz.Ref]*authz.NamespaceObject{}, services: map[authz.Ref]*authz.ServiceObject{}, slices: map[authz.Ref]*authz.SliceObject{},
-		names: newDirectory(), peerSessions: map[identity.NodeName]*audit.Session{}, monitors: newMonitors(), alarms: newAlarms()}
+		names: newDirectory(), peerSessions: map[identity.NodeName]*audit.Session{}, monitors: newMonitors(cfg.Flows), alarms: newAlarms()}
 	l.coverage.since = l.started
 	l.proxyWanted = make(chan struct{})
 	if cfg.Proxy {
@@ -223,6 +224,7 @@ func newLoop(ctx context.Context, cfg Config, log *zap.Logger) (*loop, error) {
 			return nil, err
 		}
 	}
+	l.names.template, l.names.node = l.template, cfg.Node
 	if err := l.useProofs(); err != nil {
 		return nil, err
 	}

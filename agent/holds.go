@@ -11,6 +11,7 @@ import (
 	"portcullis/datapath/hold"
 	"portcullis/identity"
 	"portcullis/ipcache/lease"
+	"portcullis/observe/flow"
 )
 
 // held takes a packet from the ring: keep it, and ask its peer's owner. A copy
@@ -99,6 +100,7 @@ func (l *loop) inject(r hold.Record) {
 	if r.Passed {
 		return
 	}
+	l.heldTimes.put(&r, l.now().Sub(lease.Time(r.Arrival))) // the event may come before Inject returns
 	err := l.injector.Inject(r)
 	if errors.Is(err, hold.ErrDropped) {
 		l.notTaken++
@@ -161,6 +163,8 @@ func (l *loop) countDrops(drops ...hold.Ended) {
 			ev.Src, ev.Dst = ev.Dst, ev.Src
 			ev.SrcIdentity, ev.DstIdentity = ev.DstIdentity, ev.SrcIdentity
 		}
-		l.publish(ev)
+		rec := flow.FromEvent(ev, l.resolver())
+		rec.Held = max(0, l.now().Sub(lease.Time(d.Arrival)))
+		l.monitors.publish(rec)
 	}
 }

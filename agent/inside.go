@@ -99,7 +99,10 @@ func (i insides) Record(r *proxy.Record) {
 }
 
 // Lost implements feed.Handler.
-func (i insides) Lost(n uint64) { i.l.monitors.lose(n) }
+func (i insides) Lost(n uint64) {
+	i.l.monitors.lose(n)
+	i.l.keepLost(n, flow.LostProxy)
+}
 
 // Learn implements feed.Handler.
 func (i insides) Learn(ctx context.Context, c proxy.Conn, set uint32, a feed.Answer) error {
@@ -124,7 +127,7 @@ func (l *loop) insideRecord(r *proxy.Record) flow.Record {
 	peer.Identity = r.Peer.Identity
 	for _, e := range []*flow.End{&out.Source, &out.Dest} {
 		if id, ok := l.names.Identity(e.Identity); ok {
-			e.Text, e.Labels = id.String(), id.LabelList()
+			e.Text, e.Labels, e.SPIFFE = id.Text, id.Labels, id.SPIFFE
 		}
 	}
 	return out

@@ -121,6 +121,7 @@ type loop struct {
 
 	names         *directory    // safe for concurrent use
 	monitors      *monitors     // safe for concurrent use
+	heldTimes     heldTimes     // safe for concurrent use
 	feed          *feed.Server  // what the proxy must know; safe for concurrent use; nil: --proxy=false
 	steering      bool          // flows are steered into the proxy where policies ask for it
 	proxyWanted   chan struct{} // closed with steering

@@ -155,12 +155,17 @@ func (l *loop) write(w lease.Write) error {
 		if n, ok := l.numerics[w.Stamp]; ok && err == nil {
 			delete(l.numerics, w.Stamp)
 			delete(l.installedAt, w.Stamp)
+			l.names.setLease(w.Stamp, 0)
 			l.removePorts(w.Stamp)
 			l.release(n)
 		}
 		return err
 	case lease.SwitchLease:
-		return l.dp.SwitchLease(w.Slot, w.Stamp, w.Lease)
+		err := l.dp.SwitchLease(w.Slot, w.Stamp, w.Lease)
+		if err == nil {
+			l.names.setLease(w.Stamp, w.Lease)
+		}
+		return err
 	case lease.SetProved:
 		return l.dp.SetProved(w.Slot, w.Stamp, int64(w.Until))
 	case lease.SetDeadline:
@@ -200,6 +205,7 @@ func (l *loop) install(w lease.Install) error {
 	}
 	l.numerics[w.Stamp] = n
 	l.installedAt[w.Stamp] = l.now()
+	l.names.setLease(w.Stamp, w.Lease)
 	l.settled(n, w.Binding)
 	return nil
 }

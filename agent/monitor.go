@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"fmt"
 	"sync"
 
 	"portcullis/observe/flow"
@@ -9,9 +10,11 @@ import (
 // monitorQueue is how many records a slow reader may lag behind.
 const monitorQueue = 4096
 
-// monitors fans flow records out to the readers of the local API. Safe for
-// concurrent use. A reader that is too slow loses records and is told how many.
+// monitors keeps the last flow records, and fans them out to the readers of the
+// local API. Safe for concurrent use. A reader that is too slow loses records
+// and is told how many.
 type monitors struct {
+	ring    *flow.Ring // nil: nothing is kept
 	mu      sync.Mutex
 	readers map[*monitor]struct{}
 }
@@ -22,7 +25,24 @@ type monitor struct {
 	lost    uint64 // guarded by monitors.mu
 }
 
-func newMonitors() *monitors { return &monitors{readers: map[*monitor]struct{}{}} }
+// newMonitors keeps so many records, 0: none.
+func newMonitors(keep int) *monitors {
+	m := &monitors{readers: map[*monitor]struct{}{}}
+	if keep > 0 {
+		m.ring = flow.NewRing(keep)
+	}
+	return m
+}
+
+// maxFlows bounds --flows: 2 GiB.
+const maxFlows = 1 << 22
+
+func (c *Config) validateFlows() (errs []error) {
+	if c.Flows < 0 || c.Flows > maxFlows {
+		errs = append(errs, fmt.Errorf("--flows %d: want 0 to %d", c.Flows, maxFlows))
+	}
+	return errs
+}
 
 // maxMonitors bounds the readers: their queues are memory of the agent's.
 const maxMonitors = 64
@@ -46,13 +66,18 @@ func (m *monitors) unsubscribe(r *monitor) {
 	delete(m.readers, r)
 }
 
+// empty reports whether a record would be for nobody.
 func (m *monitors) empty() bool {
+	if m.ring != nil {
+		return false
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return len(m.readers) == 0
 }
 
 func (m *monitors) publish(record flow.Record) {
+	m.keep(&record)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for r := range m.readers {
@@ -64,6 +89,13 @@ func (m *monitors) publish(record flow.Record) {
 		default:
 			r.lost++
 		}
+	}
+}
+
+// keep puts a record into the ring, and nothing more.
+func (m *monitors) keep(record *flow.Record) {
+	if m.ring != nil {
+		m.ring.Put(record)
 	}
 }
 

@@ -326,10 +326,41 @@ func (l *loop) resolver() flow.Resolver {
 		Endpoint: l.names.Endpoint,
 		Policy:   l.names.Policy,
 		Bound:    l.names.Bound,
+		Held:     l.heldTimes.take,
+		Lease: func(stamp uint64) uint64 {
+			if lease := l.names.Lease(stamp); lease != 0 {
+				return l.dp.Deadline(lease)
+			}
+			return 0
+		},
 	}
 }
 
-// publish makes a flow record of an event for whoever monitors.
+// noteLost keeps, beside the records, that the kernel's ring was full, until ctx
+// ends (I6). Whoever monitors looks for itself.
+func (l *loop) noteLost(ctx context.Context) error {
+	look := time.NewTicker(time.Second)
+	defer look.Stop()
+	before := l.dp.State().LostEvents()
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-look.C:
+			now := l.dp.State().LostEvents()
+			l.keepLost(now-before, flow.LostKernel)
+			before = now
+		}
+	}
+}
+
+func (l *loop) keepLost(n uint64, where flow.LostWhere) {
+	if n > 0 {
+		l.monitors.keep(&flow.Record{Time: time.Now(), Node: l.cfg.Node, Lost: &flow.Lost{Count: n, Where: where}})
+	}
+}
+
+// publish makes a flow record of an event, to be kept and for whoever monitors.
 func (l *loop) publish(ev abi.Event) {
 	l.coverage.count(&ev)
 	if l.monitors.empty() {

@@ -3496,7 +3496,7 @@ func (*MonitorResponse_Lost) isMonitorResponse_Event() {}
 type LostEvents struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Count         uint64                 `protobuf:"varint,1,opt,name=count,proto3" json:"count,omitempty"`
-	Where         string                 `protobuf:"bytes,2,opt,name=where,proto3" json:"where,omitempty"` // "kernel": the event ring was full; "stream": the caller was too slow
+	Where         string                 `protobuf:"bytes,2,opt,name=where,proto3" json:"where,omitempty"` // "kernel": the event ring was full; "proxy": its queue was; "stream": the caller was too slow
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3570,6 +3570,11 @@ type FlowEvent struct {
 	Rule             uint32                 `protobuf:"varint,21,opt,name=rule,proto3" json:"rule,omitempty"`                                                   // that decided; 0: none
 	Policy           string                 `protobuf:"bytes,22,opt,name=policy,proto3" json:"policy,omitempty"`                                                // the policy of that rule, where known: "KIND/NS/NAME"
 	L7               *L7Event               `protobuf:"bytes,23,opt,name=l7,proto3" json:"l7,omitempty"`                                                        // set: it is about a request that the node's proxy has judged
+	Interface        string                 `protobuf:"bytes,24,opt,name=interface,proto3" json:"interface,omitempty"`                                          // name of ifindex, where known
+	LeaseLeft        *durationpb.Duration   `protobuf:"bytes,25,opt,name=lease_left,json=leaseLeft,proto3" json:"lease_left,omitempty"`                         // of the peer's binding; negative: ended; not set: no deadline, or not known
+	Held             *durationpb.Duration   `protobuf:"bytes,26,opt,name=held,proto3" json:"held,omitempty"`                                                    // for how long, where known
+	Process          *Process               `protobuf:"bytes,27,opt,name=process,proto3" json:"process,omitempty"`                                              // that opened or accepted the connection, where known
+	Lost             *LostEvents            `protobuf:"bytes,28,opt,name=lost,proto3" json:"lost,omitempty"`                                                    // set: nothing but this, time and node is
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -3765,6 +3770,158 @@ func (x *FlowEvent) GetL7() *L7Event {
 	return nil
 }
 
+func (x *FlowEvent) GetInterface() string {
+	if x != nil {
+		return x.Interface
+	}
+	return ""
+}
+
+func (x *FlowEvent) GetLeaseLeft() *durationpb.Duration {
+	if x != nil {
+		return x.LeaseLeft
+	}
+	return nil
+}
+
+func (x *FlowEvent) GetHeld() *durationpb.Duration {
+	if x != nil {
+		return x.Held
+	}
+	return nil
+}
+
+func (x *FlowEvent) GetProcess() *Process {
+	if x != nil {
+		return x.Process
+	}
+	return nil
+}
+
+func (x *FlowEvent) GetLost() *LostEvents {
+	if x != nil {
+		return x.Lost
+	}
+	return nil
+}
+
+// Process is a process of a workload.
+type Process struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Pid           uint32                 `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
+	Binary        string                 `protobuf:"bytes,2,opt,name=binary,proto3" json:"binary,omitempty"`
+	Arguments     string                 `protobuf:"bytes,3,opt,name=arguments,proto3" json:"arguments,omitempty"`
+	Cwd           string                 `protobuf:"bytes,4,opt,name=cwd,proto3" json:"cwd,omitempty"`
+	Uid           uint32                 `protobuf:"varint,5,opt,name=uid,proto3" json:"uid,omitempty"`
+	Auid          uint32                 `protobuf:"varint,6,opt,name=auid,proto3" json:"auid,omitempty"` // of the login; 2^32-1: none
+	Container     string                 `protobuf:"bytes,7,opt,name=container,proto3" json:"container,omitempty"`
+	Start         *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=start,proto3" json:"start,omitempty"`
+	ExecId        string                 `protobuf:"bytes,9,opt,name=exec_id,json=execId,proto3" json:"exec_id,omitempty"`
+	Parent        *Process               `protobuf:"bytes,10,opt,name=parent,proto3" json:"parent,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Process) Reset() {
+	*x = Process{}
+	mi := &file_agent_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Process) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Process) ProtoMessage() {}
+
+func (x *Process) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Process.ProtoReflect.Descriptor instead.
+func (*Process) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *Process) GetPid() uint32 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+func (x *Process) GetBinary() string {
+	if x != nil {
+		return x.Binary
+	}
+	return ""
+}
+
+func (x *Process) GetArguments() string {
+	if x != nil {
+		return x.Arguments
+	}
+	return ""
+}
+
+func (x *Process) GetCwd() string {
+	if x != nil {
+		return x.Cwd
+	}
+	return ""
+}
+
+func (x *Process) GetUid() uint32 {
+	if x != nil {
+		return x.Uid
+	}
+	return 0
+}
+
+func (x *Process) GetAuid() uint32 {
+	if x != nil {
+		return x.Auid
+	}
+	return 0
+}
+
+func (x *Process) GetContainer() string {
+	if x != nil {
+		return x.Container
+	}
+	return ""
+}
+
+func (x *Process) GetStart() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Start
+	}
+	return nil
+}
+
+func (x *Process) GetExecId() string {
+	if x != nil {
+		return x.ExecId
+	}
+	return ""
+}
+
+func (x *Process) GetParent() *Process {
+	if x != nil {
+		return x.Parent
+	}
+	return nil
+}
+
 // L7Event is a request of HTTP, a query of DNS or a hello of TLS.
 type L7Event struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -3790,7 +3947,7 @@ type L7Event struct {
 
 func (x *L7Event) Reset() {
 	*x = L7Event{}
-	mi := &file_agent_proto_msgTypes[51]
+	mi := &file_agent_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3802,7 +3959,7 @@ func (x *L7Event) String() string {
 func (*L7Event) ProtoMessage() {}
 
 func (x *L7Event) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[51]
+	mi := &file_agent_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3815,7 +3972,7 @@ func (x *L7Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use L7Event.ProtoReflect.Descriptor instead.
 func (*L7Event) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{51}
+	return file_agent_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *L7Event) GetProtocol() string {
@@ -3936,16 +4093,17 @@ type FlowEnd struct {
 	Port          uint32                 `protobuf:"varint,2,opt,name=port,proto3" json:"port,omitempty"`         // of an ICMP echo its identifier
 	Identity      uint32                 `protobuf:"varint,3,opt,name=identity,proto3" json:"identity,omitempty"` // numeric, of this node
 	Labels        []string               `protobuf:"bytes,4,rep,name=labels,proto3" json:"labels,omitempty"`
-	Workload      string                 `protobuf:"bytes,5,opt,name=workload,proto3" json:"workload,omitempty"`  // "NS/NAME" where known
-	Text          string                 `protobuf:"bytes,6,opt,name=text,proto3" json:"text,omitempty"`          // of the identity
-	Endpoint      uint32                 `protobuf:"varint,7,opt,name=endpoint,proto3" json:"endpoint,omitempty"` // id, where it is local; else 0
+	Workload      string                 `protobuf:"bytes,5,opt,name=workload,proto3" json:"workload,omitempty"`                 // "NS/NAME" where known
+	Text          string                 `protobuf:"bytes,6,opt,name=text,proto3" json:"text,omitempty"`                         // of the identity
+	Endpoint      uint32                 `protobuf:"varint,7,opt,name=endpoint,proto3" json:"endpoint,omitempty"`                // id, where it is local; else 0
+	SpiffeId      string                 `protobuf:"bytes,8,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"` // where it has one, and it is known
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *FlowEnd) Reset() {
 	*x = FlowEnd{}
-	mi := &file_agent_proto_msgTypes[52]
+	mi := &file_agent_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3957,7 +4115,7 @@ func (x *FlowEnd) String() string {
 func (*FlowEnd) ProtoMessage() {}
 
 func (x *FlowEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[52]
+	mi := &file_agent_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3970,7 +4128,7 @@ func (x *FlowEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FlowEnd.ProtoReflect.Descriptor instead.
 func (*FlowEnd) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{52}
+	return file_agent_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *FlowEnd) GetIp() string {
@@ -4020,6 +4178,13 @@ func (x *FlowEnd) GetEndpoint() uint32 {
 		return x.Endpoint
 	}
 	return 0
+}
+
+func (x *FlowEnd) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
 }
 
 var File_agent_proto protoreflect.FileDescriptor
@@ -4328,7 +4493,7 @@ const file_agent_proto_rawDesc = "" +
 	"\n" +
 	"LostEvents\x12\x14\n" +
 	"\x05count\x18\x01 \x01(\x04R\x05count\x12\x14\n" +
-	"\x05where\x18\x02 \x01(\tR\x05where\"\x85\x06\n" +
+	"\x05where\x18\x02 \x01(\tR\x05where\"\xf9\a\n" +
 	"\tFlowEvent\x12.\n" +
 	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x1b\n" +
 	"\tboot_time\x18\x02 \x01(\x04R\bbootTime\x12\x12\n" +
@@ -4358,7 +4523,25 @@ const file_agent_proto_rawDesc = "" +
 	"\x06length\x18\x14 \x01(\rR\x06length\x12\x12\n" +
 	"\x04rule\x18\x15 \x01(\rR\x04rule\x12\x16\n" +
 	"\x06policy\x18\x16 \x01(\tR\x06policy\x12,\n" +
-	"\x02l7\x18\x17 \x01(\v2\x1c.portcullis.agent.v1.L7EventR\x02l7\"\xb1\x03\n" +
+	"\x02l7\x18\x17 \x01(\v2\x1c.portcullis.agent.v1.L7EventR\x02l7\x12\x1c\n" +
+	"\tinterface\x18\x18 \x01(\tR\tinterface\x128\n" +
+	"\n" +
+	"lease_left\x18\x19 \x01(\v2\x19.google.protobuf.DurationR\tleaseLeft\x12-\n" +
+	"\x04held\x18\x1a \x01(\v2\x19.google.protobuf.DurationR\x04held\x126\n" +
+	"\aprocess\x18\x1b \x01(\v2\x1c.portcullis.agent.v1.ProcessR\aprocess\x123\n" +
+	"\x04lost\x18\x1c \x01(\v2\x1f.portcullis.agent.v1.LostEventsR\x04lost\"\xa8\x02\n" +
+	"\aProcess\x12\x10\n" +
+	"\x03pid\x18\x01 \x01(\rR\x03pid\x12\x16\n" +
+	"\x06binary\x18\x02 \x01(\tR\x06binary\x12\x1c\n" +
+	"\targuments\x18\x03 \x01(\tR\targuments\x12\x10\n" +
+	"\x03cwd\x18\x04 \x01(\tR\x03cwd\x12\x10\n" +
+	"\x03uid\x18\x05 \x01(\rR\x03uid\x12\x12\n" +
+	"\x04auid\x18\x06 \x01(\rR\x04auid\x12\x1c\n" +
+	"\tcontainer\x18\a \x01(\tR\tcontainer\x120\n" +
+	"\x05start\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x05start\x12\x17\n" +
+	"\aexec_id\x18\t \x01(\tR\x06execId\x124\n" +
+	"\x06parent\x18\n" +
+	" \x01(\v2\x1c.portcullis.agent.v1.ProcessR\x06parent\"\xb1\x03\n" +
 	"\aL7Event\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\tR\bprotocol\x12\x18\n" +
 	"\averdict\x18\x02 \x01(\tR\averdict\x12\x16\n" +
@@ -4376,7 +4559,7 @@ const file_agent_proto_rawDesc = "" +
 	"\x04type\x18\r \x01(\rR\x04type\x12\x12\n" +
 	"\x04code\x18\x0e \x01(\x05R\x04code\x12\x1c\n" +
 	"\taddresses\x18\x0f \x03(\tR\taddresses\x12+\n" +
-	"\x03ttl\x18\x10 \x01(\v2\x19.google.protobuf.DurationR\x03ttl\"\xad\x01\n" +
+	"\x03ttl\x18\x10 \x01(\v2\x19.google.protobuf.DurationR\x03ttl\"\xca\x01\n" +
 	"\aFlowEnd\x12\x0e\n" +
 	"\x02ip\x18\x01 \x01(\tR\x02ip\x12\x12\n" +
 	"\x04port\x18\x02 \x01(\rR\x04port\x12\x1a\n" +
@@ -4384,7 +4567,8 @@ const file_agent_proto_rawDesc = "" +
 	"\x06labels\x18\x04 \x03(\tR\x06labels\x12\x1a\n" +
 	"\bworkload\x18\x05 \x01(\tR\bworkload\x12\x12\n" +
 	"\x04text\x18\x06 \x01(\tR\x04text\x12\x1a\n" +
-	"\bendpoint\x18\a \x01(\rR\bendpoint2\x89\f\n" +
+	"\bendpoint\x18\a \x01(\rR\bendpoint\x12\x1b\n" +
+	"\tspiffe_id\x18\b \x01(\tR\bspiffeId2\x89\f\n" +
 	"\x05Agent\x12Q\n" +
 	"\x06Status\x12\".portcullis.agent.v1.StatusRequest\x1a#.portcullis.agent.v1.StatusResponse\x12o\n" +
 	"\x10RegisterWorkload\x12,.portcullis.agent.v1.RegisterWorkloadRequest\x1a-.portcullis.agent.v1.RegisterWorkloadResponse\x12u\n" +
@@ -4414,7 +4598,7 @@ func file_agent_proto_rawDescGZIP() []byte {
 	return file_agent_proto_rawDescData
 }
 
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 55)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 56)
 var file_agent_proto_goTypes = []any{
 	(*StatusRequest)(nil),              // 0: portcullis.agent.v1.StatusRequest
 	(*StatusResponse)(nil),             // 1: portcullis.agent.v1.StatusResponse
@@ -4467,115 +4651,122 @@ var file_agent_proto_goTypes = []any{
 	(*MonitorResponse)(nil),            // 48: portcullis.agent.v1.MonitorResponse
 	(*LostEvents)(nil),                 // 49: portcullis.agent.v1.LostEvents
 	(*FlowEvent)(nil),                  // 50: portcullis.agent.v1.FlowEvent
-	(*L7Event)(nil),                    // 51: portcullis.agent.v1.L7Event
-	(*FlowEnd)(nil),                    // 52: portcullis.agent.v1.FlowEnd
-	nil,                                // 53: portcullis.agent.v1.RegisterWorkloadRequest.LabelsEntry
-	nil,                                // 54: portcullis.agent.v1.RelabelWorkloadRequest.LabelsEntry
-	(*timestamppb.Timestamp)(nil),      // 55: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),        // 56: google.protobuf.Duration
+	(*Process)(nil),                    // 51: portcullis.agent.v1.Process
+	(*L7Event)(nil),                    // 52: portcullis.agent.v1.L7Event
+	(*FlowEnd)(nil),                    // 53: portcullis.agent.v1.FlowEnd
+	nil,                                // 54: portcullis.agent.v1.RegisterWorkloadRequest.LabelsEntry
+	nil,                                // 55: portcullis.agent.v1.RelabelWorkloadRequest.LabelsEntry
+	(*timestamppb.Timestamp)(nil),      // 56: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),        // 57: google.protobuf.Duration
 }
 var file_agent_proto_depIdxs = []int32{
-	55, // 0: portcullis.agent.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
-	56, // 1: portcullis.agent.v1.StatusResponse.ttl:type_name -> google.protobuf.Duration
-	56, // 2: portcullis.agent.v1.StatusResponse.heartbeat:type_name -> google.protobuf.Duration
-	56, // 3: portcullis.agent.v1.StatusResponse.reuse_margin:type_name -> google.protobuf.Duration
-	55, // 4: portcullis.agent.v1.StatusResponse.certificate_expiry:type_name -> google.protobuf.Timestamp
-	56, // 5: portcullis.agent.v1.StatusResponse.startup_wait:type_name -> google.protobuf.Duration
+	56, // 0: portcullis.agent.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	57, // 1: portcullis.agent.v1.StatusResponse.ttl:type_name -> google.protobuf.Duration
+	57, // 2: portcullis.agent.v1.StatusResponse.heartbeat:type_name -> google.protobuf.Duration
+	57, // 3: portcullis.agent.v1.StatusResponse.reuse_margin:type_name -> google.protobuf.Duration
+	56, // 4: portcullis.agent.v1.StatusResponse.certificate_expiry:type_name -> google.protobuf.Timestamp
+	57, // 5: portcullis.agent.v1.StatusResponse.startup_wait:type_name -> google.protobuf.Duration
 	2,  // 6: portcullis.agent.v1.StatusResponse.sources:type_name -> portcullis.agent.v1.Source
 	3,  // 7: portcullis.agent.v1.StatusResponse.maps:type_name -> portcullis.agent.v1.Map
 	4,  // 8: portcullis.agent.v1.StatusResponse.counters:type_name -> portcullis.agent.v1.Counter
 	5,  // 9: portcullis.agent.v1.StatusResponse.alarms:type_name -> portcullis.agent.v1.Alarm
 	6,  // 10: portcullis.agent.v1.StatusResponse.held:type_name -> portcullis.agent.v1.HeldPackets
-	55, // 11: portcullis.agent.v1.Alarm.since:type_name -> google.protobuf.Timestamp
-	53, // 12: portcullis.agent.v1.RegisterWorkloadRequest.labels:type_name -> portcullis.agent.v1.RegisterWorkloadRequest.LabelsEntry
+	56, // 11: portcullis.agent.v1.Alarm.since:type_name -> google.protobuf.Timestamp
+	54, // 12: portcullis.agent.v1.RegisterWorkloadRequest.labels:type_name -> portcullis.agent.v1.RegisterWorkloadRequest.LabelsEntry
 	14, // 13: portcullis.agent.v1.RegisterWorkloadRequest.ports:type_name -> portcullis.agent.v1.NamedPort
-	56, // 14: portcullis.agent.v1.RegisterWorkloadRequest.wait:type_name -> google.protobuf.Duration
+	57, // 14: portcullis.agent.v1.RegisterWorkloadRequest.wait:type_name -> google.protobuf.Duration
 	8,  // 15: portcullis.agent.v1.RegisterWorkloadRequest.attachment:type_name -> portcullis.agent.v1.Attachment
-	56, // 16: portcullis.agent.v1.RegisterWorkloadRequest.held:type_name -> google.protobuf.Duration
+	57, // 16: portcullis.agent.v1.RegisterWorkloadRequest.held:type_name -> google.protobuf.Duration
 	8,  // 17: portcullis.agent.v1.CheckWorkloadRequest.attachment:type_name -> portcullis.agent.v1.Attachment
-	54, // 18: portcullis.agent.v1.RelabelWorkloadRequest.labels:type_name -> portcullis.agent.v1.RelabelWorkloadRequest.LabelsEntry
+	55, // 18: portcullis.agent.v1.RelabelWorkloadRequest.labels:type_name -> portcullis.agent.v1.RelabelWorkloadRequest.LabelsEntry
 	12, // 19: portcullis.agent.v1.RelabelWorkloadRequest.ports:type_name -> portcullis.agent.v1.NamedPorts
-	56, // 20: portcullis.agent.v1.RelabelWorkloadRequest.wait:type_name -> google.protobuf.Duration
+	57, // 20: portcullis.agent.v1.RelabelWorkloadRequest.wait:type_name -> google.protobuf.Duration
 	14, // 21: portcullis.agent.v1.NamedPorts.ports:type_name -> portcullis.agent.v1.NamedPort
-	56, // 22: portcullis.agent.v1.RelabelWorkloadResponse.waited:type_name -> google.protobuf.Duration
+	57, // 22: portcullis.agent.v1.RelabelWorkloadResponse.waited:type_name -> google.protobuf.Duration
 	19, // 23: portcullis.agent.v1.RelabelWorkloadResponse.identity:type_name -> portcullis.agent.v1.Identity
-	56, // 24: portcullis.agent.v1.RegisterWorkloadResponse.waited:type_name -> google.protobuf.Duration
+	57, // 24: portcullis.agent.v1.RegisterWorkloadResponse.waited:type_name -> google.protobuf.Duration
 	8,  // 25: portcullis.agent.v1.DeregisterWorkloadRequest.attachment:type_name -> portcullis.agent.v1.Attachment
 	19, // 26: portcullis.agent.v1.ListIdentitiesResponse.identities:type_name -> portcullis.agent.v1.Identity
 	24, // 27: portcullis.agent.v1.ListEndpointsResponse.endpoints:type_name -> portcullis.agent.v1.Endpoint
 	18, // 28: portcullis.agent.v1.Endpoint.workload:type_name -> portcullis.agent.v1.Workload
 	19, // 29: portcullis.agent.v1.Endpoint.identity:type_name -> portcullis.agent.v1.Identity
 	14, // 30: portcullis.agent.v1.Endpoint.ports:type_name -> portcullis.agent.v1.NamedPort
-	55, // 31: portcullis.agent.v1.Endpoint.created:type_name -> google.protobuf.Timestamp
+	56, // 31: portcullis.agent.v1.Endpoint.created:type_name -> google.protobuf.Timestamp
 	8,  // 32: portcullis.agent.v1.Endpoint.attachment:type_name -> portcullis.agent.v1.Attachment
 	28, // 33: portcullis.agent.v1.Endpoint.grants:type_name -> portcullis.agent.v1.Grant
 	27, // 34: portcullis.agent.v1.ListBindingsResponse.bindings:type_name -> portcullis.agent.v1.Binding
 	18, // 35: portcullis.agent.v1.Binding.workload:type_name -> portcullis.agent.v1.Workload
 	19, // 36: portcullis.agent.v1.Binding.identity:type_name -> portcullis.agent.v1.Identity
-	56, // 37: portcullis.agent.v1.Binding.remaining:type_name -> google.protobuf.Duration
-	56, // 38: portcullis.agent.v1.Binding.age:type_name -> google.protobuf.Duration
+	57, // 37: portcullis.agent.v1.Binding.remaining:type_name -> google.protobuf.Duration
+	57, // 38: portcullis.agent.v1.Binding.age:type_name -> google.protobuf.Duration
 	28, // 39: portcullis.agent.v1.Binding.grants:type_name -> portcullis.agent.v1.Grant
-	56, // 40: portcullis.agent.v1.Grant.remaining:type_name -> google.protobuf.Duration
+	57, // 40: portcullis.agent.v1.Grant.remaining:type_name -> google.protobuf.Duration
 	31, // 41: portcullis.agent.v1.ListSessionsResponse.sessions:type_name -> portcullis.agent.v1.Session
-	55, // 42: portcullis.agent.v1.Session.certificate_expiry:type_name -> google.protobuf.Timestamp
-	55, // 43: portcullis.agent.v1.Session.last_renewal:type_name -> google.protobuf.Timestamp
-	56, // 44: portcullis.agent.v1.Session.remaining:type_name -> google.protobuf.Duration
-	55, // 45: portcullis.agent.v1.Session.since:type_name -> google.protobuf.Timestamp
+	56, // 42: portcullis.agent.v1.Session.certificate_expiry:type_name -> google.protobuf.Timestamp
+	56, // 43: portcullis.agent.v1.Session.last_renewal:type_name -> google.protobuf.Timestamp
+	57, // 44: portcullis.agent.v1.Session.remaining:type_name -> google.protobuf.Duration
+	56, // 45: portcullis.agent.v1.Session.since:type_name -> google.protobuf.Timestamp
 	35, // 46: portcullis.agent.v1.ImportPoliciesRequest.files:type_name -> portcullis.agent.v1.PolicyFile
 	39, // 47: portcullis.agent.v1.ImportPoliciesResponse.imported:type_name -> portcullis.agent.v1.ImportedPolicy
 	36, // 48: portcullis.agent.v1.ImportPoliciesResponse.problems:type_name -> portcullis.agent.v1.PolicyProblem
 	34, // 49: portcullis.agent.v1.ImportedPolicy.ref:type_name -> portcullis.agent.v1.PolicyRef
 	42, // 50: portcullis.agent.v1.ListPoliciesResponse.policies:type_name -> portcullis.agent.v1.Policy
 	34, // 51: portcullis.agent.v1.Policy.ref:type_name -> portcullis.agent.v1.PolicyRef
-	55, // 52: portcullis.agent.v1.Policy.imported:type_name -> google.protobuf.Timestamp
+	56, // 52: portcullis.agent.v1.Policy.imported:type_name -> google.protobuf.Timestamp
 	34, // 53: portcullis.agent.v1.GetPolicyRequest.ref:type_name -> portcullis.agent.v1.PolicyRef
 	42, // 54: portcullis.agent.v1.GetPolicyResponse.policy:type_name -> portcullis.agent.v1.Policy
 	34, // 55: portcullis.agent.v1.DeletePoliciesRequest.refs:type_name -> portcullis.agent.v1.PolicyRef
 	34, // 56: portcullis.agent.v1.DeletePoliciesResponse.deleted:type_name -> portcullis.agent.v1.PolicyRef
 	50, // 57: portcullis.agent.v1.MonitorResponse.flow:type_name -> portcullis.agent.v1.FlowEvent
 	49, // 58: portcullis.agent.v1.MonitorResponse.lost:type_name -> portcullis.agent.v1.LostEvents
-	55, // 59: portcullis.agent.v1.FlowEvent.time:type_name -> google.protobuf.Timestamp
-	52, // 60: portcullis.agent.v1.FlowEvent.source:type_name -> portcullis.agent.v1.FlowEnd
-	52, // 61: portcullis.agent.v1.FlowEvent.destination:type_name -> portcullis.agent.v1.FlowEnd
-	56, // 62: portcullis.agent.v1.FlowEvent.binding_age:type_name -> google.protobuf.Duration
-	51, // 63: portcullis.agent.v1.FlowEvent.l7:type_name -> portcullis.agent.v1.L7Event
-	56, // 64: portcullis.agent.v1.L7Event.latency:type_name -> google.protobuf.Duration
-	56, // 65: portcullis.agent.v1.L7Event.ttl:type_name -> google.protobuf.Duration
-	0,  // 66: portcullis.agent.v1.Agent.Status:input_type -> portcullis.agent.v1.StatusRequest
-	7,  // 67: portcullis.agent.v1.Agent.RegisterWorkload:input_type -> portcullis.agent.v1.RegisterWorkloadRequest
-	16, // 68: portcullis.agent.v1.Agent.DeregisterWorkload:input_type -> portcullis.agent.v1.DeregisterWorkloadRequest
-	9,  // 69: portcullis.agent.v1.Agent.CheckWorkload:input_type -> portcullis.agent.v1.CheckWorkloadRequest
-	11, // 70: portcullis.agent.v1.Agent.RelabelWorkload:input_type -> portcullis.agent.v1.RelabelWorkloadRequest
-	22, // 71: portcullis.agent.v1.Agent.ListEndpoints:input_type -> portcullis.agent.v1.ListEndpointsRequest
-	20, // 72: portcullis.agent.v1.Agent.ListIdentities:input_type -> portcullis.agent.v1.ListIdentitiesRequest
-	25, // 73: portcullis.agent.v1.Agent.ListBindings:input_type -> portcullis.agent.v1.ListBindingsRequest
-	29, // 74: portcullis.agent.v1.Agent.ListSessions:input_type -> portcullis.agent.v1.ListSessionsRequest
-	32, // 75: portcullis.agent.v1.Agent.ResetSession:input_type -> portcullis.agent.v1.ResetSessionRequest
-	37, // 76: portcullis.agent.v1.Agent.ImportPolicies:input_type -> portcullis.agent.v1.ImportPoliciesRequest
-	40, // 77: portcullis.agent.v1.Agent.ListPolicies:input_type -> portcullis.agent.v1.ListPoliciesRequest
-	43, // 78: portcullis.agent.v1.Agent.GetPolicy:input_type -> portcullis.agent.v1.GetPolicyRequest
-	45, // 79: portcullis.agent.v1.Agent.DeletePolicies:input_type -> portcullis.agent.v1.DeletePoliciesRequest
-	47, // 80: portcullis.agent.v1.Agent.Monitor:input_type -> portcullis.agent.v1.MonitorRequest
-	1,  // 81: portcullis.agent.v1.Agent.Status:output_type -> portcullis.agent.v1.StatusResponse
-	15, // 82: portcullis.agent.v1.Agent.RegisterWorkload:output_type -> portcullis.agent.v1.RegisterWorkloadResponse
-	17, // 83: portcullis.agent.v1.Agent.DeregisterWorkload:output_type -> portcullis.agent.v1.DeregisterWorkloadResponse
-	10, // 84: portcullis.agent.v1.Agent.CheckWorkload:output_type -> portcullis.agent.v1.CheckWorkloadResponse
-	13, // 85: portcullis.agent.v1.Agent.RelabelWorkload:output_type -> portcullis.agent.v1.RelabelWorkloadResponse
-	23, // 86: portcullis.agent.v1.Agent.ListEndpoints:output_type -> portcullis.agent.v1.ListEndpointsResponse
-	21, // 87: portcullis.agent.v1.Agent.ListIdentities:output_type -> portcullis.agent.v1.ListIdentitiesResponse
-	26, // 88: portcullis.agent.v1.Agent.ListBindings:output_type -> portcullis.agent.v1.ListBindingsResponse
-	30, // 89: portcullis.agent.v1.Agent.ListSessions:output_type -> portcullis.agent.v1.ListSessionsResponse
-	33, // 90: portcullis.agent.v1.Agent.ResetSession:output_type -> portcullis.agent.v1.ResetSessionResponse
-	38, // 91: portcullis.agent.v1.Agent.ImportPolicies:output_type -> portcullis.agent.v1.ImportPoliciesResponse
-	41, // 92: portcullis.agent.v1.Agent.ListPolicies:output_type -> portcullis.agent.v1.ListPoliciesResponse
-	44, // 93: portcullis.agent.v1.Agent.GetPolicy:output_type -> portcullis.agent.v1.GetPolicyResponse
-	46, // 94: portcullis.agent.v1.Agent.DeletePolicies:output_type -> portcullis.agent.v1.DeletePoliciesResponse
-	48, // 95: portcullis.agent.v1.Agent.Monitor:output_type -> portcullis.agent.v1.MonitorResponse
-	81, // [81:96] is the sub-list for method output_type
-	66, // [66:81] is the sub-list for method input_type
-	66, // [66:66] is the sub-list for extension type_name
-	66, // [66:66] is the sub-list for extension extendee
-	0,  // [0:66] is the sub-list for field type_name
+	56, // 59: portcullis.agent.v1.FlowEvent.time:type_name -> google.protobuf.Timestamp
+	53, // 60: portcullis.agent.v1.FlowEvent.source:type_name -> portcullis.agent.v1.FlowEnd
+	53, // 61: portcullis.agent.v1.FlowEvent.destination:type_name -> portcullis.agent.v1.FlowEnd
+	57, // 62: portcullis.agent.v1.FlowEvent.binding_age:type_name -> google.protobuf.Duration
+	52, // 63: portcullis.agent.v1.FlowEvent.l7:type_name -> portcullis.agent.v1.L7Event
+	57, // 64: portcullis.agent.v1.FlowEvent.lease_left:type_name -> google.protobuf.Duration
+	57, // 65: portcullis.agent.v1.FlowEvent.held:type_name -> google.protobuf.Duration
+	51, // 66: portcullis.agent.v1.FlowEvent.process:type_name -> portcullis.agent.v1.Process
+	49, // 67: portcullis.agent.v1.FlowEvent.lost:type_name -> portcullis.agent.v1.LostEvents
+	56, // 68: portcullis.agent.v1.Process.start:type_name -> google.protobuf.Timestamp
+	51, // 69: portcullis.agent.v1.Process.parent:type_name -> portcullis.agent.v1.Process
+	57, // 70: portcullis.agent.v1.L7Event.latency:type_name -> google.protobuf.Duration
+	57, // 71: portcullis.agent.v1.L7Event.ttl:type_name -> google.protobuf.Duration
+	0,  // 72: portcullis.agent.v1.Agent.Status:input_type -> portcullis.agent.v1.StatusRequest
+	7,  // 73: portcullis.agent.v1.Agent.RegisterWorkload:input_type -> portcullis.agent.v1.RegisterWorkloadRequest
+	16, // 74: portcullis.agent.v1.Agent.DeregisterWorkload:input_type -> portcullis.agent.v1.DeregisterWorkloadRequest
+	9,  // 75: portcullis.agent.v1.Agent.CheckWorkload:input_type -> portcullis.agent.v1.CheckWorkloadRequest
+	11, // 76: portcullis.agent.v1.Agent.RelabelWorkload:input_type -> portcullis.agent.v1.RelabelWorkloadRequest
+	22, // 77: portcullis.agent.v1.Agent.ListEndpoints:input_type -> portcullis.agent.v1.ListEndpointsRequest
+	20, // 78: portcullis.agent.v1.Agent.ListIdentities:input_type -> portcullis.agent.v1.ListIdentitiesRequest
+	25, // 79: portcullis.agent.v1.Agent.ListBindings:input_type -> portcullis.agent.v1.ListBindingsRequest
+	29, // 80: portcullis.agent.v1.Agent.ListSessions:input_type -> portcullis.agent.v1.ListSessionsRequest
+	32, // 81: portcullis.agent.v1.Agent.ResetSession:input_type -> portcullis.agent.v1.ResetSessionRequest
+	37, // 82: portcullis.agent.v1.Agent.ImportPolicies:input_type -> portcullis.agent.v1.ImportPoliciesRequest
+	40, // 83: portcullis.agent.v1.Agent.ListPolicies:input_type -> portcullis.agent.v1.ListPoliciesRequest
+	43, // 84: portcullis.agent.v1.Agent.GetPolicy:input_type -> portcullis.agent.v1.GetPolicyRequest
+	45, // 85: portcullis.agent.v1.Agent.DeletePolicies:input_type -> portcullis.agent.v1.DeletePoliciesRequest
+	47, // 86: portcullis.agent.v1.Agent.Monitor:input_type -> portcullis.agent.v1.MonitorRequest
+	1,  // 87: portcullis.agent.v1.Agent.Status:output_type -> portcullis.agent.v1.StatusResponse
+	15, // 88: portcullis.agent.v1.Agent.RegisterWorkload:output_type -> portcullis.agent.v1.RegisterWorkloadResponse
+	17, // 89: portcullis.agent.v1.Agent.DeregisterWorkload:output_type -> portcullis.agent.v1.DeregisterWorkloadResponse
+	10, // 90: portcullis.agent.v1.Agent.CheckWorkload:output_type -> portcullis.agent.v1.CheckWorkloadResponse
+	13, // 91: portcullis.agent.v1.Agent.RelabelWorkload:output_type -> portcullis.agent.v1.RelabelWorkloadResponse
+	23, // 92: portcullis.agent.v1.Agent.ListEndpoints:output_type -> portcullis.agent.v1.ListEndpointsResponse
+	21, // 93: portcullis.agent.v1.Agent.ListIdentities:output_type -> portcullis.agent.v1.ListIdentitiesResponse
+	26, // 94: portcullis.agent.v1.Agent.ListBindings:output_type -> portcullis.agent.v1.ListBindingsResponse
+	30, // 95: portcullis.agent.v1.Agent.ListSessions:output_type -> portcullis.agent.v1.ListSessionsResponse
+	33, // 96: portcullis.agent.v1.Agent.ResetSession:output_type -> portcullis.agent.v1.ResetSessionResponse
+	38, // 97: portcullis.agent.v1.Agent.ImportPolicies:output_type -> portcullis.agent.v1.ImportPoliciesResponse
+	41, // 98: portcullis.agent.v1.Agent.ListPolicies:output_type -> portcullis.agent.v1.ListPoliciesResponse
+	44, // 99: portcullis.agent.v1.Agent.GetPolicy:output_type -> portcullis.agent.v1.GetPolicyResponse
+	46, // 100: portcullis.agent.v1.Agent.DeletePolicies:output_type -> portcullis.agent.v1.DeletePoliciesResponse
+	48, // 101: portcullis.agent.v1.Agent.Monitor:output_type -> portcullis.agent.v1.MonitorResponse
+	87, // [87:102] is the sub-list for method output_type
+	72, // [72:87] is the sub-list for method input_type
+	72, // [72:72] is the sub-list for extension type_name
+	72, // [72:72] is the sub-list for extension extendee
+	0,  // [0:72] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }
@@ -4594,7 +4785,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   55,
+			NumMessages:   56,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

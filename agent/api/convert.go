@@ -20,7 +20,7 @@ func FromRecord(r *flow.Record) *FlowEvent {
 		Verdict: r.Verdict.String(), Reason: r.Reason.String(), Direction: r.Direction.String(), State: r.State.String(),
 		Protocol: flow.Protocol(r.Protocol), TcpFlags: uint32(r.TCPFlags),
 		Source: fromEnd(&r.Source), Destination: fromEnd(&r.Dest),
-		Endpoint: r.Endpoint, Ifindex: r.Ifindex, Evidence: r.Evidence.String(), NoEvidenceNeeded: r.NoEvidenceNeeded,
+		Endpoint: r.Endpoint, Ifindex: r.Ifindex, Interface: r.Interface, Evidence: r.Evidence.String(), NoEvidenceNeeded: r.NoEvidenceNeeded,
 		Generation: uint64(r.Generation), Stamp: r.Stamp,
 		Reinjected: r.Reinjected, Length: r.Length, Rule: r.Rule, Policy: r.Policy,
 	}
@@ -30,13 +30,48 @@ func FromRecord(r *flow.Record) *FlowEvent {
 	if r.Stamp != 0 {
 		ev.BindingAge = durationpb.New(r.BindingAge)
 	}
-	ev.L7 = fromL7(r.L7)
+	if r.LeaseLeft != 0 {
+		ev.LeaseLeft = durationpb.New(r.LeaseLeft)
+	}
+	if r.Held != 0 {
+		ev.Held = durationpb.New(r.Held)
+	}
+	ev.L7, ev.Process = fromL7(r.L7), fromProcess(r.Process)
+	if r.Lost != nil {
+		ev.Lost = &LostEvents{Count: r.Lost.Count, Where: string(r.Lost.Where)}
+	}
 	return ev
+}
+
+func fromProcess(p *flow.Process) *Process {
+	if p == nil {
+		return nil
+	}
+	// A workload chooses these bytes, and a message holds UTF-8 only.
+	text := func(s string) string { return strings.ToValidUTF8(s, "?") }
+	out := &Process{Pid: p.PID, Binary: text(p.Binary), Arguments: text(p.Arguments), Cwd: text(p.CWD), Uid: p.UID, Auid: p.AUID,
+		Container: p.Container, ExecId: p.ExecID, Parent: fromProcess(p.Parent)}
+	if !p.Start.IsZero() {
+		out.Start = timestamppb.New(p.Start)
+	}
+	return out
+}
+
+func toProcess(p *Process) *flow.Process {
+	if p == nil {
+		return nil
+	}
+	out := &flow.Process{PID: p.Pid, Binary: p.Binary, Arguments: p.Arguments, CWD: p.Cwd, UID: p.Uid, AUID: p.Auid,
+		Container: p.Container, ExecID: p.ExecId, Parent: toProcess(p.Parent)}
+	if p.Start != nil {
+		out.Start = p.Start.AsTime()
+	}
+	return out
 }
 
 func fromEnd(e *flow.End) *FlowEnd {
 	end := &FlowEnd{
-		Port: uint32(e.Port), Identity: uint32(e.Identity), Text: e.Text, Labels: e.Labels, Workload: e.Workload, Endpoint: e.Endpoint,
+		Port: uint32(e.Port), Identity: uint32(e.Identity), Text: e.Text, Labels: e.Labels, SpiffeId: e.SPIFFE, Workload: e.Workload, Endpoint: e.Endpoint,
 	}
 	if e.IP.IsValid() {
 		end.Ip = e.IP.String()
@@ -50,12 +85,15 @@ func ToRecord(ev *FlowEvent) (r flow.Record, err error) {
 	var errs [10]error
 	r = flow.Record{
 		BootTime: ev.GetBootTime(), Node: identity.NodeName(ev.GetNode()), TCPFlags: uint8(ev.GetTcpFlags()),
-		Endpoint: ev.GetEndpoint(), Ifindex: ev.GetIfindex(), NoEvidenceNeeded: ev.GetNoEvidenceNeeded(),
-		Generation: identity.Generation(ev.GetGeneration()), Stamp: ev.GetStamp(), BindingAge: ev.GetBindingAge().AsDuration(),
-		Reinjected: ev.GetReinjected(), Length: ev.GetLength(), Rule: ev.GetRule(), Policy: ev.GetPolicy(),
+		Endpoint: ev.GetEndpoint(), Ifindex: ev.GetIfindex(), Interface: ev.GetInterface(), NoEvidenceNeeded: ev.GetNoEvidenceNeeded(),
+		Generation: identity.Generation(ev.GetGeneration()), Stamp: ev.GetStamp(), BindingAge: ev.GetBindingAge().AsDuration(), LeaseLeft: ev.GetLeaseLeft().AsDuration(), Held: ev.GetHeld().AsDuration(),
+		Reinjected: ev.GetReinjected(), Length: ev.GetLength(), Rule: ev.GetRule(), Policy: ev.GetPolicy(), Process: toProcess(ev.GetProcess()),
 	}
 	if ev.GetTime() != nil {
 		r.Time = ev.GetTime().AsTime()
+	}
+	if lost := ev.GetLost(); lost != nil {
+		return flow.Record{Time: r.Time, Node: r.Node, Lost: &flow.Lost{Count: lost.GetCount(), Where: flow.LostWhere(lost.GetWhere())}}, nil
 	}
 	r.Verdict, errs[0] = flow.ParseVerdict(ev.GetVerdict())
 	r.Reason, errs[1] = flow.ParseReason(ev.GetReason())
@@ -71,7 +109,7 @@ func ToRecord(ev *FlowEvent) (r flow.Record, err error) {
 
 func toEnd(e *FlowEnd) (end flow.End, err error) {
 	end = flow.End{
-		Port: uint16(e.GetPort()), Identity: identity.Numeric(e.GetIdentity()), Text: e.GetText(), Labels: e.GetLabels(),
+		Port: uint16(e.GetPort()), Identity: identity.Numeric(e.GetIdentity()), Text: e.GetText(), Labels: e.GetLabels(), SPIFFE: e.GetSpiffeId(),
 		Workload: e.GetWorkload(), Endpoint: e.GetEndpoint(),
 	}
 	if s := e.GetIp(); s != "" {

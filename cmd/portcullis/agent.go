@@ -176,6 +176,7 @@ func addLimitFlags(f *pflag.FlagSet, cfg *agent.Config) {
 	f.IntVar(&cfg.Connections, "connections", cfg.Connections, "connections of other agents, at a time; an eighth as many places are beside those for who is no known node")
 	f.IntVar(&cfg.HeldBytes, "held-bytes", cfg.HeldBytes, "size of the ring of held packets; a power of two")
 	f.IntVar(&cfg.EventBytes, "event-bytes", cfg.EventBytes, "size of the ring of flow events; a power of two")
+	f.IntVar(&cfg.Flows, "flows", cfg.Flows, "flow records that are kept, for who asks later; 0: none")
 }
 
 // agentFlags are the flags that need parsing.

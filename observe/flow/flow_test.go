@@ -43,16 +43,21 @@ func resolver() Resolver {
 	return Resolver{
 		Node: "n2",
 		Wall: func(b uint64) time.Time { return time.Unix(wallBase, int64(b)).UTC() },
-		Identity: func(n identity.Numeric) (identity.Identity, bool) {
+		Identity: func(n identity.Numeric) (Known, bool) {
 			switch n {
 			case shipNum:
-				return ship, true
+				return Know(ship, ship.SPIFFEID()), true
 			case deathNum:
-				return death, true
+				return Know(death, ""), true
 			}
-			return identity.Identity{}, false
+			return Known{}, false
 		},
-		Endpoint: func(id uint32) string { return map[uint32]string{24: "default/deathstar"}[id] },
+		Endpoint: func(id uint32) (workload, spiffe, device string) {
+			if id == 24 {
+				return "default/deathstar", "spiffe://lab.test/n2/deathstar", "veth24"
+			}
+			return "", "", ""
+		},
 		Bound: func(ip netip.Addr, g identity.Generation) (string, uint32) {
 			if ip == netip.MustParseAddr("10.1.0.3") && g == 42e9 {
 				return "default/xwing", 0
@@ -65,6 +70,13 @@ func resolver() Resolver {
 			}
 			return ""
 		},
+		Lease: func(stamp uint64) uint64 {
+			if stamp == 7 {
+				return 125e9 // 25 s after the event
+			}
+			return 0
+		},
+		Held: func(*abi.Event) time.Duration { return 300 * time.Microsecond },
 	}
 }
 
@@ -78,11 +90,11 @@ func TestFromEvent(t *testing.T) {
 	want := Record{
 		Time: time.Unix(wallBase+100, 0).UTC(), BootTime: 100e9, Node: "n2",
 		Verdict: abi.VerdictPass, Direction: abi.DirIngress, State: abi.FlowNew, Protocol: 6, TCPFlags: 2,
-		Source: End{IP: netip.MustParseAddr("10.1.0.3"), Port: 43210, Identity: shipNum, Text: ship.String(), Labels: ship.LabelList(),
+		Source: End{IP: netip.MustParseAddr("10.1.0.3"), Port: 43210, Identity: shipNum, Text: ship.String(), Labels: ship.LabelList(), SPIFFE: "spiffe://lab.test/ns/default/sa/xwing",
 			Workload: "default/xwing"},
-		Dest: End{IP: netip.MustParseAddr("10.2.0.2"), Port: 80, Identity: deathNum, Text: death.String(), Labels: death.LabelList(),
+		Dest: End{IP: netip.MustParseAddr("10.2.0.2"), Port: 80, Identity: deathNum, Text: death.String(), Labels: death.LabelList(), SPIFFE: "spiffe://lab.test/n2/deathstar",
 			Workload: "default/deathstar", Endpoint: 24},
-		Length: 74, Endpoint: 24, Ifindex: 3, Evidence: identity.EvidenceLease, Generation: 42e9, Stamp: 7, BindingAge: 3 * time.Second,
+		Length: 74, Endpoint: 24, Ifindex: 3, Interface: "veth24", Evidence: identity.EvidenceLease, Generation: 42e9, Stamp: 7, BindingAge: 3 * time.Second, LeaseLeft: 25 * time.Second,
 		Rule: 9, Policy: "CiliumNetworkPolicy/default/rule1",
 	}
 	if diff := cmp.Diff(want, FromEvent(syn(), resolver()), cmpopts.EquateComparable(netip.Addr{})); diff != "" {
@@ -117,18 +129,18 @@ func TestLine(t *testing.T) {
 		want string
 	}{
 		{name: "passed to the endpoint", ev: syn(),
-			want: "-> endpoint 24 flow 0x8b77b0c9 identity 5163->19842 state new ingress evidence lease generation 42000000000 age 3.0s: " +
+			want: "-> endpoint 24 flow 0x8b77b0c9 identity 5163->19842 state new ingress evidence lease generation 42000000000 age 3.0s lease 25.0s: " +
 				"10.1.0.3:43210 (default/xwing) -> 10.2.0.2:80 (default/deathstar) tcp SYN, by CiliumNetworkPolicy/default/rule1"},
 		{name: "the reply, sent by the endpoint", ev: edit(func(e *abi.Event) {
 			e.Src, e.Dst, e.Sport, e.Dport, e.SrcIdentity, e.DstIdentity = e.Dst, e.Src, e.Dport, e.Sport, e.DstIdentity, e.SrcIdentity
 			e.Direction, e.State, e.TcpFlags, e.Rule = uint8(abi.DirEgress), uint8(abi.FlowReply), 0x12, 3
 		}),
-			want: "<- endpoint 24 flow 0x8b77b0c9 identity 19842->5163 state reply egress evidence lease generation 42000000000 age 3.0s: " +
+			want: "<- endpoint 24 flow 0x8b77b0c9 identity 19842->5163 state reply egress evidence lease generation 42000000000 age 3.0s lease 25.0s: " +
 				"10.2.0.2:80 (default/deathstar) -> 10.1.0.3:43210 (default/xwing) tcp SYN, ACK, by rule 3"},
 		{name: "dropped by policy", ev: edit(func(e *abi.Event) {
 			e.Verdict, e.Reason, e.Rule = uint8(abi.VerdictDrop), uint8(abi.ReasonPolicyDenied), 0
 		}),
-			want: "xx drop (policy-denied) flow 0x8b77b0c9 to endpoint 24, identity 5163->19842 state new ingress evidence lease generation 42000000000 age 3.0s: " +
+			want: "xx drop (policy-denied) flow 0x8b77b0c9 to endpoint 24, identity 5163->19842 state new ingress evidence lease generation 42000000000 age 3.0s lease 25.0s: " +
 				"10.1.0.3:43210 (default/xwing) -> 10.2.0.2:80 (default/deathstar) tcp SYN"},
 		{name: "dropped on its way to elsewhere", ev: edit(func(e *abi.Event) {
 			e.Src, e.Dst, e.SrcIdentity, e.DstIdentity = e.Dst, e.Src, e.DstIdentity, uint32(abi.IDUnknown)
@@ -143,8 +155,8 @@ func TestLine(t *testing.T) {
 			want: ".. hold flow 0x8b77b0c9 to endpoint 24, identity unknown->19842 state new ingress evidence none: " +
 				"10.1.0.3:43210 -> 10.2.0.2:80 (default/deathstar) tcp SYN"},
 		{name: "re-injected", ev: edit(func(e *abi.Event) { e.Flags = uint8(abi.EventReinjected); e.Rule = 0 }),
-			want: "-> endpoint 24 flow 0x8b77b0c9 identity 5163->19842 state new ingress evidence lease generation 42000000000 age 3.0s: " +
-				"10.1.0.3:43210 (default/xwing) -> 10.2.0.2:80 (default/deathstar) tcp SYN, had been held"},
+			want: "-> endpoint 24 flow 0x8b77b0c9 identity 5163->19842 state new ingress evidence lease generation 42000000000 age 3.0s lease 25.0s: " +
+				"10.1.0.3:43210 (default/xwing) -> 10.2.0.2:80 (default/deathstar) tcp SYN, had been held 300us"},
 		{name: "IPv6 ping, no evidence needed, with time", fmt: Formatter{Time: true}, ev: edit(func(e *abi.Event) {
 			e.Src, e.Dst, e.Proto, e.TcpFlags, e.Rule = addr16("fd00:1::3"), addr16("fd00:2::2"), 58, 0, 0
 			e.Stamp, e.Generation, e.Evidence, e.Flags = 0, 0, 0, uint8(abi.EventNoEvidence)
@@ -154,11 +166,11 @@ func TestLine(t *testing.T) {
 		{name: "IPv6 UDP, verbose", fmt: Formatter{Verbose: true}, ev: edit(func(e *abi.Event) {
 			e.Src, e.Dst, e.Proto, e.TcpFlags, e.Rule, e.DstIdentity = addr16("fd00:1::3"), addr16("fd00:2::2"), 17, 0, 0, 1
 		}),
-			want: "-> endpoint 24 flow 0x5c3e6af4 identity 5163->host state new ingress evidence lease generation 42000000000 age 3.0s: " +
+			want: "-> endpoint 24 flow 0x5c3e6af4 identity 5163->host state new ingress evidence lease generation 42000000000 age 3.0s lease 25.0s: " +
 				"[fd00:1::3]:43210 ([k8s:class=xwing k8s:io.cilium.k8s.policy.serviceaccount=xwing k8s:io.kubernetes.pod.namespace=default k8s:org=alliance])" +
 				" -> [fd00:2::2]:80 (default/deathstar) udp"},
 		{name: "a verdict of another version is no pass", ev: edit(func(e *abi.Event) { e.Verdict = 77; e.Reason = 88; e.Rule = 0 }),
-			want: "xx Verdict(77) (Reason(88)) flow 0x8b77b0c9 to endpoint 24, identity 5163->19842 state new ingress evidence lease generation 42000000000 age 3.0s: " +
+			want: "xx Verdict(77) (Reason(88)) flow 0x8b77b0c9 to endpoint 24, identity 5163->19842 state new ingress evidence lease generation 42000000000 age 3.0s lease 25.0s: " +
 				"10.1.0.3:43210 (default/xwing) -> 10.2.0.2:80 (default/deathstar) tcp SYN"},
 	}
 	for _, tt := range tests {
@@ -196,6 +208,7 @@ func TestJSON(t *testing.T) {
       "k8s:io.kubernetes.pod.namespace=default",
       "k8s:org=alliance"
     ],
+    "spiffeID": "spiffe://lab.test/ns/default/sa/xwing",
     "workload": "default/xwing"
   },
   "destination": {
@@ -208,17 +221,20 @@ func TestJSON(t *testing.T) {
       "k8s:io.kubernetes.pod.namespace=default",
       "k8s:org=empire"
     ],
+    "spiffeID": "spiffe://lab.test/n2/deathstar",
     "workload": "default/deathstar",
     "endpoint": 24
   },
   "length": 74,
   "endpoint": 24,
   "ifindex": 3,
+  "interface": "veth24",
   "evidence": "lease",
   "noEvidenceNeeded": false,
   "generation": "42000000000",
   "stamp": "7",
   "bindingAge": "3s",
+  "leaseLeft": "25s",
   "reinjected": false,
   "rule": 9,
   "policy": "CiliumNetworkPolicy/default/rule1"
@@ -265,7 +281,12 @@ func TestJSONRoundTrip(t *testing.T) {
 		e.Flags = 3
 	})
 	add(func(e *abi.Event) { e.Src, e.Dst = addr16("fd00::1"), abi.Addr{} })
-	for _, r := range records {
+	full := records[0]
+	full.Held, full.LeaseLeft = time.Millisecond, -time.Second
+	full.Process = &Process{PID: 7, Binary: "/bin/wget", Arguments: "-q http://x", CWD: "/", UID: 1, AUID: 1<<32 - 1, Container: "abc",
+		Start: time.Unix(wallBase, 1).UTC(), ExecID: "n2:1:7", Parent: &Process{PID: 1, Binary: "/bin/sh"}}
+	lost := Record{Time: full.Time, Node: "n2", Lost: &Lost{Count: 12, Where: LostKernel}}
+	for _, r := range append(records, full, lost) {
 		b, err := json.Marshal(r)
 		if err != nil {
 			t.Fatal(err)

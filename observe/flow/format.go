@@ -23,12 +23,16 @@ type Formatter struct {
 //	xx drop (policy-denied) flow 0x33bed694 to endpoint 0, identity 5163->19842 ...
 //	>> steer endpoint 24 flow 0x1b89a706 identity 19842->5163 ...       on its way through the node's proxy
 //	.. hold flow 0x33bed694 to endpoint 24, identity 5163->unknown ...
+//	!! lost 12 events (kernel)
 //
 // "to endpoint 0" means that the destination is not an endpoint of this node.
 func (f Formatter) Line(r *Record) string {
 	var b strings.Builder
 	if f.Time && !r.Time.IsZero() {
 		b.WriteString(r.Time.Format("Jan 02 15:04:05.000 "))
+	}
+	if r.Lost != nil {
+		return fmt.Sprintf("%s!! lost %d events (%s)", b.String(), r.Lost.Count, r.Lost.Where)
 	}
 	if r.L7 != nil {
 		return b.String() + f.lineL7(r)
@@ -59,8 +63,14 @@ func (f Formatter) Line(r *Record) string {
 	} else if r.Rule != 0 {
 		fmt.Fprintf(&b, ", by rule %d", r.Rule)
 	}
-	if r.Reinjected {
+	if r.Reinjected || r.Held > 0 {
 		b.WriteString(", had been held")
+		if r.Held > 0 {
+			b.WriteString(" " + Age(r.Held))
+		}
+	}
+	if p := r.Process; p != nil {
+		fmt.Fprintf(&b, ", process %d %s", p.PID, printable(p.Binary))
 	}
 	return b.String()
 }
@@ -73,6 +83,9 @@ func (r *Record) evidence() string {
 	}
 	if r.Stamp != 0 {
 		s += fmt.Sprintf(" generation %d age %s", r.Generation, Age(r.BindingAge))
+	}
+	if r.LeaseLeft != 0 {
+		s += " lease " + Age(r.LeaseLeft)
 	}
 	return s
 }

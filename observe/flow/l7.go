@@ -83,13 +83,18 @@ func (f Formatter) lineL7(r *Record) string {
 	if x.Reason != "" {
 		b.WriteString(": " + x.Reason)
 	}
-	// What a workload wrote must not write to the terminal.
+	return printable(b.String())
+}
+
+// printable replaces what would write to the terminal: workloads choose some of
+// these bytes.
+func printable(s string) string {
 	return strings.Map(func(c rune) rune {
 		if c < ' ' || c == 0x7f {
 			return '?'
 		}
 		return c
-	}, b.String())
+	}, s)
 }
 
 func list(labels []string) string {

@@ -3,6 +3,7 @@ package flow
 import (
 	"hash/fnv"
 	"net/netip"
+	"strings"
 	"time"
 
 	"portcullis/bpf/abi"
@@ -10,8 +11,9 @@ import (
 )
 
 // Record is one flow event: the first packet of a flow and direction that
-// passed, a packet that is held, or a packet that was dropped; or, with L7, one
-// request that the node's proxy has judged.
+// passed, a packet that is held, or a packet that was dropped; with L7, one
+// request that the node's proxy has judged; with Lost, events that nobody can
+// know, of which only Time and Node are told.
 type Record struct {
 	Time     time.Time // wall clock, for people; zero: not known
 	BootTime uint64    // CLOCK_BOOTTIME of the node, ns
@@ -28,8 +30,9 @@ type Record struct {
 	Dest     End
 	Length   uint32 // of the packet, bytes
 
-	Endpoint uint32 // id of the endpoint that judged
-	Ifindex  uint32
+	Endpoint  uint32 // id of the endpoint that judged
+	Ifindex   uint32
+	Interface string // its name; "": not known
 
 	// About the binding of the peer: the end that is not Endpoint.
 	Evidence         identity.Evidence
@@ -37,13 +40,51 @@ type Record struct {
 	Generation       identity.Generation
 	Stamp            uint64        // of its installation; 0: no binding was found
 	BindingAge       time.Duration // since its installation; meaningful with a Stamp
+	// LeaseLeft is how long the lease held on which that was known, when the
+	// record was made. 0: it has no deadline, or is not known; negative: it had
+	// ended so long ago.
+	LeaseLeft time.Duration
 
-	Reinjected bool   // had been held
-	Rule       uint32 // that decided, 0: none; its number is of this node and moment
-	Policy     string // the policy of that rule, "KIND/NS/NAME"; "": not known
+	Reinjected bool          // had been held
+	Held       time.Duration // for so long, as far as it is known; also of one that was dropped then
+	Rule       uint32        // that decided, 0: none; its number is of this node and moment
+	Policy     string        // the policy of that rule, "KIND/NS/NAME"; "": not known. What it did is the Verdict
 
-	L7 *L7 // nil: it is about a packet
+	Process *Process // that opened or accepted the connection, at the judging endpoint; nil: not known
+	L7      *L7      // nil: it is about a packet
+	Lost    *Lost    // nil: it is about an event
 }
+
+// Process is a process of a workload. Records share it: it is not changed once
+// a record has it.
+type Process struct {
+	PID       uint32    `json:"pid"`
+	Binary    string    `json:"binary,omitempty"` // path, as the process sees it
+	Arguments string    `json:"arguments,omitempty"`
+	CWD       string    `json:"cwd,omitempty"`
+	UID       uint32    `json:"uid"`
+	AUID      uint32    `json:"auid"` // of the login, 1<<32-1: none
+	Container string    `json:"container,omitempty"`
+	Start     time.Time `json:"start,omitzero"`
+	ExecID    string    `json:"execID,omitempty"` // names this run of the binary: node, start and pid
+	Parent    *Process  `json:"parent,omitempty"`
+}
+
+// Lost tells of events that nobody can know.
+type Lost struct {
+	Count uint64    `json:"count"`
+	Where LostWhere `json:"where"`
+}
+
+// LostWhere is where events were lost.
+type LostWhere string
+
+// Where events are lost.
+const (
+	LostKernel LostWhere = "kernel" // its ring was full
+	LostProxy  LostWhere = "proxy"  // its queue was full
+	LostRing   LostWhere = "ring"   // this reader was too slow for the agent's ring of records
+)
 
 // End is one side of a flow.
 type End struct {
@@ -51,9 +92,35 @@ type End struct {
 	Port     uint16     // as in the event; of an ICMP echo its identifier
 	Identity identity.Numeric
 	Text     string   // of the identity: "ns/sa[k=v]"; "": not known
-	Labels   []string // of the identity: source:key[=value], sorted
+	Labels   []string // of the identity: source:key[=value], sorted; shared between records
+	SPIFFE   string   // SPIFFE ID of the workload; "": it has none, or not known
 	Workload string   // "NS/NAME"; "": not known
 	Endpoint uint32   // id, where it is an endpoint of this node; else 0
+}
+
+// Namespace returns the namespace of the workload, where its name or its
+// identity is known; else "".
+func (e *End) Namespace() string {
+	if ns, _, ok := strings.Cut(e.Workload, "/"); ok {
+		return ns
+	}
+	return e.label("k8s:" + identity.NamespaceLabel)
+}
+
+// Pod returns the workload's name without its namespace, "": not known.
+func (e *End) Pod() string {
+	_, name, _ := strings.Cut(e.Workload, "/")
+	return name
+}
+
+// label returns the value of a label (source:key), "" where there is none.
+func (e *End) label(key string) string {
+	for _, l := range e.Labels {
+		if len(l) > len(key) && l[len(key)] == '=' && l[:len(key)] == key {
+			return l[len(key)+1:]
+		}
+	}
+	return ""
 }
 
 // Peer returns the end that is not the judging endpoint.
@@ -95,16 +162,33 @@ type Resolver struct {
 	Node identity.NodeName
 	// Wall turns a reading of CLOCK_BOOTTIME in ns into the wall clock.
 	Wall func(boottime uint64) time.Time
-	// Identity returns the identity of a number.
-	Identity func(identity.Numeric) (identity.Identity, bool)
-	// Endpoint returns the workload ("NS/NAME") of an endpoint by its id.
-	Endpoint func(id uint32) string
+	// Identity tells of a number. Records keep what it returns.
+	Identity func(identity.Numeric) (Known, bool)
+	// Endpoint tells of an endpoint of this node by its id.
+	Endpoint func(id uint32) (workload, spiffe, device string)
 	// Bound returns the workload that holds or held the IP in this very
 	// generation, and its endpoint's id where it is of this node. The
 	// generation matters: an IP alone may have changed hands since (I4).
 	Bound func(netip.Addr, identity.Generation) (workload string, endpoint uint32)
 	// Policy returns the policy ("KIND/NS/NAME") of a rule of an endpoint.
 	Policy func(endpoint, rule uint32) string
+	// Lease returns the deadline, in ns of CLOCK_BOOTTIME, of the lease under
+	// which an installation of a binding is believed; 0: none, or not known.
+	Lease func(stamp uint64) uint64
+	// Held returns for how long the re-injected packet of an event was held.
+	Held func(*abi.Event) time.Duration
+}
+
+// Known is what is known of an identity, made once and shared by records.
+type Known struct {
+	Text   string   // "ns/sa[k=v]"
+	Labels []string // source:key[=value], sorted; not to be changed
+	SPIFFE string   // "": it has none, or it needs more than the identity
+}
+
+// Know makes what records hold of an identity. spiffe may be "".
+func Know(id identity.Identity, spiffe string) Known {
+	return Known{Text: id.String(), Labels: id.LabelList(), SPIFFE: spiffe}
 }
 
 // FromEvent makes a record of a kernel event.
@@ -128,16 +212,15 @@ func FromEvent(ev abi.Event, resolve Resolver) Record {
 	if resolve.Wall != nil {
 		r.Time = resolve.Wall(ev.Time)
 	}
-	if resolve.Identity != nil {
-		for _, e := range []*End{&r.Source, &r.Dest} {
-			if id, ok := resolve.Identity(e.Identity); ok {
-				e.Text, e.Labels = id.String(), id.LabelList()
-			}
-		}
-	}
-	r.Local().Endpoint = ev.Endpoint
+	resolve.name(&r.Source)
+	resolve.name(&r.Dest)
+	local := r.Local()
+	local.Endpoint = ev.Endpoint
 	if resolve.Endpoint != nil && ev.Endpoint != 0 {
-		r.Local().Workload = resolve.Endpoint(ev.Endpoint)
+		var spiffe string
+		if local.Workload, spiffe, r.Interface = resolve.Endpoint(ev.Endpoint); spiffe != "" {
+			local.SPIFFE = spiffe
+		}
 	}
 	if resolve.Bound != nil && r.Stamp != 0 {
 		p := r.Peer()
@@ -146,7 +229,25 @@ func FromEvent(ev abi.Event, resolve Resolver) Record {
 	if resolve.Policy != nil && r.Rule != 0 {
 		r.Policy = resolve.Policy(ev.Endpoint, r.Rule)
 	}
+	if resolve.Lease != nil && r.Stamp != 0 {
+		if deadline := resolve.Lease(r.Stamp); deadline != 0 {
+			r.LeaseLeft = time.Duration(deadline - ev.Time)
+		}
+	}
+	if resolve.Held != nil && r.Reinjected {
+		r.Held = resolve.Held(&ev)
+	}
 	return r
+}
+
+// name fills in what is known of an end's identity.
+func (resolve *Resolver) name(e *End) {
+	if resolve.Identity == nil {
+		return
+	}
+	if known, ok := resolve.Identity(e.Identity); ok {
+		e.Text, e.Labels, e.SPIFFE = known.Text, known.Labels, known.SPIFFE
+	}
 }
 
 func addr(a abi.Addr) netip.Addr { return netip.AddrFrom16(a).Unmap() }
