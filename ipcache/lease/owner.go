@@ -167,6 +167,7 @@ type workload struct {
 	state   WorkloadState
 	gen     identity.Generation // when active or leaving
 	added   Time
+	alone   Time // when bound here: nobody else had its IPs from then on; see (*Owner).since
 	adopted bool
 	retry   Time // not activated before: the journal failed
 	prompt  bool // relabelled while it was active, and waits for nobody

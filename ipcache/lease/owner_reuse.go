@@ -184,6 +184,13 @@ func (o *Owner) activate() {
 
 func (o *Owner) bind(w *workload) {
 	w.gen = o.nextGeneration()
+	w.alone = w.added
+	if w.HeldSince != 0 {
+		w.alone = min(w.alone, w.HeldSince)
+	}
+	// Its own first packets are later by ReuseMargin than what counts as
+	// another's: the Binding is under way for a while, too.
+	w.alone = min(w.alone, o.now.Add(-o.cfg.ReuseMargin))
 	for _, ip := range w.IPs {
 		o.emit(Journal{Record{Kind: RecordBound, At: o.now, Boot: o.cfg.Boot, IP: ip, Generation: w.gen, UID: w.UID}})
 	}

@@ -192,17 +192,30 @@ func (o *Owner) confirm(s *ownerStream, m Confirm) {
 	}
 	o.say(g)
 	g.session = s
-	since := time.Duration(-1)
-	if a.hasEnded {
-		since = o.now.Sub(a.ended)
-	}
 	delete(s.v.refused, m.IP)
 	o.emit(SendToVerifier{s.id, Binding{
 		Confirm: m.ID,
 		Binding: identity.Binding{IP: m.IP, Generation: w.gen, UID: w.UID, Identity: w.Identity, Owner: o.cfg.Node, Ports: w.Ports},
-		Since:   since,
+		Since:   o.since(a, w),
 		Flight:  o.cfg.Flight,
 	}})
+}
+
+// since is how long ago anybody else may have had the IP: below 0 if nobody did.
+// The end of the last binding is one such time. It is not the only one: while no
+// agent ran, or before this one knew of it, a workload that was never registered
+// may have sent under the IP, and what it sent may be held by a verifier (I1). It
+// was gone when this workload came, for whom the IP was taken.
+func (o *Owner) since(a *address, w *workload) time.Duration {
+	switch {
+	case a.hasEnded && a.ended > w.alone:
+		return o.now.Sub(a.ended)
+	case w.alone > 0:
+		return o.now.Sub(w.alone)
+	case a.hasEnded:
+		return o.now.Sub(a.ended)
+	}
+	return -1
 }
 
 func (o *Owner) refuse(s *ownerStream, confirm uint64, ip netip.Addr, r Refusal) {

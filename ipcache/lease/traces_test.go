@@ -245,6 +245,43 @@ func TestB10RestartForgetsPreviousEnd(t *testing.T) {
 	}
 }
 
+// While no agent ran, somebody who was never registered sent under a free IP.
+// The last end that is known lies before that: it is the coming of the new
+// workload that says since when nobody else can have sent.
+func TestSomebodyUnknownBefore(t *testing.T) {
+	r, _ := held0(t)
+	r.del(w0)
+	r.wait(2 * lease.MaxLease)
+	r.restart(false)
+	r.wait(10 * time.Second)
+	one[lease.Activate](t, r.add(w1, y2, ip1)) // nothing to wait for
+	r.wait(5 * ms)
+	r.open(1)
+	if b := r.confirm(1, ip1); b.Since != margin+5*ms {
+		t.Fatalf("since %v, want %v", b.Since, margin+5*ms)
+	}
+
+	// Who waits for the IP has had it to itself meanwhile.
+	r.del(w1)
+	r.add(w2, y1, ip1)
+	r.wait(margin + lease.MaxLease*2)
+	r.open(2)
+	if b := r.confirm(2, ip1); b.Since != margin+lease.MaxLease*2 {
+		t.Fatalf("since %v, want %v", b.Since, margin+lease.MaxLease*2)
+	}
+
+	// An agent finds again who was there before it, and says so.
+	r.del(w2)
+	r.wait(2 * lease.MaxLease)
+	r.restart(false)
+	r.step(lease.Add{UID: w0, IPs: addrs(ip1), Identity: y2, HeldSince: r.now.Add(-3 * time.Second)})
+	r.wait(lease.MaxLease * 2)
+	r.open(3)
+	if b := r.confirm(3, ip1); b.Since != 3*time.Second+lease.MaxLease*2 {
+		t.Fatalf("since %v, want %v", b.Since, 3*time.Second+lease.MaxLease*2)
+	}
+}
+
 // B11: since is shortened by the drift that clocks may have.
 func TestB11SinceWithoutDrift(t *testing.T) {
 	v := newVerifier(t, nil)
