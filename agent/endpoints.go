@@ -234,6 +234,7 @@ func (l *loop) compile(e *endpoint) error {
 		l.forgetSubject(e)
 		return fmt.Errorf("%w the policy of %s: %w", errKernelRefuse, e.fullName(), err)
 	}
+	l.steerSet(e.policy.id, e.policy.set)
 	l.sets.Use(e.subject, e.policy.set)
 	return nil
 }

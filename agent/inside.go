@@ -40,6 +40,7 @@ func (l *loop) putSet(id uint32, set authz.Set, before policySet) error {
 
 // forgetSet says that the kernel names a set no more.
 func (l *loop) forgetSet(id uint32) {
+	l.steered.behind = l.steered.behind || len(l.steered.sets[id]) > 0
 	if l.feed != nil {
 		l.feed.Drop(id)
 	}

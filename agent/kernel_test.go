@@ -51,8 +51,12 @@ func newNode(t *testing.T) *node {
 	c := valid()
 	c.PinDir = fmt.Sprintf("/sys/fs/bpf/portcullis-agent-test-%d-%d", os.Getpid(), nodes.Add(1))
 	c.JournalDir, c.StateDir, c.AuditLog = filepath.Join(dir, "journal"), filepath.Join(dir, "state"), filepath.Join(dir, "audit")
+	c.ProxyDir = filepath.Join(dir, "proxy")
 	c.Bindings, c.Conntrack, c.ReuseMargin, c.FreshRanges = 64, 64, time.Millisecond, true
 	t.Cleanup(func() {
+		if err := removeProxy(c); err != nil {
+			t.Errorf("remove the proxy's namespace: %v", err)
+		}
 		if err := datapath.Remove(c.PinDir); err != nil {
 			t.Errorf("remove the pins: %v", err)
 		}

@@ -92,6 +92,7 @@ type loop struct {
 	spaces          map[authz.Ref]*authz.NamespaceObject
 	services        map[authz.Ref]*authz.ServiceObject
 	slices          map[authz.Ref]*authz.SliceObject
+	steered         steered
 	servicesSet     bool // the kernel has their addresses, as services and ranges are
 	regions         regions
 	learnt          learntNames
@@ -168,6 +169,10 @@ func (l *loop) run(ctx context.Context) error {
 		case <-retry.C:
 			l.retry()
 		}
+		// After what waits already, for one look at all sets serves many changes.
+		if l.steered.behind && len(l.inbox) == 0 {
+			l.steerServices(nil)
+		}
 	}
 }
 
@@ -187,6 +192,7 @@ func (l *loop) retry() {
 		l.retryPolicies = false
 		l.alarms.clear("policy-not-applied")
 	}
+	l.followSteered()
 	l.alarmWatch()
 	l.alarmNotices()
 	l.alarmSVID()

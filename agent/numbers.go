@@ -49,6 +49,7 @@ func (l *loop) acquireIn(id identity.Identity, in identity.Region) (identity.Num
 // half-way, or from one to drop it, and what is missing then may be a denial.
 func (l *loop) addPeer(n identity.Numeric, p authz.Peer) error {
 	l.sets.AddPeer(n, p)
+	l.steered.behind = true // it may stand behind a service
 	for _, d := range l.sets.Entries(n) {
 		set := l.bySubject[d.Subject].policy.id
 		if err := l.tellPeer(d.Subject, n); err != nil {
@@ -108,6 +109,7 @@ func (l *loop) dropNumbers() {
 	}
 	for _, n := range gone {
 		l.forgetPeer(n)
+		l.steered.behind = true
 		l.ids.Drop(n)
 		l.names.removeIdentity(n)
 	}

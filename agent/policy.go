@@ -337,6 +337,7 @@ func (l *loop) applyPolicies() error {
 			return fmt.Errorf("%w the policy of %s, nothing was changed: %w", errKernelRefuse, e.fullName(), err)
 		}
 	}
+	l.steerServices(next)
 	for e, set := range same {
 		e.policy.set, e.policy.lost = set, e.lost // peers to come may fare otherwise
 		l.sets.Use(e.subject, set)

@@ -16,9 +16,22 @@ type ServiceObject struct {
 	// Addresses stand for the service: its own, and those of load balancers.
 	// None: it is headless, or a name for another.
 	Addresses []netip.Addr
+	// Ports are those at the addresses, and where each leads.
+	Ports []ServicePort
 	// External is the DNS name that the service is another word for; empty: it is
 	// none. Nobody stands behind such a service.
 	External string
+}
+
+// ServicePort is a port at a service's addresses: TCP and UDP only, for of others
+// nobody looks inside.
+type ServicePort struct {
+	Protocol uint8
+	Port     uint16
+	// Target is the port of the workloads behind it; 0: the one that is called
+	// TargetName in each.
+	Target     uint16
+	TargetName string
 }
 
 // SliceObject is what an EndpointSlice says: some of the addresses that a service

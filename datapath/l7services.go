@@ -24,6 +24,24 @@ func (s L7Service) key() abi.L7ServiceKey {
 	return k
 }
 
+// L7Services returns those to which nothing goes any more that was not steered, in
+// any order.
+func (d *Datapath) L7Services() (out []L7Service, err error) {
+	m := d.coll.Maps["l7_services"]
+	var k abi.L7ServiceKey
+	var v abi.L7Service
+	it := m.Iterate()
+	for it.Next(&k, &v) {
+		if v.Flags&uint32(abi.L7ServiceSteered) != 0 {
+			out = append(out, L7Service{Set: k.Set, Protocol: k.Proto, Address: netip.AddrPortFrom(AddrFrom(k.Addr), binary.BigEndian.Uint16(k.Port[:]))})
+		}
+	}
+	if err := it.Err(); err != nil {
+		return nil, mapError("read services under L7", "l7_services", err)
+	}
+	return out, nil
+}
+
 // SetL7Services makes those of all sets the ones given: what workloads under such
 // a set send there is steered into the proxy from its first packet on. Put a new
 // set's here before endpoints use it. What comes goes before what leaves; on

@@ -11,8 +11,8 @@ import (
 // ServiceKind is the kind of the objects that say what stands behind a service.
 const ServiceKind = "Service"
 
-// Services is the dialect of Service objects. Of one its labels, its selector and
-// its addresses say something to policy.
+// Services is the dialect of Service objects. Of one its labels, its selector, its
+// addresses and its ports say something to policy.
 var Services = dialect.Dialect{APIVersion: "v1", Kind: ServiceKind, Parse: parseService}
 
 func parseService(doc *dialect.Document) (dialect.Result, []authz.Problem) {
@@ -54,6 +54,13 @@ func parseService(doc *dialect.Document) (dialect.Result, []authz.Problem) {
 				}
 			})
 		}
+		if f := spec.Field("ports"); f != nil {
+			f.List(func(_ int, v *dialect.Value) {
+				if port, ok := servicePort(v); ok {
+					s.Ports = append(s.Ports, port)
+				}
+			})
+		}
 		if f := spec.Field("clusterIP"); f != nil {
 			add(f)
 		}
@@ -78,10 +85,44 @@ func parseService(doc *dialect.Document) (dialect.Result, []authz.Problem) {
 		if s.External == "" && len(doc.Problems()) == 0 {
 			spec.Refuse("field externalName is missing")
 		}
-		s.Selector, s.Addresses = nil, nil
+		s.Selector, s.Addresses, s.Ports = nil, nil, nil
 	}
 	if bad := doc.Problems(); len(bad) > 0 {
 		return dialect.Result{}, bad
 	}
 	return dialect.Result{Services: []*authz.ServiceObject{s}}, nil
+}
+
+// servicePort parses one of a service's ports. ok: it is one that can be looked
+// into.
+func servicePort(v *dialect.Value) (p authz.ServicePort, ok bool) {
+	if !v.IsObject() {
+		v.Refuse("want a port of a service")
+		return p, false
+	}
+	p.Protocol = authz.ProtoTCP
+	if v.Has("protocol") {
+		switch protocol, _ := v.Field("protocol").Text(); protocol {
+		case "", "TCP":
+		case "UDP":
+			p.Protocol = authz.ProtoUDP
+		default: // SCTP, or what comes to be known of services after it
+			return p, false
+		}
+	}
+	if !v.Has("port") {
+		v.Require("port")
+		return p, false
+	}
+	p.Port = uint16(portNumber(v.Field("port")))
+	p.Target = p.Port
+	if v.Has("targetPort") {
+		if f := v.Field("targetPort"); f.IsText() {
+			p.Target = 0
+			p.TargetName, _ = f.Text()
+		} else {
+			p.Target = uint16(portNumber(f))
+		}
+	}
+	return p, v.Fine()
 }
