@@ -208,6 +208,30 @@ func TestSteeredService(t *testing.T) {
 			}
 			x.exchange(server, "first")
 		})
+		// Another of the service's workloads may be under L7: this one's answers
+		// go the way that the calls have gone.
+		t.Run("wholly allowed", func(t *testing.T) {
+			x := newServing(t, is4)
+			s, _ := x.steering(x.d)
+			f := x.forwarder(s)
+			ip, ns, _ := x.backend("another node")
+			x.lead(ip)
+			x.allow(client, x.backendPort)
+			var services []datapath.L7Service
+			for _, proto := range []uint8{unix.IPPROTO_TCP, unix.IPPROTO_UDP} {
+				services = append(services, datapath.L7Service{Set: x.ep.Policy, Address: x.service, Protocol: proto})
+			}
+			x.must(x.d.SetL7Services(services))
+			server := x.udp(ns, ip, x.backendPort)
+			x.call("datagram")
+			x.exchange(server, "datagram")
+			c, srv := x.tcp(ns, ip)
+			x.say(srv, c, "the server first")
+			x.say(c, srv, "the client")
+			if n := len(f.saw()); n != 2 {
+				t.Errorf("the proxy saw %d, want 2: %v", n, f.saw())
+			}
+		})
 		t.Run("not told", func(t *testing.T) {
 			x := newServing(t, is4)
 			s, _ := x.steering(x.d)

@@ -127,7 +127,7 @@ separate int judge_anew(struct __sk_buff *skb, struct pc_life *l)
 		return reason;
 	if (known && steer_sticks(l))
 		l->p.l7 = 1 + jdir;
-	else if (unlikely(l->p.l7) && l->p.translated && !steered_service(l))
+	else if (l->p.translated && !steered_backend(l))
 		return PC_REASON_L7_UNAVAILABLE;
 	if (!endpoint_unchanged(skb, l, ep))
 		return PC_REASON_NO_ENDPOINT;

@@ -80,6 +80,18 @@ separate int steered_service(struct pc_life *l)
 			  l->p.proto) & PC_L7_SERVICE_STEERED;
 }
 
+/* Was a packet that the node has translated, as far as it must go through the
+ * proxy, there? What was sent there for a service stays there, though policy lets
+ * it pass wholly at this backend: its answers go the way that it came. */
+separate int steered_backend(struct pc_life *l)
+{
+	if (!l || !steered_service(l))
+		return l && !l->p.l7;
+	if (!(l->ep_flags & PC_EP_AUDIT))
+		l->p.l7 = L7_BY_EGRESS;
+	return 1;
+}
+
 /* A packet to a service, and who that is will be known later: does it have to go
  * through the proxy? */
 separate int steer_service(struct __sk_buff *skb, struct pc_life *l)
