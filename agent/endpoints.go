@@ -74,7 +74,7 @@ type policySet struct {
 	lost uint32 // endpoint.lost, as it counts there
 	svid bool   // its rules ask for evidence svid where they name none
 
-	former uint32 // the endpoint's set before; 0: none
+	former []uint32 // the endpoint's sets before, the latest first; see formerSets
 }
 
 // Errors of a registration.

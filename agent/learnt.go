@@ -50,6 +50,19 @@ const (
 	namesExpiry = 5 * time.Second
 )
 
+// formerSets is how many changes of policy an answer may be under way for. One that
+// has seen more is refused, and asked for again.
+const formerSets = 16
+
+// before returns the former sets of the one that comes after p.
+func (p policySet) before() []uint32 {
+	if p.id == 0 {
+		return nil
+	}
+	all := append([]uint32{p.id}, p.former...)
+	return all[:min(len(all), formerSets)]
+}
+
 // namesRecord is the file.
 type namesRecord struct {
 	Boot  identity.BootID                `json:"boot"`
@@ -85,9 +98,9 @@ func (l *loop) learnNames(ctx context.Context, c proxy.Conn, set uint32, a feed.
 
 func (l *loop) learn(client netip.Addr, set uint32, name string, answer []names.Address) error {
 	e := l.byIP[client]
-	// The set is the endpoint's own, now or before its last change: of another one,
+	// The set is the endpoint's own, now or before its last changes: of another one,
 	// which had the address before, this says nothing.
-	if e == nil || e.policy.id != set && (set == 0 || e.policy.former != set) {
+	if e == nil || e.policy.id != set && !slices.Contains(e.policy.former, set) {
 		return errNobody
 	}
 	if e.subject.Stale() {

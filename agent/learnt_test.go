@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
@@ -107,6 +108,27 @@ func TestLearnt(t *testing.T) {
 	}
 	if err := l.learn(netip.MustParseAddr("10.1.1.99"), a.policy.id, "www.example.com", one); !errors.Is(err, errNobody) {
 		t.Errorf("nobody's address: %v", err)
+	}
+
+	// What was asked for under an earlier set of its own counts.
+	asked := a.policy.id
+	n.importPolicy(l, strings.Replace(denyAll, "podSelector: {}", "podSelector: {matchLabels: {app: a0}}", 1))
+	n.importPolicy(l, strings.Replace(denyAll, "podSelector: {}", "podSelector: {matchLabels: {app: none}}", 1))
+	if a.policy.id == asked || len(a.policy.former) < 2 {
+		t.Fatalf("the policy has not changed twice: %d, before it %v", a.policy.id, a.policy.former)
+	}
+	if err := l.learn(a.ips[0], asked, "late.example.com", one); err != nil {
+		t.Errorf("asked for under an earlier set: %v", err)
+	}
+	if at, _ := n.worldAt(l, "198.51.100.99"); !reaches(a, at, 80) {
+		t.Error("asked for under an earlier set, and not admitted")
+	}
+	e := policySet{id: 1}
+	for id := range uint32(3 * formerSets) {
+		e = policySet{id: id + 2, former: e.before()}
+	}
+	if len(e.former) != formerSets || e.former[0] != e.id-1 {
+		t.Errorf("kept of %d: %v", e.id, e.former)
 	}
 
 	// A restart keeps it.

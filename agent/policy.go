@@ -330,7 +330,7 @@ func (l *loop) applyPolicies() error {
 			same[e] = set
 			continue
 		}
-		p := policySet{id: l.dp.State().NextPolicySet(), set: set, lost: e.lost, svid: e.policy.svid, former: e.policy.id}
+		p := policySet{id: l.dp.State().NextPolicySet(), set: set, lost: e.lost, svid: e.policy.svid, former: e.policy.before()}
 		next[e] = p
 		if err := l.putSet(p.id, set, e.policy); err != nil {
 			undo()

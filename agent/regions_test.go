@@ -237,9 +237,9 @@ func TestNotEnforcedIsRefused(t *testing.T) {
 	n := newNode(t)
 	l := n.mustStart()
 	defer n.crash(l)
-	file := &api.PolicyFile{Name: "f.yaml", Content: []byte(cidrGroup + "---\n" + strings.Replace(blockPolicy, "toCIDRSet: [", "toFQDNs: [{matchName: example.com}]}, {toCIDRSet: [", 1))}
+	file := &api.PolicyFile{Name: "f.yaml", Content: []byte(cidrGroup + "---\n" + strings.Replace(blockPolicy, "toCIDRSet: [", "authentication: {mode: test-always-fail}}, {toCIDRSet: [", 1))}
 	r, err := (&server{l: l}).ImportPolicies(t.Context(), &api.ImportPoliciesRequest{Files: []*api.PolicyFile{file}})
-	if err != nil || len(r.Imported) != 0 || len(r.Problems) != 1 || !strings.HasSuffix(r.Problems[0].Field, "egress[0].toFQDNs") {
+	if err != nil || len(r.Imported) != 0 || len(r.Problems) != 1 || !strings.HasSuffix(r.Problems[0].Field, "egress[0].authentication.mode") {
 		t.Errorf("imported %v, problems %v (%v)", r.GetImported(), r.GetProblems(), err)
 	}
 	if got := l.objects(); len(got) != 0 {

@@ -91,3 +91,21 @@ func TestServicesInside(t *testing.T) {
 	services[0].Selector = map[string]string{"app": "x"}
 	check("with another selector", "", "", "10.96.0.2:80/6", "")
 }
+
+// Who lets nobody in by names need not hear what they are told.
+func TestInsideKnowsOfNames(t *testing.T) {
+	rules := func(peers ...PeerSelector) Set {
+		repo := NewRepository(Options{})
+		rule := Rule{Direction: abi.DirEgress, Action: Allow, AnyPort: true, Peers: peers}
+		if err := repo.Put(&Policy{Ref: Ref{"Test", "a", "p"}, Specs: []Spec{{DenyEgress: true, Rules: []Rule{rule}}}}); err != nil {
+			t.Fatal(err)
+		}
+		return repo.Compile(identity.New("", "a", "", nil), func(func(identity.Numeric, Peer) bool) {})
+	}
+	if !rules(Selector{}).Inside().NoNames || !(Set{}).Inside().NoNames {
+		t.Error("without names: they are asked for")
+	}
+	if rules(Selector{}, DNSName{Name: "a.example"}).Inside().NoNames {
+		t.Error("with names: they are not asked for")
+	}
+}

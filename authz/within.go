@@ -26,6 +26,9 @@ type Inside struct {
 	Peers  map[identity.Numeric]int `json:"peers,omitempty"`
 	// Enforce: the direction is under policy.
 	Enforce [abi.DirMax]bool `json:"enforce"`
+	// NoNames: no rule picks anybody by DNS names, so nobody has to hear what the
+	// subject is told of them.
+	NoNames bool `json:"noNames,omitempty"`
 	// Hosts are the numbers of the subject's own node if it is let in whatever
 	// policies do not allow (Set.LocalHost).
 	Hosts []identity.Numeric `json:"hosts,omitempty"`
@@ -64,7 +67,7 @@ func (s Set) LooksInside() bool { return s.compiled.looksInside() }
 // Inside returns what the set says inside protocols now. Peers that are added
 // later: InsideOf.
 func (s Set) Inside() *Inside {
-	out := &Inside{}
+	out := &Inside{NoNames: !s.picksByNames()}
 	for dir := range abi.DirMax {
 		out.Enforce[dir] = s.Enforce(dir)
 	}
@@ -99,6 +102,13 @@ func (s Set) Inside() *Inside {
 		out.Peers[n] = at
 	}
 	return out
+}
+
+// picksByNames reports whether a rule picks peers by DNS names.
+func (s Set) picksByNames() bool {
+	return s.compiled != nil && slices.ContainsFunc(s.rules, func(r numbered) bool {
+		return slices.ContainsFunc(r.Peers, func(p PeerSelector) bool { _, byName := innermost(p).(DNSName); return byName })
+	})
 }
 
 // InsideOf returns the part of Inside that speaks of one peer, and whether it is

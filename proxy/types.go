@@ -32,6 +32,8 @@ type Decision struct {
 	Rules         []*l7.Rules
 	Subject, Peer Party
 	Epoch         uint32 // the policy set; the same epoch has the same rules
+	// NoNames: no rule of the set hangs on what the subject is told by DNS.
+	NoNames bool
 }
 
 // Party is one end of a flow.

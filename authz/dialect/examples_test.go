@@ -171,7 +171,7 @@ func TestExamplesNotEnforced(t *testing.T) {
 		"networkpolicy-L7.yaml": `networkpolicy-L7.yaml:21: document 1: spec.ingress[0].toPorts[0].rules.http: it needs a proxy, and there is none: remove rules to allow the whole port, or remove the port`,
 		"talk-policies.yaml": `talk-policies.yaml:17: document 1: spec.ingress[0].toPorts[0].rules.http: it needs a proxy, and there is none: remove rules to allow the whole port, or remove the port
 talk-policies.yaml:36: document 2: spec.egress[0].toPorts[0].rules.dns: it needs a proxy, and there is none: remove rules to allow the whole port, or remove the port
-talk-policies.yaml:38: document 2: spec.egress[1].toFQDNs: not enforced yet: names are not learnt from DNS; write the addresses into toCIDR, or leave the peers out and name toPorts for everybody
+talk-policies.yaml:38: document 2: spec.egress[1].toFQDNs: it needs a proxy, and there is none: write the addresses into toCIDR, or leave the peers out and name toPorts for everybody
 talk-policies.yaml:47: document 3: spec.nodeSelector: not enforced yet: policies for nodes have no datapath; protect the node by its own firewall, and workloads by endpointSelector`,
 	} {
 		policies, err := parse(file, example(t, file))

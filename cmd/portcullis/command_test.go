@@ -377,14 +377,14 @@ kind: CiliumClusterwideNetworkPolicy
 metadata: {name: names}
 spec:
   endpointSelector: {}
-  egress: [{toFQDNs: [{matchName: example.com}]}]
+  egress: [{authentication: {mode: test-always-fail}}]
 ---
 apiVersion: cilium.io/v2
 kind: CiliumCIDRGroup
 metadata: {name: g}
 spec: {externalCIDRs: [10.0.0.0/8]}
 `
-	const first = "standard input:6: document 1: spec.egress[0].toFQDNs: not enforced yet: "
+	const first = "standard input:6: document 1: spec.egress[0].authentication.mode: not enforced yet: "
 	got := command(t.Context(), "/nonexistent", policy, "policy", "validate", "-f", "-")
 	if got.code != exitOK || got.stdout != "CiliumClusterwideNetworkPolicy/names valid, but import refuses it\nCiliumCIDRGroup/g valid\n" ||
 		!strings.Contains(got.stderr, first) {

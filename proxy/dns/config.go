@@ -20,7 +20,8 @@ const (
 	UDP = 17
 )
 
-// Learner is told what an answer says before the client hears it, with the
+// Learner is told what an answer says before the client hears it, if a rule of its
+// policy set may hang on that (Decision.NoNames), with the
 // decision by which it was asked for, from many goroutines. The answer goes on only when Learn returns nil; it must return soon
 // after ctx ends.
 type Learner interface {

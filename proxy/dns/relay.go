@@ -200,7 +200,8 @@ func (r *Relay) exchange(ctx context.Context, up asker, q *query, d proxy.Decisi
 			rec.DNS.TTL = a.TTL
 		}
 	}
-	if len(found) > 0 {
+	// Whom no rule lets in by names, nobody has to admit before it hears.
+	if len(found) > 0 && !d.NoNames {
 		if err := r.learn(ctx, rec.Conn, q, d, found); err != nil {
 			return nil, NotLearnt, err
 		}

@@ -296,6 +296,24 @@ func (l learnFunc) Learn(ctx context.Context, c proxy.Conn, d proxy.Decision, a 
 	return l(ctx, c, d, a)
 }
 
+// Where no rule hangs on names, nobody is asked, and nobody can fail.
+func TestNobodyLearns(t *testing.T) {
+	server := serve(t, zone(t, "a. 60 A 192.0.2.1"))
+	g := start(t, server, func(c *Config) {
+		judge := c.Judge
+		c.Judge = judgeFunc(func(f proxy.Conn) (proxy.Decision, error) {
+			d, err := judge.Judge(f)
+			d.NoNames = true
+			return d, err
+		})
+		c.Learner = learnFunc(func(context.Context, proxy.Conn, proxy.Decision, Answer) error { return errors.New("away") })
+	})
+	a := g.exchange(t, "udp", ask("a.", dns.TypeA))
+	if rec, how := g.outcome(t, "a."); a.Rcode != dns.RcodeSuccess || len(a.Answer) != 1 || how != Answered || len(rec.DNS.Addresses) != 1 {
+		t.Errorf("%v, recorded as %+v", a, rec)
+	}
+}
+
 func TestAnswerWaitsForLearn(t *testing.T) {
 	server := serve(t, zone(t, "a. 60 A 192.0.2.1"))
 	for name, c := range map[string]struct {

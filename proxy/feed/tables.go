@@ -103,7 +103,7 @@ func (t *Tables) judge(c proxy.Conn, flow Flow) (_ proxy.Decision, changed <-cha
 		// more: either way nobody can say how far it goes.
 		return proxy.Decision{}, t.changed, ErrDenied
 	}
-	return proxy.Decision{Everything: allowed.Everything, Rules: allowed.Rules, Peer: proxy.Party{Identity: flow.Peer}, Epoch: flow.Set}, nil, nil
+	return proxy.Decision{Everything: allowed.Everything, Rules: allowed.Rules, Peer: proxy.Party{Identity: flow.Peer}, Epoch: flow.Set, NoNames: x.inside.NoNames}, nil, nil
 }
 
 // Sets returns how many sets are known, for people.

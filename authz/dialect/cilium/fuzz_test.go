@@ -86,7 +86,7 @@ func checkPolicy(t *testing.T, p *authz.Policy) {
 			for _, x := range r.Peers {
 				switch x := x.(type) {
 				case authz.DNSName:
-					if p.Enforceable() == nil || strings.HasSuffix(x.Name+x.Pattern, ".") || strings.ToLower(x.Name+x.Pattern) != x.Name+x.Pattern {
+					if len(p.NeedsProxy) == 0 || strings.HasSuffix(x.Name+x.Pattern, ".") || strings.ToLower(x.Name+x.Pattern) != x.Name+x.Pattern {
 						t.Fatalf("%s: %+v", p.Ref, x)
 					}
 				case authz.Service:

@@ -223,7 +223,7 @@ func (p *peers) fqdns(v *dialect.Value) {
 			p.add(n)
 		}
 	})(v)
-	v.NotEnforced("names are not learnt from DNS; write the addresses into toCIDR, or leave the peers out and name toPorts for everybody")
+	v.NeedsProxy("write the addresses into toCIDR, or leave the peers out and name toPorts for everybody")
 }
 
 // parseDNSName parses an element of toFQDNs or of rules.dns.
