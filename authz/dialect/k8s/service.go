@@ -54,13 +54,7 @@ func parseService(doc *dialect.Document) (dialect.Result, []authz.Problem) {
 				}
 			})
 		}
-		if f := spec.Field("ports"); f != nil {
-			f.List(func(_ int, v *dialect.Value) {
-				if port, ok := servicePort(v); ok {
-					s.Ports = append(s.Ports, port)
-				}
-			})
-		}
+		s.Ports = servicePorts(spec)
 		if f := spec.Field("clusterIP"); f != nil {
 			add(f)
 		}
@@ -70,17 +64,7 @@ func parseService(doc *dialect.Document) (dialect.Result, []authz.Problem) {
 			}
 		}
 	}
-	if f := doc.Root().Field("status"); f != nil && f.IsObject() {
-		if f = f.Field("loadBalancer"); f != nil && f.IsObject() {
-			if f = f.Field("ingress"); f != nil {
-				f.List(func(_ int, v *dialect.Value) {
-					if v.IsObject() && v.Field("ip") != nil {
-						add(v.Field("ip"))
-					}
-				})
-			}
-		}
-	}
+	balancers(doc.Root(), add)
 	if external { // the API server looks at nothing else of it
 		if s.External == "" && len(doc.Problems()) == 0 {
 			spec.Refuse("field externalName is missing")
@@ -91,6 +75,35 @@ func parseService(doc *dialect.Document) (dialect.Result, []authz.Problem) {
 		return dialect.Result{}, bad
 	}
 	return dialect.Result{Services: []*authz.ServiceObject{s}}, nil
+}
+
+// balancers visits the addresses of load balancers that stand for the service.
+func balancers(root *dialect.Value, ip func(*dialect.Value)) {
+	f := root.Field("status")
+	for _, key := range []string{"loadBalancer", "ingress"} {
+		if f == nil || !f.IsObject() {
+			return
+		}
+		f = f.Field(key)
+	}
+	if f != nil {
+		f.List(func(_ int, v *dialect.Value) {
+			if v.IsObject() && v.Field("ip") != nil {
+				ip(v.Field("ip"))
+			}
+		})
+	}
+}
+
+func servicePorts(spec *dialect.Value) (out []authz.ServicePort) {
+	if f := spec.Field("ports"); f != nil {
+		f.List(func(_ int, v *dialect.Value) {
+			if port, ok := servicePort(v); ok {
+				out = append(out, port)
+			}
+		})
+	}
+	return out
 }
 
 // servicePort parses one of a service's ports. ok: it is one that can be looked
