@@ -76,8 +76,17 @@ func newHTTPProbeCmd(env *Env, method string) *cobra.Command {
 	}
 	o := addOutput(cmd)
 	timeout := cmd.Flags().Duration("timeout", 2*time.Second, "for the whole request")
+	fields := cmd.Flags().StringArray("header", nil, "NAME: VALUE of a field to send; may be repeated")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		r := probe.HTTP(cmd.Context(), method, args[0], *timeout)
+		header := http.Header{}
+		for _, f := range *fields {
+			name, value, ok := strings.Cut(f, ":")
+			if !ok || strings.TrimSpace(name) == "" {
+				return usageError{fmt.Errorf("--header %q is not NAME: VALUE", f)}
+			}
+			header.Add(strings.TrimSpace(name), strings.TrimSpace(value))
+		}
+		r := probe.HTTP(cmd.Context(), method, args[0], header, *timeout)
 		text := fmt.Sprintf("%d %s\n%s", r.Status, http.StatusText(r.Status), r.Body)
 		return tell(env, *o, r, r.OK, text, fmt.Sprintf("%s %s: %s", method, args[0], r.Error))
 	}

@@ -37,6 +37,13 @@ spec:
 `, webPort, method, path)}
 }
 
+// jedi is a tree of 2017: whoever has the force may call the exhaust port.
+const jedi = `{"name": "root", "rules": [
+  {"coverage": ["app=server"], "allow": ["app=client"]},
+  {"coverage": ["app=server"], "l4": [{"in-ports": [{"port": %d, "protocol": "tcp", "l7-parser": "http", "l7-rules": [
+    {"expr": "Method(\"POST\") && Path(\"/v1/request-landing\")"},
+    {"expr": "Method(\"PUT\") && Path(\"/v1/exhaust-port\") && Header(\"X-Has-Force\", \"true\")"}]}]}]}]}`
+
 // web is an HTTP server on the server workload.
 type web struct {
 	w    *world
@@ -80,12 +87,12 @@ func (x *web) call() (*caller, error) {
 	return &caller{x.w, c, bufio.NewReader(c)}, nil
 }
 
-// ask makes one request on the connection.
-func (c *caller) ask(method, path string, patience time.Duration) (code int, body string, err error) {
+// ask makes one request on the connection, with fields of a header.
+func (c *caller) ask(method, path string, patience time.Duration, header ...string) (code int, body string, err error) {
 	if err := c.c.SetDeadline(time.Now().Add(patience)); err != nil {
 		return 0, "", err
 	}
-	if _, err := fmt.Fprintf(c.c, "%s %s HTTP/1.1\r\nHost: server\r\nContent-Length: 0\r\n\r\n", method, path); err != nil {
+	if _, err := fmt.Fprintf(c.c, "%s %s HTTP/1.1\r\n%s\r\n\r\n", method, path, strings.Join(append(header, "Host: server", "Content-Length: 0"), "\r\n")); err != nil {
 		return 0, "", err
 	}
 	r, err := http.ReadResponse(c.r, nil)
@@ -98,9 +105,9 @@ func (c *caller) ask(method, path string, patience time.Duration) (code int, bod
 }
 
 // says checks what a request is answered with.
-func (c *caller) says(when, method, path string, code int) {
+func (c *caller) says(when, method, path string, code int, header ...string) {
 	c.w.t.Helper()
-	got, body, err := c.ask(method, path, patience)
+	got, body, err := c.ask(method, path, patience, header...)
 	want := c.c.LocalAddr().String()
 	if code == http.StatusForbidden {
 		want = "Access denied"
@@ -171,6 +178,11 @@ func TestRequests(t *testing.T) {
 	c.says("under another policy", "PUT", port, http.StatusOK)
 	w.must(w.ImportPoliciesAt(t.Context(), verifier, onlyRequests("POST", landing)))
 	c.says("under the first again", "PUT", port, http.StatusForbidden)
+	w.must(w.ImportPoliciesAt(t.Context(), verifier, &api.PolicyFile{Name: "tree.json", Content: fmt.Appendf(nil, jedi, webPort)}))
+	c.says("under the tree", "POST", landing, http.StatusOK)
+	c.says("without the force", "PUT", port, http.StatusForbidden)
+	c.says("with too little of it", "PUT", port, http.StatusForbidden, "X-Has-Force: false")
+	c.says("with the force", "PUT", port, http.StatusOK, "X-Has-Force: true")
 	x.puts.Store(0)
 
 	pid := w.proxyOf(verifier)

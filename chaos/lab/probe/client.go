@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
@@ -169,10 +170,10 @@ type HTTPResult struct {
 	TotalUS float64 `json:"total_us"`         // from the first SYN to the body's end
 }
 
-// HTTP sends one request on a fresh connection and reads the answer. OK means
+// HTTP sends one request, with the fields of header, on a fresh connection and reads the answer. OK means
 // that an answer came, whatever its status. Retransmits are read after the
 // answer, so that they count the whole exchange.
-func HTTP(ctx context.Context, method, url string, timeout time.Duration) HTTPResult {
+func HTTP(ctx context.Context, method, url string, header http.Header, timeout time.Duration) HTTPResult {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	var r HTTPResult
@@ -183,6 +184,7 @@ func HTTP(ctx context.Context, method, url string, timeout time.Duration) HTTPRe
 		if err != nil {
 			return err.Error()
 		}
+		maps.Copy(req.Header, header)
 		var conn net.Conn
 		t := &http.Transport{
 			DisableKeepAlives: true,

@@ -45,7 +45,7 @@ func serve(t *testing.T, f func(ctx context.Context, addr string) error) (netip.
 func TestDeathstar(t *testing.T) {
 	addr, done := serve(t, Deathstar)
 	ask := func(method, path string) HTTPResult {
-		return HTTP(t.Context(), method, "http://"+addr.String()+path, 5*time.Second)
+		return HTTP(t.Context(), method, "http://"+addr.String()+path, nil, 5*time.Second)
 	}
 	if r := ask(http.MethodPost, "/v1/request-landing"); !r.OK || r.Status != 200 || r.Body != "Ship landed\n" {
 		t.Errorf("landing: %+v", r)
@@ -71,7 +71,7 @@ func TestDeathstar(t *testing.T) {
 func TestHelloworld(t *testing.T) {
 	addr, _ := serve(t, func(ctx context.Context, addr string) error { return Helloworld(ctx, addr, "v1", "pod-7") })
 	const line = "Hello version: v1, instance: pod-7"
-	if r := HTTP(t.Context(), http.MethodGet, "http://"+addr.String()+"/hello", 5*time.Second); r.Status != 200 || r.Body != line+"\n" {
+	if r := HTTP(t.Context(), http.MethodGet, "http://"+addr.String()+"/hello", nil, 5*time.Second); r.Status != 200 || r.Body != line+"\n" {
 		t.Errorf("hello: %+v", r)
 	}
 	r := UDP(t.Context(), addr, UDPOptions{Count: 2, Timeout: 5 * time.Second})

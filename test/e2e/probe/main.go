@@ -150,7 +150,7 @@ func curl(ctx context.Context, args []string) error {
 	if !strings.Contains(url, "://") {
 		url = "http://" + url
 	}
-	r := probe.HTTP(ctx, method, url, timeout)
+	r := probe.HTTP(ctx, method, url, nil, timeout)
 	if !r.OK {
 		return fmt.Errorf("curl: %s", r.Error)
 	}
