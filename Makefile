@@ -26,7 +26,7 @@ BUILDVCS := $(shell git rev-parse HEAD >/dev/null 2>&1 && echo auto || echo fals
 BUILD = $(GO) build -trimpath -buildvcs=$(BUILDVCS)
 TEST_FLAGS ?= -count=1 -timeout=12m
 TEST_PACKAGES ?= ./...
-GENERATORS := $(wildcard */generate.sh */*/generate.sh)
+GENERATORS := $(wildcard */generate.sh */*/generate.sh */*/*/generate.sh)
 
 .PHONY: need-go
 need-go:

@@ -25,6 +25,7 @@ import (
 	"portcullis/identity/svid"
 	"portcullis/ipcache/lease"
 	"portcullis/observe/audit"
+	"portcullis/observe/hubble"
 	"portcullis/proxy/feed"
 )
 
@@ -139,11 +140,13 @@ func (l *loop) runParts(ctx context.Context, group *errgroup.Group, source *svid
 		run("cluster", l.followCluster)
 		run("addresses", l.followAddresses)
 	}
+	run("Hubble API", func(ctx context.Context) error { return l.serveHubble(ctx, source) })
 	run("local API", func(ctx context.Context) error { return serve(ctx, l, listener) })
 }
 
 // begin is the first thing that the loop does: after the adoptions.
 func (l *loop) begin() {
+	l.eventStarted()
 	for _, add := range l.pendingAdds {
 		l.stepOwner(add)
 	}
@@ -211,7 +214,7 @@ func newLoop(ctx context.Context, cfg Config, log *zap.Logger) (*loop, error) {
 		endpoints: map[identity.UID]*endpoint{}, byIP: map[netip.Addr]*endpoint{}, byEndpointID: map[uint32]*endpoint{}, byIfindex: map[uint32]*endpoint{},
 		holdIndexes: newIndexes(cfg.Endpoints, cfg.ReuseMargin), retryActivation: map[identity.UID]identity.Generation{}, retryClose: map[identity.UID]bool{}, nodeUIDs: map[identity.UID]netip.Addr{},
 		numerics: map[uint64]identity.Numeric{}, installedAt: map[uint64]lease.Time{}, policyFiles: map[authz.Ref]importedFile{}, groups: map[authz.Ref]*authz.Group{}, spaces: map[authz.Ref]*authz.NamespaceObject{}, services: map[authz.Ref]*authz.ServiceObject{}, slices: map[authz.Ref]*authz.SliceObject{},
-		names: newDirectory(), peerSessions: map[identity.NodeName]*audit.Session{}, monitors: newMonitors(cfg.Flows), alarms: newAlarms()}
+		names: newDirectory(), peerSessions: map[identity.NodeName]*audit.Session{}, monitors: newMonitors(cfg.Flows), events: hubble.NewEvents(), alarms: newAlarms()}
 	l.coverage.since = l.started
 	l.proxyWanted = make(chan struct{})
 	if cfg.Proxy {

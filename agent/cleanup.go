@@ -40,6 +40,11 @@ func Purge(ctx context.Context, cfg Config, log *zap.Logger) error {
 		if err := os.Remove(cfg.APISocket); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("purge: %w", err)
 		}
+		if path := cfg.hubblePath(); path != "" {
+			if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return fmt.Errorf("purge: %w", err)
+			}
+		}
 		for _, dir := range []string{cfg.StateDir, cfg.JournalDir} {
 			if err := removeTree(dir); err != nil {
 				return fmt.Errorf("purge: %w", err)

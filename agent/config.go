@@ -156,7 +156,7 @@ type Config struct {
 	Connections          int // of other agents, at a time
 	HeldBytes            int // of the ring of held packets; a power of two
 	EventBytes           int // of the ring of flow events; a power of two
-	Flows                int // records that the agent keeps of the last flows; 0: none
+	Seeing
 
 	// Kubernetes: nodes, policies, namespaces and who this node's pods are come
 	// from the API server, by the service account of a pod, or by Kubeconfig.
@@ -192,7 +192,7 @@ func Default() Config {
 		HoldTimeout: time.Second, IdleBinding: 5 * time.Minute,
 		HoldPerEndpoint: 64, HoldPerSource: 16, HoldTotal: 4096, Bindings: 65536, Conntrack: 131072, PolicyEntries: 262144,
 		FragmentsPerEndpoint: 64, Endpoints: 1024, RangeEntries: 65536, SourceEntries: 4096, ServiceEntries: 65536,
-		Grants: 65536, Sessions: 4093, Connections: session.DefaultConnections, HeldBytes: 8 << 20, EventBytes: 1 << 20, Flows: 16384,
+		Grants: 65536, Sessions: 4093, Connections: session.DefaultConnections, HeldBytes: 8 << 20, EventBytes: 1 << 20, Seeing: Seeing{Flows: 16384, HubbleSocket: "hubble.sock"},
 	}
 }
 
@@ -300,7 +300,7 @@ func (c *Config) validateSizes() (errs []error) {
 			bad("%s %d: want at least 1", flag, n)
 		}
 	}
-	errs = append(errs, c.validateFlows()...)
+	errs = append(errs, c.validateSeeing()...)
 	if c.Sessions > maxSessions {
 		bad("--sessions %d: want at most %d", c.Sessions, maxSessions)
 	}

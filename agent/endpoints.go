@@ -17,6 +17,7 @@ import (
 	"portcullis/datapath"
 	"portcullis/identity"
 	"portcullis/ipcache/lease"
+	flowpb "portcullis/observe/hubble/api/flow"
 )
 
 // workload is what a registration says: who holds which IPs, behind which
@@ -157,6 +158,7 @@ func (l *loop) add(e *endpoint) {
 		l.hold(e)
 	}
 	l.names.addEndpoint(e)
+	l.eventEndpoint(flowpb.AgentEventType_ENDPOINT_CREATED, e)
 	l.follow(e)
 }
 
@@ -392,6 +394,7 @@ func (l *loop) deregister(uid identity.UID) (existed bool, err error) {
 	delete(l.retryActivation, uid)
 	delete(l.retryClose, uid)
 	l.names.removeEndpoint(e)
+	l.eventEndpoint(flowpb.AgentEventType_ENDPOINT_DELETED, e)
 	l.forgetWorkload(uid)
 	l.unfollow(uid)
 	l.stepOwner(lease.Delete{UID: uid})

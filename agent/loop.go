@@ -19,6 +19,7 @@ import (
 	"portcullis/ipcache/lease"
 	"portcullis/ipcache/session"
 	"portcullis/observe/audit"
+	"portcullis/observe/hubble"
 	"portcullis/proxy/feed"
 )
 
@@ -120,12 +121,13 @@ type loop struct {
 	lostBefore                         lostTotals // at the start those of earlier agents
 	notTaken                           uint64     // re-injected, and dropped on the way: see inject
 
-	names         *directory    // safe for concurrent use
-	monitors      *monitors     // safe for concurrent use
-	heldTimes     heldTimes     // safe for concurrent use
-	feed          *feed.Server  // what the proxy must know; safe for concurrent use; nil: --proxy=false
-	steering      bool          // flows are steered into the proxy where policies ask for it
-	proxyWanted   chan struct{} // closed with steering
+	names         *directory     // safe for concurrent use
+	monitors      *monitors      // safe for concurrent use
+	heldTimes     heldTimes      // safe for concurrent use
+	events        *hubble.Events // safe for concurrent use; nil in tests: none are kept
+	feed          *feed.Server   // what the proxy must know; safe for concurrent use; nil: --proxy=false
+	steering      bool           // flows are steered into the proxy where policies ask for it
+	proxyWanted   chan struct{}  // closed with steering
 	proxyRestarts atomic.Uint64
 	alarms        *alarms // safe for concurrent use
 	started       time.Time

@@ -10,6 +10,7 @@ import (
 	"portcullis/datapath"
 	"portcullis/identity"
 	"portcullis/ipcache/lease"
+	flowpb "portcullis/observe/hubble/api/flow"
 )
 
 // stepOwner feeds the owner machine and carries out, in order, what it wants
@@ -153,6 +154,7 @@ func (l *loop) write(w lease.Write) error {
 	case lease.Zero:
 		err := l.dp.ZeroSlot(w.Slot, w.Stamp, w.IP)
 		if n, ok := l.numerics[w.Stamp]; ok && err == nil {
+			l.eventBinding(flowpb.AgentEventType_IPCACHE_DELETED, w.IP, n, "", "")
 			delete(l.numerics, w.Stamp)
 			delete(l.installedAt, w.Stamp)
 			l.names.setLease(w.Stamp, 0)
@@ -206,6 +208,7 @@ func (l *loop) install(w lease.Install) error {
 	l.numerics[w.Stamp] = n
 	l.installedAt[w.Stamp] = l.now()
 	l.names.setLease(w.Stamp, w.Lease)
+	l.eventBinding(flowpb.AgentEventType_IPCACHE_UPSERTED, w.Binding.IP, n, w.Binding.Owner, w.Binding.Identity.Namespace)
 	l.settled(n, w.Binding)
 	return nil
 }

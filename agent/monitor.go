@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"fmt"
 	"sync"
 
 	"portcullis/observe/flow"
@@ -32,16 +31,6 @@ func newMonitors(keep int) *monitors {
 		m.ring = flow.NewRing(keep)
 	}
 	return m
-}
-
-// maxFlows bounds --flows: 2 GiB.
-const maxFlows = 1 << 22
-
-func (c *Config) validateFlows() (errs []error) {
-	if c.Flows < 0 || c.Flows > maxFlows {
-		errs = append(errs, fmt.Errorf("--flows %d: want 0 to %d", c.Flows, maxFlows))
-	}
-	return errs
 }
 
 // maxMonitors bounds the readers: their queues are memory of the agent's.

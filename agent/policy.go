@@ -256,6 +256,9 @@ func (l *loop) changePolicies() *policyUndo {
 
 // done ends a change that went through.
 func (u *policyUndo) done() {
+	for _, o := range u.old {
+		u.l.eventPolicy(o.Ref)
+	}
 	for _, e := range u.l.endpoints {
 		if e.lost != 0 {
 			return

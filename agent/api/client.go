@@ -82,13 +82,17 @@ func (c *Client) Close() error { return c.conn.Close() }
 // only (0660), and its directory. A socket left behind by a dead agent is
 // replaced; one that somebody listens on is an error. Closing the listener
 // removes the socket.
-func Listen(socket string) (net.Listener, error) {
+func Listen(socket string) (net.Listener, error) { return ListenUnix(socket, "--api-socket") }
+
+// ListenUnix makes such a socket for another purpose; flag is the setting that
+// named it, for errors.
+func ListenUnix(socket, flag string) (net.Listener, error) {
 	if conn, err := net.DialTimeout("unix", socket, time.Second); err == nil {
 		conn.Close()
-		return nil, fmt.Errorf("%s: another agent listens there: stop it, or give this one another --api-socket", socket)
+		return nil, fmt.Errorf("%s: another agent listens there: stop it, or give this one another %s", socket, flag)
 	}
 	if info, err := os.Lstat(socket); err == nil && info.Mode().Type() != fs.ModeSocket {
-		return nil, fmt.Errorf("%s: exists and is not a socket: remove it, or give another --api-socket", socket)
+		return nil, fmt.Errorf("%s: exists and is not a socket: remove it, or give another %s", socket, flag)
 	}
 	dir := filepath.Dir(socket)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -103,7 +107,7 @@ func Listen(socket string) (net.Listener, error) {
 	defer os.RemoveAll(private)
 	bound := filepath.Join(private, "s")
 	if len(bound) >= len(syscall.RawSockaddrUnix{}.Path) {
-		return nil, fmt.Errorf("%s: too long for a socket's name: give a shorter --api-socket", socket)
+		return nil, fmt.Errorf("%s: too long for a socket's name: give a shorter %s", socket, flag)
 	}
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: bound, Net: "unix"})
 	if err != nil {

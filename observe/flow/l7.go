@@ -58,24 +58,38 @@ func (f Formatter) lineL7(r *Record) string {
 	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "-> Request %s from %s to %s, identity %s->%s, verdict %s", what, end(&r.Source), end(&r.Dest), r.Source.Identity, r.Dest.Identity, verdict)
+	x.summary(&b)
+	return printable(b.String())
+}
+
+// Summary tells what was asked for and what came of it:
+//
+//	PUT http://deathstar/v1/exhaust-port => 403 (1.2ms): no rule allows it
+func (x *L7) Summary() string {
+	var b strings.Builder
+	x.summary(&b)
+	return printable(strings.TrimPrefix(b.String(), " "))
+}
+
+func (x *L7) summary(b *strings.Builder) {
 	switch {
 	case x.Method != "":
-		fmt.Fprintf(&b, " %s http://%s%s => %d", x.Method, x.Host, x.Path, x.Status)
+		fmt.Fprintf(b, " %s http://%s%s => %d", x.Method, x.Host, x.Path, x.Status)
 	case x.Protocol == "dns" && x.Name != "":
-		fmt.Fprintf(&b, " DNS Query: %s. %s", x.Name, queryType(x.Type))
+		fmt.Fprintf(b, " DNS Query: %s. %s", x.Name, QueryType(x.Type))
 		for i, a := range x.Addresses {
 			b.WriteString([2]string{" => ", ", "}[min(i, 1)] + a.String())
 		}
 		if len(x.Addresses) > 0 {
-			fmt.Fprintf(&b, " TTL %s", Age(x.TTL))
+			fmt.Fprintf(b, " TTL %s", Age(x.TTL))
 		} else if x.Code > 0 {
-			fmt.Fprintf(&b, " => code %d", x.Code)
+			fmt.Fprintf(b, " => code %d", x.Code)
 		}
 	case x.Name != "":
-		fmt.Fprintf(&b, " %s", x.Name)
+		b.WriteString(" " + x.Name)
 	}
 	if x.Latency > 0 {
-		fmt.Fprintf(&b, " (%s)", Age(x.Latency))
+		fmt.Fprintf(b, " (%s)", Age(x.Latency))
 	}
 	if x.Rule != "" {
 		b.WriteString(", by " + x.Rule)
@@ -83,7 +97,6 @@ func (f Formatter) lineL7(r *Record) string {
 	if x.Reason != "" {
 		b.WriteString(": " + x.Reason)
 	}
-	return printable(b.String())
 }
 
 // printable replaces what would write to the terminal: workloads choose some of
@@ -106,7 +119,8 @@ func list(labels []string) string {
 
 var queryTypes = map[uint16]string{1: "A", 2: "NS", 5: "CNAME", 6: "SOA", 12: "PTR", 15: "MX", 16: "TXT", 28: "AAAA", 33: "SRV", 64: "SVCB", 65: "HTTPS"}
 
-func queryType(t uint16) string {
+// QueryType returns the name of a type of DNS queries.
+func QueryType(t uint16) string {
 	if s, ok := queryTypes[t]; ok {
 		return s
 	}

@@ -1,0 +1,233 @@
+package agent
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"go.uber.org/zap"
+	"golang.org/x/net/netutil"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/protobuf/types/known/timestamppb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"portcullis/agent/api"
+	"portcullis/authz"
+	"portcullis/identity"
+	"portcullis/ipcache/session"
+	"portcullis/observe/hubble"
+	flowpb "portcullis/observe/hubble/api/flow"
+)
+
+// Seeing are the settings of the flow records and of who may read them.
+type Seeing struct {
+	// Flows is how many records the agent keeps of the last flows; 0: none, and
+	// nothing is served by the Hubble API.
+	Flows int
+	// HubbleSocket is the unix socket of the Hubble API (0660); a name without a
+	// slash is in the directory of APISocket; "": none.
+	HubbleSocket string
+	// HubbleListen is the address and port of the Hubble API for other nodes,
+	// over TLS with SVIDs; "": none.
+	HubbleListen string
+	// HubbleClients are the SPIFFE IDs that may read flows there, beside the
+	// agents of the trust domain.
+	HubbleClients []string
+}
+
+// maxFlows bounds --flows: 2 GiB.
+const maxFlows = 1 << 22
+
+// Bounds of the Hubble API's listener on TLS.
+const (
+	hubbleConnections = 256
+	hubbleHandshake   = 5 * time.Second
+)
+
+func (c *Config) validateSeeing() (errs []error) {
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	if c.Flows < 0 || c.Flows > maxFlows {
+		bad("--flows %d: want 0 to %d", c.Flows, maxFlows)
+	}
+	if c.HubbleListen != "" {
+		if _, port, err := net.SplitHostPort(c.HubbleListen); err != nil || port == "" {
+			bad("--hubble-listen %q: want ADDRESS:PORT, or :PORT for every address of the node", c.HubbleListen)
+		}
+		if c.Flows == 0 {
+			bad("--hubble-listen without --flows: there is nothing to serve")
+		}
+	}
+	for _, id := range c.HubbleClients {
+		if _, err := spiffeid.FromString(id); err != nil {
+			bad("--hubble-client %q: %v", id, err)
+		}
+	}
+	return errs
+}
+
+// hubblePath returns where the Hubble API's socket is, "": nowhere.
+func (c *Config) hubblePath() string {
+	if c.HubbleSocket == "" || c.Flows == 0 || strings.Contains(c.HubbleSocket, "/") {
+		return c.HubbleSocket
+	}
+	return filepath.Join(filepath.Dir(c.APISocket), c.HubbleSocket)
+}
+
+// serveHubble serves the flow records by Hubble's API until ctx ends.
+func (l *loop) serveHubble(ctx context.Context, source hubbleSource) error {
+	if l.monitors.ring == nil {
+		return nil // nothing is kept
+	}
+	peers := func() []hubble.Peer { return l.hubblePeers() }
+	s := hubble.NewServer(hubble.Options{Place: hubble.Place{Node: string(l.cfg.Node), Cluster: l.cfg.ClusterName, Version: Version()},
+		Ring: l.monitors.ring, Events: l.events, Started: l.started, Peers: peers, Address: l.hubbleAddress(firstAddr(l.cfg.NodeIPs))})
+	done := make(chan error, 2)
+	running := 0
+	start := func(ln net.Listener, opts ...grpc.ServerOption) {
+		g := grpc.NewServer(append(opts, grpc.MaxConcurrentStreams(128), grpc.ConnectionTimeout(hubbleHandshake))...)
+		s.Register(g)
+		stop := context.AfterFunc(ctx, g.Stop)
+		running++
+		go func() { defer stop(); done <- g.Serve(ln) }()
+	}
+	if path := l.cfg.hubblePath(); path != "" {
+		ln, err := api.ListenUnix(path, "--hubble-socket")
+		if err != nil {
+			return err
+		}
+		defer ln.Close()
+		start(ln)
+	}
+	if l.cfg.HubbleListen != "" {
+		cfg, err := l.hubbleTLS(source)
+		if err != nil {
+			return err
+		}
+		ln, err := (&net.ListenConfig{}).Listen(ctx, "tcp", l.cfg.HubbleListen)
+		if err != nil {
+			return fmt.Errorf("--hubble-listen: %w", err)
+		}
+		defer ln.Close()
+		start(netutil.LimitListener(ln, hubbleConnections), grpc.Creds(credentials.NewTLS(cfg)))
+		l.log.Info("flows are served to other nodes", zap.String("address", l.cfg.HubbleListen))
+	}
+	var errs []error
+	for range running {
+		if err := <-done; ctx.Err() == nil {
+			errs = append(errs, err)
+		}
+	}
+	if running == 0 {
+		<-ctx.Done()
+	}
+	return errors.Join(errs...)
+}
+
+// hubbleSource is where the SVID and the bundle of the API come from.
+type hubbleSource interface {
+	x509svid.Source
+	x509bundle.Source
+}
+
+// hubbleTLS asks every client for an SVID of this trust domain: of an agent, or
+// one that --hubble-client names. Flow records tell who talks to whom: nobody
+// else reads them. Resumed handshakes would skip that check, so there are none.
+func (l *loop) hubbleTLS(source hubbleSource) (*tls.Config, error) {
+	td, err := spiffeid.TrustDomainFromString(l.cfg.TrustDomain)
+	if err != nil {
+		return nil, err
+	}
+	cfg := tlsconfig.MTLSServerConfig(source, source, tlsconfig.AdaptMatcher(func(id spiffeid.ID) error {
+		if slices.Contains(l.cfg.HubbleClients, id.String()) {
+			return nil
+		}
+		_, err := session.NodeOf(td, id)
+		return err
+	}))
+	cfg.MinVersion, cfg.SessionTicketsDisabled = tls.VersionTLS13, true
+	cfg.VerifyConnection = func(s tls.ConnectionState) error {
+		if s.DidResume {
+			return errors.New("a resumed handshake does not check the peer")
+		}
+		return nil
+	}
+	return cfg, nil
+}
+
+// hubblePeers returns the nodes that are known, this one first. They are taken
+// to serve flows at the port at which this one does.
+func (l *loop) hubblePeers() []hubble.Peer {
+	place := hubble.Place{Node: string(l.cfg.Node), Cluster: l.cfg.ClusterName}
+	out := []hubble.Peer{{Name: place.Name(), Address: l.hubbleAddress(firstAddr(l.cfg.NodeIPs))}}
+	for name, p := range l.topology.Load().peers {
+		place.Node = string(name)
+		out = append(out, hubble.Peer{Name: place.Name(), Address: l.hubbleAddress(p.Address.Addr())})
+	}
+	slices.SortFunc(out[1:], func(a, b hubble.Peer) int { return strings.Compare(a.Name, b.Name) })
+	return out
+}
+
+// hubbleAddress returns where a node with that address serves flows, "": it is
+// not known.
+func (l *loop) hubbleAddress(node netip.Addr) string {
+	_, port, err := net.SplitHostPort(l.cfg.HubbleListen)
+	if err != nil || !node.IsValid() {
+		return ""
+	}
+	return net.JoinHostPort(node.String(), port)
+}
+
+func firstAddr(ips []netip.Addr) netip.Addr {
+	if len(ips) == 0 {
+		return netip.Addr{}
+	}
+	return ips[0]
+}
+
+// ---- events of the agent, for the Hubble API ---------------------------
+
+func (l *loop) eventStarted() {
+	l.events.Put(time.Now(), &flowpb.AgentEvent{Type: flowpb.AgentEventType_AGENT_STARTED,
+		Notification: &flowpb.AgentEvent_AgentStart{AgentStart: &flowpb.TimeNotification{Time: timestamppb.New(l.started)}}})
+}
+
+func (l *loop) eventEndpoint(kind flowpb.AgentEventType, e *endpoint) {
+	l.events.Put(time.Now(), &flowpb.AgentEvent{Type: kind, Notification: &flowpb.AgentEvent_EndpointUpdate{
+		EndpointUpdate: &flowpb.EndpointUpdateNotification{Id: uint64(e.id), Labels: e.identity.LabelList(), PodName: e.name, Namespace: e.namespace}}})
+}
+
+// eventPolicy tells that a policy stands, or does not any more.
+func (l *loop) eventPolicy(ref authz.Ref) {
+	kind := flowpb.AgentEventType_POLICY_DELETED
+	if _, there := l.object(ref); there {
+		kind = flowpb.AgentEventType_POLICY_UPDATED
+	}
+	l.events.Put(time.Now(), &flowpb.AgentEvent{Type: kind, Notification: &flowpb.AgentEvent_PolicyUpdate{
+		PolicyUpdate: &flowpb.PolicyUpdateNotification{Labels: []string{"portcullis:policy=" + api.FromRef(ref).Ref()}, RuleCount: 1}}})
+}
+
+func (l *loop) eventBinding(kind flowpb.AgentEventType, ip netip.Addr, n identity.Numeric, owner identity.NodeName, namespace string) {
+	if !ip.IsValid() {
+		return
+	}
+	u := &flowpb.IPCacheNotification{Cidr: netip.PrefixFrom(ip, ip.BitLen()).String(), Identity: uint32(n), Namespace: namespace}
+	if p, ok := l.topology.Load().peers[owner]; ok && p.Address.IsValid() {
+		u.HostIp = p.Address.Addr().String()
+	}
+	if kind == flowpb.AgentEventType_IPCACHE_DELETED {
+		u.OldIdentity = wrapperspb.UInt32(uint32(n))
+	}
+	l.events.Put(time.Now(), &flowpb.AgentEvent{Type: kind, Notification: &flowpb.AgentEvent_IpcacheUpdate{IpcacheUpdate: u}})
+}

@@ -1,0 +1,178 @@
+package hubble
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"portcullis/observe/flow"
+	flowpb "portcullis/observe/hubble/api/flow"
+	observerpb "portcullis/observe/hubble/api/observer"
+)
+
+// batch is how many records are read from the ring at a time.
+const batch = 64
+
+// query is a request for flows, compiled.
+type query struct {
+	filter       *Filter
+	extra        *Extra
+	mask         *Mask
+	number       uint64 // 0: no bound
+	first        bool
+	follow       bool
+	since, until time.Time // zero: no bound
+}
+
+func newQuery(req *observerpb.GetFlowsRequest) (q query, err error) {
+	if q.filter, err = Compile(req.GetWhitelist(), req.GetBlacklist()); err != nil {
+		return q, err
+	}
+	if q.mask, err = NewMask(req.GetFieldMask()); err != nil {
+		return q, err
+	}
+	if q.extra, err = extraOf(req.GetExtensions()); err != nil {
+		return q, err
+	}
+	for _, b := range []struct {
+		name string
+		from *timestamppb.Timestamp
+		to   *time.Time
+	}{{"since", req.GetSince(), &q.since}, {"until", req.GetUntil(), &q.until}} {
+		if b.from == nil {
+			continue
+		}
+		if err := b.from.CheckValid(); err != nil {
+			return q, fmt.Errorf("%s: %w", b.name, err)
+		}
+		*b.to = b.from.AsTime()
+	}
+	q.number, q.first, q.follow = req.GetNumber(), req.GetFirst(), req.GetFollow()
+	if q.first && q.follow {
+		return q, fmt.Errorf("first and follow do not go together: the first flows are of the past")
+	}
+	return q, nil
+}
+
+// choose returns the flow that the query shows of a record, nil: none.
+func (q *query) choose(p Place, r *flow.Record, number uint64) *flowpb.Flow {
+	if r.Lost != nil || !q.since.IsZero() && r.Time.Before(q.since) || !q.until.IsZero() && r.Time.After(q.until) || !q.extra.Match(r) {
+		return nil
+	}
+	for _, f := range p.From(r, number) {
+		if q.filter.Match(f) {
+			return f
+		}
+	}
+	return nil
+}
+
+// reader answers one query.
+type reader struct {
+	o    *Options
+	q    query
+	send func(*observerpb.GetFlowsResponse) error
+	buf  []flow.Record
+}
+
+// run sends what the query asks for: to the end of the ring, or with follow
+// until ctx ends. A record that was overwritten before it could be read is
+// told of as lost (I6).
+func (r *reader) run(ctx context.Context) error {
+	from, end := r.start()
+	var sent uint64
+	for {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if !r.q.follow && from >= end {
+			return nil
+		}
+		n, after, lost := r.o.Ring.Read(from, r.buf)
+		if err := r.lost(lost); err != nil {
+			return err
+		}
+		for i := range n {
+			number := after - uint64(n-i)
+			if !r.q.follow && number >= end {
+				return nil
+			}
+			ok, err := r.one(&r.buf[i], number)
+			if err != nil {
+				return err
+			}
+			if ok {
+				sent++
+			}
+			if r.q.first && r.q.number > 0 && sent == r.q.number {
+				return nil
+			}
+		}
+		from = after
+		if n > 0 {
+			continue
+		}
+		select {
+		case <-r.o.Ring.Wait(from):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// start returns where to begin, and the end of what is there now.
+func (r *reader) start() (from, end uint64) {
+	oldest, end := r.o.Ring.Bounds()
+	switch {
+	case r.q.first || !r.q.since.IsZero() && r.q.number == 0 || r.q.number >= end-oldest && r.q.number > 0:
+		return oldest, end
+	case r.q.number == 0 && r.q.follow:
+		return end, end
+	case r.q.number == 0:
+		return oldest, end
+	}
+	from = end
+	var found uint64
+	backwards(r.o.Ring, func(rec *flow.Record, number uint64) bool {
+		if number >= end || r.q.choose(r.o.Place, rec, number) == nil {
+			return true
+		}
+		from, found = number, found+1
+		return found < r.q.number
+	})
+	return from, end
+}
+
+// one sends a record, if the query asks for it.
+func (r *reader) one(rec *flow.Record, number uint64) (sent bool, err error) {
+	if rec.Lost != nil {
+		return false, r.send(r.o.Place.lost(rec.Lost, rec.Time))
+	}
+	f := r.q.choose(r.o.Place, rec, number)
+	if f == nil {
+		return false, nil
+	}
+	resp := &observerpb.GetFlowsResponse{NodeName: f.GetNodeName(), Time: f.GetTime()}
+	resp.ResponseTypes = &observerpb.GetFlowsResponse_Flow{Flow: r.q.mask.Apply(f)}
+	return true, r.send(resp)
+}
+
+func (r *reader) lost(n uint64) error {
+	if n == 0 {
+		return nil
+	}
+	return r.send(r.o.Place.lost(&flow.Lost{Count: n, Where: flow.LostRing}, time.Now()))
+}
+
+// lost tells of what nobody can know. Events of the proxy are lost in its queue.
+func (p Place) lost(l *flow.Lost, at time.Time) *observerpb.GetFlowsResponse {
+	source := map[flow.LostWhere]flowpb.LostEventSource{
+		flow.LostKernel: flowpb.LostEventSource_PERF_EVENT_RING_BUFFER,
+		flow.LostProxy:  flowpb.LostEventSource_OBSERVER_EVENTS_QUEUE,
+		flow.LostRing:   flowpb.LostEventSource_HUBBLE_RING_BUFFER,
+	}[l.Where]
+	return &observerpb.GetFlowsResponse{NodeName: p.Name(), Time: timestamppb.New(at),
+		ResponseTypes: &observerpb.GetFlowsResponse_LostEvents{LostEvents: &flowpb.LostEvent{Source: source, NumEventsLost: l.Count, Last: timestamppb.New(at)}}}
+}
