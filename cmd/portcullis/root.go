@@ -61,6 +61,7 @@ var commands = []func(*Env) *cobra.Command{
 	newSessionCmd,
 	newPolicyCmd,
 	newMonitorCmd,
+	newObserveCmd,
 	newAuditCmd,
 	newDoctorCmd,
 	newCNICmd,

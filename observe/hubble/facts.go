@@ -6,6 +6,7 @@ import (
 	"strings"
 	"time"
 
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/structpb"
 
@@ -80,8 +81,9 @@ func (f Facts) extension() *anypb.Any {
 	if p := processValue(f.Process); p != nil {
 		s.Fields["process"] = p
 	}
-	out, err := anypb.New(s)
-	if err != nil {
+	out := &anypb.Any{}
+	// In one order always: the same record is the same bytes.
+	if err := anypb.MarshalFrom(out, s, proto.MarshalOptions{Deterministic: true}); err != nil {
 		return nil // no such value is made above; a flow without facts is still true
 	}
 	return out
