@@ -3,7 +3,7 @@
 # for what the programs need when they run.
 
 .DEFAULT_GOAL := help
-.PHONY: help build image demo test test-all chaos chaos-long chaos-found model schedules e2e e2e-up e2e-down e2e-measure generate lint floors race conformance bench measure prepare clean
+.PHONY: help build image demo hubble-cli test test-all chaos chaos-long chaos-found model schedules e2e e2e-up e2e-down e2e-measure generate lint floors race conformance bench measure prepare clean
 
 # ---- the Go command ----------------------------------------------------
 
@@ -76,6 +76,10 @@ E2E_FLAGS ?= -count=1 -timeout=60m
 e2e: need-go ## install on a real Kubernetes that is made on this machine, and try it there; ends with a count (root)
 	@$(BUILD) -o out/summary ./test/summary
 	@out/summary -tags=e2e $(E2E_FLAGS) ./test/e2e
+
+hubble-cli: build ## build the real hubble command and compare what it shows of a lab with `portcullis observe` (root; ten minutes the first time)
+	cd test/hubble && CGO_ENABLED=0 $(GO) build -ldflags='-s -w' -o ../../out/hubble github.com/cilium/cilium/hubble
+	test/hubble/try out/hubble bin/portcullis
 
 e2e-up: need-go ## make such a cluster and leave it, with Portcullis in it (root; `go run ./test/e2e/cluster/cmd kubectl ...`)
 	$(GO) run ./test/e2e/cluster/cmd up

@@ -38,6 +38,9 @@ func facts(r *flow.Record) Facts {
 	f := Facts{Verdict: r.Verdict.String(), Reason: r.Reason.String(), Evidence: r.Evidence.String(), NoEvidenceNeeded: r.NoEvidenceNeeded,
 		LeaseLeft: r.LeaseLeft, Held: r.Held, Reinjected: r.Reinjected, Policy: r.Policy,
 		SourceSPIFFE: r.Source.SPIFFE, DestSPIFFE: r.Dest.SPIFFE, Process: r.Process}
+	if r.L7 != nil {
+		f.Evidence = "" // that was looked at when the connection began: its record tells
+	}
 	if r.Stamp != 0 {
 		f.Generation, f.BindingAge = uint64(r.Generation), r.BindingAge
 	}
@@ -124,7 +127,7 @@ func FactsOf(f *flowpb.Flow) (Facts, error) {
 		return Facts{}, err
 	}
 	text := func(key string) string { return s.Fields[key].GetStringValue() }
-	if text("evidence") == "" {
+	if text("verdict") == "" {
 		return Facts{}, ErrNoFacts
 	}
 	out := Facts{Verdict: text("verdict"), Reason: text("reason"), Evidence: text("evidence"), NoEvidenceNeeded: s.Fields["noEvidenceNeeded"].GetBoolValue(),
