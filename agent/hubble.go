@@ -12,10 +12,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"go.uber.org/zap"
 	"golang.org/x/net/netutil"
 	"google.golang.org/grpc"
@@ -86,7 +83,7 @@ func (c *Config) hubblePath() string {
 }
 
 // serveHubble serves the flow records by Hubble's API until ctx ends.
-func (l *loop) serveHubble(ctx context.Context, source hubbleSource) error {
+func (l *loop) serveHubble(ctx context.Context, source hubble.Source) error {
 	if l.monitors.ring == nil {
 		return nil // nothing is kept
 	}
@@ -135,35 +132,20 @@ func (l *loop) serveHubble(ctx context.Context, source hubbleSource) error {
 	return errors.Join(errs...)
 }
 
-// hubbleSource is where the SVID and the bundle of the API come from.
-type hubbleSource interface {
-	x509svid.Source
-	x509bundle.Source
-}
-
 // hubbleTLS asks every client for an SVID of this trust domain: of an agent, or
-// one that --hubble-client names. Flow records tell who talks to whom: nobody
-// else reads them. Resumed handshakes would skip that check, so there are none.
-func (l *loop) hubbleTLS(source hubbleSource) (*tls.Config, error) {
+// one that --hubble-client names.
+func (l *loop) hubbleTLS(source hubble.Source) (*tls.Config, error) {
 	td, err := spiffeid.TrustDomainFromString(l.cfg.TrustDomain)
 	if err != nil {
 		return nil, err
 	}
-	cfg := tlsconfig.MTLSServerConfig(source, source, tlsconfig.AdaptMatcher(func(id spiffeid.ID) error {
+	return hubble.ServerTLS(source, func(id spiffeid.ID) error {
 		if slices.Contains(l.cfg.HubbleClients, id.String()) {
 			return nil
 		}
 		_, err := session.NodeOf(td, id)
 		return err
-	}))
-	cfg.MinVersion, cfg.SessionTicketsDisabled = tls.VersionTLS13, true
-	cfg.VerifyConnection = func(s tls.ConnectionState) error {
-		if s.DidResume {
-			return errors.New("a resumed handshake does not check the peer")
-		}
-		return nil
-	}
-	return cfg, nil
+	}), nil
 }
 
 // hubblePeers returns the nodes that are known, this one first. They are taken

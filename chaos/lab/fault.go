@@ -15,6 +15,9 @@ import (
 // agentPort is where agents listen: the one thing that a cut concerns.
 const agentPort = 4260
 
+// hubblePort is where they serve flows to other nodes.
+const hubblePort = 4244
+
 // Cut keeps the agents of two nodes from talking, in both directions and in
 // silence, established connections too. Packets of workloads still pass.
 // Cutting what is cut is no error.

@@ -53,6 +53,7 @@ func (l *Lab) agentArgs(s *state, n *nodeState, fresh bool) []string {
 	args := []string{s.Binary, "agent", "--config=", "--node", n.Name,
 		"--listen", addr(n), "--uplink", uplink, "--workload-device", workloadDevice + "*",
 		"--trust-domain", TrustDomain, "--workload-api", l.workloadAPI(n.Name),
+		"--hubble-listen", netip.AddrPortFrom(n.IPs[0], hubblePort).String(),
 		"--delegated-socket", labca.AdminAddress(l.caDir(), identity.NodeName(n.Name)), "--delegated-by", "selectors",
 		"--api-socket", l.Socket(n.Name), "--pin-dir", l.pinDir(n.Name),
 		"--journal-dir", l.JournalDir(n.Name), "--state-dir", l.stateDir(n.Name), "--audit-log", l.AuditLog(n.Name),

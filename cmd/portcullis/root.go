@@ -62,6 +62,7 @@ var commands = []func(*Env) *cobra.Command{
 	newPolicyCmd,
 	newMonitorCmd,
 	newObserveCmd,
+	newRelayCmd,
 	newAuditCmd,
 	newDoctorCmd,
 	newCNICmd,

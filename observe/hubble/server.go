@@ -171,12 +171,15 @@ func (s *Server) GetNodes(context.Context, *observerpb.GetNodesRequest) (*observ
 func (s *Server) GetNamespaces(context.Context, *observerpb.GetNamespacesRequest) (*observerpb.GetNamespacesResponse, error) {
 	from, seen := time.Now().Add(-time.Hour), map[string]bool{}
 	s.backwards(func(r *flow.Record, _ uint64) bool {
+		if r.Time.Before(from) {
+			return false
+		}
 		for _, e := range []*flow.End{&r.Source, &r.Dest} {
 			if ns := e.Namespace(); ns != "" {
 				seen[ns] = true
 			}
 		}
-		return !r.Time.Before(from)
+		return true
 	})
 	out := &observerpb.GetNamespacesResponse{}
 	for ns := range seen {

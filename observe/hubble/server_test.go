@@ -30,7 +30,7 @@ import (
 )
 
 // start is the time of the first record; each is a second after the last.
-var start = time.Date(2026, 11, 22, 22, 0, 0, 0, time.UTC)
+var start = time.Date(2020, 11, 22, 22, 0, 0, 0, time.UTC)
 
 // record makes the i-th record: every third is dropped by policy, at port i.
 func record(i int) *flow.Record {

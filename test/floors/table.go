@@ -80,6 +80,7 @@ var Table = []Row{
 	{Path: "agent/cni", Floor: 3, Holds: "chained plugin, registrar"},
 	{Path: "agent/install", Floor: 3, Holds: "into a cluster"},
 	{Path: "agent/proxyd", Floor: 3, Holds: "the proxy's process"},
+	{Path: "agent/relay", Floor: 3, Holds: "the relay's wiring"},
 	{Path: "agent/issue", Floor: 3, Holds: "the issuer's wiring"},
 
 	{Path: "chaos", Floor: 4, Holds: "scenarios, report"},

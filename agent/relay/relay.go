@@ -1,0 +1,268 @@
+package relay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"go.uber.org/zap"
+	"golang.org/x/net/netutil"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"portcullis/agent/api"
+	"portcullis/identity"
+	"portcullis/identity/svid"
+	"portcullis/ipcache/session"
+	"portcullis/observe/hubble"
+	peerpb "portcullis/observe/hubble/api/peer"
+)
+
+// Config says whom to ask, and who may ask.
+type Config struct {
+	Socket      string   // unix socket to serve on (0660)
+	Listen      string   // ADDRESS:PORT to serve on over mTLS; "": none
+	Clients     []string // SPIFFE IDs that may read there, beside agents
+	Nodes       []string // NAME=ADDRESS:PORT; none: those that the agent at Peers knows
+	Peers       string   // unix socket of an agent's Hubble API
+	TrustDomain string   // required
+	SPIFFEID    string   // of the relay's own SVID; required
+	WorkloadAPI string   // where that comes from
+	SVIDDir     string   // or here
+	Patience    time.Duration
+	Version     string
+}
+
+// Default returns the configuration that flags start from.
+func Default() Config {
+	return Config{Socket: "/run/portcullis/relay.sock", Peers: "/run/portcullis/hubble.sock", WorkloadAPI: "unix:///run/spire/agent.sock", Patience: time.Second}
+}
+
+// Bounds of the listener on TLS, as an agent's.
+const (
+	connections = 256
+	handshake   = 5 * time.Second
+)
+
+// Validate reports every problem of the configuration.
+func (c *Config) Validate() error {
+	var errs []error
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	td, err := spiffeid.TrustDomainFromString(c.TrustDomain)
+	if err != nil {
+		bad("--trust-domain %q: %v", c.TrustDomain, err)
+	}
+	if id, err := spiffeid.FromString(c.SPIFFEID); err != nil {
+		bad("--spiffe-id %q: %v: want the name of the SVID that this relay gets", c.SPIFFEID, err)
+	} else if id.TrustDomain() != td {
+		bad("--spiffe-id %s is not of the trust domain %s: agents will not answer", id, td)
+	}
+	for _, id := range c.Clients {
+		if _, err := spiffeid.FromString(id); err != nil {
+			bad("--hubble-client %q: %v", id, err)
+		}
+	}
+	if _, err := c.nodes(); err != nil {
+		errs = append(errs, err)
+	}
+	if c.Listen != "" {
+		if _, _, err := net.SplitHostPort(c.Listen); err != nil {
+			bad("--listen %q: want ADDRESS:PORT", c.Listen)
+		}
+	}
+	if !filepath.IsAbs(c.Socket) {
+		bad("--relay-socket %q: want an absolute path", c.Socket)
+	}
+	if c.Patience < 10*time.Millisecond || c.Patience > time.Minute {
+		bad("--patience %v: want 10ms to 1m", c.Patience)
+	}
+	if c.SVIDDir != "" && !filepath.IsAbs(c.SVIDDir) {
+		bad("--svid-dir %q: want an absolute path", c.SVIDDir)
+	}
+	return errors.Join(errs...)
+}
+
+// nodes parses the nodes that are configured.
+func (c *Config) nodes() (out []hubble.Peer, err error) {
+	for _, n := range c.Nodes {
+		name, addr, ok := strings.Cut(n, "=")
+		if _, _, err := net.SplitHostPort(addr); !ok || name == "" || err != nil {
+			return nil, fmt.Errorf("--node %q: want NAME=ADDRESS:PORT, e.g. n1=192.0.2.1:4244", n)
+		}
+		out = append(out, hubble.Peer{Name: name, Address: addr})
+	}
+	return out, nil
+}
+
+// Run is the relay, until ctx ends (nil) or something that it cannot work
+// without fails. A node that does not answer is no error of it.
+func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
+	if err := cfg.Validate(); err != nil {
+		return err
+	}
+	source, err := cfg.source(log)
+	if err != nil {
+		return err
+	}
+	known := &peers{list: map[string]hubble.Peer{}}
+	configured, _ := cfg.nodes() // Validate has looked at them
+	for _, p := range configured {
+		known.list[p.Name] = p
+	}
+	td := spiffeid.RequireTrustDomainFromString(cfg.TrustDomain)
+	r := hubble.NewRelay(hubble.RelayOptions{Place: hubble.Place{Node: "relay", Version: cfg.Version}, Nodes: known.all, Patience: cfg.Patience,
+		Dial: func(p hubble.Peer) (*grpc.ClientConn, error) { return dial(td, source, p) }})
+	defer r.Close()
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return source.Run(ctx) })
+	if len(configured) == 0 {
+		group.Go(func() error { return known.follow(ctx, cfg.Peers, log) })
+	}
+	if err := cfg.serve(ctx, group, r, source, td); err != nil {
+		return err
+	}
+	log.Info("relay started", zap.String("socket", cfg.Socket), zap.String("listen", cfg.Listen))
+	err = group.Wait()
+	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+		return nil
+	}
+	return err
+}
+
+func (c *Config) source(log *zap.Logger) (*svid.Source, error) {
+	id, err := spiffeid.FromString(c.SPIFFEID)
+	if err != nil {
+		return nil, err
+	}
+	var from svid.Provider
+	if c.SVIDDir != "" {
+		from, err = svid.Directory(c.SVIDDir)
+	} else {
+		from, err = svid.WorkloadAPI(c.WorkloadAPI)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return svid.New(svid.Config{From: from, ID: id, Log: log})
+}
+
+// dial connects to a node's agent, which must be that node's: a name that one
+// agent tells of another is only believed with that one's SVID.
+func dial(td spiffeid.TrustDomain, source hubble.Source, p hubble.Peer) (*grpc.ClientConn, error) {
+	name := p.Name[strings.LastIndex(p.Name, "/")+1:] // less the cluster's
+	id, err := session.AgentID(td, identity.NodeName(name))
+	if err != nil {
+		return nil, err
+	}
+	return grpc.NewClient("passthrough:///"+p.Address, grpc.WithTransportCredentials(credentials.NewTLS(hubble.ClientTLS(source, id))),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second}, MinConnectTimeout: handshake}))
+}
+
+// serve starts the listeners in the group; they end with ctx.
+func (c *Config) serve(ctx context.Context, group *errgroup.Group, r *hubble.Relay, source hubble.Source, td spiffeid.TrustDomain) error {
+	start := func(ln net.Listener, opts ...grpc.ServerOption) {
+		g := grpc.NewServer(append(opts, grpc.MaxConcurrentStreams(128), grpc.ConnectionTimeout(handshake))...)
+		r.Register(g)
+		stop := context.AfterFunc(ctx, g.Stop)
+		group.Go(func() error {
+			defer stop()
+			return errors.Join(g.Serve(ln), ctx.Err())
+		})
+	}
+	ln, err := api.ListenUnix(c.Socket, "--relay-socket")
+	if err != nil {
+		return err
+	}
+	start(ln)
+	if c.Listen == "" {
+		return nil
+	}
+	if ln, err = (&net.ListenConfig{}).Listen(ctx, "tcp", c.Listen); err != nil {
+		return fmt.Errorf("--listen: %w", err)
+	}
+	start(netutil.LimitListener(ln, connections), grpc.Creds(credentials.NewTLS(hubble.ServerTLS(source, func(id spiffeid.ID) error {
+		if slices.Contains(c.Clients, id.String()) {
+			return nil
+		}
+		_, err := session.NodeOf(td, id)
+		return err
+	}))))
+	return nil
+}
+
+// peers are the nodes that are known. Safe for concurrent use.
+type peers struct {
+	mu   sync.Mutex
+	list map[string]hubble.Peer // by name; guarded by mu
+}
+
+// all returns them in the order of names.
+func (p *peers) all() (out []hubble.Peer) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, name := range slices.Sorted(maps.Keys(p.list)) {
+		out = append(out, p.list[name])
+	}
+	return out
+}
+
+// retryEvery is how often an agent that does not tell of its peers is asked again.
+const retryEvery = time.Second
+
+// follow keeps the nodes as the agent at a socket knows them, until ctx ends.
+// While it does not answer, the nodes stay as they were.
+func (p *peers) follow(ctx context.Context, socket string, log *zap.Logger) error {
+	conn, err := grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	for told := ""; ; {
+		err := p.notices(ctx, peerpb.NewPeerClient(conn))
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if text := fmt.Sprint(err); text != told {
+			log.Warn("the agent does not tell of its peers; asked again", zap.String("socket", socket), zap.Error(err))
+			told = text
+		}
+		select {
+		case <-time.After(retryEvery):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// notices takes in one stream of notices. It begins with all peers: who is not
+// among the first of a new stream goes at the next change of it.
+func (p *peers) notices(ctx context.Context, c peerpb.PeerClient) error {
+	stream, err := c.Notify(ctx, &peerpb.NotifyRequest{})
+	if err != nil {
+		return err
+	}
+	for {
+		n, err := stream.Recv()
+		if err != nil {
+			return err
+		}
+		p.mu.Lock()
+		if n.GetType() == peerpb.ChangeNotificationType_PEER_DELETED {
+			delete(p.list, n.GetName())
+		} else {
+			p.list[n.GetName()] = hubble.Peer{Name: n.GetName(), Address: n.GetAddress()}
+		}
+		p.mu.Unlock()
+	}
+}

@@ -1,0 +1,143 @@
+package hubble
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"slices"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/test/bufconn"
+
+	"portcullis/observe/flow"
+	flowpb "portcullis/observe/hubble/api/flow"
+	observerpb "portcullis/observe/hubble/api/observer"
+	relaypb "portcullis/observe/hubble/api/relay"
+)
+
+// relayed is a relay over nodes that run here, and over one that never answers.
+type relayed struct {
+	*world
+	rings []*flow.Ring
+	nodes []*grpc.Server
+}
+
+// newRelayed makes count nodes, of which node i has the records i, i+count, ...
+// up to most; with silent, one more whose connection nobody takes.
+func newRelayed(t *testing.T, count, most int, silent bool) *relayed {
+	w := &relayed{}
+	dials := map[string]*bufconn.Listener{}
+	var peers []Peer
+	for i := range count {
+		name := string(rune('a' + i))
+		ring := flow.NewRing(1000)
+		for n := i; n < most; n += count {
+			ring.Put(record(n))
+		}
+		ln, g := bufconn.Listen(1<<20), grpc.NewServer()
+		NewServer(Options{Place: Place{Node: name}, Ring: ring, Started: time.Now()}).Register(g)
+		done := make(chan error)
+		go func() { done <- g.Serve(ln) }()
+		t.Cleanup(func() { g.Stop(); <-done })
+		dials[name], w.rings, w.nodes, peers = ln, append(w.rings, ring), append(w.nodes, g), append(peers, Peer{name, name})
+	}
+	if silent {
+		dials["silent"] = bufconn.Listen(1)
+		peers = append(peers, Peer{"silent", "silent"})
+	}
+	r := NewRelay(RelayOptions{Place: Place{Node: "relay"}, Nodes: func() []Peer { return peers }, Patience: 300 * time.Millisecond, Dial: func(p Peer) (*grpc.ClientConn, error) {
+		return grpc.NewClient("passthrough:///"+p.Address, grpc.WithTransportCredentials(insecure.NewCredentials()),
+			grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) { return dials[addr].DialContext(ctx) }))
+	}})
+	conn := serve(t, r.Register)
+	t.Cleanup(func() {
+		if err := r.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	w.world = &world{t: t, conn: conn, ObserverClient: observerpb.NewObserverClient(conn)}
+	return w
+}
+
+// What the nodes say comes in the order of time, and so many as were asked for.
+func TestRelayMerges(t *testing.T) {
+	w := newRelayed(t, 3, 200, false)
+	for name, tt := range map[string]struct {
+		req  *observerpb.GetFlowsRequest
+		want []int
+	}{
+		"all":   {&observerpb.GetFlowsRequest{}, upTo(0, 199, 1)},
+		"last":  {&observerpb.GetFlowsRequest{Number: 20}, upTo(180, 199, 1)},
+		"first": {&observerpb.GetFlowsRequest{Number: 7, First: true}, upTo(0, 6, 1)},
+		"some":  {&observerpb.GetFlowsRequest{Number: 5, Whitelist: []*flowpb.FlowFilter{{Verdict: []flowpb.Verdict{flowpb.Verdict_DROPPED}}}}, upTo(186, 198, 3)},
+		"node":  {&observerpb.GetFlowsRequest{Number: 3, Whitelist: []*flowpb.FlowFilter{{NodeName: []string{"b"}}}}, []int{193, 196, 199}},
+	} {
+		got, err := w.flows(tt.req, 1000)
+		if err != nil || !slices.Equal(numbers(got), tt.want) {
+			t.Errorf("%s: %v, %v; want %v", name, numbers(got), err, tt.want)
+		}
+	}
+}
+
+// A node that does not answer is reported, and not waited for.
+func TestRelayDoesNotWaitForASilentNode(t *testing.T) {
+	w := newRelayed(t, 2, 50, true)
+	got, err := w.flows(&observerpb.GetFlowsRequest{}, 1000)
+	if err != nil || !slices.Equal(numbers(got), upTo(0, 49, 1)) {
+		t.Errorf("%v, %v", numbers(got), err)
+	}
+	if i := slices.IndexFunc(got, func(r *observerpb.GetFlowsResponse) bool {
+		s := r.GetNodeStatus()
+		return s.GetStateChange() == relaypb.NodeState_NODE_UNAVAILABLE && slices.Equal(s.GetNodeNames(), []string{"silent"})
+	}); i < 0 {
+		t.Errorf("nobody is told of the silent node: %v", got)
+	}
+	st, err := w.ServerStatus(t.Context(), &observerpb.ServerStatusRequest{})
+	if err != nil || st.SeenFlows != 50 || st.MaxFlows != 2000 || st.NumConnectedNodes.GetValue() != 2 || st.NumUnavailableNodes.GetValue() != 1 || !slices.Equal(st.UnavailableNodes, []string{"silent"}) {
+		t.Errorf("status %v, %v", st, err)
+	}
+	nodes, err := w.GetNodes(t.Context(), &observerpb.GetNodesRequest{})
+	if err != nil || len(nodes.GetNodes()) != 3 || nodes.Nodes[0].State != relaypb.NodeState_NODE_CONNECTED || nodes.Nodes[2].State != relaypb.NodeState_NODE_UNAVAILABLE {
+		t.Errorf("nodes %v, %v", nodes, err)
+	}
+	ns, err := w.GetNamespaces(t.Context(), &observerpb.GetNamespacesRequest{})
+	if err != nil || len(ns.Namespaces) != 0 { // the records are of the past
+		t.Errorf("namespaces %v, %v", ns, err)
+	}
+}
+
+// Who follows gets what comes from any node, while others say nothing, and is
+// told of a node that goes.
+func TestRelayFollows(t *testing.T) {
+	w := newRelayed(t, 2, 0, false)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	stream, err := w.GetFlows(ctx, &observerpb.GetFlowsRequest{Follow: true, Number: 1000})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 20 {
+		w.rings[i%2].Put(record(i))
+		resp, err := stream.Recv()
+		if err != nil || resp.GetFlow().GetL4().GetTCP().GetDestinationPort() != uint32(i) {
+			t.Fatalf("record %d: %v, %v", i, resp, err)
+		}
+	}
+	w.nodes[1].Stop()
+	resp, err := stream.Recv()
+	if s := resp.GetNodeStatus(); err != nil || s.GetStateChange() != relaypb.NodeState_NODE_UNAVAILABLE || !slices.Equal(s.GetNodeNames(), []string{"b"}) {
+		t.Fatalf("after node b went: %v, %v", resp, err)
+	}
+	w.rings[0].Put(record(20))
+	if resp, err = stream.Recv(); err != nil || resp.GetFlow().GetL4().GetTCP().GetDestinationPort() != 20 {
+		t.Fatalf("of node a: %v, %v", resp, err)
+	}
+	cancel()
+	if _, err := stream.Recv(); err == nil || errors.Is(err, io.EOF) {
+		t.Errorf("after the caller went: %v", err)
+	}
+}
