@@ -57,7 +57,7 @@ func TestPage(t *testing.T) {
 	held := &check.Result{Reuses: 100, Attempts: check.Counts{Legitimate: 10, Impostor: 7}, Admitted: check.Counts{Legitimate: 9}, Availability: check.Availability{Attempts: 4000, Failed: 4}, Run: check.Run{}, Verdict: check.Held}
 	broken := &check.Result{Reuses: 5, Attempts: check.Counts{Impostor: 3}, Admitted: check.Counts{Impostor: 2}, ViolationCount: map[check.Invariant]uint64{check.Safety: 2}, StaleWindowMS: 40, Verdict: check.Violated}
 	text, failed := page(of, [][]*check.Result{{held, held, held}, nil, {broken}}, false)
-	for _, want := range []string{"| 300 | 0 of 21 | 27 of 30 | 99.90 % of 12000 |", "held, < 0.01", "did not run", "| 2 of 3 |", "**I1: 2**; taken for another for up to 40 ms"} {
+	for _, want := range []string{"| 300 | 0 of 21 | 27 of 30 | 99.900 % of 12000 |", "| all | | 5 | 2 of 3 |", "held, < 0.01", "did not run", "| 2 of 3 |", "**I1: 2**; taken for another for up to 40 ms"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("want %q in\n%s", want, text)
 		}

@@ -32,6 +32,9 @@ type options struct {
 	found    string
 }
 
+// lanes are how many labs are at work side by side: most of a cell is waiting.
+const lanes = 2
+
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop)
@@ -80,23 +83,7 @@ func run(ctx context.Context, o options) error {
 		return err
 	}
 	fmt.Fprintf(os.Stderr, "chaos: %d cells; results in %s; Ctrl-C ends it, and the next time it goes on from there\n", len(all), k.dir)
-	results := make([][]*check.Result, len(all))
-	errs := make([]error, 2)
-	var wg sync.WaitGroup
-	for lane, waits := range []bool{false, true} {
-		wg.Go(func() {
-			for i, c := range all {
-				if c.Waits != waits || ctx.Err() != nil {
-					continue
-				}
-				var err error
-				if results[i], err = k.cell(ctx, c, lane); err != nil && ctx.Err() == nil {
-					errs[lane] = errors.Join(errs[lane], fmt.Errorf("%s: %w", c, err))
-				}
-			}
-		})
-	}
-	wg.Wait()
+	results, err := k.all(ctx, all)
 	text, failed := page(all, results, o.long)
 	if o.page == "" || ctx.Err() != nil {
 		fmt.Print(text)
@@ -104,9 +91,9 @@ func run(ctx context.Context, o options) error {
 		return err
 	}
 	if failed > 0 {
-		errs = append(errs, fmt.Errorf("%d runs were violated that must hold, or held where the harness must see violations", failed))
+		err = errors.Join(err, fmt.Errorf("%d runs were violated that must hold, or held where the harness must see violations", failed))
 	}
-	return errors.Join(append(errs, ctx.Err())...)
+	return errors.Join(err, ctx.Err())
 }
 
 // keeper runs what has not been run.
@@ -117,6 +104,47 @@ type keeper struct {
 
 	mu   sync.Mutex
 	done int // guarded by mu
+}
+
+// all runs the cells, in lanes. Its error is of those that came to no end.
+func (k *keeper) all(ctx context.Context, cells []Cell) ([][]*check.Result, error) {
+	results := make([][]*check.Result, len(cells))
+	var slow, quick []int // those that spend their time waiting, and the others
+	for i, c := range cells {
+		if c.Waits {
+			slow = append(slow, i)
+		} else {
+			quick = append(quick, i)
+		}
+	}
+	var mu sync.Mutex
+	next := func(lane int) (i int, ok bool) {
+		mu.Lock()
+		defer mu.Unlock()
+		from := &slow // of the last lane first: two that wait are not side by side
+		if lane < lanes-1 && len(quick) > 0 || len(slow) == 0 {
+			from = &quick
+		}
+		if len(*from) == 0 || ctx.Err() != nil {
+			return 0, false
+		}
+		i, *from = (*from)[0], (*from)[1:]
+		return i, true
+	}
+	errs := make([]error, lanes)
+	var wg sync.WaitGroup
+	for lane := range lanes {
+		wg.Go(func() {
+			for i, ok := next(lane); ok; i, ok = next(lane) {
+				var err error
+				if results[i], err = k.cell(ctx, cells[i], lane); err != nil && ctx.Err() == nil {
+					errs[lane] = errors.Join(errs[lane], fmt.Errorf("%s: %w", cells[i], err))
+				}
+			}
+		})
+	}
+	wg.Wait()
+	return results, errors.Join(errs...)
 }
 
 // cell returns the results of all its runs. Those that come to no end are tried

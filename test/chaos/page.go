@@ -89,7 +89,7 @@ func (s sums) availability() string {
 	if s.open < 3000 {
 		few = " (few)"
 	}
-	return fmt.Sprintf("%.2f %% of %d%s", 100*(1-float64(s.failed)/float64(s.open)), s.open, few)
+	return fmt.Sprintf("%.3f %% of %d%s", 100*(1-float64(s.failed)/float64(s.open)), s.open, few)
 }
 
 // page is docs/chaos-results.md. failed counts the runs that violated, of those
@@ -103,7 +103,7 @@ func page(cells []Cell, results [][]*check.Result, long bool) (text string, fail
 	fmt.Fprintf(&b, "# What chaos runs came to\n\nMade by `%s`, on Linux %s, %d processors. What is run, and how it is judged: [chaos.md](chaos.md).\n\n", command, release(), runtime.NumCPU())
 	b.WriteString(`Each row is one run of the lab (three agents, real packets) or several. *Impostors* are attempts that no policy allows, by who truly
 tried: admitted must be 0. *Legitimate* attempts may fail while a fault stands in their way; *reachable* counts those with nothing
-in their way. Times are p50 / p99 in milliseconds: of the first answer between two workloads, and from a registration on a used IP
+in their way, and a row with few of them (less than 3000) says little alone: their sum is in the last row. Times are p50 / p99 in milliseconds: of the first answer between two workloads, and from a registration on a used IP
 until the workload is active. *Held* comes with the 95 % upper bound of violations by reuse (3/n); else the invariants that were violated, and how often.
 Evidence classic is the cache that is believed until it hears otherwise, beside them so that one sees that the harness can see; with maps-full
 it is not run, for what it believes of all workloads does not fit, and nobody ever comes up.
@@ -113,10 +113,12 @@ it is not run, for what it believes of all workloads does not fit, and nobody ev
 	}
 	for _, evidence := range order(cells) {
 		fmt.Fprintf(&b, "\n## Evidence %s\n\n| scenario | faults | reuses | impostors | legitimate | reachable | first contact | wait for an IP | outcome |\n|---|---|--:|--:|--:|--:|--:|--:|---|\n", evidence)
+		var of []*check.Result
 		for i, c := range cells {
 			if c.Evidence != evidence {
 				continue
 			}
+			of = append(of, results[i]...)
 			faults := strings.Join(c.Faults, ", ")
 			if faults == "" {
 				faults = "none"
@@ -146,6 +148,9 @@ it is not run, for what it believes of all workloads does not fit, and nobody ev
 				s.admitted.Impostor, s.attempts.Impostor, s.admitted.Legitimate, s.attempts.Legitimate, s.availability(),
 				s.first.P50, s.first.P99, s.wait.P50, s.wait.P99, outcome)
 		}
+		s := sum(of)
+		fmt.Fprintf(&b, "| all | | %d | %d of %d | %d of %d | %s | | | %s |\n", s.reuses, s.admitted.Impostor, s.attempts.Impostor,
+			s.admitted.Legitimate, s.attempts.Legitimate, s.availability(), s.outcome())
 	}
 	return b.String(), failed
 }
