@@ -11,13 +11,13 @@ import (
 
 	"go.uber.org/zap"
 
+	flowpb "github.com/cilium/cilium/api/v1/flow"
 	"portcullis/authz"
 	"portcullis/authz/names"
 	"portcullis/bpf/abi"
 	"portcullis/datapath"
 	"portcullis/identity"
 	"portcullis/ipcache/lease"
-	flowpb "portcullis/observe/hubble/api/flow"
 )
 
 // workload is what a registration says: who holds which IPs, behind which

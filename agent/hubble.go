@@ -20,12 +20,12 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
+	flowpb "github.com/cilium/cilium/api/v1/flow"
 	"portcullis/agent/api"
 	"portcullis/authz"
 	"portcullis/identity"
 	"portcullis/ipcache/session"
 	"portcullis/observe/hubble"
-	flowpb "portcullis/observe/hubble/api/flow"
 )
 
 // Seeing are the settings of the flow records and of who may read them.

@@ -6,11 +6,11 @@ import (
 
 	"go.uber.org/zap"
 
+	flowpb "github.com/cilium/cilium/api/v1/flow"
 	"portcullis/bpf/abi"
 	"portcullis/datapath"
 	"portcullis/identity"
 	"portcullis/ipcache/lease"
-	flowpb "portcullis/observe/hubble/api/flow"
 )
 
 // stepOwner feeds the owner machine and carries out, in order, what it wants

@@ -21,12 +21,12 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 
+	peerpb "github.com/cilium/cilium/api/v1/peer"
 	"portcullis/agent/api"
 	"portcullis/identity"
 	"portcullis/identity/svid"
 	"portcullis/ipcache/session"
 	"portcullis/observe/hubble"
-	peerpb "portcullis/observe/hubble/api/peer"
 )
 
 // Config says whom to ask, and who may ask.

@@ -21,6 +21,8 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 
+	observerpb "github.com/cilium/cilium/api/v1/observer"
+	peerpb "github.com/cilium/cilium/api/v1/peer"
 	"portcullis/bpf/abi"
 	"portcullis/identity"
 	"portcullis/identity/labca"
@@ -28,8 +30,6 @@ import (
 	"portcullis/ipcache/session"
 	"portcullis/observe/flow"
 	"portcullis/observe/hubble"
-	observerpb "portcullis/observe/hubble/api/observer"
-	peerpb "portcullis/observe/hubble/api/peer"
 )
 
 var domain = spiffeid.RequireTrustDomainFromString("lab")

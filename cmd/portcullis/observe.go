@@ -20,9 +20,9 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	observerpb "github.com/cilium/cilium/api/v1/observer"
 	"portcullis/observe/flow"
 	"portcullis/observe/hubble"
-	observerpb "portcullis/observe/hubble/api/observer"
 )
 
 // observeFlags are the settings of `observe`.

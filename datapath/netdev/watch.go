@@ -44,7 +44,7 @@ func watchOnce(ctx context.Context, known map[uint32]Device, f func(Change)) err
 		return err
 	}
 	defer sock.Close()
-	defer context.AfterFunc(ctx, sock.Close)()
+	defer context.AfterFunc(ctx, func() { sock.Close() })()
 	// Best effort: an overrun is noticed, and the devices listed again.
 	_ = sock.SetReceiveBufferSize(1<<20, false)
 	devices, err := Devices()

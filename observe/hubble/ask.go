@@ -7,7 +7,7 @@ import (
 	"strconv"
 	"strings"
 
-	flowpb "portcullis/observe/hubble/api/flow"
+	flowpb "github.com/cilium/cilium/api/v1/flow"
 )
 
 // Word is one filter as people type it: --NAME VALUE.

@@ -9,11 +9,11 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 
+	flowpb "github.com/cilium/cilium/api/v1/flow"
+	observerpb "github.com/cilium/cilium/api/v1/observer"
 	"portcullis/bpf/abi"
 	"portcullis/identity"
 	"portcullis/observe/flow"
-	flowpb "portcullis/observe/hubble/api/flow"
-	observerpb "portcullis/observe/hubble/api/observer"
 )
 
 // The words make the filters that Hubble's own command makes of them.

@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"strings"
 
-	flowpb "portcullis/observe/hubble/api/flow"
+	flowpb "github.com/cilium/cilium/api/v1/flow"
 )
 
 var reservedNumbers = map[string]uint32{"unknown": 0, "host": 1, "world": 2, "health": 4, "remote-node": 6, "kube-apiserver": 7}

@@ -10,9 +10,9 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
+	flowpb "github.com/cilium/cilium/api/v1/flow"
 	"portcullis/bpf/abi"
 	"portcullis/observe/flow"
-	flowpb "portcullis/observe/hubble/api/flow"
 )
 
 // Place is where records were made, as Hubble calls it.

@@ -11,7 +11,7 @@
 // record may be asked for as several event types (a packet that policy dropped
 // is a drop and a policy verdict): it is sent once, as the first that fits.
 //
-// It imports observe/flow and identity, and the API's generated code below
-// observe/hubble/api. A Server is safe for concurrent use; each stream runs in
+// It imports observe/flow and identity; the generated code of the API
+// is Cilium's own. A Server is safe for concurrent use; each stream runs in
 // the goroutine that gRPC gave it.
 package hubble

@@ -10,8 +10,8 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
-	flowpb "portcullis/observe/hubble/api/flow"
-	observerpb "portcullis/observe/hubble/api/observer"
+	flowpb "github.com/cilium/cilium/api/v1/flow"
+	observerpb "github.com/cilium/cilium/api/v1/observer"
 )
 
 // keptEvents is how many events of the agent are kept.

@@ -10,8 +10,8 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/structpb"
 
+	flowpb "github.com/cilium/cilium/api/v1/flow"
 	"portcullis/observe/flow"
-	flowpb "portcullis/observe/hubble/api/flow"
 )
 
 // Facts are what we know of a flow and Hubble's record has no field for. In a

@@ -10,7 +10,7 @@ import (
 	"strconv"
 	"strings"
 
-	flowpb "portcullis/observe/hubble/api/flow"
+	flowpb "github.com/cilium/cilium/api/v1/flow"
 )
 
 // match is one condition on a flow, compiled.

@@ -7,7 +7,7 @@ import (
 	"strconv"
 	"strings"
 
-	flowpb "portcullis/observe/hubble/api/flow"
+	flowpb "github.com/cilium/cilium/api/v1/flow"
 )
 
 // matchNode matches "node" and "cluster/node" patterns, in which * stands for

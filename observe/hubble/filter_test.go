@@ -8,7 +8,7 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/known/fieldmaskpb"
 
-	flowpb "portcullis/observe/hubble/api/flow"
+	flowpb "github.com/cilium/cilium/api/v1/flow"
 )
 
 // Every field of the published filter means something: set alone, it does not

@@ -9,7 +9,7 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/known/fieldmaskpb"
 
-	flowpb "portcullis/observe/hubble/api/flow"
+	flowpb "github.com/cilium/cilium/api/v1/flow"
 )
 
 // Mask says which fields of a flow are sent. The nil Mask: all.

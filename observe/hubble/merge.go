@@ -11,8 +11,8 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
-	observerpb "portcullis/observe/hubble/api/observer"
-	relaypb "portcullis/observe/hubble/api/relay"
+	observerpb "github.com/cilium/cilium/api/v1/observer"
+	relaypb "github.com/cilium/cilium/api/v1/relay"
 )
 
 // ---- merging -----------------------------------------------------------

@@ -7,9 +7,9 @@ import (
 
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	flowpb "github.com/cilium/cilium/api/v1/flow"
+	observerpb "github.com/cilium/cilium/api/v1/observer"
 	"portcullis/observe/flow"
-	flowpb "portcullis/observe/hubble/api/flow"
-	observerpb "portcullis/observe/hubble/api/observer"
 )
 
 // batch is how many records are read from the ring at a time.

@@ -14,8 +14,8 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
-	observerpb "portcullis/observe/hubble/api/observer"
-	relaypb "portcullis/observe/hubble/api/relay"
+	observerpb "github.com/cilium/cilium/api/v1/observer"
+	relaypb "github.com/cilium/cilium/api/v1/relay"
 )
 
 // RelayOptions are what a relay needs. All are required.

@@ -13,10 +13,10 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/test/bufconn"
 
+	flowpb "github.com/cilium/cilium/api/v1/flow"
+	observerpb "github.com/cilium/cilium/api/v1/observer"
+	relaypb "github.com/cilium/cilium/api/v1/relay"
 	"portcullis/observe/flow"
-	flowpb "portcullis/observe/hubble/api/flow"
-	observerpb "portcullis/observe/hubble/api/observer"
-	relaypb "portcullis/observe/hubble/api/relay"
 )
 
 // relayed is a relay over nodes that run here, and over one that never answers.

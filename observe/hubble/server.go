@@ -16,10 +16,10 @@ import (
 	"google.golang.org/grpc/reflection"
 	"google.golang.org/grpc/status"
 
+	observerpb "github.com/cilium/cilium/api/v1/observer"
+	peerpb "github.com/cilium/cilium/api/v1/peer"
+	relaypb "github.com/cilium/cilium/api/v1/relay"
 	"portcullis/observe/flow"
-	observerpb "portcullis/observe/hubble/api/observer"
-	peerpb "portcullis/observe/hubble/api/peer"
-	relaypb "portcullis/observe/hubble/api/relay"
 )
 
 // HealthName is the name under which Hubble's clients ask for a server's health.

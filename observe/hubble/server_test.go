@@ -21,12 +21,12 @@ import (
 	"google.golang.org/protobuf/types/known/fieldmaskpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	flowpb "github.com/cilium/cilium/api/v1/flow"
+	observerpb "github.com/cilium/cilium/api/v1/observer"
+	peerpb "github.com/cilium/cilium/api/v1/peer"
 	"portcullis/bpf/abi"
 	"portcullis/identity"
 	"portcullis/observe/flow"
-	flowpb "portcullis/observe/hubble/api/flow"
-	observerpb "portcullis/observe/hubble/api/observer"
-	peerpb "portcullis/observe/hubble/api/peer"
 )
 
 // start is the time of the first record; each is a second after the last.

@@ -3,9 +3,9 @@ package hubble
 import (
 	"strings"
 
+	flowpb "github.com/cilium/cilium/api/v1/flow"
 	"portcullis/bpf/abi"
 	"portcullis/observe/flow"
-	flowpb "portcullis/observe/hubble/api/flow"
 )
 
 // Numbers of event types, as Hubble's clients know them.

@@ -66,10 +66,6 @@ var Table = []Row{
 	{Path: "proxy", Floor: 2, Holds: "L7 forwarding"},
 	{Path: "proxy/feed", Floor: 2, Holds: "the socket between agent and proxy"},
 	{Path: "proxy/dns", Floor: 2, Holds: "DNS"},
-	{Path: "observe/hubble/api/flow", Floor: 2, Leaf: nothing, Holds: "Hubble's published messages, generated"},
-	{Path: "observe/hubble/api/relay", Floor: 2, Leaf: nothing, Holds: "the same"},
-	{Path: "observe/hubble/api/peer", Floor: 2, Leaf: nothing, Holds: "the same"},
-	{Path: "observe/hubble/api/observer", Floor: 2, Leaf: []string{"observe/hubble/api/flow", "observe/hubble/api/relay"}, Holds: "the same"},
 	{Path: "observe/hubble", Floor: 2, Holds: "Hubble API and relay"},
 	{Path: "observe/export", Floor: 2, Holds: "exporters"},
 	{Path: "observe/metrics", Floor: 2, Holds: "metrics"},
@@ -148,10 +144,6 @@ type Exception struct{ From, To, Why string }
 
 // Exceptions to the floors.
 var Exceptions = []Exception{
-	{"observe/hubble", "observe/hubble/api/flow", "its own messages, generated from what Hubble publishes"},
-	{"observe/hubble", "observe/hubble/api/observer", "the same"},
-	{"observe/hubble", "observe/hubble/api/peer", "the same"},
-	{"observe/hubble", "observe/hubble/api/relay", "the same"},
 	{"chaos/demo", "chaos/lab", "the story is told in a lab; the lab knows nothing of the story"},
 	{"chaos", "chaos/lab", "scenarios are played in a lab"},
 	{"chaos", "chaos/fault", "scenarios meet faults; faults know nothing of scenarios"},

@@ -1,4 +1,0 @@
-// Package peer holds messages of Hubble's published API, generated from
-// peer.proto by ../generate.sh. It imports nothing of this module but its
-// siblings; nothing runs concurrently.
-package peer
