@@ -218,7 +218,7 @@ func newLoop(ctx context.Context, cfg Config, log *zap.Logger) (*loop, error) {
 	l.coverage.since = l.started
 	l.proxyWanted = make(chan struct{})
 	if cfg.Proxy {
-		l.feed = feed.NewServer(insides{l}, log)
+		l.feed = feed.NewServer(insides{l}, cfg.requestsKept(), log)
 	}
 
 	if cfg.IdentityTemplate != "" { // Validate asks for one; without, no workload has a SPIFFE ID

@@ -89,7 +89,8 @@ func (l *loop) serveHubble(ctx context.Context, source hubble.Source) error {
 	}
 	peers := func() []hubble.Peer { return l.hubblePeers() }
 	s := hubble.NewServer(hubble.Options{Place: hubble.Place{Node: string(l.cfg.Node), Cluster: l.cfg.ClusterName, Version: Version()},
-		Ring: l.monitors.ring, Events: l.events, Started: l.started, Peers: peers, Address: l.hubbleAddress(firstAddr(l.cfg.NodeIPs))})
+		Ring: l.monitors.ring, Events: l.events, Started: l.started, Peers: peers, Address: l.hubbleAddress(firstAddr(l.cfg.NodeIPs)),
+		Follow: l.hearRequests})
 	done := make(chan error, 2)
 	running := 0
 	start := func(ln net.Listener, opts ...grpc.ServerOption) {

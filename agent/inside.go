@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -108,6 +109,26 @@ func (i insides) Lost(n uint64) {
 // Learn implements feed.Handler.
 func (i insides) Learn(ctx context.Context, c proxy.Conn, set uint32, a feed.Answer) error {
 	return i.l.learnNames(ctx, c, set, a)
+}
+
+// requestsKept is how many requests a second the proxy tells of, beside those that
+// were refused, while nobody monitors: telling of all of them would cost more than
+// to let them by, and --flows is not that many.
+func (c Config) requestsKept() int { return min(c.Flows, 200) }
+
+// hearWait is how long a reader waits until the proxy knows of it.
+const hearWait = time.Second
+
+// hearRequests has the proxy tell of requests until stop is called. When it
+// returns, what begins from now on is told: or the proxy is not there, or too
+// busy to be waited for.
+func (l *loop) hearRequests(ctx context.Context) (stop func()) {
+	if l.feed == nil {
+		return func() {}
+	}
+	ctx, cancel := context.WithTimeout(ctx, hearWait)
+	defer cancel()
+	return l.feed.Records(ctx)
 }
 
 // insideRecord makes a flow record of a proxy's. The ends are named by their

@@ -280,6 +280,7 @@ func (s *server) Monitor(r *api.MonitorRequest, stream api.Agent_MonitorServer) 
 		return status.Errorf(codes.ResourceExhausted, "%d monitors run on this node already: end one of them", maxMonitors)
 	}
 	defer s.l.monitors.unsubscribe(m)
+	defer s.l.hearRequests(stream.Context())()
 	if err := stream.SendHeader(metadata.MD{}); err != nil {
 		return err
 	}

@@ -22,6 +22,11 @@ type array[T any] struct {
 }
 
 func mapArray[T any](m *ebpf.Map, name string) (array[T], error) {
+	return mapArrayTo[T](m, name, unix.PROT_READ|unix.PROT_WRITE)
+}
+
+// mapArrayTo maps it for no more than is said.
+func mapArrayTo[T any](m *ebpf.Map, name string, prot int) (array[T], error) {
 	var zero T
 	size := int(unsafe.Sizeof(zero))
 	if m.Type() != ebpf.Array || int(m.ValueSize()) != size || size%8 != 0 {
@@ -29,7 +34,7 @@ func mapArray[T any](m *ebpf.Map, name string) (array[T], error) {
 	}
 	page := os.Getpagesize()
 	length := (size*int(m.MaxEntries()) + page - 1) / page * page
-	mem, err := unix.Mmap(m.FD(), 0, length, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	mem, err := unix.Mmap(m.FD(), 0, length, prot, unix.MAP_SHARED)
 	if err != nil {
 		return array[T]{}, fmt.Errorf("map %s into memory: %w", name, err)
 	}

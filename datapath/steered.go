@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/netip"
 	"path/filepath"
+	"sync/atomic"
 
 	"github.com/cilium/ebpf"
 
@@ -30,6 +31,7 @@ var (
 // agent of another version that replaced them since.
 type Steered struct {
 	conntrack, endpoints, bindings, slots, leases, ranges, state *ebpf.Map
+	memory                                                       memory
 }
 
 // SteeredFlow is what the judgement of a flow's subject says now.
@@ -66,12 +68,15 @@ func OpenSteered(pinDirectory string) (*Steered, error) {
 			return nil, errors.Join(fmt.Errorf("%w: %s has values of %d bytes, want %d", ErrPins, path, m.ValueSize(), open.size), s.Close())
 		}
 	}
+	if err := s.memory.open(pinDir(filepath.Clean(pinDirectory)).maps()); err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
 	return s, nil
 }
 
 // Close gives the file descriptors back. It may be repeated.
 func (s *Steered) Close() error {
-	var errs []error
+	errs := []error{s.memory.close()}
 	for _, m := range []**ebpf.Map{&s.conntrack, &s.endpoints, &s.bindings, &s.slots, &s.leases, &s.ranges, &s.state} {
 		if *m != nil {
 			errs = append(errs, (*m).Close())
@@ -86,6 +91,11 @@ func (s *Steered) Close() error {
 // DirIngress. Errors are ErrNotJudged, ErrEnded, or the kernel's: by each the flow
 // is to be refused.
 func (s *Steered) Look(dir abi.Direction, protocol uint8, client, server netip.AddrPort) (SteeredFlow, error) {
+	return s.look(dir, protocol, client, server, &sight{})
+}
+
+// look notes in x which bindings the answer depends on.
+func (s *Steered) look(dir abi.Direction, protocol uint8, client, server netip.AddrPort, x *sight) (SteeredFlow, error) {
 	if dir >= abi.DirMax {
 		return SteeredFlow{}, fmt.Errorf("look at a flow: no direction %v", dir)
 	}
@@ -110,10 +120,10 @@ func (s *Steered) Look(dir abi.Direction, protocol uint8, client, server netip.A
 		f.Port = j.Mark
 	}
 	var err error
-	if f.Set, err = s.subject(own, j.Endpoint); err != nil {
+	if f.Set, err = s.subject(own, j.Endpoint, x); err != nil {
 		return SteeredFlow{}, err
 	}
-	return f, s.peer(&f, j)
+	return f, s.peer(&f, j, x)
 }
 
 // lookError says what a lookup's error means where the element is missing.
@@ -125,11 +135,12 @@ func lookError(err error, name string, missing error) error {
 }
 
 // subject returns the set in force of the endpoint that has the address.
-func (s *Steered) subject(ip netip.Addr, id uint32) (set uint32, err error) {
-	slot, _, err := s.binding(ip)
+func (s *Steered) subject(ip netip.Addr, id uint32, x *sight) (set uint32, err error) {
+	slot, index, err := s.binding(ip)
 	if err != nil {
 		return 0, err
 	}
+	x.own = ground{index, slot.Stamp}
 	var ep abi.Endpoint
 	if err := s.endpoints.Lookup(slot.Ifindex, &ep); err != nil {
 		return 0, lookError(err, "endpoints", ErrEnded)
@@ -170,7 +181,7 @@ func (s *Steered) slot(index uint32, stamp uint64) (abi.Slot, error) {
 }
 
 // peer finds out who the other side is now, and whether every ground stands.
-func (s *Steered) peer(f *SteeredFlow, j abi.Judgement) error {
+func (s *Steered) peer(f *SteeredFlow, j abi.Judgement, x *sight) error {
 	switch {
 	case j.Stamp != 0:
 		slot, err := s.slot(j.Slot, j.Stamp)
@@ -181,6 +192,7 @@ func (s *Steered) peer(f *SteeredFlow, j abi.Judgement) error {
 			return err
 		}
 		f.Peer, f.PeerAddr, f.Evidence = identity.Numeric(slot.Identity), netip.AddrFrom16(slot.IP).Unmap(), evidenceOf(slot)
+		x.peer, x.need = ground{j.Slot, j.Stamp}, j.Evidence
 		// Whom masquerade hides is the binding's; its address is not the packets'.
 		return nil
 	case j.Flags&uint8(abi.JudgedByRange) != 0:
@@ -188,16 +200,19 @@ func (s *Steered) peer(f *SteeredFlow, j abi.Judgement) error {
 			// Whoever it is has no binding, and the judgement has no address.
 			return ErrNotJudged
 		}
+		x.ranged, x.ranges = true, j.Slot
 		return s.byRange(f, j.Slot)
 	}
 	// It needed no evidence. Who it is may be known all the same.
 	if j.Flags&uint8(abi.JudgedByService) != 0 {
 		f.PeerAddr = netip.Addr{}
+		x.nobody = true
 		return nil
 	}
-	slot, _, err := s.binding(f.PeerAddr)
+	slot, index, err := s.binding(f.PeerAddr)
 	if err == nil && s.alive(slot, 0) == nil {
 		f.Peer, f.Evidence = identity.Numeric(slot.Identity), evidenceOf(slot)
+		x.peer = ground{index, slot.Stamp}
 	}
 	return nil
 }
@@ -225,11 +240,7 @@ func evidenceOf(slot abi.Slot) abi.Evidence {
 
 // byRange names a peer that is known by its range only.
 func (s *Steered) byRange(f *SteeredFlow, epoch uint32) error {
-	var st abi.State
-	if err := s.state.Lookup(uint32(0), &st); err != nil {
-		return lookError(err, "state", ErrNotJudged)
-	}
-	if uint32(st.RangeEpoch) != epoch {
+	if uint32(atomic.LoadUint64(&s.memory.state.at(0).RangeEpoch)) != epoch {
 		return ErrNotJudged // ranges have changed: its next packet is judged anew (I5)
 	}
 	key := rangeKey(netip.PrefixFrom(f.PeerAddr, f.PeerAddr.BitLen()))

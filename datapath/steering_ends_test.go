@@ -111,8 +111,22 @@ func TestSteeredLook(t *testing.T) {
 		inside := netip.AddrPortFrom(another, 8080)
 		x.connect(x.workload, own, inside, x.serveTCP(x.another, inside))
 		x.eventually("the proxy has three connections", func() bool { return len(f.saw()) == 3 })
-		for _, c := range f.saw() {
+		watches := map[taken]*datapath.SteeredWatch{}
+		// see looks at it, also as one does who has looked before.
+		see := func(c taken) (datapath.SteeredFlow, error) {
+			if watches[c] == nil {
+				watches[c] = look.Watch(c.dir, unix.IPPROTO_TCP, c.client, c.server)
+			}
 			got, err := look.Look(c.dir, unix.IPPROTO_TCP, c.client, c.server)
+			for range 2 {
+				if again, aerr := watches[c].Look(); again != got && err == nil || !errors.Is(aerr, err) && !errors.Is(err, aerr) {
+					t.Errorf("%v: %+v, %v to who has looked before; %+v, %v else", c, again, aerr, got, err)
+				}
+			}
+			return got, err
+		}
+		for _, c := range f.saw() {
+			got, err := see(c)
 			x.must(err)
 			ep, peer := x.eps["wl0"], c.server.Addr()
 			want := abi.EvidenceLease
@@ -128,12 +142,20 @@ func TestSteeredLook(t *testing.T) {
 		}
 		c := f.saw()[0]
 		for _, other := range []taken{{abi.DirIngress, c.client, c.server}, {c.dir, c.server, c.client}, {c.dir, c.client, netip.AddrPortFrom(remote, 1)}} {
-			if got, err := look.Look(other.dir, unix.IPPROTO_TCP, other.client, other.server); !errors.Is(err, datapath.ErrNotJudged) {
+			if got, err := see(other); !errors.Is(err, datapath.ErrNotJudged) {
 				t.Errorf("%v: %+v, %v", other, got, err)
 			}
 		}
+		ep := x.eps["wl0"]
+		for _, set := range []uint32{ep.Policy + 1000, ep.Policy} {
+			ep.Policy = set
+			x.must(x.d.SetEndpoint(ep))
+			if got, err := see(c); err != nil || got.Set != set {
+				t.Errorf("under set %d: %+v, %v", set, got, err)
+			}
+		}
 		x.must(x.d.SetDeadline(sessionLease, 0))
-		if got, err := look.Look(c.dir, unix.IPPROTO_TCP, c.client, c.server); !errors.Is(err, datapath.ErrEnded) {
+		if got, err := see(c); !errors.Is(err, datapath.ErrEnded) {
 			t.Errorf("after the lease: %+v, %v", got, err)
 		}
 		x.must(x.d.SetDeadline(sessionLease, x.d.Now()+int64(time.Hour)))
@@ -141,8 +163,11 @@ func TestSteeredLook(t *testing.T) {
 		if remote.Is6() {
 			slot = 11
 		}
+		if _, err := see(c); err != nil {
+			t.Errorf("under the lease again: %v", err)
+		}
 		x.must(x.d.ZeroSlot(slot, x.stamps[remote], remote))
-		if got, err := look.Look(c.dir, unix.IPPROTO_TCP, c.client, c.server); !errors.Is(err, datapath.ErrEnded) {
+		if got, err := see(c); !errors.Is(err, datapath.ErrEnded) {
 			t.Errorf("after the binding: %+v, %v", got, err)
 		}
 	})

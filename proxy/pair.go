@@ -16,11 +16,15 @@ import (
 type pair struct {
 	s      *Server
 	conn   Conn
+	judge  func() (Decision, error) // the Server's, of conn
 	client net.Conn
 	server net.Conn // nil until serve has dialled
 
 	in  *reader // the client's bytes; of the goroutine of serve
 	out *reader // the server's; of the goroutine of answers
+
+	toServer *writer // of the goroutine of serve
+	toClient *writer // of the goroutine of answers
 
 	active atomic.Int64 // the tick of the last byte
 	tunnel atomic.Bool  // bytes pass unlooked at: TCP alone tells whether they still do
@@ -59,6 +63,11 @@ const (
 func (p *pair) init() {
 	p.changed.L = &p.mu
 	p.active.Store(p.s.tick.Load())
+	if f, ok := p.s.judge.(Follower); ok {
+		p.judge = f.Follow(p.conn)
+	} else {
+		p.judge = func() (Decision, error) { return p.s.judge.Judge(p.conn) }
+	}
 }
 
 // serve serves the pair until its end.
@@ -82,6 +91,7 @@ func (p *pair) serve(ctx context.Context) {
 		return
 	}
 	p.in, p.out = newReader(p.client), newReader(server)
+	p.toClient, p.toServer = newWriter(p.client), newWriter(server)
 	defer p.in.release()
 	d, err := p.decide()
 	if err != nil {
@@ -116,7 +126,7 @@ func parserOf(d Decision) (l7.Parser, error) {
 // decide asks the judge. An error ends the pair: without a judgement nothing
 // passes.
 func (p *pair) decide() (Decision, error) {
-	d, err := p.s.judge.Judge(p.conn)
+	d, err := p.judge()
 	if err != nil {
 		p.abort("not judged: " + err.Error())
 		return d, err
@@ -143,7 +153,7 @@ func (p *pair) look(now, idle int64) {
 	if !ready {
 		return
 	}
-	d, err := p.s.judge.Judge(p.conn)
+	d, err := p.judge()
 	switch {
 	case err != nil:
 		p.abort("not judged: " + err.Error())

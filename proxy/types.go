@@ -25,6 +25,14 @@ type Judge interface {
 	Judge(Conn) (Decision, error)
 }
 
+// Follower is a Judge that can be asked about one connection again and again, with
+// less work. What Follow returns says what Judge would say, and is as safe for
+// concurrent use.
+type Follower interface {
+	Judge
+	Follow(Conn) func() (Decision, error)
+}
+
 // Decision is what the datapath and the policy say of a flow. Any of the Rules
 // allows; they must be compiled.
 type Decision struct {

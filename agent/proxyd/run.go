@@ -79,7 +79,16 @@ type flows struct{ *datapath.Steered }
 
 // Look implements feed.Flows.
 func (f flows) Look(c proxy.Conn) (feed.Flow, error) {
-	s, err := f.Steered.Look(c.Direction, c.Protocol, c.Client, c.Server)
+	return flowOf(f.Steered.Look(c.Direction, c.Protocol, c.Client, c.Server))
+}
+
+// Watch implements feed.Flows.
+func (f flows) Watch(c proxy.Conn) func() (feed.Flow, error) {
+	w := f.Steered.Watch(c.Direction, c.Protocol, c.Client, c.Server)
+	return func() (feed.Flow, error) { return flowOf(w.Look()) }
+}
+
+func flowOf(s datapath.SteeredFlow, err error) (feed.Flow, error) {
 	if err != nil {
 		return feed.Flow{}, err
 	}

@@ -40,6 +40,9 @@ type Options struct {
 	Peers func() []Peer
 	// Address is where other nodes reach this server; "": they do not.
 	Address string
+	// Follow is called when somebody begins to follow the flows, and what it returns
+	// when that ends. nil: nothing is done.
+	Follow func(context.Context) (stop func())
 }
 
 // Peer is a node that serves the API.
@@ -98,6 +101,9 @@ func (s *Server) GetFlows(req *observerpb.GetFlowsRequest, stream grpc.ServerStr
 	q, err := newQuery(req)
 	if err != nil {
 		return status.Error(codes.InvalidArgument, err.Error())
+	}
+	if q.follow && s.o.Follow != nil {
+		defer s.o.Follow(stream.Context())()
 	}
 	r := reader{o: &s.o, q: q, send: stream.Send, buf: make([]flow.Record, batch)}
 	err = r.run(stream.Context())

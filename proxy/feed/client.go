@@ -19,6 +19,7 @@ const (
 	recordQueue   = 16384 // records that wait to be sent; further ones are counted
 	askQueue      = 1024  // questions that wait to be sent
 	statsInterval = 5 * time.Second
+	sendBytes     = 64 << 10 // that are sent together, about
 	redialLeast   = 50 * time.Millisecond
 	redialMost    = 2 * time.Second
 	writeTimeout  = 10 * time.Second
@@ -38,6 +39,10 @@ type Client struct {
 	records chan *proxy.Record
 	asks    chan *question
 	lost    atomic.Uint64
+	wanted  atomic.Pointer[records] // nil: the agent has said nothing, so all are told
+	second  atomic.Int64            // that sent is of
+	sent    atomic.Int64            // records of forwarded requests
+	heard   chan uint64             // the latest number of told.Records, if it was not said again yet
 
 	mu      sync.Mutex
 	next    uint64                 // guarded by mu
@@ -48,16 +53,39 @@ type Client struct {
 // tables. stats may be nil.
 func NewClient(path string, tables *Tables, stats func() Stats, log *zap.Logger) *Client {
 	return &Client{path: path, tables: tables, stats: stats, log: log, records: make(chan *proxy.Record, recordQueue),
-		asks: make(chan *question, askQueue), waiting: map[uint64]chan string{}}
+		asks: make(chan *question, askQueue), heard: make(chan uint64, 1), waiting: map[uint64]chan string{}}
 }
 
 // Record implements proxy.Recorder.
 func (c *Client) Record(r *proxy.Record) {
+	if !c.wants(r) {
+		return
+	}
 	select {
 	case c.records <- r:
 	default:
 		c.lost.Add(1)
 	}
+}
+
+// wants reports whether a record is to be told. Of those that are merely kept, what
+// is beyond the rate is lost, and counted; what was refused is not.
+func (c *Client) wants(r *proxy.Record) bool {
+	w := c.wanted.Load()
+	if w == nil || w.Wanted {
+		return true
+	}
+	if w.Kept == 0 || r.Verdict != proxy.Forwarded {
+		return w.Kept > 0
+	}
+	if now := r.Time.Unix(); c.second.Swap(now) != now {
+		c.sent.Store(0)
+	}
+	if c.sent.Add(1) <= int64(w.Kept) {
+		return true
+	}
+	c.lost.Add(1)
+	return false
 }
 
 // Learn has the agent admit what an answer says, and returns nil once it is
@@ -149,6 +177,13 @@ func (c *Client) read(conn net.Conn) error {
 		switch {
 		case m.Answer != nil:
 			c.answer(m.Answer)
+		case m.Records != nil:
+			c.wanted.Store(m.Records)
+			select {
+			case <-c.heard: // of an earlier one nothing more is said
+			default:
+			}
+			c.heard <- m.Records.Number
 		case m.Synced:
 			if heard != nil {
 				c.tables.keep(heard)
@@ -172,36 +207,66 @@ func (c *Client) answer(a *answer) {
 	}
 }
 
-// send reports until ctx ends.
+// send reports until ctx ends. What is there is sent together: else each record
+// costs a system call here and one there.
 func (c *Client) send(ctx context.Context, conn net.Conn) error {
 	tick := time.NewTicker(statsInterval)
 	defer tick.Stop()
+	var buf []byte
 	for {
-		var out report
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case out.Record = <-c.records:
-		case out.Ask = <-c.asks:
-		case <-tick.C:
-			if out.Lost = c.lost.Swap(0); c.stats != nil {
-				stats := c.stats()
-				out.Stats = &stats
-			}
-		}
-		b, err := encode(out)
+		out, err := c.toSay(ctx, tick.C)
 		if err != nil {
 			return err
 		}
-		if err := conn.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
-			return err
-		}
-		if _, err := conn.Write(b); err != nil {
-			c.lost.Add(out.Lost)
-			if out.Record != nil {
-				c.lost.Add(1)
+		buf = buf[:0]
+		var lost uint64 // if this is not sent
+		for there := true; there; out, there = c.more(len(buf)) {
+			b, err := encode(out)
+			if err != nil {
+				return err
 			}
+			if lost += out.Lost; out.Record != nil {
+				lost++
+			}
+			buf = append(buf, b...)
+		}
+		if err = conn.SetWriteDeadline(time.Now().Add(writeTimeout)); err == nil {
+			_, err = conn.Write(buf)
+		}
+		if err != nil {
+			c.lost.Add(lost)
 			return err
 		}
 	}
+}
+
+// toSay waits for what is to be reported.
+func (c *Client) toSay(ctx context.Context, tick <-chan time.Time) (out report, err error) {
+	select {
+	case <-ctx.Done():
+		return out, ctx.Err()
+	case out.Record = <-c.records:
+	case out.Ask = <-c.asks:
+	case out.Heard = <-c.heard:
+	case <-tick:
+		if out.Lost = c.lost.Swap(0); c.stats != nil {
+			stats := c.stats()
+			out.Stats = &stats
+		}
+	}
+	return out, nil
+}
+
+// more returns what else is there to be reported, beside so many bytes.
+func (c *Client) more(have int) (out report, there bool) {
+	if have >= sendBytes {
+		return out, false
+	}
+	select {
+	case out.Record = <-c.records:
+	case out.Ask = <-c.asks:
+	default:
+		return out, false
+	}
+	return out, true
 }

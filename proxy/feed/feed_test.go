@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -33,6 +34,10 @@ func (f *flows) Look(proxy.Conn) (Flow, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.flow, f.err
+}
+
+func (f *flows) Watch(c proxy.Conn) func() (Flow, error) {
+	return func() (Flow, error) { return f.Look(c) }
 }
 
 func (f *flows) set(flow Flow, err error) {
@@ -85,6 +90,8 @@ type rig struct {
 	client *Client
 	server *Server
 	told   handler
+	kept   int
+	follow func() (proxy.Decision, error)
 	stop   func() // of the server
 }
 
@@ -92,6 +99,7 @@ func newRig(t *testing.T) *rig {
 	r := &rig{t: t, path: filepath.Join(t.TempDir(), "proxy.sock"), flows: &flows{},
 		told: handler{records: make(chan *proxy.Record, 10), lost: make(chan uint64, 10), learn: func(uint32, Answer) error { return nil }}}
 	r.tables = NewTables(r.flows)
+	r.follow = r.tables.Follow(conn)
 	r.client = NewClient(r.path, r.tables, nil, zap.NewNop())
 	r.run(r.client.Run)
 	return r
@@ -115,7 +123,7 @@ func (r *rig) run(end func(context.Context) error) (stop func()) {
 // serve starts an agent that says what put says.
 func (r *rig) serve(put func(*Server)) {
 	r.t.Helper()
-	r.server = NewServer(r.told, zap.NewNop())
+	r.server = NewServer(r.told, r.kept, zap.NewNop())
 	put(r.server)
 	l, err := Listen(r.path)
 	if err != nil {
@@ -133,6 +141,13 @@ func (r *rig) judged(flow Flow, want error, method string) {
 		d, err := r.tables.Judge(conn)
 		allowed := err == nil && l7.JudgeHTTP(d.Rules, &l7.Request{Method: method, Target: "/", Host: "x"}).Allowed
 		if errors.Is(err, want) && (want != nil || allowed && d.Epoch == flow.Set && d.Peer.Identity == flow.Peer) {
+			// Whoever has asked before hears the same, as often as he asks.
+			for range map[bool]int{true: 2, false: 1}[want == nil] {
+				again, err := r.follow()
+				if !errors.Is(err, want) || want == nil && (err != nil || again.Epoch != d.Epoch || again.Peer != d.Peer || !slices.Equal(again.Rules, d.Rules)) {
+					r.t.Errorf("%+v, %s: %+v, %v to who has asked before; %+v else", flow, method, again, err, d)
+				}
+			}
 			return
 		}
 		if time.Now().After(end) {
@@ -189,7 +204,7 @@ func TestTables(t *testing.T) {
 
 // What no proxy can judge is said to who wanted to tell it.
 func TestPutRefuses(t *testing.T) {
-	s := NewServer(handler{}, zap.NewNop())
+	s := NewServer(handler{}, 0, zap.NewNop())
 	if err := s.Put(1, &authz.Inside{Rules: map[uint32]*l7.Rules{1: {Parser: l7.ParserHTTP, HTTP: []l7.HTTP{{Path: "("}}}}}); err == nil || s.Knows(1) {
 		t.Errorf("it is taken: %v", err)
 	}
@@ -198,7 +213,8 @@ func TestPutRefuses(t *testing.T) {
 func TestRecords(t *testing.T) {
 	r := newRig(t)
 	r.client.Record(&proxy.Record{Reason: "before", Conn: conn, Parser: l7.ParserHTTP})
-	r.serve(func(*Server) {})
+	stop := func() {}
+	r.serve(func(s *Server) { stop = s.Records(t.Context()) })
 	r.client.Record(&proxy.Record{Reason: "after", HTTP: &proxy.HTTPRecord{Method: "GET"}})
 	for _, want := range []string{"before", "after"} {
 		select {
@@ -210,6 +226,25 @@ func TestRecords(t *testing.T) {
 			t.Fatal("no record")
 		}
 	}
+	// As long as nobody hears them they are not kept, and not lost either.
+	stop()
+	r.hears(false)
+	r.client.Record(&proxy.Record{Reason: "unheard"})
+	stop = r.server.Records(t.Context())
+	if !r.client.wanted.Load().Wanted {
+		t.Error("the proxy does not know yet that somebody hears it")
+	}
+	r.client.Record(&proxy.Record{Reason: "heard"})
+	if got := <-r.told.records; got.Reason != "heard" {
+		t.Errorf("%+v", got)
+	}
+	if n := r.client.lost.Load(); n > 0 {
+		t.Errorf("%d records count as lost", n)
+	}
+	stop()
+	stop()
+	stop = r.server.Records(t.Context())
+	defer stop()
 	// Without a reader nobody waits, and the loss is counted.
 	r.stop()
 	for range 2*recordQueue + 1 {
@@ -217,6 +252,43 @@ func TestRecords(t *testing.T) {
 	}
 	if r.client.lost.Load() == 0 {
 		t.Error("nothing was lost")
+	}
+}
+
+// hears waits until the proxy knows whether somebody hears of every request.
+func (r *rig) hears(everything bool) {
+	r.t.Helper()
+	for end := time.Now().Add(deadline); ; time.Sleep(time.Millisecond) {
+		if w := r.client.wanted.Load(); w != nil && w.Wanted == everything {
+			return
+		}
+		if time.Now().After(end) {
+			r.t.Fatalf("the proxy does not know whether it is heard: %v", everything)
+		}
+	}
+}
+
+// While nobody listens, what was refused is told, and a part of what was not.
+func TestRecordsKept(t *testing.T) {
+	r := newRig(t)
+	r.kept = 2
+	r.serve(func(*Server) {})
+	r.hears(false)
+	now := time.Unix(1000, 0)
+	for _, x := range []proxy.Record{
+		{Reason: "1", Verdict: proxy.Forwarded, Time: now}, {Reason: "2", Verdict: proxy.Forwarded, Time: now},
+		{Reason: "too much", Verdict: proxy.Forwarded, Time: now}, {Reason: "3", Verdict: proxy.Denied, Time: now},
+		{Reason: "4", Verdict: proxy.Forwarded, Time: now.Add(time.Second)},
+	} {
+		r.client.Record(&x)
+	}
+	for _, want := range []string{"1", "2", "3", "4"} {
+		if got := <-r.told.records; got.Reason != want {
+			t.Errorf("%+v, want %s", got, want)
+		}
+	}
+	if n := r.client.lost.Load(); n != 1 {
+		t.Errorf("%d count as lost, want 1", n)
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -46,24 +47,32 @@ type Status struct {
 // and do not block; Status is safe for concurrent use.
 type Server struct {
 	handler Handler
+	kept    int
 	log     *zap.Logger
 
 	mu    sync.Mutex
 	sets  map[uint32]*authz.Inside // guarded by mu; in force
 	conn  *serving                 // guarded by mu; nil: nobody is connected
 	stats Stats                    // guarded by mu
+	hear  int                      // guarded by mu: how many hear records
+	said  uint64                   // guarded by mu: the latest number of told.Records; from 1
 }
 
 // serving is one connection.
 type serving struct {
-	conn  net.Conn
-	queue chan []byte
-	since time.Time
+	conn    net.Conn
+	queue   chan []byte
+	since   time.Time
+	heard   uint64        // guarded by the Server's mu: of told.Records
+	hearing chan struct{} // guarded by the Server's mu; closed when heard has changed
 }
 
 // NewServer returns a server without any set.
-func NewServer(h Handler, log *zap.Logger) *Server {
-	return &Server{handler: h, log: log, sets: map[uint32]*authz.Inside{}}
+//
+// While nobody asks for Records the Handler is told of what was refused, and of kept
+// requests a second that were forwarded; 0: of nothing.
+func NewServer(h Handler, kept int, log *zap.Logger) *Server {
+	return &Server{handler: h, kept: kept, log: log, sets: map[uint32]*authz.Inside{}, said: 1}
 }
 
 // Put says what a policy set says inside protocols. It must be said before the
@@ -127,6 +136,58 @@ func (s *Server) Knows(set uint32) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.sets[set] != nil
+}
+
+// Records has the proxy tell the Handler of every request until stop is called. It
+// waits until the proxy has heard that, is not connected, or ctx ends.
+func (s *Server) Records(ctx context.Context) (stop func()) {
+	s.hearers(1)
+	for {
+		s.mu.Lock()
+		me, said := s.conn, s.said
+		var changed <-chan struct{}
+		if me != nil && me.heard < said {
+			changed = me.hearing
+		}
+		s.mu.Unlock()
+		if changed == nil {
+			break
+		}
+		select {
+		case <-changed:
+			continue
+		case <-ctx.Done():
+		}
+		break
+	}
+	return sync.OnceFunc(func() { s.hearers(-1) })
+}
+
+func (s *Server) hearers(more int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	before := s.hear > 0
+	if s.hear += more; s.hear > 0 == before {
+		return
+	}
+	s.said++
+	if b, err := encode(s.wanted()); err == nil {
+		s.say(b)
+	}
+}
+
+// wanted is called under mu.
+func (s *Server) wanted() told {
+	return told{Records: &records{Number: s.said, Wanted: s.hear > 0, Kept: s.kept}}
+}
+
+// hears takes up that the proxy goes by a number, or is gone.
+func (s *Server) hears(me *serving, number uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	me.heard = max(me.heard, number)
+	close(me.hearing)
+	me.hearing = make(chan struct{})
 }
 
 // Status returns the server's.
@@ -204,7 +265,7 @@ func (s *Server) serve(ctx context.Context, conn net.Conn) error {
 	defer cancel(nil)
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
-	me := &serving{conn: conn, queue: make(chan []byte, toldQueue), since: time.Now()}
+	me := &serving{conn: conn, queue: make(chan []byte, toldQueue), since: time.Now(), hearing: make(chan struct{})}
 	all, err := s.begin(me)
 	if err != nil {
 		return err
@@ -229,18 +290,22 @@ func (s *Server) begin(me *serving) (all [][]byte, err error) {
 		}
 		all = append(all, b)
 	}
-	b, err := encode(told{Synced: true})
-	if err != nil {
-		return nil, err
+	for _, m := range []told{s.wanted(), {Synced: true}} {
+		b, err := encode(m)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, b)
 	}
 	if s.conn != nil {
 		s.conn.conn.Close()
 	}
 	s.conn = me
-	return append(all, b), nil
+	return all, nil
 }
 
 func (s *Server) end(me *serving) {
+	defer s.hears(me, math.MaxUint64) // nobody waits for who is gone
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.conn == me {
@@ -281,6 +346,9 @@ func (s *Server) read(ctx context.Context, me *serving) error {
 		}
 		if r.Record != nil {
 			s.handler.Record(r.Record)
+		}
+		if r.Heard > 0 {
+			s.hears(me, r.Heard)
 		}
 		if r.Lost > 0 {
 			s.handler.Lost(r.Lost)

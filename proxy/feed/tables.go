@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"portcullis/authz"
@@ -24,6 +25,8 @@ type Flow struct {
 // called from many goroutines.
 type Flows interface {
 	Look(proxy.Conn) (Flow, error)
+	// Watch returns a look at one flow that may be repeated at little cost.
+	Watch(proxy.Conn) (look func() (Flow, error))
 }
 
 // The reasons why a flow that the datapath let by is not let inside.
@@ -48,6 +51,8 @@ type Tables struct {
 	flows Flows
 	now   func() time.Time
 
+	version atomic.Uint64 // raised after every change of what follows
+
 	mu      sync.RWMutex
 	sets    map[uint32]*table // guarded by mu
 	changed chan struct{}     // guarded by mu; closed at a change
@@ -66,9 +71,51 @@ func NewTables(flows Flows) *Tables {
 // Judge implements proxy.Judge. It blocks for a second at most, while tables may
 // be on their way.
 func (t *Tables) Judge(c proxy.Conn) (proxy.Decision, error) {
+	return t.await(c, func() (Flow, error) { return t.flows.Look(c) })
+}
+
+// judged is a decision, and what it was made by.
+type judged struct {
+	flow     Flow
+	version  uint64
+	decision proxy.Decision
+}
+
+// Follow implements proxy.Follower. As long as flow and tables are what they were,
+// so is the decision.
+func (t *Tables) Follow(c proxy.Conn) func() (proxy.Decision, error) {
+	look := t.flows.Watch(c)
+	var last atomic.Pointer[judged]
+	return func() (proxy.Decision, error) {
+		version := t.version.Load() // before anything that it says is read
+		flow, err := look()
+		if err != nil {
+			return proxy.Decision{}, err
+		}
+		if x := last.Load(); x != nil && x.flow == flow && x.version == version {
+			return x.decision, nil
+		}
+		d, err := t.await(c, func() (Flow, error) { flow, err = look(); return flow, err })
+		if err == nil && t.inForce(flow.Set) {
+			last.Store(&judged{flow, version, d})
+		}
+		return d, err
+	}
+}
+
+// inForce reports whether a set has tables that will not go with time alone.
+func (t *Tables) inForce(set uint32) bool {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	x := t.sets[set]
+	return x != nil && x.until.IsZero()
+}
+
+// await judges what look sees. It blocks as Judge does.
+func (t *Tables) await(c proxy.Conn, look func() (Flow, error)) (proxy.Decision, error) {
 	var timeout <-chan time.Time
 	for {
-		flow, err := t.flows.Look(c)
+		flow, err := look()
 		if err != nil {
 			return proxy.Decision{}, err
 		}
@@ -172,6 +219,7 @@ func (t *Tables) announce() {
 			delete(t.sets, n)
 		}
 	}
+	t.version.Add(1)
 	close(t.changed)
 	t.changed = make(chan struct{})
 }

@@ -19,7 +19,7 @@ const (
 	maxReport = 1 << 20 // bytes of one message of the proxy
 )
 
-// told is a message of the agent. One of Set, Answer and Synced is set.
+// told is a message of the agent. One of Set, Answer, Records and Synced is set.
 type told struct {
 	Set    uint32        `json:"set,omitempty"`
 	Inside *authz.Inside `json:"inside,omitempty"` // all that the set says
@@ -27,8 +27,17 @@ type told struct {
 	Drop   bool          `json:"drop,omitempty"`   // the set is no more in force
 	// Synced: all that is in force was told on this connection. Other sets are
 	// over.
-	Synced bool    `json:"synced,omitempty"`
-	Answer *answer `json:"answer,omitempty"`
+	Synced  bool     `json:"synced,omitempty"`
+	Answer  *answer  `json:"answer,omitempty"`
+	Records *records `json:"records,omitempty"`
+}
+
+// records says whether anybody hears records; the proxy says the number again when
+// it goes by it.
+type records struct {
+	Number uint64 `json:"number"`
+	Wanted bool   `json:"wanted"`         // all of them
+	Kept   int    `json:"kept,omitempty"` // else so many a second of what was forwarded, and all others
 }
 
 // peer is what a set says of a number: nothing, if Of and Host are empty.
@@ -49,6 +58,7 @@ type report struct {
 	Record *proxy.Record `json:"record,omitempty"`
 	Lost   uint64        `json:"lost,omitempty"` // records that did not fit since the last report
 	Ask    *question     `json:"ask,omitempty"`
+	Heard  uint64        `json:"heard,omitempty"` // the latest number of told.Records
 	Stats  *Stats        `json:"stats,omitempty"`
 }
 
