@@ -74,7 +74,7 @@ func (p *pair) answer(ex *exchange, rs *response, n int) (more bool) {
 
 // send forwards the first n bytes that are held.
 func (p *pair) send(n int) bool {
-	if _, err := p.client.Write(p.out.data()[:n]); err != nil {
+	if err := p.toClient.write(p.out.data()[:n]); err != nil {
 		p.abort("write: " + err.Error())
 		return false
 	}

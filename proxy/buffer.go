@@ -6,6 +6,7 @@ import (
 	"net"
 	"sync"
 	"syscall"
+	"unsafe"
 )
 
 // The sizes of buffers: most messages fit into the first; heads grow up to
@@ -150,10 +151,7 @@ func (x *reader) first() error {
 // tryRead reads into a fresh buffer, and gives it back if nothing is there yet.
 func (x *reader) tryRead(fd uintptr) bool {
 	buf := x.take()
-	n, err := syscall.Read(int(fd), *buf)
-	for err == syscall.EINTR {
-		n, err = syscall.Read(int(fd), *buf)
-	}
+	n, err := rawIO(syscall.SYS_READ, fd, *buf)
 	if n > 0 {
 		x.buf, x.r, x.w, x.n = buf, 0, n, n
 		return true
@@ -162,6 +160,71 @@ func (x *reader) tryRead(fd uintptr) bool {
 	if err == syscall.EAGAIN {
 		return false
 	}
-	x.err = err
+	if err != 0 {
+		x.err = err
+	}
+	return true
+}
+
+// rawIO reads from, or writes to, a socket that does not block, without telling
+// the scheduler: it would give this goroutine's place away in the middle of a
+// write, which takes as long as the kernel takes to carry the bytes to the other
+// side of the machine, and wake a thread for that.
+func rawIO(call, fd uintptr, b []byte) (int, syscall.Errno) {
+	for {
+		n, _, err := syscall.RawSyscall(call, fd, uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
+		if err == 0 {
+			return int(n), 0
+		}
+		if err != syscall.EINTR {
+			return 0, err
+		}
+	}
+}
+
+// writer writes small messages to a connection. It belongs to one goroutine.
+type writer struct {
+	conn net.Conn
+	raw  syscall.RawConn // nil: a connection without a file descriptor
+	try  func(fd uintptr) bool
+	left []byte
+	err  error
+}
+
+func newWriter(c net.Conn) *writer {
+	x := &writer{conn: c}
+	if sc, ok := c.(syscall.Conn); ok {
+		x.raw, _ = sc.SyscallConn() // without it, it is the connection's own way
+	}
+	x.try = x.tryWrite
+	return x
+}
+
+// write writes all of b.
+func (x *writer) write(b []byte) error {
+	if x.raw == nil || len(b) > smallBuffer {
+		_, err := x.conn.Write(b)
+		return err
+	}
+	x.left, x.err = b, nil
+	if err := x.raw.Write(x.try); err != nil {
+		x.err = err
+	}
+	x.left = nil
+	return x.err
+}
+
+func (x *writer) tryWrite(fd uintptr) bool {
+	for len(x.left) > 0 {
+		n, err := rawIO(syscall.SYS_WRITE, fd, x.left)
+		if err == syscall.EAGAIN {
+			return false
+		}
+		if err != 0 {
+			x.err = err
+			return true
+		}
+		x.left = x.left[n:]
+	}
 	return true
 }

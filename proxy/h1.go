@@ -182,7 +182,7 @@ func (p *pair) forward(rq *request, n int, v *l7.Verdict, ex *exchange) (more bo
 	if len(v.Changes) > 0 || rq.h2c {
 		out = append(rebuild(rq, v.Changes), data[n:n+k]...)
 	}
-	if _, err := p.server.Write(out); err != nil {
+	if err := p.toServer.write(out); err != nil {
 		return false // its side of the pair knows why, and may have an answer still
 	}
 	p.in.skip(n + k)
