@@ -3,7 +3,7 @@
 # for what the programs need when they run.
 
 .DEFAULT_GOAL := help
-.PHONY: help build image demo hubble-cli test test-all chaos chaos-long chaos-found model schedules e2e e2e-up e2e-down e2e-measure generate lint floors race conformance bench measure prepare clean
+.PHONY: help build image demo hubble-cli test test-all chaos chaos-long chaos-found model schedules e2e e2e-up e2e-down e2e-measure measure-l7 generate lint floors race conformance bench measure prepare clean
 
 # ---- the Go command ----------------------------------------------------
 
@@ -139,6 +139,13 @@ measure: build ## first contacts, IP reuse, storms, throughput, scale and policy
 	$(GO) run ./test/bench/throughput -portcullis bin/portcullis
 	$(GO) run ./test/bench/scale -portcullis bin/portcullis
 	$(GO) run ./test/bench/policy
+	$(MAKE) measure-l7
+
+measure-l7: build ## requests through the proxy beside direct, nginx and haproxy (installed by apt-get), idle connections, fresh names (root, ten minutes)
+	@test/prepare strict
+	$(GO) run ./test/bench/l7 -portcullis bin/portcullis requests
+	$(GO) run ./test/bench/l7 -portcullis bin/portcullis idle
+	$(GO) run ./test/bench/l7 -portcullis bin/portcullis names
 
 prepare: ## check the kernel and mount the BPF file system where it is missing
 	@test/prepare strict

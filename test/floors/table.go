@@ -92,6 +92,7 @@ var Table = []Row{
 
 	{Path: "test/bench", Kind: Tests},
 	{Path: "test/bench/contacts", Kind: Tests, Holds: "first contacts, IP reuse and storms, measured in a lab"},
+	{Path: "test/bench/l7", Kind: Tests, Holds: "requests, idle connections and names through the proxy, beside other proxies"},
 	{Path: "test/bench/policy", Kind: Tests, Holds: "compiling policies: all, and one change"},
 	{Path: "test/bench/rig", Kind: Tests, Holds: "what the measuring commands share"},
 	{Path: "test/bench/scale", Kind: Tests, Holds: "memory, CPU and map writes with many bindings"},
