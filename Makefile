@@ -3,7 +3,7 @@
 # for what the programs need when they run.
 
 .DEFAULT_GOAL := help
-.PHONY: help build image demo hubble-cli test test-all chaos chaos-long chaos-found model schedules e2e e2e-up e2e-down e2e-measure measure-l7 generate lint floors race conformance bench measure prepare clean
+.PHONY: help build image demo hubble-cli test test-all chaos chaos-long chaos-found prometheus model schedules e2e e2e-up e2e-down e2e-measure measure-l7 generate lint floors race conformance bench measure prepare clean
 
 # ---- the Go command ----------------------------------------------------
 
@@ -69,6 +69,10 @@ chaos-long: build ## 5000 reuses of IPs without a fault and under a partition, a
 chaos-found: build ## try again whatever chaos runs have ever found (docs/chaos-found.md), and that they still see what is wrong (root, minutes)
 	@test/prepare strict
 	$(GO) run ./test/chaos -found docs/chaos-found.md
+
+prometheus: build ## try dashboard and alerts of deploy/monitoring on a real Prometheus that scrapes a lab (root, two minutes; needs Debian's package prometheus)
+	@test/prepare strict
+	$(GO) run ./test/prometheus -write docs/metrics.md
 
 # A real Kubernetes: three nodes on this machine. The first time it is built
 # from source, for minutes; see test/e2e.

@@ -26,6 +26,7 @@ import (
 	"portcullis/ipcache/lease"
 	"portcullis/observe/audit"
 	"portcullis/observe/hubble"
+	"portcullis/observe/metrics"
 	"portcullis/proxy/feed"
 )
 
@@ -133,6 +134,7 @@ func (l *loop) runParts(ctx context.Context, group *errgroup.Group, source *svid
 	run("confirmation log", l.reopenLog)
 	run("conntrack sweep", l.sweepConntrack)
 	run("proxy", l.watchProxy)
+	run("metrics", l.serveMetrics)
 	run("workload processes", func(ctx context.Context) error {
 		return l.processes.run(ctx, func(uid identity.UID, what process) { l.post(func() { l.processEnded(uid, what) }) })
 	})
@@ -214,7 +216,7 @@ func newLoop(ctx context.Context, cfg Config, log *zap.Logger) (*loop, error) {
 		endpoints: map[identity.UID]*endpoint{}, byIP: map[netip.Addr]*endpoint{}, byEndpointID: map[uint32]*endpoint{}, byIfindex: map[uint32]*endpoint{},
 		holdIndexes: newIndexes(cfg.Endpoints, cfg.ReuseMargin), retryActivation: map[identity.UID]identity.Generation{}, retryClose: map[identity.UID]bool{}, nodeUIDs: map[identity.UID]netip.Addr{},
 		numerics: map[uint64]identity.Numeric{}, installedAt: map[uint64]lease.Time{}, policyFiles: map[authz.Ref]importedFile{}, groups: map[authz.Ref]*authz.Group{}, spaces: map[authz.Ref]*authz.NamespaceObject{}, services: map[authz.Ref]*authz.ServiceObject{}, slices: map[authz.Ref]*authz.SliceObject{},
-		names: newDirectory(), peerSessions: map[identity.NodeName]*audit.Session{}, monitors: newMonitors(cfg.Flows), events: hubble.NewEvents(), alarms: newAlarms()}
+		names: newDirectory(), peerSessions: map[identity.NodeName]*audit.Session{}, monitors: newMonitors(cfg.Flows), events: hubble.NewEvents(), alarms: newAlarms(), instruments: metrics.New()}
 	l.coverage.since = l.started
 	l.proxyWanted = make(chan struct{})
 	if cfg.Proxy {

@@ -169,6 +169,8 @@ type Config struct {
 	Kubeconfig   string
 	ForgetRanges []netip.Prefix // of nodes that are gone for good, see kube.Config.Forget
 
+	Metrics Metrics
+
 	// Notices of what runs beside the agent; may be nil.
 	Notices *Notices
 
@@ -256,6 +258,7 @@ func (c *Config) Validate() error {
 			}
 		}
 	}
+	errs = append(errs, c.Metrics.validate()...)
 	errs = append(errs, c.validateTimes()...)
 	errs = append(errs, c.validateRanges()...)
 	errs = append(errs, c.validateSizes()...)
@@ -347,28 +350,6 @@ func (c *Config) validateTimes() (errs []error) {
 	}
 	if c.IdleBinding < leastIdle {
 		bad("--idle-binding %v: want at least %v, or bindings in use are given back", c.IdleBinding, leastIdle)
-	}
-	return errs
-}
-
-func (c *Config) validateAudit() (errs []error) {
-	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
-	switch c.AuditSync {
-	case "none", "interval", "always":
-	default:
-		bad("--audit-sync %q: want none, interval or always", c.AuditSync)
-	}
-	if c.AuditMaxBytes < 64<<10 {
-		bad("--audit-max-bytes %d: want at least 65536", c.AuditMaxBytes)
-	}
-	if c.AuditMaxAge < time.Minute {
-		bad("--audit-max-age %v: want at least 1m", c.AuditMaxAge)
-	}
-	if c.AuditKeep < 0 {
-		bad("--audit-keep %d: want 0 (all) or more", c.AuditKeep)
-	}
-	if c.AuditCheckpoint < time.Second || c.AuditCheckpoint > time.Hour {
-		bad("--audit-checkpoint %v: want 1s to 1h", c.AuditCheckpoint)
 	}
 	return errs
 }

@@ -9,6 +9,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"sync/atomic"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"go.uber.org/zap"
@@ -36,6 +37,28 @@ func (l *loop) openAudit() (err error) {
 	return err
 }
 
+func (c *Config) validateAudit() (errs []error) {
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	switch c.AuditSync {
+	case "none", "interval", "always":
+	default:
+		bad("--audit-sync %q: want none, interval or always", c.AuditSync)
+	}
+	if c.AuditMaxBytes < 64<<10 {
+		bad("--audit-max-bytes %d: want at least 65536", c.AuditMaxBytes)
+	}
+	if c.AuditMaxAge < time.Minute {
+		bad("--audit-max-age %v: want at least 1m", c.AuditMaxAge)
+	}
+	if c.AuditKeep < 0 {
+		bad("--audit-keep %d: want 0 (all) or more", c.AuditKeep)
+	}
+	if c.AuditCheckpoint < time.Second || c.AuditCheckpoint > time.Hour {
+		bad("--audit-checkpoint %v: want 1s to 1h", c.AuditCheckpoint)
+	}
+	return errs
+}
+
 // lateSigner signs with the agent's SVID, once there is a source of it.
 type lateSigner struct{ source atomic.Pointer[svid.Source] }
 
@@ -58,6 +81,7 @@ func (s *lateSigner) GetX509SVID() (*x509svid.SVID, error) {
 // confirmation puts a line into the confirmation log; it never waits for the
 // disk.
 func (l *loop) confirmation(e lease.LogEntry) {
+	l.instruments.Confirmation(string(e.Kind))
 	if err := l.audit.Append(e, l.sessionOf(e)); err != nil {
 		l.alarms.raise("confirmation-log", fmt.Sprintf("a line of the confirmation log is lost: %v", err))
 	}

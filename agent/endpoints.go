@@ -347,6 +347,7 @@ func (l *loop) activate(uid identity.UID, generation identity.Generation) {
 	l.names.addEndpoint(e)
 	l.log.Info("endpoint active", zap.String("workload", e.fullName()), zap.Uint64("generation", uint64(generation)))
 	close(e.activated)
+	l.instruments.ReuseDelay(time.Since(e.created))
 }
 
 func (l *loop) openGate(e *endpoint) error {

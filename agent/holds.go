@@ -112,6 +112,7 @@ func (l *loop) inject(r hold.Record) {
 		return
 	}
 	l.reinjected++
+	l.instruments.FirstContact(l.now().Sub(lease.Time(r.Arrival)))
 }
 
 // endHolds accounts for holds that ended in a drop, and tells the verifier
@@ -149,9 +150,6 @@ func (l *loop) countDrops(drops ...hold.Ended) {
 		}
 		l.heldDropped++
 		l.dp.CountDrop(d.Direction, d.Why)
-		if l.monitors.empty() {
-			continue // nobody needs the record
-		}
 		ev := abi.Event{Time: uint64(l.now()), Src: datapath.Addr(d.Peer), Dst: datapath.Addr(d.Local),
 			Sport: d.Sport, Dport: d.Dport, Ifindex: d.Ifindex, Endpoint: d.Endpoint, Len: uint32(len(d.Packet)),
 			Proto: d.Proto, Direction: uint8(d.Direction), Verdict: uint8(abi.VerdictDrop), Reason: uint8(d.Why)}

@@ -94,6 +94,7 @@ type insides struct{ l *loop }
 
 // Record implements feed.Handler.
 func (i insides) Record(r *proxy.Record) {
+	i.l.countInside(r)
 	if i.l.monitors.empty() {
 		return
 	}
@@ -102,6 +103,7 @@ func (i insides) Record(r *proxy.Record) {
 
 // Lost implements feed.Handler.
 func (i insides) Lost(n uint64) {
+	i.l.instruments.InsideLost(n)
 	i.l.monitors.lose(n)
 	i.l.keepLost(n, flow.LostProxy)
 }

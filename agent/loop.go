@@ -20,6 +20,7 @@ import (
 	"portcullis/ipcache/session"
 	"portcullis/observe/audit"
 	"portcullis/observe/hubble"
+	"portcullis/observe/metrics"
 	"portcullis/proxy/feed"
 )
 
@@ -130,6 +131,7 @@ type loop struct {
 	proxyWanted   chan struct{}  // closed with steering
 	proxyRestarts atomic.Uint64
 	alarms        *alarms // safe for concurrent use
+	instruments   *metrics.Instruments
 	started       time.Time
 	boot          identity.BootID
 }
@@ -163,19 +165,25 @@ func (l *loop) run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case f := <-l.inbox:
-			f()
+			l.timed(f)
 		case r := <-l.ring:
-			l.held(r)
+			l.timed(func() { l.held(r) })
 		case <-timer.C:
-			l.tick()
+			l.timed(l.tick)
 		case <-retry.C:
-			l.retry()
+			l.timed(l.retry)
 		}
 		// After what waits already, for one look at all sets serves many changes.
 		if l.steered.behind && len(l.inbox) == 0 {
 			l.steerServices(nil)
 		}
 	}
+}
+
+func (l *loop) timed(step func()) {
+	began := time.Now()
+	step()
+	l.instruments.LoopStep(time.Since(began))
 }
 
 // retry does again what failed.
@@ -251,8 +259,17 @@ func (l *loop) tick() {
 // when the loop has ended. Safe for concurrent use; never call it from the loop.
 func (l *loop) post(f func()) {
 	select {
-	case l.inbox <- f:
+	case l.inbox <- l.waiting(f):
 	case <-l.stopped:
+	}
+}
+
+// waiting notes how long f waited for its turn, when it comes.
+func (l *loop) waiting(f func()) func() {
+	asked := time.Now()
+	return func() {
+		l.instruments.LoopWait(time.Since(asked))
+		f()
 	}
 }
 
@@ -261,7 +278,7 @@ func (l *loop) post(f func()) {
 func (l *loop) call(ctx context.Context, f func() error) error {
 	done := make(chan error, 1)
 	select {
-	case l.inbox <- func() { done <- f() }:
+	case l.inbox <- l.waiting(func() { done <- f() }):
 	case <-l.stopped:
 		return errStopped
 	case <-ctx.Done():

@@ -16,6 +16,7 @@ type monitors struct {
 	ring    *flow.Ring // nil: nothing is kept
 	mu      sync.Mutex
 	readers map[*monitor]struct{}
+	lost    uint64 // records, by all readers that were ever here; guarded by mu
 }
 
 type monitor struct {
@@ -77,6 +78,7 @@ func (m *monitors) publish(record flow.Record) {
 		case r.records <- record:
 		default:
 			r.lost++
+			m.lost++
 		}
 	}
 }
@@ -86,6 +88,14 @@ func (m *monitors) keep(record *flow.Record) {
 	if m.ring != nil {
 		m.ring.Put(record)
 	}
+}
+
+// counts returns how many readers there are, and how many records readers were
+// too slow for.
+func (m *monitors) counts() (readers int, lost uint64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return len(m.readers), m.lost
 }
 
 // lose says that records were lost before they came here: every reader missed

@@ -364,6 +364,7 @@ func (l *loop) keepLost(n uint64, where flow.LostWhere) {
 // publish makes a flow record of an event, to be kept and for whoever monitors.
 func (l *loop) publish(ev abi.Event) {
 	l.coverage.count(&ev)
+	l.instruments.Flow(abi.Direction(ev.Direction), abi.Verdict(ev.Verdict), abi.Evidence(ev.Evidence), ev.Flags&uint8(abi.EventNoEvidence) == 0)
 	if l.monitors.empty() {
 		return // a node under load has thousands of events a second
 	}

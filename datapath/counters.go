@@ -20,6 +20,36 @@ type Counter = abi.Counter
 // drops that user space decided (whose bytes are not counted). A held packet
 // is counted as held, and again by what became of it.
 func (d *Datapath) Counters() (map[CounterKey]Counter, error) {
+	out, err := d.KernelCounters()
+	if err != nil {
+		return nil, err
+	}
+	for k, n := range d.DecidedDrops() {
+		c := out[k]
+		c.Packets += n
+		out[k] = c
+	}
+	return out, nil
+}
+
+// DecidedDrops returns the drops that user space decided, by CountDrop, since this
+// process began. Safe for concurrent use.
+func (d *Datapath) DecidedDrops() map[CounterKey]uint64 {
+	out := map[CounterKey]uint64{}
+	for dir := range abi.DirMax {
+		for reason := range abi.ReasonMax {
+			if n := d.drops[dir][reason].Load(); n > 0 {
+				out[CounterKey{dir, abi.VerdictDrop, reason}] = n
+			}
+		}
+	}
+	return out
+}
+
+// KernelCounters returns what the programs counted since their maps were made, as
+// Counters does. It never falls, whatever becomes of the agent. Safe for
+// concurrent use.
+func (d *Datapath) KernelCounters() (map[CounterKey]Counter, error) {
 	m := d.coll.Maps["counters"]
 	out := map[CounterKey]Counter{}
 	var perCPU []abi.Counter
@@ -34,9 +64,6 @@ func (d *Datapath) Counters() (map[CounterKey]Counter, error) {
 				for _, v := range perCPU {
 					c.Packets += v.Packets
 					c.Bytes += v.Bytes
-				}
-				if verdict == abi.VerdictDrop {
-					c.Packets += d.drops[dir][reason].Load()
 				}
 				if c != (Counter{}) {
 					out[CounterKey{dir, verdict, reason}] = c

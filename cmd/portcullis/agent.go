@@ -152,6 +152,8 @@ func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (instea
 	f.Uint32Var(&cfg.MarkMask, "mark-mask", 0, "bits of the packet mark for the agent's own use, e.g. 0xffff0000 (0: all that --endpoint-mark-mask leaves)")
 	f.Uint32Var(&cfg.EndpointMarkMask, "endpoint-mark-mask", 0, "one row of bits of the packet mark that carries a packet's sender through the node, so that masquerade does not hide it, e.g. 0x0000fff0 (0: none)")
 	f.DurationVar(&cfg.IdleBinding, "idle-binding", cfg.IdleBinding, "give a binding back when it was not used for this long")
+	f.StringVar(&cfg.Metrics.Address, "metrics-address", "", "ADDRESS:PORT, or :PORT, at which metrics for Prometheus and probes of health are served: /metrics, /healthz, /readyz (empty: nowhere)")
+	f.BoolVar(&cfg.Metrics.Profiles, "pprof", false, "serve /debug/pprof/ there too; only on the loopback")
 	f.StringVar(&raw.level, "log-level", raw.level, "debug, info, warn or error")
 	return instead
 }

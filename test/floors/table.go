@@ -108,6 +108,7 @@ var Table = []Row{
 	{Path: "test/floors", Kind: Tests},
 	{Path: "test/loadable", Kind: Tests},
 	{Path: "test/peak", Kind: Tests, Leaf: nothing, Holds: "measures a parser's memory in a process of its own"},
+	{Path: "test/prometheus", Kind: Tests, Holds: "a real Prometheus evaluates dashboard and alerts on a lab"},
 	{Path: "test/scenario", Kind: Tests, Holds: "whole agents in a lab: faults, restarts, rotations"},
 	{Path: "test/summary", Kind: Tests, Leaf: nothing, Holds: "runs go test, counts"},
 }
