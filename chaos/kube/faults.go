@@ -19,26 +19,32 @@ import (
 // breakThings lets one fault happen after the other, each kind in its turn, until
 // ctx ends.
 func (w *world) breakThings(ctx context.Context, background context.Context, r *rand.Rand) error {
-	for i := 0; len(w.plan.faults) > 0; i++ {
+	kind := 0
+	for n := 0; len(w.plan.faults) > 0; n++ {
 		if !sleep(ctx, 5*time.Second+time.Duration(r.Int64N(int64(5*time.Second)))) {
 			return nil
 		}
-		f := w.plan.faults[i%len(w.plan.faults)]
-		if err := w.happen(ctx, background, f, i, r); err != nil {
+		f := w.plan.faults[kind%len(w.plan.faults)]
+		void, err := w.happen(ctx, background, f, n, r)
+		if err != nil {
 			if ctx.Err() != nil {
 				return nil
 			}
 			return fmt.Errorf("fault %s: %w", f.Name, err)
 		}
-		if i < len(w.plan.faults) && sleep(ctx, 5*time.Second) { // to see what comes after
+		if void {
+			continue // the same again
+		}
+		if kind++; kind <= len(w.plan.faults) && sleep(ctx, 5*time.Second) { // to see what comes after
 			w.mended.Add(1)
 		}
 	}
 	return nil
 }
 
-// happen lets one fault happen, from its begin to its end.
-func (w *world) happen(ctx, background context.Context, f Fault, n int, r *rand.Rand) error {
+// happen lets one fault happen, from its begin to its end. It is void where no pod
+// lived when it began whose IP could go to another.
+func (w *world) happen(ctx, background context.Context, f Fault, n int, r *rand.Rand) (void bool, err error) {
 	verifier := w.verifiers[r.IntN(len(w.verifiers))]
 	node := []string{w.owner, verifier}[r.IntN(2)]
 	least := w.ttl/2 + time.Duration(r.Int64N(int64(w.ttl)))
@@ -46,7 +52,7 @@ func (w *world) happen(ctx, background context.Context, f Fault, n int, r *rand.
 	at := map[string]breaker.Options{}
 	switch f.Name {
 	case "agent-restart", "agent-kill":
-		return w.restart(ctx, background, note, node, n)
+		return false, w.restart(ctx, background, note, node, n)
 	case "agent-stop": // of the owner: no pod would come that could have an IP
 		note.places = [][]string{{verifier}}
 		at[verifier] = breaker.Options{Signal: unix.SIGSTOP}
@@ -54,7 +60,7 @@ func (w *world) happen(ctx, background context.Context, f Fault, n int, r *rand.
 		note.places = [][]string{{verifier}}
 		ends, err := w.apiServer(ctx)
 		if err != nil {
-			return err
+			return false, err
 		}
 		at[verifier] = breaker.Options{Cut: ends}
 	case "partition":
@@ -88,8 +94,8 @@ func (w *world) happen(ctx, background context.Context, f Fault, n int, r *rand.
 	w.faults = append(w.faults, note)
 	w.mu.Unlock()
 	w.turned.Add(int64(w.uses.turns()))
-	fmt.Fprintf(w.Progress, "chaos: %s at %v is over; %d IPs went from who had them at its begin to another identity meanwhile\n", f.Name, note.places[0], w.uses.turns())
-	return errors.Join(errs...)
+	fmt.Fprintf(w.Progress, "chaos: %s at %v is over; of %d IPs %d went from who had them at its begin to another identity meanwhile\n", f.Name, note.places[0], turn.known, w.uses.turns())
+	return turn.known == 0 && !turn.deaf, errors.Join(errs...)
 }
 
 // maxFault is how long something stays broken at most, and enoughTurns how many
@@ -112,6 +118,7 @@ type turn struct {
 
 	mu    sync.Mutex
 	parts int // guarded by mu; that have not begun
+	known int // how many IPs were somebody's when all parts had begun; written before that
 }
 
 // over waits until a part of the fault, which has begun, is to end.
@@ -120,7 +127,7 @@ func (t *turn) over(ctx context.Context, u *uses) {
 	defer cancel()
 	t.mu.Lock()
 	if t.parts--; t.parts == 0 {
-		u.mark()
+		t.known = u.mark()
 		close(t.begun)
 	}
 	t.mu.Unlock()
@@ -129,7 +136,8 @@ func (t *turn) over(ctx context.Context, u *uses) {
 	case <-ctx.Done():
 		return
 	}
-	if t.deaf || !sleep(ctx, t.least) {
+	// Nobody's IP can be believed wrongly where nobody has one.
+	if t.deaf || t.known == 0 || !sleep(ctx, t.least) {
 		return
 	}
 	for u.turns() < enoughTurns && sleep(ctx, time.Second/2) {

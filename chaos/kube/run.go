@@ -285,10 +285,10 @@ func (w *world) reuse(ctx, background context.Context, readers *sync.WaitGroup) 
 	defer cancel(nil)
 	rnd := rand.New(rand.NewPCG(w.Seed, 0x6b756265))
 	var slots, others sync.WaitGroup
-	for range w.Parallel {
+	for i := range w.Parallel {
 		r := rand.New(rand.NewPCG(rnd.Uint64(), rnd.Uint64()))
 		slots.Go(func() {
-			if err := w.slot(ctx, background, r, readers); err != nil {
+			if err := w.slot(ctx, background, i, r, readers); err != nil {
 				cancel(err)
 			}
 		})
@@ -319,15 +319,19 @@ func (w *world) enough() bool {
 // exhausted: so many pods were made as may be.
 func (w *world) exhausted() bool { return int(w.made.Load()) >= w.Pods }
 
-// slot lets one pod after the other come and go.
-func (w *world) slot(ctx, background context.Context, r *rand.Rand, readers *sync.WaitGroup) error {
+// slot lets one pod after the other come and go: slot i of those side by side.
+func (w *world) slot(ctx, background context.Context, i int, r *rand.Rand, readers *sync.WaitGroup) error {
+	// The first live longer, each slot's by another time: pods that came and went
+	// all at once would leave moments in which there are none.
+	longer := time.Duration(i) * 3 * time.Second
 	for ctx.Err() == nil && !w.enough() && !w.exhausted() {
 		n := w.made.Add(1)
 		is := w.uses.next(r)
 		name := fmt.Sprintf("%s-%d", is, n)
 		// Long enough that some are there whenever a fault begins: only their IPs
 		// can be believed wrongly.
-		life := 6*time.Second + time.Duration(r.Int64N(int64(8*time.Second)))
+		life := 6*time.Second + time.Duration(r.Int64N(int64(8*time.Second))) + longer
+		longer = 0
 		args := []string{"--for", life.String(), "--seed", fmt.Sprint(r.Uint64())}
 		for _, ip := range w.serving {
 			args = append(args, "--call", ip.String())

@@ -29,8 +29,9 @@ type uses struct {
 	turned int                   // guarded by mu; how many of these went to another identity since
 }
 
-// mark begins anew with turned: with the pods that live now.
-func (u *uses) mark() {
+// mark begins anew with turned: with the pods that live now. It returns how many
+// IPs they have.
+func (u *uses) mark() int {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.turned, u.known = 0, map[netip.Addr]string{}
@@ -39,6 +40,7 @@ func (u *uses) mark() {
 			u.known[ip] = is
 		}
 	}
+	return len(u.known)
 }
 
 func (u *uses) turns() int {
