@@ -180,15 +180,22 @@ type flow struct {
 		IP   string
 		Port int
 	}
+	L7 *struct{ Protocol, Method, Path, Verdict, Name string }
 }
 
 // monitored runs do, and returns the drops that the node told of meanwhile,
 // of what a workload sends.
 func monitored(t *testing.T, node, workload string, do func()) (flows []flow) {
 	t.Helper()
+	return watched(t, node, []string{"--workload", workload, "--verdict", "drop", "--direction", "egress"}, do)
+}
+
+// watched runs do, and returns what a node's monitor told of meanwhile.
+func watched(t *testing.T, node string, filters []string, do func()) (flows []flow) {
+	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	cmd, err := nodeCommand(ctx, node, program, "monitor", "-o", "json", "--workload", workload, "--verdict", "drop", "--direction", "egress")
+	cmd, err := nodeCommand(ctx, node, append([]string{program, "monitor", "-o", "json"}, filters...)...)
 	must(t, err)
 	stdout, err := cmd.StdoutPipe()
 	must(t, err)

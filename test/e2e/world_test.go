@@ -229,9 +229,9 @@ type held struct {
 }
 
 type hammered struct {
-	Tried, OK int
-	SlowestUS int64 `json:"slowest_us"`
-	Errors    []string
+	Tried, OK, Timeouts int
+	SlowestUS           int64 `json:"slowest_us"`
+	Errors              []string
 }
 
 // endpoint is one of `portcullis endpoint list`.

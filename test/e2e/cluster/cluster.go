@@ -349,6 +349,14 @@ func (c *Cluster) KubectlCommand(ctx context.Context, args ...string) *exec.Cmd 
 	return cmd
 }
 
+// WorldCommand is a command in the network of the control plane, which has the
+// addresses of the world, on the machine's file system.
+func (c *Cluster) WorldCommand(ctx context.Context, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, "nsenter", append([]string{"--net=/proc/" + strconv.Itoa(c.pid) + "/ns/net"}, args...)...)
+	cmd.WaitDelay = 10 * time.Second
+	return cmd
+}
+
 // Kubectl runs kubectl and returns its output; the error has what it says.
 func (c *Cluster) Kubectl(ctx context.Context, args ...string) (string, error) {
 	return output(c.KubectlCommand(ctx, args...))

@@ -1,13 +1,25 @@
 package cluster
 
-// corefile serves the cluster's names, and no others: there is no world here.
-const corefile = `.:53 {
+import (
+	"fmt"
+	"strings"
+)
+
+// corefile serves the cluster's names, and those of a world that is this machine's
+// alone: its addresses are the control plane's (see bridge). Of many.example.com
+// there are more than an answer by UDP has room for; node.example.com is n2.
+var corefile = `.:53 {
     errors
     health
     ready
     hosts {
         203.0.113.10 my-remote-service.com
-        fallthrough
+        203.0.113.20 api.example.com
+        2001:db8::20 api.example.com
+        203.0.113.21 other.example.com
+        2001:db8::21 other.example.com
+        10.77.0.12 node.example.com
+` + manyHosts() + `        fallthrough
     }
     kubernetes cluster.local in-addr.arpa ip6.arpa {
         pods insecure
@@ -17,6 +29,15 @@ const corefile = `.:53 {
     cache 5
 }
 `
+
+// manyHosts are more addresses of one name than an answer by UDP has room for.
+func manyHosts() string {
+	var b strings.Builder
+	for i := range 96 {
+		fmt.Fprintf(&b, "        203.0.113.%d many.example.com\n", 101+i)
+	}
+	return b.String()
+}
 
 type object = map[string]any
 

@@ -17,6 +17,10 @@ import (
 const (
 	PauseImage = "e2e.local/pause:1"
 	ProbeImage = "e2e.local/probe:1" // test/e2e/probe, and busybox
+	// UserlandImage has, beside these, curl and getent of this machine's
+	// distribution, and, where a C compiler is at hand, the probe by the name
+	// probe-cgo, which resolves names as the C library does.
+	UserlandImage = "e2e.local/userland:1"
 	// As the stories' manifests name them; what is in them is ours.
 	deathstarImage  = "docker.io/cilium/starwars:latest"
 	shipImage       = "docker.io/tgraf/netperf:latest"
@@ -50,8 +54,11 @@ func Images(ctx context.Context, root, dir string, parts Parts) (base, portculli
 	if layers["busybox"], err = packBusybox(); err != nil {
 		return "", "", err
 	}
+	if layers["userland"], err = packUserland(ctx, root, dir); err != nil {
+		return "", "", err
+	}
 	make := func(tag string, entrypoint []string, names ...string) image.Image {
-		i := image.Image{Tags: []string{tag}, Architecture: goruntime.GOARCH, Config: image.Config{Entrypoint: entrypoint, Env: []string{"PATH=/:/bin"}}}
+		i := image.Image{Tags: []string{tag}, Architecture: goruntime.GOARCH, Config: image.Config{Entrypoint: entrypoint, Env: []string{"PATH=/usr/bin:/:/bin"}}}
 		for _, n := range names {
 			i.Layers = append(i.Layers, layers[n])
 		}
@@ -62,6 +69,7 @@ func Images(ctx context.Context, root, dir string, parts Parts) (base, portculli
 		archive(base,
 			make(PauseImage, []string{"/pause"}, "pause"),
 			make(ProbeImage, []string{"/probe"}, "busybox", "probe"),
+			make(UserlandImage, []string{"/probe", "sleep"}, "busybox", "probe", "userland"),
 			make(deathstarImage, []string{"/probe", "deathstar"}, "busybox", "probe"),
 			make(shipImage, []string{"/probe", "sleep"}, "busybox", "probe"),
 			make(helloworldV1, []string{"/probe", "helloworld", "-version", "v1"}, "busybox", "probe"),

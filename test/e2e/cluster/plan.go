@@ -14,9 +14,11 @@ const (
 	controlIP4, controlIP6 = "10.77.0.1", "fd77::1"
 	podRange4, podRange6   = "10.244.0.0/16", "fd44::/48"
 	serviceRange           = "10.96.0.0/16,fd96::/112"
-	apiServiceIP           = "10.96.0.1"
-	dnsServiceIP           = "10.96.0.10"
-	apiPort                = 6443
+	// Nodes send to the control plane's network what is for nobody they know.
+	worldRange4, worldRange6 = "203.0.113.0/24", "2001:db8::/64"
+	apiServiceIP             = "10.96.0.1"
+	dnsServiceIP             = "10.96.0.10"
+	apiPort                  = 6443
 )
 
 // plan is what supervisor and nodes must know; it lies in the cluster's

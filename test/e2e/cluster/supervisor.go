@@ -3,6 +3,8 @@ package cluster
 import (
 	"errors"
 	"fmt"
+	"net"
+	"net/netip"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -116,7 +118,24 @@ func bridge() error {
 	if err := errors.Join(netlink.LinkSetUp(lo), netlink.LinkAdd(br)); err != nil {
 		return err
 	}
-	return errors.Join(addAddress(br, controlIP4+"/24"), addAddress(br, controlIP6+"/64"), netlink.LinkSetUp(br))
+	return errors.Join(addAddress(br, controlIP4+"/24"), addAddress(br, controlIP6+"/64"), netlink.LinkSetUp(br), world(lo))
+}
+
+// world makes the addresses of the world this network's own, those that are for
+// examples: nothing ever leaves the machine.
+func world(lo netlink.Link) error {
+	for _, prefix := range []string{worldRange4, worldRange6} {
+		p, err := netip.ParsePrefix(prefix)
+		if err != nil {
+			return err
+		}
+		r := &netlink.Route{Dst: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())},
+			LinkIndex: lo.Attrs().Index, Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_LOCAL, Scope: unix.RT_SCOPE_HOST}
+		if err := netlink.RouteReplace(r); err != nil {
+			return fmt.Errorf("addresses %s: %w", prefix, err)
+		}
+	}
+	return nil
 }
 
 func addAddress(l netlink.Link, prefix string) error {

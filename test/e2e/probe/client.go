@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -47,8 +48,8 @@ func check(ctx context.Context, targets []string, timeout time.Duration) error {
 }
 
 // ask returns the name of the server at PROTOCOL/HOST:PORT, where the protocol
-// is tcp, udp, sendto (UDP by a socket that is not connected), or connect (TCP,
-// and nothing is read). A datagram is sent again every quarter of the timeout,
+// is tcp, udp, sendto (UDP by a socket that is not connected), connect (TCP, and
+// nothing is read) or http (the answer to who asks to land). A datagram is sent again every quarter of the timeout,
 // as TCP would.
 func ask(ctx context.Context, target string, timeout time.Duration) (string, error) {
 	protocol, addr, ok := strings.Cut(target, "/")
@@ -63,6 +64,8 @@ func ask(ctx context.Context, target string, timeout time.Duration) (string, err
 			return "", err
 		}
 		return "", c.Close()
+	case "http":
+		return landing(ctx, addr, timeout)
 	case "sendto":
 		u, err := newUnconnected(addr)
 		if err != nil {
@@ -243,6 +246,7 @@ func hold(ctx context.Context, target string, until end, interval, timeout time.
 type Hammered struct {
 	Tried     int      `json:"tried"`
 	OK        int      `json:"ok"`
+	Timeouts  int      `json:"timeouts"`   // of those that failed: nobody said no
 	SlowestUS int64    `json:"slowest_us"` // of those that succeeded
 	Errors    []string `json:"errors,omitempty"`
 }
@@ -255,7 +259,13 @@ func hammer(ctx context.Context, target string, until end, interval, timeout tim
 		if err == nil {
 			h.OK++
 			h.SlowestUS = max(h.SlowestUS, time.Since(begin).Microseconds())
-		} else if len(h.Errors) < 10 {
+			continue
+		}
+		var slow net.Error
+		if errors.As(err, &slow) && slow.Timeout() {
+			h.Timeouts++
+		}
+		if len(h.Errors) < 10 {
 			h.Errors = append(h.Errors, begin.UTC().Format(time.RFC3339Nano)+" "+err.Error())
 		}
 	}

@@ -12,6 +12,14 @@
 //	probe changes -for 30s 10.0.0.1:80   a new UDP flow every 50 ms: when answers
 //	                                     begin and cease, as lines of JSON
 //	probe lookup NAME...                 addresses of names, as lines of JSON
+//	probe query -server udp/10.0.0.1:53 NAME...  what a server of DNS says of
+//	                                     addresses, as lines of JSON
+//	probe requests 10.0.0.1:80 "PUT /v1 Name: value"...  requests of one
+//	                                     connection, one after the other, and
+//	                                     their answers as lines of JSON
+//
+// Targets of check and hammer are also http/10.0.0.1:80, which a ship asks to let
+// it land.
 //
 // Started as curl it is a small part of curl, so that commands of the stories
 // run as they are written.
@@ -49,7 +57,7 @@ func run(ctx context.Context, name string, args []string) error {
 		return curl(ctx, args)
 	}
 	if len(args) == 0 {
-		return errors.New("want deathstar, helloworld, sleep, serve, check, talk, hold, hammer, changes or lookup")
+		return errors.New("want deathstar, helloworld, sleep, serve, check, talk, hold, hammer, changes, lookup, query or requests")
 	}
 	f := flag.NewFlagSet(args[0], flag.ContinueOnError)
 	addr := f.String("addr", ":80", "address of deathstar")
@@ -100,6 +108,13 @@ func run(ctx context.Context, name string, args []string) error {
 		return changes(ctx, os.Stdout, f.Arg(0), until, *interval, *timeout)
 	case "lookup":
 		return lookup(ctx, *server, f.Args(), *timeout)
+	case "query":
+		return query(ctx, *server, f.Args(), *timeout)
+	case "requests":
+		if f.NArg() < 2 {
+			return errors.New("requests: want HOST:PORT and requests")
+		}
+		return requests(ctx, os.Stdout, f.Arg(0), f.Args()[1:], *timeout)
 	}
 	return fmt.Errorf("no command %q", args[0])
 }
