@@ -22,6 +22,7 @@ func TestStory(t *testing.T) {
 	t.Run("requests of 2017", testTree)
 	t.Run("requests to services", testShieldedEgress)
 	t.Run("names", testFQDNs)
+	t.Run("proxy killed under traffic", testProxyKilled)
 	t.Run("how a pod starts", testStart)
 	t.Run("rolling restart under traffic", testRollingRestart)
 	t.Run("outage of the API server", testOutage)
