@@ -142,6 +142,7 @@ func (l *loop) runParts(ctx context.Context, group *errgroup.Group, source *svid
 		run("cluster", l.followCluster)
 		run("addresses", l.followAddresses)
 	}
+	run("flow exports", l.exportFlows)
 	run("Hubble API", func(ctx context.Context) error { return l.serveHubble(ctx, source) })
 	run("local API", func(ctx context.Context) error { return serve(ctx, l, listener) })
 }

@@ -5,11 +5,14 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -25,6 +28,7 @@ import (
 	"portcullis/authz"
 	"portcullis/identity"
 	"portcullis/ipcache/session"
+	"portcullis/observe/export"
 	"portcullis/observe/hubble"
 )
 
@@ -42,6 +46,9 @@ type Seeing struct {
 	// HubbleClients are the SPIFFE IDs that may read flows there, beside the
 	// agents of the trust domain.
 	HubbleClients []string
+	// ExportConfig is the file that names the exports of flows, see
+	// observe/export; "": none. It is read again when it changes.
+	ExportConfig string
 }
 
 // maxFlows bounds --flows: 2 GiB.
@@ -66,6 +73,20 @@ func (c *Config) validateSeeing() (errs []error) {
 			bad("--hubble-listen without --flows: there is nothing to serve")
 		}
 	}
+	if c.ExportConfig != "" {
+		if c.Flows == 0 {
+			bad("--export-config without --flows: there is nothing to export")
+		}
+		if !filepath.IsAbs(c.ExportConfig) {
+			bad("--export-config %q: want an absolute path", c.ExportConfig)
+		}
+		// What is wrong with it now would be wrong for good; what comes later is an alarm.
+		if text, err := os.ReadFile(c.ExportConfig); err == nil {
+			if err := export.Parse(text); err != nil {
+				bad("--export-config %s: %w", c.ExportConfig, err)
+			}
+		}
+	}
 	for _, id := range c.HubbleClients {
 		if _, err := spiffeid.FromString(id); err != nil {
 			bad("--hubble-client %q: %v", id, err)
@@ -87,10 +108,8 @@ func (l *loop) serveHubble(ctx context.Context, source hubble.Source) error {
 	if l.monitors.ring == nil {
 		return nil // nothing is kept
 	}
-	peers := func() []hubble.Peer { return l.hubblePeers() }
-	s := hubble.NewServer(hubble.Options{Place: hubble.Place{Node: string(l.cfg.Node), Cluster: l.cfg.ClusterName, Version: Version()},
-		Ring: l.monitors.ring, Events: l.events, Started: l.started, Peers: peers, Address: l.hubbleAddress(firstAddr(l.cfg.NodeIPs)),
-		Follow: l.hearRequests})
+	s := hubble.NewServer(hubble.Options{Place: l.place(), Ring: l.monitors.ring, Events: l.events, Started: l.started, Peers: l.hubblePeers,
+		Address: l.hubbleAddress(firstAddr(l.cfg.NodeIPs)), Follow: l.hearRequests})
 	done := make(chan error, 2)
 	running := 0
 	start := func(ln net.Listener, opts ...grpc.ServerOption) {
@@ -133,6 +152,34 @@ func (l *loop) serveHubble(ctx context.Context, source hubble.Source) error {
 	return errors.Join(errs...)
 }
 
+// place is how flows name this node.
+func (l *loop) place() hubble.Place {
+	return hubble.Place{Node: string(l.cfg.Node), Cluster: l.cfg.ClusterName, Version: Version()}
+}
+
+// exportFlows writes flow records to files until ctx ends. A problem is an alarm:
+// flows are judged all the same.
+func (l *loop) exportFlows(ctx context.Context) error {
+	if l.monitors.ring == nil || l.cfg.ExportConfig == "" {
+		return nil
+	}
+	defer l.hearRequests(ctx)()
+	var mu sync.Mutex
+	failed := map[string]string{}
+	return export.Run(ctx, export.Options{File: l.cfg.ExportConfig, Ring: l.monitors.ring, Place: l.place(), Stdout: os.Stdout, Problem: func(name string, err error) {
+		mu.Lock()
+		defer mu.Unlock()
+		if delete(failed, name); err != nil {
+			failed[name] = err.Error()
+		}
+		if len(failed) == 0 {
+			l.alarms.clear("export-failed")
+			return
+		}
+		l.alarms.raise("export-failed", strings.Join(slices.Sorted(maps.Values(failed)), "; "))
+	}})
+}
+
 // hubbleTLS asks every client for an SVID of this trust domain: of an agent, or
 // one that --hubble-client names.
 func (l *loop) hubbleTLS(source hubble.Source) (*tls.Config, error) {
@@ -152,7 +199,7 @@ func (l *loop) hubbleTLS(source hubble.Source) (*tls.Config, error) {
 // hubblePeers returns the nodes that are known, this one first. They are taken
 // to serve flows at the port at which this one does.
 func (l *loop) hubblePeers() []hubble.Peer {
-	place := hubble.Place{Node: string(l.cfg.Node), Cluster: l.cfg.ClusterName}
+	place := l.place()
 	out := []hubble.Peer{{Name: place.Name(), Address: l.hubbleAddress(firstAddr(l.cfg.NodeIPs))}}
 	for name, p := range l.topology.Load().peers {
 		place.Node = string(name)

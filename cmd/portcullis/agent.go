@@ -181,6 +181,7 @@ func addLimitFlags(f *pflag.FlagSet, cfg *agent.Config) {
 	f.IntVar(&cfg.Flows, "flows", cfg.Flows, "flow records that are kept, for who asks later; 0: none")
 	f.StringVar(&cfg.HubbleSocket, "hubble-socket", cfg.HubbleSocket, "unix socket of the Hubble API; a name without / is beside --api-socket; empty: none")
 	f.StringVar(&cfg.HubbleListen, "hubble-listen", "", "ADDRESS:PORT of the Hubble API for other nodes, over TLS with SVIDs; Hubble's is :4244 (empty: none)")
+	f.StringVar(&cfg.ExportConfig, "export-config", "", "file that names exports of flows as JSON lines; read again when it changes (empty: none)")
 	f.StringArrayVar(&cfg.HubbleClients, "hubble-client", nil, "SPIFFE ID that may read flows there, beside agents (repeat)")
 }
 

@@ -105,7 +105,7 @@ func TestPrinter(t *testing.T) {
 	q.Source = flow.End{IP: record(0).Source.IP, Port: 9, Labels: []string{"reserved:world"}}
 	q.Evidence, q.Stamp, q.State, q.Verdict, q.Policy = identity.EvidenceNone, 0, abi.FlowReply, abi.VerdictPass, ""
 	pass := Place{Node: "n1"}.From(q, 1)[0]
-	lost := Place{Node: "n1"}.lost(&flow.Lost{Count: 7, Where: flow.LostKernel}, start)
+	lost := Place{Node: "n1"}.Lost(&flow.Lost{Count: 7, Where: flow.LostKernel}, start)
 	for _, tt := range []struct {
 		p        Printer
 		out, err string

@@ -148,7 +148,7 @@ func (r *reader) start() (from, end uint64) {
 // one sends a record, if the query asks for it.
 func (r *reader) one(rec *flow.Record, number uint64) (sent bool, err error) {
 	if rec.Lost != nil {
-		return false, r.send(r.o.Place.lost(rec.Lost, rec.Time))
+		return false, r.send(r.o.Place.Lost(rec.Lost, rec.Time))
 	}
 	f := r.q.choose(r.o.Place, rec, number)
 	if f == nil {
@@ -163,11 +163,11 @@ func (r *reader) lost(n uint64) error {
 	if n == 0 {
 		return nil
 	}
-	return r.send(r.o.Place.lost(&flow.Lost{Count: n, Where: flow.LostRing}, time.Now()))
+	return r.send(r.o.Place.Lost(&flow.Lost{Count: n, Where: flow.LostRing}, time.Now()))
 }
 
-// lost tells of what nobody can know. Events of the proxy are lost in its queue.
-func (p Place) lost(l *flow.Lost, at time.Time) *observerpb.GetFlowsResponse {
+// Lost tells of what nobody can know. Events of the proxy are lost in its queue.
+func (p Place) Lost(l *flow.Lost, at time.Time) *observerpb.GetFlowsResponse {
 	source := map[flow.LostWhere]flowpb.LostEventSource{
 		flow.LostKernel: flowpb.LostEventSource_PERF_EVENT_RING_BUFFER,
 		flow.LostProxy:  flowpb.LostEventSource_OBSERVER_EVENTS_QUEUE,

@@ -1,0 +1,255 @@
+package export
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	flowpb "github.com/cilium/cilium/api/v1/flow"
+	observerpb "github.com/cilium/cilium/api/v1/observer"
+	"portcullis/observe/flow"
+	"portcullis/observe/hubble"
+)
+
+// Options are what Run needs. All are required, but where it says so.
+type Options struct {
+	File   string // of settings; one that is not there has no exports
+	Ring   *flow.Ring
+	Place  hubble.Place
+	Stdout io.Writer // for exports to Stdout; used by one at a time
+	// Problem is told what is wrong with an export, or with the file (name ""),
+	// and with nil that it works again. It is called concurrently; may be nil.
+	Problem func(name string, err error)
+}
+
+const (
+	lookEvery = 2 * time.Second // at the file of settings
+	batch     = 128             // records that are read at a time
+)
+
+// Run exports until ctx ends. It returns nil then; what is wrong with an export is
+// no error of it.
+func Run(ctx context.Context, o Options) error {
+	if o.Problem == nil {
+		o.Problem = func(string, error) {}
+	}
+	r := &runner{o: o, running: map[string]*task{}}
+	defer r.stopAll()
+	r.reload(ctx, 0) // the first exports get what is there already
+	look := time.NewTicker(lookEvery)
+	defer look.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-look.C:
+			_, next := o.Ring.Bounds()
+			r.reload(ctx, next)
+		}
+	}
+}
+
+// runner is the exports that run. Owned by Run.
+type runner struct {
+	o       Options
+	last    string // text of the file that was looked at
+	looked  bool
+	running map[string]*task // by name
+}
+
+// task is a running export.
+type task struct {
+	key    string
+	cancel context.CancelFunc
+	done   chan struct{}
+	next   uint64 // number of the record that it would read next; of done
+}
+
+// end stops a task and returns where it was.
+func (t *task) end() uint64 {
+	t.cancel()
+	<-t.done
+	return t.next
+}
+
+func (r *runner) stopAll() {
+	for _, t := range r.running {
+		t.end()
+	}
+}
+
+// reload does what the file says, if it says something new. With a file that is
+// wrong all goes on as it was.
+func (r *runner) reload(ctx context.Context, from uint64) {
+	text, err := os.ReadFile(r.o.File)
+	if errors.Is(err, os.ErrNotExist) {
+		text, err = nil, nil
+	}
+	if err == nil && r.looked && string(text) == r.last {
+		return
+	}
+	exports, perr := parse(text)
+	if err = errors.Join(err, perr); err != nil {
+		r.o.Problem("", fmt.Errorf("%s: %w: exports go on as they were", r.o.File, err))
+		return
+	}
+	r.last, r.looked = string(text), true
+	r.o.Problem("", nil)
+	wanted, at := map[string]bool{}, map[string]uint64{}
+	for _, x := range exports {
+		if t := r.running[x.Name]; t != nil && t.key == x.key {
+			wanted[x.Name] = true
+		}
+	}
+	for name, t := range r.running { // before a new one opens the same file
+		if !wanted[name] {
+			at[name] = t.end()
+			r.o.Problem(name, nil)
+			delete(r.running, name)
+		}
+	}
+	for _, x := range exports {
+		if r.running[x.Name] == nil {
+			begin, known := at[x.Name]
+			if !known {
+				begin = from
+			}
+			r.running[x.Name] = r.start(ctx, x, begin)
+		}
+	}
+}
+
+func (r *runner) start(ctx context.Context, x export, from uint64) *task {
+	ctx, cancel := context.WithCancel(ctx)
+	t := &task{key: x.key, cancel: cancel, done: make(chan struct{}), next: from}
+	w := &writer{o: &r.o, x: x}
+	if x.File == Stdout {
+		w.out = stream{bufio.NewWriterSize(r.o.Stdout, 64<<10)}
+	} else {
+		w.out = &file{e: &w.x.Export, now: time.Now}
+	}
+	go func() {
+		defer close(t.done)
+		t.next = w.run(ctx, from)
+	}()
+	return t
+}
+
+// writer is one export at work.
+type writer struct {
+	o      *Options
+	x      export
+	out    output
+	failed uint64 // records that the file does not tell of
+	unsure uint64 // records that lines since the last flush tell of
+	bad    bool   // Problem was told of a failure
+}
+
+// run writes records from a number on, until ctx ends; it returns the number that
+// would be next.
+func (w *writer) run(ctx context.Context, from uint64) uint64 {
+	buf := make([]flow.Record, batch)
+	for ctx.Err() == nil {
+		n, after, lost := w.o.Ring.Read(from, buf)
+		if lost > 0 {
+			w.line(w.lost(lost), lost)
+		}
+		for i := range n {
+			w.record(&buf[i], after-uint64(n-i))
+		}
+		from = after
+		if n > 0 {
+			w.flush()
+			continue
+		}
+		select {
+		case <-w.o.Ring.Wait(from):
+		case <-ctx.Done():
+		}
+	}
+	w.note(w.out.close())
+	return from
+}
+
+func (w *writer) flush() {
+	if w.unsure == 0 {
+		return // nothing was written: whether it works is not known
+	}
+	err := w.out.flush()
+	if err != nil {
+		w.failed += w.unsure
+	}
+	w.unsure = 0
+	w.note(err)
+}
+
+func (w *writer) record(r *flow.Record, number uint64) {
+	if r.Lost != nil {
+		w.line(w.o.Place.Lost(r.Lost, r.Time), r.Lost.Count)
+		return
+	}
+	for _, f := range w.o.Place.From(r, number) {
+		if !w.x.filter.Match(f) {
+			continue
+		}
+		w.line(&observerpb.GetFlowsResponse{NodeName: f.GetNodeName(), Time: f.GetTime(), ResponseTypes: &observerpb.GetFlowsResponse_Flow{Flow: w.x.mask.Apply(f)}}, 1)
+		return
+	}
+}
+
+// lost tells of records that this export was too slow for, or could not write.
+func (w *writer) lost(n uint64) *observerpb.GetFlowsResponse {
+	return &observerpb.GetFlowsResponse{NodeName: w.o.Place.Name(), Time: timestamppb.Now(), ResponseTypes: &observerpb.GetFlowsResponse_LostEvents{
+		LostEvents: &flowpb.LostEvent{Source: flowpb.LostEventSource_HUBBLE_RING_BUFFER, NumEventsLost: n}}}
+}
+
+// line writes one line, which tells of so many records. What cannot be written is
+// counted, and told of in the first line that can (I6); nobody waits for a disk.
+func (w *writer) line(resp *observerpb.GetFlowsResponse, tells uint64) {
+	if w.failed > 0 {
+		before := w.failed
+		if w.put(w.lost(before)) != nil {
+			w.failed += tells
+			return
+		}
+		w.failed, w.unsure = 0, w.unsure+before
+	}
+	if w.put(resp) != nil {
+		w.failed += tells
+		return
+	}
+	w.unsure += tells
+}
+
+func (w *writer) put(resp *observerpb.GetFlowsResponse) error {
+	b, err := protojson.MarshalOptions{UseProtoNames: true}.Marshal(resp)
+	if err == nil {
+		err = w.out.write(append(b, '\n'))
+	}
+	if err != nil { // with it goes what was in the buffer
+		w.failed, w.unsure = w.failed+w.unsure, 0
+		w.note(err)
+	}
+	return err
+}
+
+// note tells of a failure, and of its end. A file that failed is opened again.
+func (w *writer) note(err error) {
+	if err != nil {
+		w.out.close() //nolint:errcheck // it failed already
+		w.bad = true
+		w.o.Problem(w.x.Name, fmt.Errorf("export %s: %w", w.x.Name, err))
+		return
+	}
+	if w.bad {
+		w.bad = false
+		w.o.Problem(w.x.Name, nil)
+	}
+}
