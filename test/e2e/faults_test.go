@@ -131,12 +131,14 @@ func (f *traffic) end() {
 
 // testRollingRestart restarts every agent under traffic.
 func testRollingRestart(t *testing.T) {
-	s := newStage(t, "rolling")
-	flow := s.traffic(t)
+	s, shielded := newStage(t, "rolling"), newShield(t, "rolling-shield")
+	flow, landings := s.traffic(t), shielded.landings(t)
 	begin := time.Now()
 	kubectl(t, "-n", "portcullis", "rollout", "restart", "daemonset/portcullis-agent")
 	kubectl(t, "-n", "portcullis", "rollout", "status", "daemonset/portcullis-agent", "--timeout="+(2*patience).String())
 	t.Logf("all agents restarted in %.1f s", time.Since(begin).Seconds())
+	must(t, eventually(t.Context(), func() error { return shielded.holds(t) }))
+	shielded.judge(t, landings)
 	flow.end()
 	must(t, eventually(t.Context(), func() error { return enforced(t) }))
 }

@@ -73,7 +73,9 @@ lines:
 // dropped, held and believed is in them. What
 // the kernel counts outlives the agent.
 func TestMetrics(t *testing.T) {
-	w := newWorld(t, func(c *lab.Config) { c.AgentFlags = append(c.AgentFlags, "--metrics-address="+metricsAddress, "--pprof") })
+	w := newWorld(t, func(c *lab.Config) {
+		c.AgentFlags = append(c.AgentFlags, "--metrics-address="+metricsAddress, "--pprof")
+	})
 	w.must(w.reach(w.client))
 	if err := w.reach(w.stranger); err == nil {
 		t.Fatal("the stranger got through")
