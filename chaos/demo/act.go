@@ -25,6 +25,8 @@ type answer struct {
 	Connect  float64   `json:"connect_us"`
 	Retrans  uint32    `json:"total_retrans"`
 	Status   int       `json:"status"`
+	Code     string    `json:"code"`   // of DNS
+	Remote   string    `json:"remote"` // that answered
 	Body     string    `json:"body"`
 	Received int       `json:"received"`
 	Lines    []string  `json:"lines"`

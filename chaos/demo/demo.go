@@ -58,6 +58,8 @@ type story struct {
 
 	rogueDead map[*lab.Lab]bool // the agent of the rogue node was killed for good
 	agentBack chan struct{}     // closed when step 5 needs the trust domain no more
+
+	insideDone chan struct{} // closed when step 6 needs the lease lab no more
 }
 
 // Run tells the demo. The error is of what kept it from being told; a step
@@ -93,10 +95,22 @@ func Run(ctx context.Context, o Options) (r Report, err error) {
 	f := startFaults(fctx, labs["lease"])
 	defer func() { cancel(); <-f.done }()
 	s.agentBack = f.agentBack
+	var i *inside
+	defer func() {
+		if cancel(); i != nil {
+			<-i.done
+		}
+	}()
 	for _, part := range []func() error{
 		func() error { return s.starWars(ctx, labs["lease"]) },
+		func() error {
+			i = startInside(fctx, labs["lease"])
+			s.insideDone = i.done
+			return nil
+		},
 		func() error { return s.staleIdentity(ctx, labs["classic"], labs["lease"]) },
 		func() error { return s.merge(f) },
+		func() error { return s.mergeInside(i) },
 	} {
 		if err := part(); err != nil {
 			return r, err

@@ -81,7 +81,7 @@ func TestDemo(t *testing.T) {
 	if !r.OK {
 		t.Errorf("not as expected:\n%s", &out)
 	}
-	if len(r.Steps) < 23 {
+	if len(r.Steps) != 36 {
 		t.Errorf("only %d steps", len(r.Steps))
 	}
 	nothingLeft(t)

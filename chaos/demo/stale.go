@@ -61,6 +61,13 @@ func (s *story) staleIdentity(ctx context.Context, classic, lease *lab.Lab) erro
 		"   The attack: the agents of the client's and the server's node cannot reach each other (workloads' packets\n" +
 		"   still pass). sleep-v1 dies, a sleep-v2 gets its IP and calls helloworld-v1.")
 	for _, st := range stages {
+		if st.mode == "lease" {
+			select {
+			case <-s.insideDone:
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
 		s.say(" evidence %s:", st.mode)
 		if err := st.overTCP(ctx); err != nil {
 			return err

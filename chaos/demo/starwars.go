@@ -18,6 +18,7 @@ func cluster(mode string) lab.Config {
 		c.Workloads = append(c.Workloads, parse("starwars.cluster.yaml").Workloads...)
 		f := parse("agent-faults.cluster.yaml")
 		c.Nodes, c.Workloads = append(c.Nodes, f.Nodes...), append(c.Workloads, f.Workloads...)
+		c.Workloads = append(c.Workloads, insideWorkloads()...)
 	}
 	c.Evidence = mode
 	c.TTL, c.Heartbeat = lab.DefaultTTL, lab.DefaultHeartbeat

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"os"
 	"strings"
@@ -16,7 +17,7 @@ import (
 
 func newProbeCmd(env *Env) *cobra.Command {
 	return group("probe", "Small servers and clients for lab workloads",
-		newDeathstarCmd(), newHelloworldCmd(), newSleepCmd(),
+		newDeathstarCmd(), newHelloworldCmd(), newNamesCmd(), newSleepCmd(),
 		newHTTPProbeCmd(env, http.MethodGet), newHTTPProbeCmd(env, http.MethodPost), newHTTPProbeCmd(env, http.MethodPut),
 		newTCPProbeCmd(env), newUDPProbeCmd(env), newPingCmd(env))
 }
@@ -35,6 +36,20 @@ func newHelloworldCmd() *cobra.Command {
 	instance := cmd.Flags().String("instance", os.Getenv("HOSTNAME"), "instance to tell")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		return probe.Helloworld(cmd.Context(), *addr, *version, *instance)
+	}
+	return cmd
+}
+
+func newNamesCmd() *cobra.Command {
+	cmd := &cobra.Command{Use: "names NAME=ADDRESS[,ADDRESS...]...", Short: "Serve DNS: the addresses of these names; no others exist",
+		Args: usageArgs(cobra.MinimumNArgs(1))}
+	addr := cmd.Flags().String("addr", ":53", "[HOST]:PORT to serve on, UDP and TCP")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		zone, err := probe.ParseZone(args)
+		if err != nil {
+			return usageError{err}
+		}
+		return probe.Names(cmd.Context(), *addr, zone)
 	}
 	return cmd
 }
@@ -74,9 +89,10 @@ func newHTTPProbeCmd(env *Env, method string) *cobra.Command {
 		Long:  "Send one " + method + " request on a fresh connection.\n\nPrints the status and the body. The exit status is 0 if an answer came, whatever it says.",
 		Args:  usageArgs(cobra.ExactArgs(1)),
 	}
-	o := addOutput(cmd)
+	out := addOutput(cmd)
 	timeout := cmd.Flags().Duration("timeout", 2*time.Second, "for the whole request")
 	fields := cmd.Flags().StringArray("header", nil, "NAME: VALUE of a field to send; may be repeated")
+	server := cmd.Flags().String("dns", "", "HOST[:PORT] of a DNS server to ask for the address")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		header := http.Header{}
 		for _, f := range *fields {
@@ -86,9 +102,20 @@ func newHTTPProbeCmd(env *Env, method string) *cobra.Command {
 			}
 			header.Add(strings.TrimSpace(name), strings.TrimSpace(value))
 		}
-		r := probe.HTTP(cmd.Context(), method, args[0], header, *timeout)
+		o := probe.HTTPOptions{Header: header, Timeout: *timeout}
+		if *server != "" {
+			at := *server
+			if _, _, err := net.SplitHostPort(at); err != nil {
+				at = net.JoinHostPort(strings.Trim(at, "[]"), "53")
+			}
+			var err error
+			if o.DNS, err = probe.Resolve(cmd.Context(), at); err != nil {
+				return err
+			}
+		}
+		r := probe.Request(cmd.Context(), method, args[0], o)
 		text := fmt.Sprintf("%d %s\n%s", r.Status, http.StatusText(r.Status), r.Body)
-		return tell(env, *o, r, r.OK, text, fmt.Sprintf("%s %s: %s", method, args[0], r.Error))
+		return tell(env, *out, r, r.OK, text, fmt.Sprintf("%s %s: %s", method, args[0], r.Error))
 	}
 	return cmd
 }

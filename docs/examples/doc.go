@@ -5,9 +5,9 @@ package examples
 
 import "embed"
 
-// Files holds the YAML files of this folder.
+// Files holds the YAML and JSON files of this folder.
 //
-//go:embed *.yaml
+//go:embed *.yaml *.json
 var Files embed.FS
 
 // Read returns one of the files; it panics if there is none of that name.

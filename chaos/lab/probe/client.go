@@ -5,14 +5,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"maps"
 	"net"
-	"net/http"
 	"net/netip"
 	"os"
 	"strings"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -160,89 +156,6 @@ func sockaddrString(sa unix.Sockaddr) string {
 		return netip.AddrPortFrom(netip.AddrFrom16(sa.Addr), uint16(sa.Port)).String()
 	}
 	return ""
-}
-
-// HTTPResult is what happened to one HTTP request.
-type HTTPResult struct {
-	Connect
-	Status  int     `json:"status,omitempty"` // 0: no answer
-	Body    string  `json:"body,omitempty"`   // at most 64 KiB
-	TotalUS float64 `json:"total_us"`         // from the first SYN to the body's end
-}
-
-// HTTP sends one request, with the fields of header, on a fresh connection and reads the answer. OK means
-// that an answer came, whatever its status. Retransmits are read after the
-// answer, so that they count the whole exchange.
-func HTTP(ctx context.Context, method, url string, header http.Header, timeout time.Duration) HTTPResult {
-	ctx, cancel := context.WithTimeout(ctx, timeout)
-	defer cancel()
-	var r HTTPResult
-	start := time.Now()
-	r.At = start
-	r.Error = func() string {
-		req, err := http.NewRequestWithContext(ctx, method, url, nil)
-		if err != nil {
-			return err.Error()
-		}
-		maps.Copy(req.Header, header)
-		var conn net.Conn
-		t := &http.Transport{
-			DisableKeepAlives: true,
-			DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-				var d net.Dialer
-				d.SetMultipathTCP(false)
-				t0 := time.Now()
-				c, err := d.DialContext(ctx, network, addr)
-				r.ConnectUS = float64(time.Since(t0)) / 1e3
-				if err == nil {
-					// Read at the connect, and again at the end if the
-					// connection is still open.
-					r.TotalRetr, r.Retransmits = retransmits(c)
-					r.Local = c.LocalAddr().String()
-					conn = c
-				}
-				return c, err
-			},
-		}
-		defer t.CloseIdleConnections()
-		resp, err := t.RoundTrip(req)
-		if err != nil {
-			if errors.Is(err, context.DeadlineExceeded) || os.IsTimeout(err) {
-				return errTimeout.Error()
-			}
-			return err.Error()
-		}
-		defer resp.Body.Close()
-		if total, now := retransmits(conn); total > r.TotalRetr {
-			r.TotalRetr, r.Retransmits = total, now
-		}
-		body, err := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
-		r.Status, r.Body = resp.StatusCode, string(body)
-		if err != nil {
-			return err.Error()
-		}
-		return ""
-	}()
-	r.TotalUS = float64(time.Since(start)) / 1e3
-	r.OK = r.Error == ""
-	return r
-}
-
-func retransmits(c net.Conn) (total uint32, now uint8) {
-	sc, ok := c.(syscall.Conn)
-	if !ok {
-		return 0, 0
-	}
-	rc, err := sc.SyscallConn()
-	if err != nil {
-		return 0, 0
-	}
-	rc.Control(func(fd uintptr) {
-		if info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO); err == nil {
-			total, now = info.Total_retrans, info.Retransmits
-		}
-	})
-	return total, now
 }
 
 // UDPOptions say what UDP does.

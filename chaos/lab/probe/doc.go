@@ -1,5 +1,5 @@
 // Package probe is the small clients and servers that lab workloads run: the
-// deathstar, helloworld and sleep of the demo, and clients that say exactly
+// deathstar, helloworld, names (a DNS server) and sleep of the demo, and clients that say exactly
 // what happened to a connection, a datagram or a ping (connect time, SYN
 // retransmits by TCP_INFO, answers).
 //

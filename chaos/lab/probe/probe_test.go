@@ -3,6 +3,7 @@ package probe
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"net/netip"
@@ -10,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/miekg/dns"
 )
 
 // freePort returns an address that nobody listens on.
@@ -118,6 +121,57 @@ func TestParseRepeat(t *testing.T) {
 	for in, want := range map[string]int{"hello": 1, "repeat=5": 5, "repeat=-1": 1, "repeat=x": 1, "repeat=999999999": maxRepeats} {
 		if n, every := parseRepeat(in); n != want || every <= 0 {
 			t.Errorf("%q: %d answers, %v apart", in, n, every)
+		}
+	}
+}
+
+// The names of a zone are told by UDP and TCP, what is long is truncated, and a
+// request asks for its host there.
+func TestNames(t *testing.T) {
+	zone, err := ParseZone([]string{"api.Example.com=192.0.2.1,2001:db8::1", "local.test.=127.0.0.1", "long.test=" + strings.TrimSuffix(strings.Repeat("192.0.2.7,", 60), ",")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr, _ := serve(t, func(ctx context.Context, addr string) error { return Names(ctx, addr, zone) })
+	for _, x := range []struct {
+		name string
+		v6   bool
+		want string
+		code string
+	}{
+		{"api.example.com", false, "[192.0.2.1]", "NOERROR"},
+		{"API.example.com.", true, "[2001:db8::1]", "NOERROR"},
+		{"local.test", true, "[]", "NOERROR"},
+		{"other.test", false, "[]", "NXDOMAIN"},
+	} {
+		ips, code, err := Lookup(t.Context(), addr, x.name, x.v6, 10*time.Second)
+		if err != nil || fmt.Sprint(ips) != x.want || code != x.code {
+			t.Errorf("%s: %v %s, %v; want %s %s", x.name, ips, code, err, x.want, x.code)
+		}
+	}
+	q := new(dns.Msg).SetQuestion("long.test.", dns.TypeA)
+	short, _, err := (&dns.Client{Timeout: 10 * time.Second}).Exchange(q, addr.String())
+	if err != nil || !short.Truncated {
+		t.Errorf("a long answer by UDP: %v, %v", short, err)
+	}
+	long, _, err := (&dns.Client{Net: "tcp", Timeout: 10 * time.Second}).Exchange(q, addr.String())
+	if err != nil || long.Truncated || len(long.Answer) != 60 {
+		t.Errorf("a long answer by TCP: %v, %v", long, err)
+	}
+
+	web, _ := serve(t, Deathstar)
+	get := func(host string) HTTPResult {
+		return Request(t.Context(), http.MethodGet, fmt.Sprintf("http://%s:%d/v1/healthz", host, web.Port()), HTTPOptions{Timeout: 10 * time.Second, DNS: addr})
+	}
+	if r := get("local.test"); !r.OK || r.Body != "OK\n" || r.Code != "NOERROR" || r.Remote != web.String() {
+		t.Errorf("by a name: %+v", r)
+	}
+	if r := get("other.test"); r.OK || r.Code != "NXDOMAIN" {
+		t.Errorf("by a name that does not exist: %+v", r)
+	}
+	for _, bad := range []string{"api.example.com", "=192.0.2.1", "a=b", "a=fe80::1%eth0"} {
+		if _, err := ParseZone([]string{bad}); err == nil {
+			t.Errorf("%q is a zone", bad)
 		}
 	}
 }
