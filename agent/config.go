@@ -32,16 +32,6 @@ const (
 	ModeSVID    Mode = "svid"
 )
 
-// LocalHost is whether a node reaches its own workloads, as the kubelet's probes
-// must.
-type LocalHost string
-
-// The kinds.
-const (
-	LocalHostAlways LocalHost = "always" // unless a policy denies it
-	LocalHostPolicy LocalHost = "policy" // where policies allow it
-)
-
 var clusterName = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
 
 // Peer is another node: a hint of whom to ask for an IP, and what that node
@@ -101,6 +91,7 @@ type Config struct {
 	// ProxyDir.
 	ProxyNamespace string
 
+	Records    Records // of the proxy's
 	APISocket  string
 	PinDir     string
 	JournalDir string
@@ -225,6 +216,7 @@ func (c *Config) Validate() error {
 	if _, err := identity.ParseTemplate(c.IdentityTemplate); err != nil {
 		bad("--identity-template: %v", err)
 	}
+	errs = append(errs, c.Records.validate()...)
 	errs = append(errs, c.validateSVID()...)
 	errs = append(errs, c.validateWorkloadSVIDs()...)
 	for flag, path := range map[string]string{"--api-socket": c.APISocket, "--pin-dir": c.PinDir, "--journal-dir": c.JournalDir, "--state-dir": c.StateDir, "--proxy-dir": c.ProxyDir, "--audit-log": c.AuditLog} {

@@ -4,7 +4,9 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"regexp"
 	"slices"
+	"strings"
 	"time"
 
 	"go.uber.org/zap"
@@ -140,7 +142,7 @@ func (l *loop) insideRecord(r *proxy.Record) flow.Record {
 	out := flow.Record{Time: r.Time, Node: l.cfg.Node, Verdict: abi.VerdictPass, Direction: r.Conn.Direction, Protocol: r.Conn.Protocol,
 		Source: flow.End{IP: r.Conn.Client.Addr(), Port: r.Conn.Client.Port()},
 		Dest:   flow.End{IP: r.Conn.Server.Addr(), Port: r.Conn.Server.Port()},
-		L7:     insideL7(r)}
+		L7:     l.cfg.Records.asked(insideL7(r))}
 	if r.Verdict != proxy.Forwarded {
 		out.Verdict, out.Reason = abi.VerdictDrop, abi.ReasonPolicyDenied
 	}
@@ -155,6 +157,52 @@ func (l *loop) insideRecord(r *proxy.Record) flow.Record {
 		}
 	}
 	return out
+}
+
+// Records is what the proxy records, and answers, beside what it always does.
+// Query strings and headers may hold what nobody but the server is to see.
+type Records struct {
+	Queries  bool     // of requests hold query strings
+	Headers  []string // of requests hold the values of these headers
+	NXDomain bool     // names that rules do not allow are answered NXDOMAIN, not REFUSED
+}
+
+var headerName = regexp.MustCompile("^[0-9A-Za-z!#$%&'*+.^_`|~-]+$") // token of RFC 9110
+
+func (c *Records) validate() (errs []error) {
+	for _, h := range c.Headers {
+		if !headerName.MatchString(h) {
+			errs = append(errs, fmt.Errorf("--record-header %q: want the name of a header, e.g. User-Agent", h))
+		}
+	}
+	return errs
+}
+
+// args are the flags of the proxy for it.
+func (c *Records) args() (args []string) {
+	if c.Queries {
+		args = append(args, "--record-queries")
+	}
+	for _, h := range c.Headers {
+		args = append(args, "--record-header", h)
+	}
+	if c.NXDomain {
+		args = append(args, "--dns-nxdomain")
+	}
+	return args
+}
+
+// asked takes out of a record what this agent was not told to record: the proxy
+// may be one that an earlier agent started.
+func (c *Records) asked(x *flow.L7) *flow.L7 {
+	if !c.Queries {
+		x.Path, _, _ = strings.Cut(x.Path, "?")
+	}
+	x.Header = slices.DeleteFunc(x.Header, func(h string) bool {
+		name, _, _ := strings.Cut(h, ":")
+		return !slices.ContainsFunc(c.Headers, func(s string) bool { return strings.EqualFold(s, name) })
+	})
+	return x
 }
 
 func insideL7(r *proxy.Record) *flow.L7 {

@@ -3,11 +3,17 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"portcullis/agent/api"
 	"portcullis/authz"
 	"portcullis/authz/names"
 	"portcullis/bpf/abi"
@@ -195,5 +201,74 @@ func TestLearntWithoutRoom(t *testing.T) {
 	}
 	if err == nil {
 		t.Error("32 addresses fit into 16 ranges")
+	}
+}
+
+// What workloads were told is listed by endpoint and name, with what it is
+// admitted on and the connections to it.
+func TestListNames(t *testing.T) {
+	n := newNode(t)
+	n.veth("a0")
+	n.veth("a1")
+	l := n.mustStart()
+	defer func() { n.crash(l) }()
+	a, b := n.run(l, app("a0", "10.1.1.2")), n.run(l, app("a1", "10.1.1.3"))
+	n.putNames(l)
+	for _, err := range []error{tell(l, a, "www.example.com", "198.51.100.7", "2001:db8::7"), tell(l, a, "b.example.com", "198.51.100.8"), tell(l, b, "www.example.com", "203.0.113.5")} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := &server{l: l}
+	ask := func(uid, name string) (out []string) {
+		t.Helper()
+		type reply struct {
+			r   *api.ListNamesResponse
+			err error
+		}
+		done := make(chan reply, 1)
+		go func() {
+			r, err := s.ListNames(context.Background(), &api.ListNamesRequest{Uid: uid, Name: name})
+			done <- reply{r, err}
+		}()
+		(<-l.inbox)()
+		got := <-done
+		if got.err != nil {
+			t.Fatal(got.err)
+		}
+		for _, x := range got.r.Names {
+			for _, ip := range x.Addresses {
+				out = append(out, fmt.Sprintf("%d %s %s %s %s %d", x.Endpoint, x.Workload.Name, x.Name, ip.Ip, ip.Source, ip.Connections))
+				if ttl := ip.Ttl.AsDuration(); (ip.Source == onLookup) != (ttl > 0) || ttl > time.Minute {
+					t.Errorf("%s has %v left", ip.Ip, ttl)
+				}
+			}
+		}
+		return out
+	}
+	row := func(e *endpoint, rest string) string { return fmt.Sprintf("%d %s %s", e.id, e.name, rest) }
+	for _, c := range []struct {
+		uid, name string
+		want      []string
+	}{
+		{"", "", []string{row(a, "b.example.com 198.51.100.8 lookup 0"), row(a, "www.example.com 198.51.100.7 lookup 0"), row(a, "www.example.com 2001:db8::7 lookup 0"),
+			row(b, "www.example.com 203.0.113.5 lookup 0")}},
+		{b.uid.String(), "", []string{row(b, "www.example.com 203.0.113.5 lookup 0")}},
+		{a.uid.String(), "B.example.com.", []string{row(a, "b.example.com 198.51.100.8 lookup 0")}},
+		{"", "*.example.org", nil},
+	} {
+		if got := ask(c.uid, c.name); !slices.Equal(got, c.want) {
+			t.Errorf("%q %q: %q, want %q", c.uid, c.name, got, c.want)
+		}
+	}
+	if _, err := s.ListNames(t.Context(), &api.ListNamesRequest{Name: "a..b"}); status.Code(err) != codes.InvalidArgument {
+		t.Errorf("no name: %v", err)
+	}
+	old := b.book.Entries()
+	old[0].Expires = 0
+	b.book = names.New(names.Options{})
+	b.book.Restore(int64(l.now()), old)
+	if got, want := ask(b.uid.String(), ""), []string{row(b, "www.example.com 203.0.113.5 grace 0")}; !slices.Equal(got, want) {
+		t.Errorf("expired: %q, want %q", got, want)
 	}
 }

@@ -14,6 +14,16 @@ import (
 	"portcullis/ipcache/lease"
 )
 
+// LocalHost is whether a node reaches its own workloads, as the kubelet's probes
+// must.
+type LocalHost string
+
+// The kinds.
+const (
+	LocalHostAlways LocalHost = "always" // unless a policy denies it
+	LocalHostPolicy LocalHost = "policy" // where policies allow it
+)
+
 // installLocal publishes a binding of this node. It has no deadline: only the
 // live agent changes it. ifindex is the device by which its packets come in; 0
 // for the node's own addresses, whose packets are generated here.

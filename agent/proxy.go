@@ -162,7 +162,8 @@ func (l *loop) runProxy(ctx context.Context) error {
 	if binary == "" {
 		binary = "/proc/self/exe"
 	}
-	cmd := exec.Command(binary, "proxy", "--pin-dir", l.cfg.PinDir, "--namespace", l.cfg.proxyNamespace(), "--agent", l.cfg.proxySocket(), "--lock", l.cfg.proxyLock())
+	args := []string{"proxy", "--pin-dir", l.cfg.PinDir, "--namespace", l.cfg.proxyNamespace(), "--agent", l.cfg.proxySocket(), "--lock", l.cfg.proxyLock()}
+	cmd := exec.Command(binary, append(args, l.cfg.Records.args()...)...)
 	cmd.Stderr = os.Stderr // the file itself: no pipe that ends with the agent
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {

@@ -3,8 +3,10 @@ package datapath
 import (
 	"errors"
 	"net/netip"
+	"unsafe"
 
 	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 
 	"portcullis/bpf/abi"
 )
@@ -41,6 +43,38 @@ type Pair struct{ Local, Remote netip.Addr }
 // WatchFlows has sweeps tell of flows between these addresses (SweepStats.Live).
 // The map must not be changed any more. Safe for concurrent use.
 func (d *Datapath) WatchFlows(pairs map[Pair]struct{}) { d.watched.Store(&pairs) }
+
+// CountFlows counts the flows that live between these addresses; the map is
+// written to. It reads all of conntrack, so it is for people who ask. Safe for
+// concurrent use.
+func (d *Datapath) CountFlows(flows map[Pair]int) error {
+	m, now := d.coll.Maps["conntrack"], d.Now()
+	keys, values := make([]ctKey, sweepBatch), make([]ctValue, sweepBatch)
+	var cursor ebpf.MapBatchCursor
+	for done := false; !done; {
+		n, err := m.BatchLookup(&cursor, keys, values, nil)
+		if errors.Is(err, unix.ENOSPC) && n == 0 { // one bucket holds more than fits
+			keys, values = make([]ctKey, 2*len(keys)), make([]ctValue, 2*len(values))
+			continue
+		}
+		if done = errors.Is(err, ebpf.ErrKeyNotExist); err != nil && !done {
+			return mapError("count", "conntrack", err)
+		}
+		for i := range n {
+			k, ct := (*abi.CTKey)(unsafe.Pointer(&keys[i])), (*abi.CT)(unsafe.Pointer(&values[i]))
+			if now-int64(ct.LastSeen) >= int64(lifetime(k.Proto, abi.CTFlag(ct.Flags))) {
+				continue
+			}
+			a, b := AddrFrom(k.A), AddrFrom(k.B)
+			for _, p := range []Pair{{a, b}, {b, a}} {
+				if count, wanted := flows[p]; wanted {
+					flows[p] = count + 1
+				}
+			}
+		}
+	}
+	return nil
+}
 
 // noteLive notes a flow that lives, if somebody wants to know.
 func (d *Datapath) noteLive(k *abi.CTKey, live map[Pair]struct{}) {

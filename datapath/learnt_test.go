@@ -34,8 +34,16 @@ func TestWatchFlows(t *testing.T) {
 	if live := sweep(0); !slices.Equal(live, []datapath.Pair{pair}) {
 		t.Errorf("live: %v, want %v", live, pair)
 	}
+	count := map[datapath.Pair]int{pair: 0, {Local: pair.Local, Remote: netip.MustParseAddr("192.0.2.99")}: 0}
+	if err := d.CountFlows(count); err != nil || count[pair] != 1 || len(count) != 2 {
+		t.Errorf("counted: %v, %v", count, err)
+	}
 	if live := sweep(time.Hour); len(live) > 0 {
 		t.Errorf("a flow that is over lives: %v", live)
+	}
+	count[pair] = 0
+	if err := d.CountFlows(count); err != nil || count[pair] != 0 {
+		t.Errorf("counted after the end: %v, %v", count, err)
 	}
 }
 

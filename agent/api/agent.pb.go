@@ -2001,6 +2001,242 @@ func (x *Endpoint) GetGrants() []*Grant {
 	return nil
 }
 
+type ListNamesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Uid           string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`   // only of this workload; empty: of all of this node
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"` // only what this name or pattern (as matchPattern) means; empty: all
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListNamesRequest) Reset() {
+	*x = ListNamesRequest{}
+	mi := &file_agent_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListNamesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListNamesRequest) ProtoMessage() {}
+
+func (x *ListNamesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListNamesRequest.ProtoReflect.Descriptor instead.
+func (*ListNamesRequest) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *ListNamesRequest) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *ListNamesRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type ListNamesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Names         []*LearntName          `protobuf:"bytes,1,rep,name=names,proto3" json:"names,omitempty"` // by endpoint and name
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListNamesResponse) Reset() {
+	*x = ListNamesResponse{}
+	mi := &file_agent_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListNamesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListNamesResponse) ProtoMessage() {}
+
+func (x *ListNamesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListNamesResponse.ProtoReflect.Descriptor instead.
+func (*ListNamesResponse) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *ListNamesResponse) GetNames() []*LearntName {
+	if x != nil {
+		return x.Names
+	}
+	return nil
+}
+
+// LearntName is one name that one workload was told of.
+type LearntName struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Endpoint      uint32                 `protobuf:"varint,1,opt,name=endpoint,proto3" json:"endpoint,omitempty"` // id
+	Workload      *Workload              `protobuf:"bytes,2,opt,name=workload,proto3" json:"workload,omitempty"`
+	Name          string                 `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"` // without the final dot
+	Addresses     []*LearntAddress       `protobuf:"bytes,4,rep,name=addresses,proto3" json:"addresses,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LearntName) Reset() {
+	*x = LearntName{}
+	mi := &file_agent_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LearntName) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LearntName) ProtoMessage() {}
+
+func (x *LearntName) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LearntName.ProtoReflect.Descriptor instead.
+func (*LearntName) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *LearntName) GetEndpoint() uint32 {
+	if x != nil {
+		return x.Endpoint
+	}
+	return 0
+}
+
+func (x *LearntName) GetWorkload() *Workload {
+	if x != nil {
+		return x.Workload
+	}
+	return nil
+}
+
+func (x *LearntName) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *LearntName) GetAddresses() []*LearntAddress {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
+type LearntAddress struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Ip    string                 `protobuf:"bytes,1,opt,name=ip,proto3" json:"ip,omitempty"`
+	Ttl   *durationpb.Duration   `protobuf:"bytes,2,opt,name=ttl,proto3" json:"ttl,omitempty"` // what is left of the lifetime; not set: it is over
+	// source is what the address is admitted on: "lookup" (an answer whose
+	// lifetime is not over), "connection" (one that lives, or was seen a moment
+	// ago), "grace" (the lifetime has ended just now).
+	Source        string `protobuf:"bytes,3,opt,name=source,proto3" json:"source,omitempty"`
+	Connections   uint32 `protobuf:"varint,4,opt,name=connections,proto3" json:"connections,omitempty"` // that live, between the workload and the address
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LearntAddress) Reset() {
+	*x = LearntAddress{}
+	mi := &file_agent_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LearntAddress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LearntAddress) ProtoMessage() {}
+
+func (x *LearntAddress) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LearntAddress.ProtoReflect.Descriptor instead.
+func (*LearntAddress) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *LearntAddress) GetIp() string {
+	if x != nil {
+		return x.Ip
+	}
+	return ""
+}
+
+func (x *LearntAddress) GetTtl() *durationpb.Duration {
+	if x != nil {
+		return x.Ttl
+	}
+	return nil
+}
+
+func (x *LearntAddress) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *LearntAddress) GetConnections() uint32 {
+	if x != nil {
+		return x.Connections
+	}
+	return 0
+}
+
 type ListBindingsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Ips           []string               `protobuf:"bytes,1,rep,name=ips,proto3" json:"ips,omitempty"` // only these; empty: all
@@ -2010,7 +2246,7 @@ type ListBindingsRequest struct {
 
 func (x *ListBindingsRequest) Reset() {
 	*x = ListBindingsRequest{}
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2022,7 +2258,7 @@ func (x *ListBindingsRequest) String() string {
 func (*ListBindingsRequest) ProtoMessage() {}
 
 func (x *ListBindingsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[25]
+	mi := &file_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2035,7 +2271,7 @@ func (x *ListBindingsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBindingsRequest.ProtoReflect.Descriptor instead.
 func (*ListBindingsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{25}
+	return file_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ListBindingsRequest) GetIps() []string {
@@ -2054,7 +2290,7 @@ type ListBindingsResponse struct {
 
 func (x *ListBindingsResponse) Reset() {
 	*x = ListBindingsResponse{}
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2066,7 +2302,7 @@ func (x *ListBindingsResponse) String() string {
 func (*ListBindingsResponse) ProtoMessage() {}
 
 func (x *ListBindingsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2079,7 +2315,7 @@ func (x *ListBindingsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBindingsResponse.ProtoReflect.Descriptor instead.
 func (*ListBindingsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{26}
+	return file_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ListBindingsResponse) GetBindings() []*Binding {
@@ -2112,7 +2348,7 @@ type Binding struct {
 
 func (x *Binding) Reset() {
 	*x = Binding{}
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2124,7 +2360,7 @@ func (x *Binding) String() string {
 func (*Binding) ProtoMessage() {}
 
 func (x *Binding) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2137,7 +2373,7 @@ func (x *Binding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Binding.ProtoReflect.Descriptor instead.
 func (*Binding) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{27}
+	return file_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Binding) GetIp() string {
@@ -2244,7 +2480,7 @@ type Grant struct {
 
 func (x *Grant) Reset() {
 	*x = Grant{}
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2256,7 +2492,7 @@ func (x *Grant) String() string {
 func (*Grant) ProtoMessage() {}
 
 func (x *Grant) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2269,7 +2505,7 @@ func (x *Grant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Grant.ProtoReflect.Descriptor instead.
 func (*Grant) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{28}
+	return file_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Grant) GetVerifier() string {
@@ -2315,7 +2551,7 @@ type ListSessionsRequest struct {
 
 func (x *ListSessionsRequest) Reset() {
 	*x = ListSessionsRequest{}
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2327,7 +2563,7 @@ func (x *ListSessionsRequest) String() string {
 func (*ListSessionsRequest) ProtoMessage() {}
 
 func (x *ListSessionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2340,7 +2576,7 @@ func (x *ListSessionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSessionsRequest.ProtoReflect.Descriptor instead.
 func (*ListSessionsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{29}
+	return file_agent_proto_rawDescGZIP(), []int{33}
 }
 
 type ListSessionsResponse struct {
@@ -2352,7 +2588,7 @@ type ListSessionsResponse struct {
 
 func (x *ListSessionsResponse) Reset() {
 	*x = ListSessionsResponse{}
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2364,7 +2600,7 @@ func (x *ListSessionsResponse) String() string {
 func (*ListSessionsResponse) ProtoMessage() {}
 
 func (x *ListSessionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2377,7 +2613,7 @@ func (x *ListSessionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSessionsResponse.ProtoReflect.Descriptor instead.
 func (*ListSessionsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{30}
+	return file_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ListSessionsResponse) GetSessions() []*Session {
@@ -2408,7 +2644,7 @@ type Session struct {
 
 func (x *Session) Reset() {
 	*x = Session{}
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2420,7 +2656,7 @@ func (x *Session) String() string {
 func (*Session) ProtoMessage() {}
 
 func (x *Session) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2433,7 +2669,7 @@ func (x *Session) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Session.ProtoReflect.Descriptor instead.
 func (*Session) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{31}
+	return file_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Session) GetPeer() string {
@@ -2522,7 +2758,7 @@ type ResetSessionRequest struct {
 
 func (x *ResetSessionRequest) Reset() {
 	*x = ResetSessionRequest{}
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2534,7 +2770,7 @@ func (x *ResetSessionRequest) String() string {
 func (*ResetSessionRequest) ProtoMessage() {}
 
 func (x *ResetSessionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2547,7 +2783,7 @@ func (x *ResetSessionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResetSessionRequest.ProtoReflect.Descriptor instead.
 func (*ResetSessionRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{32}
+	return file_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ResetSessionRequest) GetPeer() string {
@@ -2567,7 +2803,7 @@ type ResetSessionResponse struct {
 
 func (x *ResetSessionResponse) Reset() {
 	*x = ResetSessionResponse{}
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2579,7 +2815,7 @@ func (x *ResetSessionResponse) String() string {
 func (*ResetSessionResponse) ProtoMessage() {}
 
 func (x *ResetSessionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2592,7 +2828,7 @@ func (x *ResetSessionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResetSessionResponse.ProtoReflect.Descriptor instead.
 func (*ResetSessionResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{33}
+	return file_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ResetSessionResponse) GetExisted() bool {
@@ -2620,7 +2856,7 @@ type PolicyRef struct {
 
 func (x *PolicyRef) Reset() {
 	*x = PolicyRef{}
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2632,7 +2868,7 @@ func (x *PolicyRef) String() string {
 func (*PolicyRef) ProtoMessage() {}
 
 func (x *PolicyRef) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2645,7 +2881,7 @@ func (x *PolicyRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyRef.ProtoReflect.Descriptor instead.
 func (*PolicyRef) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{34}
+	return file_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *PolicyRef) GetKind() string {
@@ -2679,7 +2915,7 @@ type PolicyFile struct {
 
 func (x *PolicyFile) Reset() {
 	*x = PolicyFile{}
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2691,7 +2927,7 @@ func (x *PolicyFile) String() string {
 func (*PolicyFile) ProtoMessage() {}
 
 func (x *PolicyFile) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2704,7 +2940,7 @@ func (x *PolicyFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyFile.ProtoReflect.Descriptor instead.
 func (*PolicyFile) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{35}
+	return file_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *PolicyFile) GetName() string {
@@ -2735,7 +2971,7 @@ type PolicyProblem struct {
 
 func (x *PolicyProblem) Reset() {
 	*x = PolicyProblem{}
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2747,7 +2983,7 @@ func (x *PolicyProblem) String() string {
 func (*PolicyProblem) ProtoMessage() {}
 
 func (x *PolicyProblem) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2760,7 +2996,7 @@ func (x *PolicyProblem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyProblem.ProtoReflect.Descriptor instead.
 func (*PolicyProblem) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{36}
+	return file_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *PolicyProblem) GetFile() string {
@@ -2814,7 +3050,7 @@ type ImportPoliciesRequest struct {
 
 func (x *ImportPoliciesRequest) Reset() {
 	*x = ImportPoliciesRequest{}
-	mi := &file_agent_proto_msgTypes[37]
+	mi := &file_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2826,7 +3062,7 @@ func (x *ImportPoliciesRequest) String() string {
 func (*ImportPoliciesRequest) ProtoMessage() {}
 
 func (x *ImportPoliciesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[37]
+	mi := &file_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2839,7 +3075,7 @@ func (x *ImportPoliciesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportPoliciesRequest.ProtoReflect.Descriptor instead.
 func (*ImportPoliciesRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{37}
+	return file_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ImportPoliciesRequest) GetFiles() []*PolicyFile {
@@ -2859,7 +3095,7 @@ type ImportPoliciesResponse struct {
 
 func (x *ImportPoliciesResponse) Reset() {
 	*x = ImportPoliciesResponse{}
-	mi := &file_agent_proto_msgTypes[38]
+	mi := &file_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2871,7 +3107,7 @@ func (x *ImportPoliciesResponse) String() string {
 func (*ImportPoliciesResponse) ProtoMessage() {}
 
 func (x *ImportPoliciesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[38]
+	mi := &file_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2884,7 +3120,7 @@ func (x *ImportPoliciesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportPoliciesResponse.ProtoReflect.Descriptor instead.
 func (*ImportPoliciesResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{38}
+	return file_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ImportPoliciesResponse) GetImported() []*ImportedPolicy {
@@ -2911,7 +3147,7 @@ type ImportedPolicy struct {
 
 func (x *ImportedPolicy) Reset() {
 	*x = ImportedPolicy{}
-	mi := &file_agent_proto_msgTypes[39]
+	mi := &file_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2923,7 +3159,7 @@ func (x *ImportedPolicy) String() string {
 func (*ImportedPolicy) ProtoMessage() {}
 
 func (x *ImportedPolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[39]
+	mi := &file_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2936,7 +3172,7 @@ func (x *ImportedPolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportedPolicy.ProtoReflect.Descriptor instead.
 func (*ImportedPolicy) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{39}
+	return file_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ImportedPolicy) GetRef() *PolicyRef {
@@ -2962,7 +3198,7 @@ type ListPoliciesRequest struct {
 
 func (x *ListPoliciesRequest) Reset() {
 	*x = ListPoliciesRequest{}
-	mi := &file_agent_proto_msgTypes[40]
+	mi := &file_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2974,7 +3210,7 @@ func (x *ListPoliciesRequest) String() string {
 func (*ListPoliciesRequest) ProtoMessage() {}
 
 func (x *ListPoliciesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[40]
+	mi := &file_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2987,7 +3223,7 @@ func (x *ListPoliciesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListPoliciesRequest.ProtoReflect.Descriptor instead.
 func (*ListPoliciesRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{40}
+	return file_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ListPoliciesRequest) GetSource() bool {
@@ -3006,7 +3242,7 @@ type ListPoliciesResponse struct {
 
 func (x *ListPoliciesResponse) Reset() {
 	*x = ListPoliciesResponse{}
-	mi := &file_agent_proto_msgTypes[41]
+	mi := &file_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3018,7 +3254,7 @@ func (x *ListPoliciesResponse) String() string {
 func (*ListPoliciesResponse) ProtoMessage() {}
 
 func (x *ListPoliciesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[41]
+	mi := &file_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3031,7 +3267,7 @@ func (x *ListPoliciesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListPoliciesResponse.ProtoReflect.Descriptor instead.
 func (*ListPoliciesResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{41}
+	return file_agent_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ListPoliciesResponse) GetPolicies() []*Policy {
@@ -3054,7 +3290,7 @@ type Policy struct {
 
 func (x *Policy) Reset() {
 	*x = Policy{}
-	mi := &file_agent_proto_msgTypes[42]
+	mi := &file_agent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3066,7 +3302,7 @@ func (x *Policy) String() string {
 func (*Policy) ProtoMessage() {}
 
 func (x *Policy) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[42]
+	mi := &file_agent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3079,7 +3315,7 @@ func (x *Policy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Policy.ProtoReflect.Descriptor instead.
 func (*Policy) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{42}
+	return file_agent_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *Policy) GetRef() *PolicyRef {
@@ -3126,7 +3362,7 @@ type GetPolicyRequest struct {
 
 func (x *GetPolicyRequest) Reset() {
 	*x = GetPolicyRequest{}
-	mi := &file_agent_proto_msgTypes[43]
+	mi := &file_agent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3138,7 +3374,7 @@ func (x *GetPolicyRequest) String() string {
 func (*GetPolicyRequest) ProtoMessage() {}
 
 func (x *GetPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[43]
+	mi := &file_agent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3151,7 +3387,7 @@ func (x *GetPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPolicyRequest.ProtoReflect.Descriptor instead.
 func (*GetPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{43}
+	return file_agent_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *GetPolicyRequest) GetRef() *PolicyRef {
@@ -3170,7 +3406,7 @@ type GetPolicyResponse struct {
 
 func (x *GetPolicyResponse) Reset() {
 	*x = GetPolicyResponse{}
-	mi := &file_agent_proto_msgTypes[44]
+	mi := &file_agent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3182,7 +3418,7 @@ func (x *GetPolicyResponse) String() string {
 func (*GetPolicyResponse) ProtoMessage() {}
 
 func (x *GetPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[44]
+	mi := &file_agent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3195,7 +3431,7 @@ func (x *GetPolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPolicyResponse.ProtoReflect.Descriptor instead.
 func (*GetPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{44}
+	return file_agent_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *GetPolicyResponse) GetPolicy() *Policy {
@@ -3215,7 +3451,7 @@ type DeletePoliciesRequest struct {
 
 func (x *DeletePoliciesRequest) Reset() {
 	*x = DeletePoliciesRequest{}
-	mi := &file_agent_proto_msgTypes[45]
+	mi := &file_agent_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3227,7 +3463,7 @@ func (x *DeletePoliciesRequest) String() string {
 func (*DeletePoliciesRequest) ProtoMessage() {}
 
 func (x *DeletePoliciesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[45]
+	mi := &file_agent_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3240,7 +3476,7 @@ func (x *DeletePoliciesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeletePoliciesRequest.ProtoReflect.Descriptor instead.
 func (*DeletePoliciesRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{45}
+	return file_agent_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *DeletePoliciesRequest) GetRefs() []*PolicyRef {
@@ -3266,7 +3502,7 @@ type DeletePoliciesResponse struct {
 
 func (x *DeletePoliciesResponse) Reset() {
 	*x = DeletePoliciesResponse{}
-	mi := &file_agent_proto_msgTypes[46]
+	mi := &file_agent_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3278,7 +3514,7 @@ func (x *DeletePoliciesResponse) String() string {
 func (*DeletePoliciesResponse) ProtoMessage() {}
 
 func (x *DeletePoliciesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[46]
+	mi := &file_agent_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3291,7 +3527,7 @@ func (x *DeletePoliciesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeletePoliciesResponse.ProtoReflect.Descriptor instead.
 func (*DeletePoliciesResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{46}
+	return file_agent_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *DeletePoliciesResponse) GetDeleted() []*PolicyRef {
@@ -3314,13 +3550,14 @@ type MonitorRequest struct {
 	Protocols     []string               `protobuf:"bytes,7,rep,name=protocols,proto3" json:"protocols,omitempty"`         // "TCP", "UDP", "ICMPv4", "ICMPv6", "SCTP" or a number
 	Endpoints     []uint32               `protobuf:"varint,8,rep,packed,name=endpoints,proto3" json:"endpoints,omitempty"` // ids
 	Workloads     []string               `protobuf:"bytes,9,rep,name=workloads,proto3" json:"workloads,omitempty"`         // "NS/NAME" of either end
+	Types         []string               `protobuf:"bytes,10,rep,name=types,proto3" json:"types,omitempty"`                // "packet", "l7": about a packet, or about a request that the node's proxy has judged
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *MonitorRequest) Reset() {
 	*x = MonitorRequest{}
-	mi := &file_agent_proto_msgTypes[47]
+	mi := &file_agent_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3332,7 +3569,7 @@ func (x *MonitorRequest) String() string {
 func (*MonitorRequest) ProtoMessage() {}
 
 func (x *MonitorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[47]
+	mi := &file_agent_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3345,7 +3582,7 @@ func (x *MonitorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MonitorRequest.ProtoReflect.Descriptor instead.
 func (*MonitorRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{47}
+	return file_agent_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *MonitorRequest) GetVerdicts() []string {
@@ -3411,6 +3648,13 @@ func (x *MonitorRequest) GetWorkloads() []string {
 	return nil
 }
 
+func (x *MonitorRequest) GetTypes() []string {
+	if x != nil {
+		return x.Types
+	}
+	return nil
+}
+
 type MonitorResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Event:
@@ -3424,7 +3668,7 @@ type MonitorResponse struct {
 
 func (x *MonitorResponse) Reset() {
 	*x = MonitorResponse{}
-	mi := &file_agent_proto_msgTypes[48]
+	mi := &file_agent_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3436,7 +3680,7 @@ func (x *MonitorResponse) String() string {
 func (*MonitorResponse) ProtoMessage() {}
 
 func (x *MonitorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[48]
+	mi := &file_agent_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3449,7 +3693,7 @@ func (x *MonitorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MonitorResponse.ProtoReflect.Descriptor instead.
 func (*MonitorResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{48}
+	return file_agent_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *MonitorResponse) GetEvent() isMonitorResponse_Event {
@@ -3503,7 +3747,7 @@ type LostEvents struct {
 
 func (x *LostEvents) Reset() {
 	*x = LostEvents{}
-	mi := &file_agent_proto_msgTypes[49]
+	mi := &file_agent_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3515,7 +3759,7 @@ func (x *LostEvents) String() string {
 func (*LostEvents) ProtoMessage() {}
 
 func (x *LostEvents) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[49]
+	mi := &file_agent_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3528,7 +3772,7 @@ func (x *LostEvents) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LostEvents.ProtoReflect.Descriptor instead.
 func (*LostEvents) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{49}
+	return file_agent_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *LostEvents) GetCount() uint64 {
@@ -3581,7 +3825,7 @@ type FlowEvent struct {
 
 func (x *FlowEvent) Reset() {
 	*x = FlowEvent{}
-	mi := &file_agent_proto_msgTypes[50]
+	mi := &file_agent_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3593,7 +3837,7 @@ func (x *FlowEvent) String() string {
 func (*FlowEvent) ProtoMessage() {}
 
 func (x *FlowEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[50]
+	mi := &file_agent_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3606,7 +3850,7 @@ func (x *FlowEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FlowEvent.ProtoReflect.Descriptor instead.
 func (*FlowEvent) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{50}
+	return file_agent_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *FlowEvent) GetTime() *timestamppb.Timestamp {
@@ -3824,7 +4068,7 @@ type Process struct {
 
 func (x *Process) Reset() {
 	*x = Process{}
-	mi := &file_agent_proto_msgTypes[51]
+	mi := &file_agent_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3836,7 +4080,7 @@ func (x *Process) String() string {
 func (*Process) ProtoMessage() {}
 
 func (x *Process) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[51]
+	mi := &file_agent_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3849,7 +4093,7 @@ func (x *Process) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Process.ProtoReflect.Descriptor instead.
 func (*Process) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{51}
+	return file_agent_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *Process) GetPid() uint32 {
@@ -3947,7 +4191,7 @@ type L7Event struct {
 
 func (x *L7Event) Reset() {
 	*x = L7Event{}
-	mi := &file_agent_proto_msgTypes[52]
+	mi := &file_agent_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3959,7 +4203,7 @@ func (x *L7Event) String() string {
 func (*L7Event) ProtoMessage() {}
 
 func (x *L7Event) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[52]
+	mi := &file_agent_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3972,7 +4216,7 @@ func (x *L7Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use L7Event.ProtoReflect.Descriptor instead.
 func (*L7Event) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{52}
+	return file_agent_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *L7Event) GetProtocol() string {
@@ -4103,7 +4347,7 @@ type FlowEnd struct {
 
 func (x *FlowEnd) Reset() {
 	*x = FlowEnd{}
-	mi := &file_agent_proto_msgTypes[53]
+	mi := &file_agent_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4115,7 +4359,7 @@ func (x *FlowEnd) String() string {
 func (*FlowEnd) ProtoMessage() {}
 
 func (x *FlowEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[53]
+	mi := &file_agent_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4128,7 +4372,7 @@ func (x *FlowEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FlowEnd.ProtoReflect.Descriptor instead.
 func (*FlowEnd) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{53}
+	return file_agent_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *FlowEnd) GetIp() string {
@@ -4381,7 +4625,23 @@ const file_agent_proto_rawDesc = "" +
 	"\n" +
 	"attachment\x18\x12 \x01(\v2\x1f.portcullis.agent.v1.AttachmentR\n" +
 	"attachment\x122\n" +
-	"\x06grants\x18\x10 \x03(\v2\x1a.portcullis.agent.v1.GrantR\x06grants\"'\n" +
+	"\x06grants\x18\x10 \x03(\v2\x1a.portcullis.agent.v1.GrantR\x06grants\"8\n" +
+	"\x10ListNamesRequest\x12\x10\n" +
+	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\"J\n" +
+	"\x11ListNamesResponse\x125\n" +
+	"\x05names\x18\x01 \x03(\v2\x1f.portcullis.agent.v1.LearntNameR\x05names\"\xb9\x01\n" +
+	"\n" +
+	"LearntName\x12\x1a\n" +
+	"\bendpoint\x18\x01 \x01(\rR\bendpoint\x129\n" +
+	"\bworkload\x18\x02 \x01(\v2\x1d.portcullis.agent.v1.WorkloadR\bworkload\x12\x12\n" +
+	"\x04name\x18\x03 \x01(\tR\x04name\x12@\n" +
+	"\taddresses\x18\x04 \x03(\v2\".portcullis.agent.v1.LearntAddressR\taddresses\"\x86\x01\n" +
+	"\rLearntAddress\x12\x0e\n" +
+	"\x02ip\x18\x01 \x01(\tR\x02ip\x12+\n" +
+	"\x03ttl\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x03ttl\x12\x16\n" +
+	"\x06source\x18\x03 \x01(\tR\x06source\x12 \n" +
+	"\vconnections\x18\x04 \x01(\rR\vconnections\"'\n" +
 	"\x13ListBindingsRequest\x12\x10\n" +
 	"\x03ips\x18\x01 \x03(\tR\x03ips\"P\n" +
 	"\x14ListBindingsResponse\x128\n" +
@@ -4473,7 +4733,7 @@ const file_agent_proto_rawDesc = "" +
 	"\x04refs\x18\x01 \x03(\v2\x1e.portcullis.agent.v1.PolicyRefR\x04refs\x12\x10\n" +
 	"\x03all\x18\x02 \x01(\bR\x03all\"R\n" +
 	"\x16DeletePoliciesResponse\x128\n" +
-	"\adeleted\x18\x01 \x03(\v2\x1e.portcullis.agent.v1.PolicyRefR\adeleted\"\x8a\x02\n" +
+	"\adeleted\x18\x01 \x03(\v2\x1e.portcullis.agent.v1.PolicyRefR\adeleted\"\xa0\x02\n" +
 	"\x0eMonitorRequest\x12\x1a\n" +
 	"\bverdicts\x18\x01 \x03(\tR\bverdicts\x12\x18\n" +
 	"\areasons\x18\x02 \x03(\tR\areasons\x12\x1e\n" +
@@ -4485,7 +4745,9 @@ const file_agent_proto_rawDesc = "" +
 	"\x05ports\x18\x06 \x03(\rR\x05ports\x12\x1c\n" +
 	"\tprotocols\x18\a \x03(\tR\tprotocols\x12\x1c\n" +
 	"\tendpoints\x18\b \x03(\rR\tendpoints\x12\x1c\n" +
-	"\tworkloads\x18\t \x03(\tR\tworkloads\"\x87\x01\n" +
+	"\tworkloads\x18\t \x03(\tR\tworkloads\x12\x14\n" +
+	"\x05types\x18\n" +
+	" \x03(\tR\x05types\"\x87\x01\n" +
 	"\x0fMonitorResponse\x124\n" +
 	"\x04flow\x18\x01 \x01(\v2\x1e.portcullis.agent.v1.FlowEventH\x00R\x04flow\x125\n" +
 	"\x04lost\x18\x02 \x01(\v2\x1f.portcullis.agent.v1.LostEventsH\x00R\x04lostB\a\n" +
@@ -4568,7 +4830,7 @@ const file_agent_proto_rawDesc = "" +
 	"\bworkload\x18\x05 \x01(\tR\bworkload\x12\x12\n" +
 	"\x04text\x18\x06 \x01(\tR\x04text\x12\x1a\n" +
 	"\bendpoint\x18\a \x01(\rR\bendpoint\x12\x1b\n" +
-	"\tspiffe_id\x18\b \x01(\tR\bspiffeId2\x89\f\n" +
+	"\tspiffe_id\x18\b \x01(\tR\bspiffeId2\xe5\f\n" +
 	"\x05Agent\x12Q\n" +
 	"\x06Status\x12\".portcullis.agent.v1.StatusRequest\x1a#.portcullis.agent.v1.StatusResponse\x12o\n" +
 	"\x10RegisterWorkload\x12,.portcullis.agent.v1.RegisterWorkloadRequest\x1a-.portcullis.agent.v1.RegisterWorkloadResponse\x12u\n" +
@@ -4578,7 +4840,8 @@ const file_agent_proto_rawDesc = "" +
 	"\rListEndpoints\x12).portcullis.agent.v1.ListEndpointsRequest\x1a*.portcullis.agent.v1.ListEndpointsResponse\x12i\n" +
 	"\x0eListIdentities\x12*.portcullis.agent.v1.ListIdentitiesRequest\x1a+.portcullis.agent.v1.ListIdentitiesResponse\x12c\n" +
 	"\fListBindings\x12(.portcullis.agent.v1.ListBindingsRequest\x1a).portcullis.agent.v1.ListBindingsResponse\x12c\n" +
-	"\fListSessions\x12(.portcullis.agent.v1.ListSessionsRequest\x1a).portcullis.agent.v1.ListSessionsResponse\x12c\n" +
+	"\fListSessions\x12(.portcullis.agent.v1.ListSessionsRequest\x1a).portcullis.agent.v1.ListSessionsResponse\x12Z\n" +
+	"\tListNames\x12%.portcullis.agent.v1.ListNamesRequest\x1a&.portcullis.agent.v1.ListNamesResponse\x12c\n" +
 	"\fResetSession\x12(.portcullis.agent.v1.ResetSessionRequest\x1a).portcullis.agent.v1.ResetSessionResponse\x12i\n" +
 	"\x0eImportPolicies\x12*.portcullis.agent.v1.ImportPoliciesRequest\x1a+.portcullis.agent.v1.ImportPoliciesResponse\x12c\n" +
 	"\fListPolicies\x12(.portcullis.agent.v1.ListPoliciesRequest\x1a).portcullis.agent.v1.ListPoliciesResponse\x12Z\n" +
@@ -4598,7 +4861,7 @@ func file_agent_proto_rawDescGZIP() []byte {
 	return file_agent_proto_rawDescData
 }
 
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 56)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 60)
 var file_agent_proto_goTypes = []any{
 	(*StatusRequest)(nil),              // 0: portcullis.agent.v1.StatusRequest
 	(*StatusResponse)(nil),             // 1: portcullis.agent.v1.StatusResponse
@@ -4625,148 +4888,158 @@ var file_agent_proto_goTypes = []any{
 	(*ListEndpointsRequest)(nil),       // 22: portcullis.agent.v1.ListEndpointsRequest
 	(*ListEndpointsResponse)(nil),      // 23: portcullis.agent.v1.ListEndpointsResponse
 	(*Endpoint)(nil),                   // 24: portcullis.agent.v1.Endpoint
-	(*ListBindingsRequest)(nil),        // 25: portcullis.agent.v1.ListBindingsRequest
-	(*ListBindingsResponse)(nil),       // 26: portcullis.agent.v1.ListBindingsResponse
-	(*Binding)(nil),                    // 27: portcullis.agent.v1.Binding
-	(*Grant)(nil),                      // 28: portcullis.agent.v1.Grant
-	(*ListSessionsRequest)(nil),        // 29: portcullis.agent.v1.ListSessionsRequest
-	(*ListSessionsResponse)(nil),       // 30: portcullis.agent.v1.ListSessionsResponse
-	(*Session)(nil),                    // 31: portcullis.agent.v1.Session
-	(*ResetSessionRequest)(nil),        // 32: portcullis.agent.v1.ResetSessionRequest
-	(*ResetSessionResponse)(nil),       // 33: portcullis.agent.v1.ResetSessionResponse
-	(*PolicyRef)(nil),                  // 34: portcullis.agent.v1.PolicyRef
-	(*PolicyFile)(nil),                 // 35: portcullis.agent.v1.PolicyFile
-	(*PolicyProblem)(nil),              // 36: portcullis.agent.v1.PolicyProblem
-	(*ImportPoliciesRequest)(nil),      // 37: portcullis.agent.v1.ImportPoliciesRequest
-	(*ImportPoliciesResponse)(nil),     // 38: portcullis.agent.v1.ImportPoliciesResponse
-	(*ImportedPolicy)(nil),             // 39: portcullis.agent.v1.ImportedPolicy
-	(*ListPoliciesRequest)(nil),        // 40: portcullis.agent.v1.ListPoliciesRequest
-	(*ListPoliciesResponse)(nil),       // 41: portcullis.agent.v1.ListPoliciesResponse
-	(*Policy)(nil),                     // 42: portcullis.agent.v1.Policy
-	(*GetPolicyRequest)(nil),           // 43: portcullis.agent.v1.GetPolicyRequest
-	(*GetPolicyResponse)(nil),          // 44: portcullis.agent.v1.GetPolicyResponse
-	(*DeletePoliciesRequest)(nil),      // 45: portcullis.agent.v1.DeletePoliciesRequest
-	(*DeletePoliciesResponse)(nil),     // 46: portcullis.agent.v1.DeletePoliciesResponse
-	(*MonitorRequest)(nil),             // 47: portcullis.agent.v1.MonitorRequest
-	(*MonitorResponse)(nil),            // 48: portcullis.agent.v1.MonitorResponse
-	(*LostEvents)(nil),                 // 49: portcullis.agent.v1.LostEvents
-	(*FlowEvent)(nil),                  // 50: portcullis.agent.v1.FlowEvent
-	(*Process)(nil),                    // 51: portcullis.agent.v1.Process
-	(*L7Event)(nil),                    // 52: portcullis.agent.v1.L7Event
-	(*FlowEnd)(nil),                    // 53: portcullis.agent.v1.FlowEnd
-	nil,                                // 54: portcullis.agent.v1.RegisterWorkloadRequest.LabelsEntry
-	nil,                                // 55: portcullis.agent.v1.RelabelWorkloadRequest.LabelsEntry
-	(*timestamppb.Timestamp)(nil),      // 56: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),        // 57: google.protobuf.Duration
+	(*ListNamesRequest)(nil),           // 25: portcullis.agent.v1.ListNamesRequest
+	(*ListNamesResponse)(nil),          // 26: portcullis.agent.v1.ListNamesResponse
+	(*LearntName)(nil),                 // 27: portcullis.agent.v1.LearntName
+	(*LearntAddress)(nil),              // 28: portcullis.agent.v1.LearntAddress
+	(*ListBindingsRequest)(nil),        // 29: portcullis.agent.v1.ListBindingsRequest
+	(*ListBindingsResponse)(nil),       // 30: portcullis.agent.v1.ListBindingsResponse
+	(*Binding)(nil),                    // 31: portcullis.agent.v1.Binding
+	(*Grant)(nil),                      // 32: portcullis.agent.v1.Grant
+	(*ListSessionsRequest)(nil),        // 33: portcullis.agent.v1.ListSessionsRequest
+	(*ListSessionsResponse)(nil),       // 34: portcullis.agent.v1.ListSessionsResponse
+	(*Session)(nil),                    // 35: portcullis.agent.v1.Session
+	(*ResetSessionRequest)(nil),        // 36: portcullis.agent.v1.ResetSessionRequest
+	(*ResetSessionResponse)(nil),       // 37: portcullis.agent.v1.ResetSessionResponse
+	(*PolicyRef)(nil),                  // 38: portcullis.agent.v1.PolicyRef
+	(*PolicyFile)(nil),                 // 39: portcullis.agent.v1.PolicyFile
+	(*PolicyProblem)(nil),              // 40: portcullis.agent.v1.PolicyProblem
+	(*ImportPoliciesRequest)(nil),      // 41: portcullis.agent.v1.ImportPoliciesRequest
+	(*ImportPoliciesResponse)(nil),     // 42: portcullis.agent.v1.ImportPoliciesResponse
+	(*ImportedPolicy)(nil),             // 43: portcullis.agent.v1.ImportedPolicy
+	(*ListPoliciesRequest)(nil),        // 44: portcullis.agent.v1.ListPoliciesRequest
+	(*ListPoliciesResponse)(nil),       // 45: portcullis.agent.v1.ListPoliciesResponse
+	(*Policy)(nil),                     // 46: portcullis.agent.v1.Policy
+	(*GetPolicyRequest)(nil),           // 47: portcullis.agent.v1.GetPolicyRequest
+	(*GetPolicyResponse)(nil),          // 48: portcullis.agent.v1.GetPolicyResponse
+	(*DeletePoliciesRequest)(nil),      // 49: portcullis.agent.v1.DeletePoliciesRequest
+	(*DeletePoliciesResponse)(nil),     // 50: portcullis.agent.v1.DeletePoliciesResponse
+	(*MonitorRequest)(nil),             // 51: portcullis.agent.v1.MonitorRequest
+	(*MonitorResponse)(nil),            // 52: portcullis.agent.v1.MonitorResponse
+	(*LostEvents)(nil),                 // 53: portcullis.agent.v1.LostEvents
+	(*FlowEvent)(nil),                  // 54: portcullis.agent.v1.FlowEvent
+	(*Process)(nil),                    // 55: portcullis.agent.v1.Process
+	(*L7Event)(nil),                    // 56: portcullis.agent.v1.L7Event
+	(*FlowEnd)(nil),                    // 57: portcullis.agent.v1.FlowEnd
+	nil,                                // 58: portcullis.agent.v1.RegisterWorkloadRequest.LabelsEntry
+	nil,                                // 59: portcullis.agent.v1.RelabelWorkloadRequest.LabelsEntry
+	(*timestamppb.Timestamp)(nil),      // 60: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),        // 61: google.protobuf.Duration
 }
 var file_agent_proto_depIdxs = []int32{
-	56, // 0: portcullis.agent.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
-	57, // 1: portcullis.agent.v1.StatusResponse.ttl:type_name -> google.protobuf.Duration
-	57, // 2: portcullis.agent.v1.StatusResponse.heartbeat:type_name -> google.protobuf.Duration
-	57, // 3: portcullis.agent.v1.StatusResponse.reuse_margin:type_name -> google.protobuf.Duration
-	56, // 4: portcullis.agent.v1.StatusResponse.certificate_expiry:type_name -> google.protobuf.Timestamp
-	57, // 5: portcullis.agent.v1.StatusResponse.startup_wait:type_name -> google.protobuf.Duration
+	60, // 0: portcullis.agent.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	61, // 1: portcullis.agent.v1.StatusResponse.ttl:type_name -> google.protobuf.Duration
+	61, // 2: portcullis.agent.v1.StatusResponse.heartbeat:type_name -> google.protobuf.Duration
+	61, // 3: portcullis.agent.v1.StatusResponse.reuse_margin:type_name -> google.protobuf.Duration
+	60, // 4: portcullis.agent.v1.StatusResponse.certificate_expiry:type_name -> google.protobuf.Timestamp
+	61, // 5: portcullis.agent.v1.StatusResponse.startup_wait:type_name -> google.protobuf.Duration
 	2,  // 6: portcullis.agent.v1.StatusResponse.sources:type_name -> portcullis.agent.v1.Source
 	3,  // 7: portcullis.agent.v1.StatusResponse.maps:type_name -> portcullis.agent.v1.Map
 	4,  // 8: portcullis.agent.v1.StatusResponse.counters:type_name -> portcullis.agent.v1.Counter
 	5,  // 9: portcullis.agent.v1.StatusResponse.alarms:type_name -> portcullis.agent.v1.Alarm
 	6,  // 10: portcullis.agent.v1.StatusResponse.held:type_name -> portcullis.agent.v1.HeldPackets
-	56, // 11: portcullis.agent.v1.Alarm.since:type_name -> google.protobuf.Timestamp
-	54, // 12: portcullis.agent.v1.RegisterWorkloadRequest.labels:type_name -> portcullis.agent.v1.RegisterWorkloadRequest.LabelsEntry
+	60, // 11: portcullis.agent.v1.Alarm.since:type_name -> google.protobuf.Timestamp
+	58, // 12: portcullis.agent.v1.RegisterWorkloadRequest.labels:type_name -> portcullis.agent.v1.RegisterWorkloadRequest.LabelsEntry
 	14, // 13: portcullis.agent.v1.RegisterWorkloadRequest.ports:type_name -> portcullis.agent.v1.NamedPort
-	57, // 14: portcullis.agent.v1.RegisterWorkloadRequest.wait:type_name -> google.protobuf.Duration
+	61, // 14: portcullis.agent.v1.RegisterWorkloadRequest.wait:type_name -> google.protobuf.Duration
 	8,  // 15: portcullis.agent.v1.RegisterWorkloadRequest.attachment:type_name -> portcullis.agent.v1.Attachment
-	57, // 16: portcullis.agent.v1.RegisterWorkloadRequest.held:type_name -> google.protobuf.Duration
+	61, // 16: portcullis.agent.v1.RegisterWorkloadRequest.held:type_name -> google.protobuf.Duration
 	8,  // 17: portcullis.agent.v1.CheckWorkloadRequest.attachment:type_name -> portcullis.agent.v1.Attachment
-	55, // 18: portcullis.agent.v1.RelabelWorkloadRequest.labels:type_name -> portcullis.agent.v1.RelabelWorkloadRequest.LabelsEntry
+	59, // 18: portcullis.agent.v1.RelabelWorkloadRequest.labels:type_name -> portcullis.agent.v1.RelabelWorkloadRequest.LabelsEntry
 	12, // 19: portcullis.agent.v1.RelabelWorkloadRequest.ports:type_name -> portcullis.agent.v1.NamedPorts
-	57, // 20: portcullis.agent.v1.RelabelWorkloadRequest.wait:type_name -> google.protobuf.Duration
+	61, // 20: portcullis.agent.v1.RelabelWorkloadRequest.wait:type_name -> google.protobuf.Duration
 	14, // 21: portcullis.agent.v1.NamedPorts.ports:type_name -> portcullis.agent.v1.NamedPort
-	57, // 22: portcullis.agent.v1.RelabelWorkloadResponse.waited:type_name -> google.protobuf.Duration
+	61, // 22: portcullis.agent.v1.RelabelWorkloadResponse.waited:type_name -> google.protobuf.Duration
 	19, // 23: portcullis.agent.v1.RelabelWorkloadResponse.identity:type_name -> portcullis.agent.v1.Identity
-	57, // 24: portcullis.agent.v1.RegisterWorkloadResponse.waited:type_name -> google.protobuf.Duration
+	61, // 24: portcullis.agent.v1.RegisterWorkloadResponse.waited:type_name -> google.protobuf.Duration
 	8,  // 25: portcullis.agent.v1.DeregisterWorkloadRequest.attachment:type_name -> portcullis.agent.v1.Attachment
 	19, // 26: portcullis.agent.v1.ListIdentitiesResponse.identities:type_name -> portcullis.agent.v1.Identity
 	24, // 27: portcullis.agent.v1.ListEndpointsResponse.endpoints:type_name -> portcullis.agent.v1.Endpoint
 	18, // 28: portcullis.agent.v1.Endpoint.workload:type_name -> portcullis.agent.v1.Workload
 	19, // 29: portcullis.agent.v1.Endpoint.identity:type_name -> portcullis.agent.v1.Identity
 	14, // 30: portcullis.agent.v1.Endpoint.ports:type_name -> portcullis.agent.v1.NamedPort
-	56, // 31: portcullis.agent.v1.Endpoint.created:type_name -> google.protobuf.Timestamp
+	60, // 31: portcullis.agent.v1.Endpoint.created:type_name -> google.protobuf.Timestamp
 	8,  // 32: portcullis.agent.v1.Endpoint.attachment:type_name -> portcullis.agent.v1.Attachment
-	28, // 33: portcullis.agent.v1.Endpoint.grants:type_name -> portcullis.agent.v1.Grant
-	27, // 34: portcullis.agent.v1.ListBindingsResponse.bindings:type_name -> portcullis.agent.v1.Binding
-	18, // 35: portcullis.agent.v1.Binding.workload:type_name -> portcullis.agent.v1.Workload
-	19, // 36: portcullis.agent.v1.Binding.identity:type_name -> portcullis.agent.v1.Identity
-	57, // 37: portcullis.agent.v1.Binding.remaining:type_name -> google.protobuf.Duration
-	57, // 38: portcullis.agent.v1.Binding.age:type_name -> google.protobuf.Duration
-	28, // 39: portcullis.agent.v1.Binding.grants:type_name -> portcullis.agent.v1.Grant
-	57, // 40: portcullis.agent.v1.Grant.remaining:type_name -> google.protobuf.Duration
-	31, // 41: portcullis.agent.v1.ListSessionsResponse.sessions:type_name -> portcullis.agent.v1.Session
-	56, // 42: portcullis.agent.v1.Session.certificate_expiry:type_name -> google.protobuf.Timestamp
-	56, // 43: portcullis.agent.v1.Session.last_renewal:type_name -> google.protobuf.Timestamp
-	57, // 44: portcullis.agent.v1.Session.remaining:type_name -> google.protobuf.Duration
-	56, // 45: portcullis.agent.v1.Session.since:type_name -> google.protobuf.Timestamp
-	35, // 46: portcullis.agent.v1.ImportPoliciesRequest.files:type_name -> portcullis.agent.v1.PolicyFile
-	39, // 47: portcullis.agent.v1.ImportPoliciesResponse.imported:type_name -> portcullis.agent.v1.ImportedPolicy
-	36, // 48: portcullis.agent.v1.ImportPoliciesResponse.problems:type_name -> portcullis.agent.v1.PolicyProblem
-	34, // 49: portcullis.agent.v1.ImportedPolicy.ref:type_name -> portcullis.agent.v1.PolicyRef
-	42, // 50: portcullis.agent.v1.ListPoliciesResponse.policies:type_name -> portcullis.agent.v1.Policy
-	34, // 51: portcullis.agent.v1.Policy.ref:type_name -> portcullis.agent.v1.PolicyRef
-	56, // 52: portcullis.agent.v1.Policy.imported:type_name -> google.protobuf.Timestamp
-	34, // 53: portcullis.agent.v1.GetPolicyRequest.ref:type_name -> portcullis.agent.v1.PolicyRef
-	42, // 54: portcullis.agent.v1.GetPolicyResponse.policy:type_name -> portcullis.agent.v1.Policy
-	34, // 55: portcullis.agent.v1.DeletePoliciesRequest.refs:type_name -> portcullis.agent.v1.PolicyRef
-	34, // 56: portcullis.agent.v1.DeletePoliciesResponse.deleted:type_name -> portcullis.agent.v1.PolicyRef
-	50, // 57: portcullis.agent.v1.MonitorResponse.flow:type_name -> portcullis.agent.v1.FlowEvent
-	49, // 58: portcullis.agent.v1.MonitorResponse.lost:type_name -> portcullis.agent.v1.LostEvents
-	56, // 59: portcullis.agent.v1.FlowEvent.time:type_name -> google.protobuf.Timestamp
-	53, // 60: portcullis.agent.v1.FlowEvent.source:type_name -> portcullis.agent.v1.FlowEnd
-	53, // 61: portcullis.agent.v1.FlowEvent.destination:type_name -> portcullis.agent.v1.FlowEnd
-	57, // 62: portcullis.agent.v1.FlowEvent.binding_age:type_name -> google.protobuf.Duration
-	52, // 63: portcullis.agent.v1.FlowEvent.l7:type_name -> portcullis.agent.v1.L7Event
-	57, // 64: portcullis.agent.v1.FlowEvent.lease_left:type_name -> google.protobuf.Duration
-	57, // 65: portcullis.agent.v1.FlowEvent.held:type_name -> google.protobuf.Duration
-	51, // 66: portcullis.agent.v1.FlowEvent.process:type_name -> portcullis.agent.v1.Process
-	49, // 67: portcullis.agent.v1.FlowEvent.lost:type_name -> portcullis.agent.v1.LostEvents
-	56, // 68: portcullis.agent.v1.Process.start:type_name -> google.protobuf.Timestamp
-	51, // 69: portcullis.agent.v1.Process.parent:type_name -> portcullis.agent.v1.Process
-	57, // 70: portcullis.agent.v1.L7Event.latency:type_name -> google.protobuf.Duration
-	57, // 71: portcullis.agent.v1.L7Event.ttl:type_name -> google.protobuf.Duration
-	0,  // 72: portcullis.agent.v1.Agent.Status:input_type -> portcullis.agent.v1.StatusRequest
-	7,  // 73: portcullis.agent.v1.Agent.RegisterWorkload:input_type -> portcullis.agent.v1.RegisterWorkloadRequest
-	16, // 74: portcullis.agent.v1.Agent.DeregisterWorkload:input_type -> portcullis.agent.v1.DeregisterWorkloadRequest
-	9,  // 75: portcullis.agent.v1.Agent.CheckWorkload:input_type -> portcullis.agent.v1.CheckWorkloadRequest
-	11, // 76: portcullis.agent.v1.Agent.RelabelWorkload:input_type -> portcullis.agent.v1.RelabelWorkloadRequest
-	22, // 77: portcullis.agent.v1.Agent.ListEndpoints:input_type -> portcullis.agent.v1.ListEndpointsRequest
-	20, // 78: portcullis.agent.v1.Agent.ListIdentities:input_type -> portcullis.agent.v1.ListIdentitiesRequest
-	25, // 79: portcullis.agent.v1.Agent.ListBindings:input_type -> portcullis.agent.v1.ListBindingsRequest
-	29, // 80: portcullis.agent.v1.Agent.ListSessions:input_type -> portcullis.agent.v1.ListSessionsRequest
-	32, // 81: portcullis.agent.v1.Agent.ResetSession:input_type -> portcullis.agent.v1.ResetSessionRequest
-	37, // 82: portcullis.agent.v1.Agent.ImportPolicies:input_type -> portcullis.agent.v1.ImportPoliciesRequest
-	40, // 83: portcullis.agent.v1.Agent.ListPolicies:input_type -> portcullis.agent.v1.ListPoliciesRequest
-	43, // 84: portcullis.agent.v1.Agent.GetPolicy:input_type -> portcullis.agent.v1.GetPolicyRequest
-	45, // 85: portcullis.agent.v1.Agent.DeletePolicies:input_type -> portcullis.agent.v1.DeletePoliciesRequest
-	47, // 86: portcullis.agent.v1.Agent.Monitor:input_type -> portcullis.agent.v1.MonitorRequest
-	1,  // 87: portcullis.agent.v1.Agent.Status:output_type -> portcullis.agent.v1.StatusResponse
-	15, // 88: portcullis.agent.v1.Agent.RegisterWorkload:output_type -> portcullis.agent.v1.RegisterWorkloadResponse
-	17, // 89: portcullis.agent.v1.Agent.DeregisterWorkload:output_type -> portcullis.agent.v1.DeregisterWorkloadResponse
-	10, // 90: portcullis.agent.v1.Agent.CheckWorkload:output_type -> portcullis.agent.v1.CheckWorkloadResponse
-	13, // 91: portcullis.agent.v1.Agent.RelabelWorkload:output_type -> portcullis.agent.v1.RelabelWorkloadResponse
-	23, // 92: portcullis.agent.v1.Agent.ListEndpoints:output_type -> portcullis.agent.v1.ListEndpointsResponse
-	21, // 93: portcullis.agent.v1.Agent.ListIdentities:output_type -> portcullis.agent.v1.ListIdentitiesResponse
-	26, // 94: portcullis.agent.v1.Agent.ListBindings:output_type -> portcullis.agent.v1.ListBindingsResponse
-	30, // 95: portcullis.agent.v1.Agent.ListSessions:output_type -> portcullis.agent.v1.ListSessionsResponse
-	33, // 96: portcullis.agent.v1.Agent.ResetSession:output_type -> portcullis.agent.v1.ResetSessionResponse
-	38, // 97: portcullis.agent.v1.Agent.ImportPolicies:output_type -> portcullis.agent.v1.ImportPoliciesResponse
-	41, // 98: portcullis.agent.v1.Agent.ListPolicies:output_type -> portcullis.agent.v1.ListPoliciesResponse
-	44, // 99: portcullis.agent.v1.Agent.GetPolicy:output_type -> portcullis.agent.v1.GetPolicyResponse
-	46, // 100: portcullis.agent.v1.Agent.DeletePolicies:output_type -> portcullis.agent.v1.DeletePoliciesResponse
-	48, // 101: portcullis.agent.v1.Agent.Monitor:output_type -> portcullis.agent.v1.MonitorResponse
-	87, // [87:102] is the sub-list for method output_type
-	72, // [72:87] is the sub-list for method input_type
-	72, // [72:72] is the sub-list for extension type_name
-	72, // [72:72] is the sub-list for extension extendee
-	0,  // [0:72] is the sub-list for field type_name
+	32, // 33: portcullis.agent.v1.Endpoint.grants:type_name -> portcullis.agent.v1.Grant
+	27, // 34: portcullis.agent.v1.ListNamesResponse.names:type_name -> portcullis.agent.v1.LearntName
+	18, // 35: portcullis.agent.v1.LearntName.workload:type_name -> portcullis.agent.v1.Workload
+	28, // 36: portcullis.agent.v1.LearntName.addresses:type_name -> portcullis.agent.v1.LearntAddress
+	61, // 37: portcullis.agent.v1.LearntAddress.ttl:type_name -> google.protobuf.Duration
+	31, // 38: portcullis.agent.v1.ListBindingsResponse.bindings:type_name -> portcullis.agent.v1.Binding
+	18, // 39: portcullis.agent.v1.Binding.workload:type_name -> portcullis.agent.v1.Workload
+	19, // 40: portcullis.agent.v1.Binding.identity:type_name -> portcullis.agent.v1.Identity
+	61, // 41: portcullis.agent.v1.Binding.remaining:type_name -> google.protobuf.Duration
+	61, // 42: portcullis.agent.v1.Binding.age:type_name -> google.protobuf.Duration
+	32, // 43: portcullis.agent.v1.Binding.grants:type_name -> portcullis.agent.v1.Grant
+	61, // 44: portcullis.agent.v1.Grant.remaining:type_name -> google.protobuf.Duration
+	35, // 45: portcullis.agent.v1.ListSessionsResponse.sessions:type_name -> portcullis.agent.v1.Session
+	60, // 46: portcullis.agent.v1.Session.certificate_expiry:type_name -> google.protobuf.Timestamp
+	60, // 47: portcullis.agent.v1.Session.last_renewal:type_name -> google.protobuf.Timestamp
+	61, // 48: portcullis.agent.v1.Session.remaining:type_name -> google.protobuf.Duration
+	60, // 49: portcullis.agent.v1.Session.since:type_name -> google.protobuf.Timestamp
+	39, // 50: portcullis.agent.v1.ImportPoliciesRequest.files:type_name -> portcullis.agent.v1.PolicyFile
+	43, // 51: portcullis.agent.v1.ImportPoliciesResponse.imported:type_name -> portcullis.agent.v1.ImportedPolicy
+	40, // 52: portcullis.agent.v1.ImportPoliciesResponse.problems:type_name -> portcullis.agent.v1.PolicyProblem
+	38, // 53: portcullis.agent.v1.ImportedPolicy.ref:type_name -> portcullis.agent.v1.PolicyRef
+	46, // 54: portcullis.agent.v1.ListPoliciesResponse.policies:type_name -> portcullis.agent.v1.Policy
+	38, // 55: portcullis.agent.v1.Policy.ref:type_name -> portcullis.agent.v1.PolicyRef
+	60, // 56: portcullis.agent.v1.Policy.imported:type_name -> google.protobuf.Timestamp
+	38, // 57: portcullis.agent.v1.GetPolicyRequest.ref:type_name -> portcullis.agent.v1.PolicyRef
+	46, // 58: portcullis.agent.v1.GetPolicyResponse.policy:type_name -> portcullis.agent.v1.Policy
+	38, // 59: portcullis.agent.v1.DeletePoliciesRequest.refs:type_name -> portcullis.agent.v1.PolicyRef
+	38, // 60: portcullis.agent.v1.DeletePoliciesResponse.deleted:type_name -> portcullis.agent.v1.PolicyRef
+	54, // 61: portcullis.agent.v1.MonitorResponse.flow:type_name -> portcullis.agent.v1.FlowEvent
+	53, // 62: portcullis.agent.v1.MonitorResponse.lost:type_name -> portcullis.agent.v1.LostEvents
+	60, // 63: portcullis.agent.v1.FlowEvent.time:type_name -> google.protobuf.Timestamp
+	57, // 64: portcullis.agent.v1.FlowEvent.source:type_name -> portcullis.agent.v1.FlowEnd
+	57, // 65: portcullis.agent.v1.FlowEvent.destination:type_name -> portcullis.agent.v1.FlowEnd
+	61, // 66: portcullis.agent.v1.FlowEvent.binding_age:type_name -> google.protobuf.Duration
+	56, // 67: portcullis.agent.v1.FlowEvent.l7:type_name -> portcullis.agent.v1.L7Event
+	61, // 68: portcullis.agent.v1.FlowEvent.lease_left:type_name -> google.protobuf.Duration
+	61, // 69: portcullis.agent.v1.FlowEvent.held:type_name -> google.protobuf.Duration
+	55, // 70: portcullis.agent.v1.FlowEvent.process:type_name -> portcullis.agent.v1.Process
+	53, // 71: portcullis.agent.v1.FlowEvent.lost:type_name -> portcullis.agent.v1.LostEvents
+	60, // 72: portcullis.agent.v1.Process.start:type_name -> google.protobuf.Timestamp
+	55, // 73: portcullis.agent.v1.Process.parent:type_name -> portcullis.agent.v1.Process
+	61, // 74: portcullis.agent.v1.L7Event.latency:type_name -> google.protobuf.Duration
+	61, // 75: portcullis.agent.v1.L7Event.ttl:type_name -> google.protobuf.Duration
+	0,  // 76: portcullis.agent.v1.Agent.Status:input_type -> portcullis.agent.v1.StatusRequest
+	7,  // 77: portcullis.agent.v1.Agent.RegisterWorkload:input_type -> portcullis.agent.v1.RegisterWorkloadRequest
+	16, // 78: portcullis.agent.v1.Agent.DeregisterWorkload:input_type -> portcullis.agent.v1.DeregisterWorkloadRequest
+	9,  // 79: portcullis.agent.v1.Agent.CheckWorkload:input_type -> portcullis.agent.v1.CheckWorkloadRequest
+	11, // 80: portcullis.agent.v1.Agent.RelabelWorkload:input_type -> portcullis.agent.v1.RelabelWorkloadRequest
+	22, // 81: portcullis.agent.v1.Agent.ListEndpoints:input_type -> portcullis.agent.v1.ListEndpointsRequest
+	20, // 82: portcullis.agent.v1.Agent.ListIdentities:input_type -> portcullis.agent.v1.ListIdentitiesRequest
+	29, // 83: portcullis.agent.v1.Agent.ListBindings:input_type -> portcullis.agent.v1.ListBindingsRequest
+	33, // 84: portcullis.agent.v1.Agent.ListSessions:input_type -> portcullis.agent.v1.ListSessionsRequest
+	25, // 85: portcullis.agent.v1.Agent.ListNames:input_type -> portcullis.agent.v1.ListNamesRequest
+	36, // 86: portcullis.agent.v1.Agent.ResetSession:input_type -> portcullis.agent.v1.ResetSessionRequest
+	41, // 87: portcullis.agent.v1.Agent.ImportPolicies:input_type -> portcullis.agent.v1.ImportPoliciesRequest
+	44, // 88: portcullis.agent.v1.Agent.ListPolicies:input_type -> portcullis.agent.v1.ListPoliciesRequest
+	47, // 89: portcullis.agent.v1.Agent.GetPolicy:input_type -> portcullis.agent.v1.GetPolicyRequest
+	49, // 90: portcullis.agent.v1.Agent.DeletePolicies:input_type -> portcullis.agent.v1.DeletePoliciesRequest
+	51, // 91: portcullis.agent.v1.Agent.Monitor:input_type -> portcullis.agent.v1.MonitorRequest
+	1,  // 92: portcullis.agent.v1.Agent.Status:output_type -> portcullis.agent.v1.StatusResponse
+	15, // 93: portcullis.agent.v1.Agent.RegisterWorkload:output_type -> portcullis.agent.v1.RegisterWorkloadResponse
+	17, // 94: portcullis.agent.v1.Agent.DeregisterWorkload:output_type -> portcullis.agent.v1.DeregisterWorkloadResponse
+	10, // 95: portcullis.agent.v1.Agent.CheckWorkload:output_type -> portcullis.agent.v1.CheckWorkloadResponse
+	13, // 96: portcullis.agent.v1.Agent.RelabelWorkload:output_type -> portcullis.agent.v1.RelabelWorkloadResponse
+	23, // 97: portcullis.agent.v1.Agent.ListEndpoints:output_type -> portcullis.agent.v1.ListEndpointsResponse
+	21, // 98: portcullis.agent.v1.Agent.ListIdentities:output_type -> portcullis.agent.v1.ListIdentitiesResponse
+	30, // 99: portcullis.agent.v1.Agent.ListBindings:output_type -> portcullis.agent.v1.ListBindingsResponse
+	34, // 100: portcullis.agent.v1.Agent.ListSessions:output_type -> portcullis.agent.v1.ListSessionsResponse
+	26, // 101: portcullis.agent.v1.Agent.ListNames:output_type -> portcullis.agent.v1.ListNamesResponse
+	37, // 102: portcullis.agent.v1.Agent.ResetSession:output_type -> portcullis.agent.v1.ResetSessionResponse
+	42, // 103: portcullis.agent.v1.Agent.ImportPolicies:output_type -> portcullis.agent.v1.ImportPoliciesResponse
+	45, // 104: portcullis.agent.v1.Agent.ListPolicies:output_type -> portcullis.agent.v1.ListPoliciesResponse
+	48, // 105: portcullis.agent.v1.Agent.GetPolicy:output_type -> portcullis.agent.v1.GetPolicyResponse
+	50, // 106: portcullis.agent.v1.Agent.DeletePolicies:output_type -> portcullis.agent.v1.DeletePoliciesResponse
+	52, // 107: portcullis.agent.v1.Agent.Monitor:output_type -> portcullis.agent.v1.MonitorResponse
+	92, // [92:108] is the sub-list for method output_type
+	76, // [76:92] is the sub-list for method input_type
+	76, // [76:76] is the sub-list for extension type_name
+	76, // [76:76] is the sub-list for extension extendee
+	0,  // [0:76] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }
@@ -4775,7 +5048,7 @@ func file_agent_proto_init() {
 		return
 	}
 	file_agent_proto_msgTypes[11].OneofWrappers = []any{}
-	file_agent_proto_msgTypes[48].OneofWrappers = []any{
+	file_agent_proto_msgTypes[52].OneofWrappers = []any{
 		(*MonitorResponse_Flow)(nil),
 		(*MonitorResponse_Lost)(nil),
 	}
@@ -4785,7 +5058,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   56,
+			NumMessages:   60,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

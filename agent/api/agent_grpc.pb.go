@@ -35,6 +35,7 @@ const (
 	Agent_ListIdentities_FullMethodName     = "/portcullis.agent.v1.Agent/ListIdentities"
 	Agent_ListBindings_FullMethodName       = "/portcullis.agent.v1.Agent/ListBindings"
 	Agent_ListSessions_FullMethodName       = "/portcullis.agent.v1.Agent/ListSessions"
+	Agent_ListNames_FullMethodName          = "/portcullis.agent.v1.Agent/ListNames"
 	Agent_ResetSession_FullMethodName       = "/portcullis.agent.v1.Agent/ResetSession"
 	Agent_ImportPolicies_FullMethodName     = "/portcullis.agent.v1.Agent/ImportPolicies"
 	Agent_ListPolicies_FullMethodName       = "/portcullis.agent.v1.Agent/ListPolicies"
@@ -85,6 +86,12 @@ type AgentClient interface {
 	ListIdentities(ctx context.Context, in *ListIdentitiesRequest, opts ...grpc.CallOption) (*ListIdentitiesResponse, error)
 	ListBindings(ctx context.Context, in *ListBindingsRequest, opts ...grpc.CallOption) (*ListBindingsResponse, error)
 	ListSessions(ctx context.Context, in *ListSessionsRequest, opts ...grpc.CallOption) (*ListSessionsResponse, error)
+	// ListNames tells what workloads were told by DNS, as far as policies by
+	// names (toFQDNs) mean it. It counts connections in the kernel, all of them:
+	// it is for people.
+	//
+	//	INVALID_ARGUMENT  the name is neither a name nor a pattern
+	ListNames(ctx context.Context, in *ListNamesRequest, opts ...grpc.CallOption) (*ListNamesResponse, error)
 	// ResetSession closes this node's session to an owner and forgets every
 	// binding confirmed on it: the next packet opens a new one. NOT_FOUND when
 	// the peer is not configured.
@@ -204,6 +211,16 @@ func (c *agentClient) ListSessions(ctx context.Context, in *ListSessionsRequest,
 	return out, nil
 }
 
+func (c *agentClient) ListNames(ctx context.Context, in *ListNamesRequest, opts ...grpc.CallOption) (*ListNamesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListNamesResponse)
+	err := c.cc.Invoke(ctx, Agent_ListNames_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *agentClient) ResetSession(ctx context.Context, in *ResetSessionRequest, opts ...grpc.CallOption) (*ResetSessionResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ResetSessionResponse)
@@ -315,6 +332,12 @@ type AgentServer interface {
 	ListIdentities(context.Context, *ListIdentitiesRequest) (*ListIdentitiesResponse, error)
 	ListBindings(context.Context, *ListBindingsRequest) (*ListBindingsResponse, error)
 	ListSessions(context.Context, *ListSessionsRequest) (*ListSessionsResponse, error)
+	// ListNames tells what workloads were told by DNS, as far as policies by
+	// names (toFQDNs) mean it. It counts connections in the kernel, all of them:
+	// it is for people.
+	//
+	//	INVALID_ARGUMENT  the name is neither a name nor a pattern
+	ListNames(context.Context, *ListNamesRequest) (*ListNamesResponse, error)
 	// ResetSession closes this node's session to an owner and forgets every
 	// binding confirmed on it: the next packet opens a new one. NOT_FOUND when
 	// the peer is not configured.
@@ -370,6 +393,9 @@ func (UnimplementedAgentServer) ListBindings(context.Context, *ListBindingsReque
 }
 func (UnimplementedAgentServer) ListSessions(context.Context, *ListSessionsRequest) (*ListSessionsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListSessions not implemented")
+}
+func (UnimplementedAgentServer) ListNames(context.Context, *ListNamesRequest) (*ListNamesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListNames not implemented")
 }
 func (UnimplementedAgentServer) ResetSession(context.Context, *ResetSessionRequest) (*ResetSessionResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ResetSession not implemented")
@@ -572,6 +598,24 @@ func _Agent_ListSessions_Handler(srv interface{}, ctx context.Context, dec func(
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Agent_ListNames_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListNamesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).ListNames(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_ListNames_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).ListNames(ctx, req.(*ListNamesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Agent_ResetSession_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ResetSessionRequest)
 	if err := dec(in); err != nil {
@@ -715,6 +759,10 @@ var Agent_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListSessions",
 			Handler:    _Agent_ListSessions_Handler,
+		},
+		{
+			MethodName: "ListNames",
+			Handler:    _Agent_ListNames_Handler,
 		},
 		{
 			MethodName: "ResetSession",

@@ -127,6 +127,7 @@ func (x *MonitorRequest) Filter() (f flow.Filter, err error) {
 	f.Prefixes = parseAll(x.GetPrefixes(), flow.ParsePrefix, &errs)
 	f.Labels = parseAll(x.GetLabels(), flow.ParseLabel, &errs)
 	f.Protocols = parseAll(x.GetProtocols(), flow.ParseProtocol, &errs)
+	f.Types = parseAll(x.GetTypes(), flow.ParseType, &errs)
 	f.Endpoints = x.GetEndpoints()
 	f.Workloads = x.GetWorkloads()
 	for _, p := range x.GetPorts() {

@@ -35,6 +35,7 @@ func TestListings(t *testing.T) {
 		"ipcache-list":      "ipcache list",
 		"ipcache-get":       "ipcache get 10.2.0.2",
 		"session-list":      "session list",
+		"fqdn-list":         "fqdn list",
 		"policy-get":        "policy get",
 	} {
 		for _, form := range []string{"table", "json", "yaml"} {
@@ -72,6 +73,21 @@ func TestGetByEveryName(t *testing.T) {
 	// No workload of this node is default/xwing, but a service account is.
 	if got := command(t.Context(), socket, "", "identity", "get", "default/xwing"); got.code != exitOK || !strings.Contains(got.stdout, "5163") {
 		t.Errorf("by service account: %+v", got)
+	}
+}
+
+// Names are asked for by endpoint and by pattern.
+func TestNamesOfOne(t *testing.T) {
+	w := &wire{}
+	socket := serveWire(t, w)
+	got := command(t.Context(), socket, "", "fqdn", "list", "default/deathstar", "--name", "*.example.com")
+	r := w.requests[len(w.requests)-1].(*api.ListNamesRequest)
+	if got.code != exitOK || strings.Contains(got.stdout, "example.org") || !strings.Contains(got.stdout, "192.0.2.10") ||
+		r.Uid != "3f0f5d8e-93a4-4bb5-8d35-5a0b1c2d3e4f" || r.Name != "*.example.com" {
+		t.Errorf("asked for %v, %+v", r, got)
+	}
+	if got := command(t.Context(), socket, "", "fqdn", "list", "default/nobody"); got.code != exitFailed || !strings.Contains(got.stderr, "endpoint list") {
+		t.Errorf("of nobody: %+v", got)
 	}
 }
 

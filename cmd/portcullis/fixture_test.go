@@ -228,6 +228,23 @@ func (w *wire) ListSessions(context.Context, *api.ListSessionsRequest) (*api.Lis
 	}}, nil
 }
 
+// ListNames answers about two workloads.
+func (w *wire) ListNames(_ context.Context, r *api.ListNamesRequest) (*api.ListNamesResponse, error) {
+	w.saw(r)
+	star := &api.Workload{Uid: "3f0f5d8e-93a4-4bb5-8d35-5a0b1c2d3e4f", Namespace: "default", Name: "deathstar"}
+	all := []*api.LearntName{
+		{Endpoint: 24, Workload: star, Name: "api.example.com", Addresses: []*api.LearntAddress{
+			{Ip: "192.0.2.10", Ttl: seconds(28.4), Source: "lookup", Connections: 2}, {Ip: "2001:db8::10", Ttl: seconds(28.4), Source: "lookup"}}},
+		{Endpoint: 24, Workload: star, Name: "old.example.com", Addresses: []*api.LearntAddress{{Ip: "192.0.2.77", Source: "connection", Connections: 1}}},
+		{Endpoint: 25, Workload: &api.Workload{Uid: "a7c6d1b0-0000-4000-8000-000000000025"}, Name: "www.example.org",
+			Addresses: []*api.LearntAddress{{Ip: "198.51.100.1", Source: "grace"}}},
+	}
+	if uid := r.GetUid(); uid != "" {
+		all = slices.DeleteFunc(all, func(n *api.LearntName) bool { return n.GetWorkload().GetUid() != uid })
+	}
+	return &api.ListNamesResponse{Names: all}, nil
+}
+
 func (w *wire) ResetSession(_ context.Context, r *api.ResetSessionRequest) (*api.ResetSessionResponse, error) {
 	switch r.GetPeer() {
 	case "n1":

@@ -22,16 +22,22 @@ func newMonitorCmd(env *Env) *cobra.Command {
 		Use:   "monitor",
 		Short: "Show flow events as they happen, until Ctrl-C",
 		Long: `Show flow events as they happen, until Ctrl-C: the first packet of each flow and
-direction that passes, every packet that is held, and every packet that is dropped.
+direction that passes, every packet that is held, and every packet that is dropped;
+and every request, query of DNS and hello of TLS that the node's proxy judges.
 
   -> endpoint 24 ...            passed, towards endpoint 24 of this node
   <- endpoint 24 ...            passed, sent by endpoint 24 of this node
   .. hold ...                   kept until its peer's binding is confirmed
   xx drop (policy-denied) ...   dropped, and why
+  >> steer endpoint 24 ...      on its way through the node's proxy
+  -> Request http from 24 ...   judged by the proxy: forwarded, denied, malformed, failed
+
+Query strings and header values are not shown, nor recorded, unless the agent is told
+to (--record-queries, --record-header).
 
 Filters: an event is shown when it matches every filter that is given; a filter
 that is given several times matches any of its values.`,
-		Example: "  portcullis monitor --verdict drop\n  portcullis monitor --label org=alliance --port 80 -o json",
+		Example: "  portcullis monitor --verdict drop\n  portcullis monitor --label org=alliance --port 80 -o json\n  portcullis monitor --type l7 --verdict drop",
 		Args:    usageArgs(noArgs),
 	}
 	filters := addFilters(cmd.Flags())
@@ -76,6 +82,7 @@ that is given several times matches any of its values.`,
 func addFilters(f *pflag.FlagSet) func() (*api.MonitorRequest, error) {
 	req := &api.MonitorRequest{}
 	var ports, endpoints []uint
+	f.StringSliceVar(&req.Types, "type", nil, fmt.Sprintf("%s, %s (a request that the proxy has judged)", flow.TypePacket, flow.TypeL7))
 	f.StringSliceVar(&req.Verdicts, "verdict", nil, strings.Join(flow.Words(abi.VerdictMax), ", "))
 	f.StringSliceVar(&req.Reasons, "reason", nil, "of a drop: policy-denied, refused, stale-lease, ...")
 	f.StringSliceVar(&req.Directions, "direction", nil, "as seen from the workload: "+strings.Join(flow.Words(abi.DirMax), ", "))
@@ -145,8 +152,11 @@ func printEvents(env *Env, stream interface {
 }
 
 func lostWhere(where string) string {
-	if where == "kernel" {
+	switch where {
+	case "kernel":
 		return "the kernel's ring was full"
+	case "proxy":
+		return "the proxy judged more requests than it could tell of"
 	}
 	return "this command was too slow; filters help"
 }

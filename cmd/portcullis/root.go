@@ -59,6 +59,7 @@ var commands = []func(*Env) *cobra.Command{
 	newIdentityCmd,
 	newIPCacheCmd,
 	newSessionCmd,
+	newFQDNCmd,
 	newPolicyCmd,
 	newMonitorCmd,
 	newObserveCmd,

@@ -22,12 +22,39 @@ type Filter struct {
 	Protocols  []uint8
 	Endpoints  []uint32 // ids: the judge or either end
 	Workloads  []string // "NS/NAME" of either end
+	Types      []Type
+}
+
+// Type is what a record is about.
+type Type string
+
+// The types.
+const (
+	TypePacket Type = "packet"
+	TypeL7     Type = "l7" // a request that the node's proxy has judged
+)
+
+// Type returns what the record is about.
+func (r *Record) Type() Type {
+	if r.L7 != nil {
+		return TypeL7
+	}
+	return TypePacket
+}
+
+// ParseType parses a type's word.
+func ParseType(s string) (Type, error) {
+	if t := Type(s); t == TypePacket || t == TypeL7 {
+		return t, nil
+	}
+	return "", fmt.Errorf("there is no type %q: want %s or %s", s, TypePacket, TypeL7)
 }
 
 // Match reports whether the filter chooses the record.
 func (f *Filter) Match(r *Record) bool {
 	either := func(match func(*End) bool) bool { return match(&r.Source) || match(&r.Dest) }
 	return matchAny(f.Verdicts, r.Verdict) &&
+		matchAny(f.Types, r.Type()) &&
 		matchAny(f.Reasons, r.Reason) &&
 		matchAny(f.Directions, r.Direction) &&
 		matchAny(f.Protocols, r.Protocol) &&

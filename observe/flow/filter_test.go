@@ -42,6 +42,8 @@ func TestFilter(t *testing.T) {
 		want bool
 	}{
 		{"nothing asked", Filter{}, true},
+		{"type", Filter{Types: []Type{TypePacket}}, true},
+		{"other type", Filter{Types: []Type{TypeL7}}, false},
 		{"verdict", Filter{Verdicts: []abi.Verdict{abi.VerdictDrop, abi.VerdictPass}}, true},
 		{"other verdict", Filter{Verdicts: []abi.Verdict{abi.VerdictDrop}}, false},
 		{"reason", Filter{Reasons: []abi.Reason{abi.ReasonNone}}, true},
