@@ -16,6 +16,7 @@ func (p *ports) rules(v *dialect.Value, parsed []port) (out *l7.Rules) {
 		"http": func(v *dialect.Value) {
 			out = &l7.Rules{Parser: l7.ParserHTTP}
 			v.List(func(_ int, v *dialect.Value) { out.HTTP = append(out.HTTP, httpRule(v)) })
+			notEmpty(v, "[{}] to allow every request")
 			for _, one := range parsed {
 				if one.protocol != "TCP" {
 					one.at.Refuse("rules.http are for protocol TCP: write it, and other protocols into an element of their own")
@@ -31,6 +32,7 @@ func (p *ports) rules(v *dialect.Value, parsed []port) (out *l7.Rules) {
 					out.DNS = append(out.DNS, l7.Name{Name: n.Name, Pattern: n.Pattern})
 				}
 			})
+			notEmpty(v, "[{matchPattern: \"*\"}] to allow every name")
 			if p.dir == abi.DirIngress {
 				v.Refuse("rules.dns are for egress: write them where workloads ask")
 			}
@@ -61,6 +63,14 @@ func (p *ports) rules(v *dialect.Value, parsed []port) (out *l7.Rules) {
 	}
 	p.compile(v, out)
 	return out
+}
+
+// notEmpty refuses an empty list of rules. It says nothing to Cilium, so that the
+// whole port is open; who reads it may well think that it allows nothing.
+func notEmpty(v *dialect.Value, all string) {
+	if v.IsList() && v.Len() == 0 {
+		v.Refuse("an empty list would be no rule at all, as Cilium reads it, so that the whole port were allowed: write %s, or remove it", all)
+	}
 }
 
 // compile refuses rules that no proxy takes.

@@ -230,7 +230,7 @@ func TestPorts(t *testing.T) {
 
 // Default deny, both directions, specs, evidence and rules inside a protocol.
 func TestPolicies(t *testing.T) {
-	const http, dns = "rules: {http: []}", "rules: {dns: []}"
+	const http, dns = "rules: {http: [{}]}", "rules: {dns: [{matchPattern: '*'}]}"
 	for _, c := range []struct{ doc, in, out string }{
 		{cnp + all + "  ingress: [{}]", nobody, everybody},
 		{cnp + all + "  ingressDeny: [{fromEntities: [host]}]", nobody, everybody},
@@ -248,6 +248,9 @@ func TestPolicies(t *testing.T) {
 		{out + "{toEntities: [world], toPorts: [{ports: [{port: '80'}], " + dns + "}]}", everybody, "XX XXXX 7777"},
 		{out + "{toEntities: [world], toPorts: [{ports: [{port: '80', protocol: TCP}], serverNames: [a]}]}", everybody, "XX XXXX 7777"},
 		{out + "{toEntities: [world], toPorts: [{ports: [{port: '80', protocol: TCP}], rules: {}}]}", everybody, "XX XXXX ...."},
+		{in + "{fromEntities: [world], toPorts: [{ports: [{port: '80', protocol: TCP}], rules: {http: [{method: '', path: '', host: '', headers: [], headerMatches: []}]}}]}", "XX XXXX 7777", everybody},
+		{out + "{toEntities: [world], toPorts: [{ports: [{port: '80', protocol: TCP}], rules: {http: null}}]}", everybody, "XX XXXX ...."},
+		{out + "{toFQDNs: []}", everybody, nobody},
 		// What a broad rule requires holds where a narrow one is silent, and the other way round.
 		{out + "{toEntities: [world], authentication: {mode: required}}\n  - toPorts: [{ports: [{port: '80'}]}]", everybody, ".. .... EEEE"},
 		{out + "{toEntities: [all], authentication: {mode: required}}\n  - toEntities: [host]\n    toPorts: [{ports: [{port: '80'}]}]", everybody, "EE EEEE EEEE"},
