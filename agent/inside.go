@@ -217,7 +217,11 @@ func insideL7(r *proxy.Record) *flow.L7 {
 		}
 	}
 	if d := r.DNS; d != nil {
-		out.Name, out.Type, out.Code, out.Addresses, out.TTL, out.Latency = d.Name, d.Type, d.Code, d.Addresses, d.TTL, d.Latency
+		name := d.Name // with a final dot, which is all of the root's
+		if len(name) > 1 {
+			name = strings.TrimSuffix(name, ".")
+		}
+		out.Name, out.Type, out.Code, out.Addresses, out.TTL, out.Latency = name, d.Type, d.Code, d.Addresses, d.TTL, d.Latency
 	}
 	return out
 }

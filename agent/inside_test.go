@@ -60,7 +60,7 @@ func TestInsideRecord(t *testing.T) {
 		}
 	}
 	query := &proxy.Record{Parser: l7.ParserDNS, Verdict: proxy.Forwarded, Conn: r.Conn, Subject: r.Subject, Peer: r.Peer,
-		DNS: &proxy.DNSRecord{Name: "a.example", Type: 1, Addresses: []netip.Addr{netip.MustParseAddr("192.0.2.1")}, TTL: 30 * time.Second}}
+		DNS: &proxy.DNSRecord{Name: "a.example.", Type: 1, Addresses: []netip.Addr{netip.MustParseAddr("192.0.2.1")}, TTL: 30 * time.Second}}
 	got := l.insideRecord(query)
 	want := fmt.Sprintf("-> Request dns from %d (default/a0 [%s]) to %d (default/a1 [%s]), identity %d->%d, verdict Forwarded DNS Query: a.example. A => 192.0.2.1 TTL 30.0s",
 		a.id, strings.Join(got.Source.Labels, " "), b.id, strings.Join(got.Dest.Labels, " "), a.numeric, b.numeric)

@@ -11,9 +11,9 @@ import (
 func newDemoCmd(env *Env) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "demo",
-		Short: "Tell the Star Wars story, the stale-identity attack and faults of an agent, in a lab, in under a minute",
+		Short: "Tell the Star Wars story, the stale-identity attack, faults of an agent and rules inside protocols, in a lab, in under a minute",
 		Long: `Tell the Star Wars story, the stale-identity attack and the faults of an agent (killed,
-stopped), in two labs on this machine.
+stopped), and rules inside protocols (requests, names), in two labs on this machine.
 
 The labs are network namespaces; nothing of this machine's own network is touched,
 and everything is removed at the end. Needs root and Linux 6.6 or newer. The exit

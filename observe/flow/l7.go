@@ -76,7 +76,7 @@ func (x *L7) summary(b *strings.Builder) {
 	case x.Method != "":
 		fmt.Fprintf(b, " %s http://%s%s => %d", x.Method, x.Host, x.Path, x.Status)
 	case x.Protocol == "dns" && x.Name != "":
-		fmt.Fprintf(b, " DNS Query: %s. %s", x.Name, QueryType(x.Type))
+		fmt.Fprintf(b, " DNS Query: %s. %s", strings.TrimSuffix(x.Name, "."), QueryType(x.Type))
 		for i, a := range x.Addresses {
 			b.WriteString([2]string{" => ", ", "}[min(i, 1)] + a.String())
 		}
