@@ -122,9 +122,6 @@ func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (instea
 	f.StringVar(&cfg.PinDir, "pin-dir", cfg.PinDir, "directory on a bpffs for programs and maps")
 	f.BoolVar(&cfg.Proxy, "proxy", cfg.Proxy, "take policies with rules inside protocols (HTTP, DNS, TLS server names): what they select goes through a proxy of this node, started with the first of them (false: they are refused)")
 	f.StringVar(&cfg.ProxyDir, "proxy-dir", cfg.ProxyDir, "directory of the proxy's network namespace, lock and socket; on a tmpfs")
-	f.BoolVar(&cfg.Records.Queries, "record-queries", false, "records of requests hold query strings")
-	f.StringArrayVar(&cfg.Records.Headers, "record-header", nil, "records of requests hold the values of this header (repeat)")
-	f.BoolVar(&cfg.Records.NXDomain, "dns-nxdomain", false, "names that policies do not allow to ask for are answered NXDOMAIN instead of REFUSED")
 	f.StringVar(&cfg.ProxyNamespace, "proxy-namespace", "", "bind mount of the proxy's network namespace (default: netns in --proxy-dir)")
 	f.StringVar(&raw.plugin.BinDir, "cni-bin-dir", "", "directory of CNI plugins to keep "+cni.BinaryName+" in, e.g. /opt/cni/bin (empty: nowhere; --cleanup removes it)")
 	f.StringVar(&raw.plugin.ConfDir, "cni-conf-dir", "", "directory of network configurations, e.g. /etc/cni/net.d: the plugin is kept the last of the one in use (empty: they are left alone; --cleanup takes it out)")
@@ -152,6 +149,7 @@ func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (instea
 	f.TextVar(&cfg.Relabel, "relabel", cfg.Relabel, "when a relabelled workload goes on under its new identity: prompt (at once; others may believe the former one until their leases end), or strict (when no lease on the former one is left)")
 	f.DurationVar(&cfg.AddWait, "add-wait", cfg.AddWait, "how long a registration that states no wait of its own waits for activation")
 	addLimitFlags(f, cfg)
+	addRecordFlags(f, cfg)
 	f.Uint32Var(&cfg.MarkMask, "mark-mask", 0, "bits of the packet mark for the agent's own use, e.g. 0xffff0000 (0: all that --endpoint-mark-mask leaves)")
 	f.Uint32Var(&cfg.EndpointMarkMask, "endpoint-mark-mask", 0, "one row of bits of the packet mark that carries a packet's sender through the node, so that masquerade does not hide it, e.g. 0x0000fff0 (0: none)")
 	f.DurationVar(&cfg.IdleBinding, "idle-binding", cfg.IdleBinding, "give a binding back when it was not used for this long")
@@ -159,6 +157,13 @@ func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (instea
 	f.BoolVar(&cfg.Metrics.Profiles, "pprof", false, "serve /debug/pprof/ there too; only on the loopback")
 	f.StringVar(&raw.level, "log-level", raw.level, "debug, info, warn or error")
 	return instead
+}
+
+// addRecordFlags adds the flags of what the proxy records, and answers.
+func addRecordFlags(f *pflag.FlagSet, cfg *agent.Config) {
+	f.BoolVar(&cfg.Records.Queries, "record-queries", false, "records of requests hold query strings")
+	f.StringArrayVar(&cfg.Records.Headers, "record-header", nil, "records of requests hold the values of this header (repeat)")
+	f.BoolVar(&cfg.Records.NXDomain, "dns-nxdomain", false, "names that policies do not allow to ask for are answered NXDOMAIN instead of REFUSED")
 }
 
 // addLimitFlags adds the flags of what has a limit.
