@@ -77,8 +77,7 @@ type Config struct {
 	DelegatedBy     string // selectors or process; empty: selectors with Kubernetes
 	WorkloadSVIDDir string // PEM files that somebody keeps
 
-	// What workloads' SVIDs are verified with, beside the bundle that comes with
-	// the agent's own.
+	// What workloads' SVIDs are verified with, beside the agent's own bundle.
 	WorkloadBundle   string   // file; may vouch for workloads of TrustDomain, and for no agent
 	FederatedBundles []string // TRUST-DOMAIN=FILE
 
@@ -128,19 +127,19 @@ type Config struct {
 	HoldTimeout time.Duration
 	IdleBinding time.Duration
 
-	HoldPerEndpoint int
-	HoldPerSource   int
-	HoldTotal       int
-	Bindings        int
-	Conntrack       int
-	// ConntrackPerEndpoint is how many flows one endpoint may open; 0: a
-	// quarter of Conntrack.
-	ConntrackPerEndpoint int
+	HoldPerEndpoint      int
+	HoldPerSource        int
+	HoldTotal            int
+	Bindings             int
+	Conntrack            int
+	ConntrackPerEndpoint int // flows that one endpoint may open; 0: a quarter of Conntrack
 	FragmentsPerEndpoint int // datagrams in fragments that one workload may have under way
 	Endpoints            int // workloads of this node
 	RangeEntries         int // nodes' ranges and addresses, and blocks of addresses that policies name
 	SourceEntries        int // prefixes that workloads forward for, of all
 	ServiceEntries       int // ranges and addresses of services
+	L7ServiceEntries     int // addresses and ports of services that policies look into, of all policy sets
+	NamesPerEndpoint     int // addresses that a workload may know by names from DNS
 	PolicyEntries        int // of the policies of all workloads, and while they change of the former ones too
 	Grants               int // leases that this node gives on its bindings, at a time
 	Sessions             int // with owners, at a time
@@ -184,7 +183,7 @@ func Default() Config {
 		TTL: 30 * time.Second, Heartbeat: 5 * time.Second, ReuseMargin: time.Second, AddWait: 3 * time.Second,
 		HoldTimeout: time.Second, IdleBinding: 5 * time.Minute,
 		HoldPerEndpoint: 64, HoldPerSource: 16, HoldTotal: 4096, Bindings: 65536, Conntrack: 131072, PolicyEntries: 262144,
-		FragmentsPerEndpoint: 64, Endpoints: 1024, RangeEntries: 65536, SourceEntries: 4096, ServiceEntries: 65536,
+		FragmentsPerEndpoint: 64, Endpoints: 1024, RangeEntries: 65536, SourceEntries: 4096, ServiceEntries: 65536, L7ServiceEntries: 16384, NamesPerEndpoint: 2048,
 		Grants: 65536, Sessions: 4093, Connections: session.DefaultConnections, HeldBytes: 8 << 20, EventBytes: 1 << 20, Seeing: Seeing{Flows: 16384, HubbleSocket: "hubble.sock"},
 	}
 }
@@ -290,7 +289,7 @@ func (c *Config) validateSizes() (errs []error) {
 		bad("--bindings %d: want at most %d", c.Bindings, maxBindings)
 	}
 	for flag, n := range map[string]int{"--hold-per-endpoint": c.HoldPerEndpoint, "--hold-per-source": c.HoldPerSource, "--hold-total": c.HoldTotal, "--bindings": c.Bindings, "--conntrack": c.Conntrack, "--policy-entries": c.PolicyEntries,
-		"--grants": c.Grants, "--sessions": c.Sessions, "--connections": c.Connections, "--endpoints": c.Endpoints, "--range-entries": c.RangeEntries, "--source-entries": c.SourceEntries, "--service-entries": c.ServiceEntries, "--fragments-per-endpoint": c.FragmentsPerEndpoint} {
+		"--grants": c.Grants, "--sessions": c.Sessions, "--connections": c.Connections, "--endpoints": c.Endpoints, "--range-entries": c.RangeEntries, "--source-entries": c.SourceEntries, "--service-entries": c.ServiceEntries, "--l7-service-entries": c.L7ServiceEntries, "--names-per-endpoint": c.NamesPerEndpoint, "--fragments-per-endpoint": c.FragmentsPerEndpoint} {
 		if n < 1 {
 			bad("%s %d: want at least 1", flag, n)
 		}

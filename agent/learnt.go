@@ -114,7 +114,7 @@ func (l *loop) learn(client netip.Addr, set uint32, name string, answer []names.
 	known := l.knownRanges()
 	answer = slices.DeleteFunc(slices.Clone(answer), func(a names.Address) bool { return !l.ofWorld(a.IP, known) })
 	if e.book == nil {
-		e.book = names.New(names.Options{Grace: namesGrace})
+		e.book = l.newBook()
 	}
 	added, err := e.book.Learn(int64(l.now()), name, answer)
 	if err != nil {
@@ -135,6 +135,10 @@ func (l *loop) learn(client netip.Addr, set uint32, name string, answer []names.
 		return l.applyPolicies()
 	}
 	return nil
+}
+
+func (l *loop) newBook() *names.Book {
+	return names.New(names.Options{Grace: namesGrace, Max: l.cfg.NamesPerEndpoint})
 }
 
 // ofWorld reports whether a name may say anything of an address: not if somebody
@@ -254,7 +258,7 @@ func (l *loop) recallNames(e *endpoint) {
 	}
 	known := l.knownRanges()
 	before = slices.DeleteFunc(before, func(x names.Entry) bool { return !l.ofWorld(x.IP, known) })
-	e.book = names.New(names.Options{Grace: namesGrace})
+	e.book = l.newBook()
 	if left := e.book.Restore(int64(l.now()), before); left > 0 {
 		l.log.Warn("names that an endpoint was told of are forgotten", zap.String("workload", e.fullName()), zap.Int("addresses", left))
 	}

@@ -19,7 +19,7 @@ func (c *Config) leases() int { return c.Sessions + int(ipcache.LeaseFirst) }
 func (l *loop) kernelConfig() datapath.Config {
 	c := &l.cfg
 	return datapath.Config{PinDir: c.PinDir, Classic: c.Evidence == ModeClassic, Watch: c.Evidence == ModeWatch, Proofs: c.proves(), ProveAll: c.Evidence == ModeSVID, Log: l.log,
-		Bindings: c.Bindings, Endpoints: c.Endpoints, Leases: c.leases(), Policy: c.PolicyEntries, Ranges: c.RangeEntries, Sources: c.SourceEntries, Services: c.ServiceEntries,
+		Bindings: c.Bindings, Endpoints: c.Endpoints, Leases: c.leases(), Policy: c.PolicyEntries, Ranges: c.RangeEntries, Sources: c.SourceEntries, Services: c.ServiceEntries, L7Services: c.L7ServiceEntries,
 		Conntrack: c.Conntrack, ConntrackPerEndpoint: c.ConntrackPerEndpoint, FragmentsPerEndpoint: c.FragmentsPerEndpoint,
 		HoldPerEndpoint: c.HoldPerEndpoint, HoldPerSource: c.HoldPerSource, HoldTotal: c.HoldTotal, HoldTimeout: c.HoldTimeout,
 		HeldBytes: c.HeldBytes, EventBytes: c.EventBytes, MarkMask: c.MarkMask, EndpointMarkMask: c.EndpointMarkMask}
@@ -31,6 +31,7 @@ func (l *loop) kernelConfig() datapath.Config {
 //	grants    leases that this node has given on its bindings
 //	sessions  lease indices in use: one for each owner, a second one while its
 //	          session is replaced
+//	names     addresses that the workload knows which was told of most by DNS
 func (l *loop) pressure() ([]datapath.Pressure, error) {
 	out, err := l.dp.Pressure()
 	if err != nil {
@@ -39,7 +40,14 @@ func (l *loop) pressure() ([]datapath.Pressure, error) {
 	if l.grants != nil {
 		out = append(out, datapath.Pressure{Name: "grants", Used: uint64(l.grants.GrantCount()), Capacity: uint64(l.cfg.Grants)})
 	}
-	return append(out, datapath.Pressure{Name: "sessions", Used: uint64(l.table.LeasesUsed()), Capacity: uint64(l.cfg.Sessions)}), nil
+	most := 0
+	for _, e := range l.endpoints {
+		if e.book != nil {
+			most = max(most, e.book.Len())
+		}
+	}
+	return append(out, datapath.Pressure{Name: "sessions", Used: uint64(l.table.LeasesUsed()), Capacity: uint64(l.cfg.Sessions)},
+		datapath.Pressure{Name: "names", Used: uint64(most), Capacity: uint64(l.cfg.NamesPerEndpoint)}), nil
 }
 
 // lostTotals are counters of what was lost for want of room, as they were when
@@ -98,6 +106,7 @@ func (l *loop) alarmLimits() {
 var sizedBy = map[string]string{
 	"endpoints": "endpoints", "bindings": "bindings", "policy": "policy-entries", "ranges": "range-entries", "sources": "source-entries", "services": "service-entries",
 	"conntrack": "conntrack", "conntrack-endpoint": "conntrack-per-endpoint", "fragments": "fragments-per-endpoint",
+	"l7-services": "l7-service-entries", "names": "names-per-endpoint",
 	"held": "hold-total", "held-endpoint": "hold-per-endpoint", "held-source": "hold-per-source", "grants": "grants", "sessions": "sessions",
 }
 

@@ -25,7 +25,7 @@ func TestLimitsRaiseAlarms(t *testing.T) {
 	n := newNode(t)
 	n.cfg.Sessions, n.cfg.Grants = 2, 5
 	l := n.mustStart()
-	n.cfg.FragmentsPerEndpoint, n.cfg.Endpoints, n.cfg.RangeEntries, n.cfg.SourceEntries, n.cfg.ServiceEntries = 32, 7, 100, 9, 11
+	n.cfg.FragmentsPerEndpoint, n.cfg.Endpoints, n.cfg.RangeEntries, n.cfg.SourceEntries, n.cfg.ServiceEntries, n.cfg.L7ServiceEntries, n.cfg.NamesPerEndpoint = 32, 7, 100, 9, 11, 13, 14
 	l.dp.CountDrop(abi.DirEgress, abi.ReasonHoldOverflow)
 	n.crash(l)
 	l = n.mustStart()
@@ -41,7 +41,7 @@ func TestLimitsRaiseAlarms(t *testing.T) {
 		}
 	}
 	for name, capacity := range map[string]uint64{"sessions": 2, "grants": 5, "bindings": 64, "conntrack": 64, "held": 4096, "held-endpoint": 64,
-		"fragments": 32, "endpoints": 7, "ranges": 100, "sources": 9, "services": 11} {
+		"fragments": 32, "endpoints": 7, "ranges": 100, "sources": 9, "services": 11, "l7-services": 13, "names": 14} {
 		if rows[name] != capacity {
 			t.Errorf("%s has room for %d, want %d", name, rows[name], capacity)
 		}
@@ -137,6 +137,8 @@ func TestValidateSizes(t *testing.T) {
 		{"--range-entries 0", func(c *Config) { c.RangeEntries = 0 }},
 		{"--source-entries -1", func(c *Config) { c.SourceEntries = -1 }},
 		{"--service-entries 0", func(c *Config) { c.ServiceEntries = 0 }},
+		{"--l7-service-entries 0", func(c *Config) { c.L7ServiceEntries = 0 }},
+		{"--names-per-endpoint 0", func(c *Config) { c.NamesPerEndpoint = 0 }},
 	} {
 		c := valid()
 		tc.set(&c)

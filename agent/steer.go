@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"maps"
 
+	"go.uber.org/zap"
+
 	"portcullis/authz"
 	"portcullis/datapath"
 )
@@ -16,9 +18,11 @@ import (
 
 // steered is what the kernel was told, by policy set. Owned by the loop.
 type steered struct {
-	sets   map[uint32]addresses // nil: nothing yet by this agent
-	behind bool                 // sets or peers have changed since
-	failed bool                 // the kernel did not take all of it
+	// sets are those of an earlier agent too, until all endpoints have been put
+	// under sets of this one. nil: nothing yet by this agent.
+	sets   map[uint32]addresses
+	behind bool // sets or peers have changed since
+	failed bool // the kernel did not take all of it
 }
 
 type addresses = map[authz.ServiceAddress]struct{}
@@ -37,22 +41,52 @@ func (l *loop) steerServices(next map[*endpoint]policySet) {
 	for _, p := range next {
 		sets[p.id] = p.set
 	}
-	l.steered.behind = false
-	l.tellSteered(l.lookInto(sets))
+	all := l.lookInto(sets)
+	l.steered.behind = l.stored != nil
+	if l.stored != nil { // endpoints are being taken over
+		l.knowSteered()
+		for id, at := range l.steered.sets {
+			if _, known := sets[id]; !known {
+				all[id] = at
+			}
+		}
+	}
+	l.tellSteered(all)
 }
 
 // steerSet does so of a set that is about to be used, beside what the kernel was
-// told of others.
+// told of others: by an earlier agent too, for endpoints that are not taken over
+// yet are judged by what that said.
 func (l *loop) steerSet(id uint32, set authz.Set) {
 	if !l.steering || !set.LooksInsideEgress() {
 		return
 	}
+	l.knowSteered()
 	all := maps.Clone(l.steered.sets)
-	if all == nil {
-		all = map[uint32]addresses{}
-	}
 	maps.Copy(all, l.lookInto(map[uint32]authz.Set{id: set}))
 	l.tellSteered(all)
+}
+
+// knowSteered takes over what an earlier agent told the kernel, once. The loop's
+// first look at all sets ends what is of none of them.
+func (l *loop) knowSteered() {
+	if l.steered.sets != nil {
+		return
+	}
+	l.steered.sets, l.steered.behind = map[uint32]addresses{}, true
+	there, err := l.dp.L7Services()
+	if err != nil {
+		// Flows to services are dropped under sets that are not told again, until
+		// their endpoints are under the next ones.
+		l.log.Error("which services an earlier agent steered is not known", zap.Error(err))
+		return
+	}
+	for _, s := range there {
+		if l.steered.sets[s.Set] == nil {
+			l.steered.sets[s.Set] = addresses{}
+		}
+		l.steered.sets[s.Set][authz.ServiceAddress{AddrPort: s.Address, Protocol: s.Protocol}] = struct{}{}
+	}
 }
 
 // lookInto returns which addresses of services the sets look into.
@@ -84,7 +118,7 @@ func (l *loop) tellSteered(all map[uint32]addresses) {
 	l.steered.sets = all
 	if err := l.dp.SetL7Services(services); err != nil {
 		l.steered.failed = true
-		l.alarms.raise("l7-services", fmt.Sprintf("flows under rules inside protocols to %d addresses of services are dropped in part: %v", len(services), err))
+		l.alarms.raise("l7-services", fmt.Sprintf("flows under rules inside protocols to %d addresses of services are dropped in part: %v: raise --l7-service-entries if that is full", len(services), err))
 		return
 	}
 	if l.steered.failed {

@@ -26,6 +26,7 @@ type Config struct {
 	Policy     int // entries of all sets, former ones included; default 262144
 	Ranges     int // prefixes: known ranges, and blocks that policies name; default 65536
 	Services   int // prefixes of addresses that stand for others; default 65536
+	L7Services int // addresses and ports of services that policy sets look into, of all sets; default 16384
 	Sources    int // prefixes that endpoints forward for, of all; default 4096
 	HeldBytes  int // of the ring of held packets; a power of two; default 8 MiB
 	EventBytes int // of the ring of events; a power of two; default 1 MiB
@@ -78,7 +79,7 @@ func (c Config) withDefaults() (Config, error) {
 		def  int
 	}{
 		{"bindings", &c.Bindings, 65536}, {"conntrack", &c.Conntrack, 131072}, {"endpoints", &c.Endpoints, 1024},
-		{"leases", &c.Leases, 4096}, {"policy", &c.Policy, 262144}, {"ranges", &c.Ranges, 65536}, {"sources", &c.Sources, 4096}, {"services", &c.Services, 65536},
+		{"leases", &c.Leases, 4096}, {"policy", &c.Policy, 262144}, {"ranges", &c.Ranges, 65536}, {"sources", &c.Sources, 4096}, {"services", &c.Services, 65536}, {"services under L7", &c.L7Services, 16384},
 		{"held bytes", &c.HeldBytes, 8 << 20}, {"event bytes", &c.EventBytes, 1 << 20},
 		{"fragments per endpoint", &c.FragmentsPerEndpoint, int(abi.FragmentsPerEndpoint)},
 		{"hold per endpoint", &c.HoldPerEndpoint, 64}, {"hold per source", &c.HoldPerSource, 16}, {"hold total", &c.HoldTotal, 4096},
@@ -154,7 +155,7 @@ func (c Config) maxEntries() map[string]uint32 {
 		"ct_budget": uint32(c.Endpoints) + 1, "marks": uint32(c.Endpoints) + 1,
 		"fragments": (uint32(c.Endpoints) + 1) * uint32(c.FragmentsPerEndpoint),                                // of each index, its part
 		"bindings":  uint32(c.Bindings), "slots": uint32(c.Bindings) + 1, "slots_cold": uint32(c.Bindings) + 1, // slot 0 stays empty
-		"leases": uint32(c.Leases), "policy": uint32(c.Policy), "ranges": uint32(c.Ranges), "sources": uint32(c.Sources), "services": uint32(c.Services),
+		"leases": uint32(c.Leases), "policy": uint32(c.Policy), "ranges": uint32(c.Ranges), "sources": uint32(c.Sources), "services": uint32(c.Services), "l7_services": uint32(c.L7Services),
 		"conntrack": uint32(c.Conntrack), "held": uint32(c.HeldBytes), "events": uint32(c.EventBytes),
 	}
 }

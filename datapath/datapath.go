@@ -58,13 +58,15 @@ type Datapath struct {
 	sweepMu sync.Mutex
 	sweep   sweep // guarded by sweepMu
 
-	policies  atomic.Int64 // entries in `policy`
-	ranges    atomic.Int64 // entries in `ranges`
-	watched   atomic.Pointer[map[Pair]struct{}]
-	prefixes  atomic.Int64 // entries in `sources`
-	services  atomic.Int64 // entries in `services`
-	nobodys   atomic.Int64 // conntrack entries that no endpoint's budget counts, at the last sweep
-	fragments atomic.Int64 // datagrams under way of the endpoint that has most, at the last sweep
+	policies atomic.Int64 // entries in `policy`
+	ranges   atomic.Int64 // entries in `ranges`
+	watched  atomic.Pointer[map[Pair]struct{}]
+	prefixes atomic.Int64 // entries in `sources`
+	services atomic.Int64 // entries in `services`
+	// l7services are those that `l7_services` should have.
+	l7services atomic.Int64
+	nobodys    atomic.Int64 // conntrack entries that no endpoint's budget counts, at the last sweep
+	fragments  atomic.Int64 // datagrams under way of the endpoint that has most, at the last sweep
 }
 
 // Open loads the programs and pins them, or adopts what an earlier agent has

@@ -134,7 +134,7 @@ func TestPressure(t *testing.T) {
 		got += fmt.Sprintf("%s %d/%d\n", p.Name, p.Used, p.Capacity)
 	}
 	want := "endpoints 1/8\nbindings 2/64\npolicy 2/64\nranges 4/16\nsources 0/4096\nconntrack 1/1024\nconntrack-endpoint 1/256\nfragments 0/64\n" +
-		"held 3/4096\nheld-endpoint 3/64\nheld-source 3/16\nservices 0/65536\n"
+		"held 3/4096\nheld-endpoint 3/64\nheld-source 3/16\nservices 0/65536\nl7-services 0/16384\n"
 	if got != want {
 		t.Errorf("pressure:\n%swant:\n%s", got, want)
 	}

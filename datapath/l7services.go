@@ -44,9 +44,10 @@ func (d *Datapath) L7Services() (out []L7Service, err error) {
 
 // SetL7Services makes those of all sets the ones given: what workloads under such
 // a set send there is steered into the proxy from its first packet on. Put a new
-// set's here before endpoints use it. What comes goes before what leaves; on
-// failure, which is ErrMapFull or the kernel's, more may be steered than asked for,
-// and what an entry with PolicyL7 allows of the rest is dropped. It may be repeated.
+// set's here before endpoints use it, and leave an old one's until none does. What
+// leaves makes room for what comes; on failure, which is ErrMapFull or the
+// kernel's, a part is steered, and what an entry with PolicyL7 allows of the rest
+// is dropped. It may be repeated. One goroutine at a time.
 func (d *Datapath) SetL7Services(services []L7Service) error {
 	m := d.coll.Maps["l7_services"]
 	want := map[abi.L7ServiceKey]bool{}
@@ -69,6 +70,12 @@ func (d *Datapath) SetL7Services(services []L7Service) error {
 	if err := it.Err(); err != nil {
 		return mapError("read services under L7", "l7_services", err)
 	}
+	for _, k := range stale {
+		if err := m.Delete(&k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return mapError("set services under L7", "l7_services", err)
+		}
+	}
+	d.l7services.Store(int64(len(want))) // what does not fit is counted too: the map is full
 	for k := range want {
 		if done[k] {
 			continue
@@ -87,11 +94,6 @@ func (d *Datapath) SetL7Services(services []L7Service) error {
 	}
 	for _, k := range young {
 		if err := m.Put(&k, &abi.L7Service{Flags: ready}); err != nil {
-			return mapError("set services under L7", "l7_services", err)
-		}
-	}
-	for _, k := range stale {
-		if err := m.Delete(&k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			return mapError("set services under L7", "l7_services", err)
 		}
 	}

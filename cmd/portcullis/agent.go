@@ -180,6 +180,8 @@ func addLimitFlags(f *pflag.FlagSet, cfg *agent.Config) {
 	f.IntVar(&cfg.RangeEntries, "range-entries", cfg.RangeEntries, "ranges and addresses of nodes, and blocks of addresses that policies name")
 	f.IntVar(&cfg.SourceEntries, "source-entries", cfg.SourceEntries, "prefixes that workloads forward for, of all workloads")
 	f.IntVar(&cfg.ServiceEntries, "service-entries", cfg.ServiceEntries, "ranges of services, and services' addresses outside of them")
+	f.IntVar(&cfg.L7ServiceEntries, "l7-service-entries", cfg.L7ServiceEntries, "addresses and ports of services behind which workloads are under rules inside a protocol, of all workloads; what does not fit is dropped")
+	f.IntVar(&cfg.NamesPerEndpoint, "names-per-endpoint", cfg.NamesPerEndpoint, "addresses that a workload may know by names from DNS (toFQDNs); an answer that does not fit is refused")
 	f.IntVar(&cfg.PolicyEntries, "policy-entries", cfg.PolicyEntries, "entries of all workloads' policies; a change needs room for the former and the new ones of whom it touches")
 	f.IntVar(&cfg.Grants, "grants", cfg.Grants, "leases that this node gives on its addresses, at a time")
 	f.IntVar(&cfg.Sessions, "sessions", cfg.Sessions, "sessions with owners, at a time")

@@ -20,7 +20,7 @@ func TestOperationsExplainsEveryFlag(t *testing.T) {
 		t.Fatal(err)
 	}
 	rows := map[string]string{}
-	for _, m := range regexp.MustCompile("(?m)^\\| `--([a-z-]+)` \\| (.*?) \\| .+ \\|$").FindAllStringSubmatch(string(text), -1) {
+	for _, m := range regexp.MustCompile("(?m)^\\| `--([a-z0-9-]+)` \\| (.*?) \\| .+ \\|$").FindAllStringSubmatch(string(text), -1) {
 		if rows[m[1]] != "" {
 			t.Errorf("--%s has two rows", m[1])
 		}

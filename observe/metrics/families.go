@@ -56,7 +56,7 @@ var (
 
 	// Tables are the values of the label "table": what has a limit.
 	Tables = []string{"endpoints", "bindings", "policy", "ranges", "sources", "services", "conntrack", "conntrack-endpoint",
-		"fragments", "held", "held-endpoint", "held-source", "grants", "sessions"}
+		"fragments", "held", "held-endpoint", "held-source", "l7-services", "grants", "sessions", "names"}
 	// Protocols of what the proxy reads; "unknown": the connection ended before it was known.
 	Protocols = []string{"http", "dns", "tls", "unknown"}
 	// InsideVerdicts are the proxy's.
