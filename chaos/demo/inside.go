@@ -30,11 +30,10 @@ const (
 
 // inside is one telling of step 6.
 type inside struct {
-	*story // its own, of its parts; merged when it has ended
-	l      *lab.Lab
-	parts  [3]*story
-	done   chan struct{} // closed at the end; the parts and err may be read then
-	err    error
+	l     *lab.Lab
+	parts [3]*story     // told apart, and merged when it has ended
+	done  chan struct{} // closed at the end; the parts and err may be read then
+	err   error
 }
 
 // insideWorkloads are those of step 6 that no step before it has.
