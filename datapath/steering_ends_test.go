@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"slices"
 	"syscall"
 	"testing"
 	"time"
@@ -140,7 +141,9 @@ func TestSteeredLook(t *testing.T) {
 				t.Errorf("%v: %+v", c, got)
 			}
 		}
-		c := f.saw()[0]
+		// They come in any order.
+		saw := f.saw()
+		c := saw[slices.IndexFunc(saw, func(c taken) bool { return c.server == at })]
 		for _, other := range []taken{{abi.DirIngress, c.client, c.server}, {c.dir, c.server, c.client}, {c.dir, c.client, netip.AddrPortFrom(remote, 1)}} {
 			if got, err := see(other); !errors.Is(err, datapath.ErrNotJudged) {
 				t.Errorf("%v: %+v, %v", other, got, err)

@@ -41,6 +41,7 @@ func (p Place) From(r *flow.Record, number uint64) []*flowpb.Flow {
 	f := &flowpb.Flow{
 		Uuid: p.uuid(r, number), Emitter: &flowpb.Emitter{Name: "Portcullis", Version: strings.TrimPrefix(p.Version, "v")},
 		Verdict: verdict(r), IP: ip(r), L4: layer4(r), Type: flowpb.FlowType_L3_L4, NodeName: p.Name(),
+		//lint:ignore SA1019 hubble's clients still read it
 		Source: p.endpoint(&r.Source), Destination: p.endpoint(&r.Dest), TrafficDirection: direction(r), Summary: summary(r),
 	}
 	if !r.Time.IsZero() {
@@ -51,11 +52,13 @@ func (p Place) From(r *flow.Record, number uint64) []*flowpb.Flow {
 	}
 	if r.State != abi.FlowNone {
 		f.IsReply = wrapperspb.Bool(r.State == abi.FlowReply)
-		f.Reply = f.IsReply.Value //nolint:staticcheck // for older clients
+		//lint:ignore SA1019 hubble's clients still read it
+		f.Reply = f.IsReply.Value
 	}
 	if f.Verdict == flowpb.Verdict_DROPPED {
 		f.DropReasonDesc = dropReason(r.Reason)
-		f.DropReason = uint32(f.DropReasonDesc) //nolint:staticcheck // for older clients
+		//lint:ignore SA1019 hubble's clients still read it
+		f.DropReason = uint32(f.DropReasonDesc)
 	}
 	setPolicy(f, r)
 	f.Extensions = facts(r).extension()

@@ -85,6 +85,7 @@ func TestMalformedFilters(t *testing.T) {
 }
 
 func TestMask(t *testing.T) {
+	//lint:ignore SA1019 hubble's clients still read it
 	full := &flowpb.Flow{NodeName: "n1", Summary: "x", Verdict: flowpb.Verdict_DROPPED, Source: &flowpb.Endpoint{ID: 3, Identity: 7, Labels: []string{"k8s:a"}, PodName: "p"}, IP: &flowpb.IP{Source: "10.0.0.1", Destination: "10.0.0.2"}}
 	m, err := NewMask(&fieldmaskpb.FieldMask{Paths: []string{"source.pod_name", "IP.source", "IP", "verdict", "source.identity", "destination.identity", "l7"}})
 	if err != nil {

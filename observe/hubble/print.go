@@ -190,6 +190,7 @@ func (p *Printer) dict(f *flowpb.Flow) error {
 	if pr := facts.Process; pr != nil {
 		row("PROCESS", fmt.Sprintf("%d %s %s (uid %d, cwd %s)", pr.PID, clean(pr.Binary), clean(pr.Arguments), pr.UID, clean(pr.CWD)))
 	}
+	//lint:ignore SA1019 hubble's clients still read it
 	row("SUMMARY", clean(f.GetSummary()))
 	_, err := io.WriteString(p.Out, b.String())
 	return err
@@ -261,6 +262,7 @@ func by(facts Facts) string {
 
 // short is the summary without what has its own column.
 func short(f *flowpb.Flow) string {
+	//lint:ignore SA1019 hubble's clients still read it
 	s, _, _ := strings.Cut(clean(f.GetSummary()), "; ")
 	return strings.TrimPrefix(s, "TCP Flags: ")
 }

@@ -256,6 +256,7 @@ func TestFlowOfARecord(t *testing.T) {
 	}
 	f := got[0].GetFlow()
 	if got[0].NodeName != "n1" || !got[0].Time.AsTime().Equal(start) || f.GetVerdict() != flowpb.Verdict_DROPPED || f.GetDropReasonDesc() != flowpb.DropReason_POLICY_DENIED ||
+		//lint:ignore SA1019 hubble's clients still read it
 		f.GetSource().GetNamespace() != "default" || f.GetDestination().GetPodName() != "deathstar" || f.GetDestination().GetNamespace() != "empire" || f.GetSummary() != "TCP Flags: SYN" ||
 		len(f.GetIngressDeniedBy()) != 1 || f.GetIngressDeniedBy()[0].GetName() != "rule1" || f.GetIsReply() == nil || f.GetIsReply().GetValue() || f.GetInterface().GetName() != "veth3" ||
 		f.GetTrafficDirection() != flowpb.TrafficDirection_INGRESS || !f.GetL4().GetTCP().GetFlags().GetSYN() {
