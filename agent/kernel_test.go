@@ -193,10 +193,9 @@ func TestSIGHUP(t *testing.T) {
 	if err := os.Rename(n.cfg.AuditLog, n.cfg.AuditLog+".1"); err != nil {
 		t.Fatal(err)
 	}
-	// Kept from ending the test before the loop's part listens.
-	hup := make(chan os.Signal, 1)
-	signal.Notify(hup, unix.SIGHUP)
-	defer signal.Stop(hup)
+	// Kept from ending the test before the loop's part listens, and for good: one
+	// may still be under way when it listens no more.
+	signal.Notify(make(chan os.Signal, 1), unix.SIGHUP)
 	opened := func() bool { _, err := os.Stat(n.cfg.AuditLog); return err == nil }
 	for deadline := time.Now().Add(10 * time.Second); !opened() && time.Now().Before(deadline); time.Sleep(time.Millisecond) {
 		if err := unix.Kill(os.Getpid(), unix.SIGHUP); err != nil {
