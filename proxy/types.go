@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"errors"
 	"net/netip"
 	"time"
 
@@ -24,6 +25,11 @@ type Conn struct {
 type Judge interface {
 	Judge(Conn) (Decision, error)
 }
+
+// ErrNotJudged is in a Judge's error where the datapath has seen no packet of the
+// flow that it could judge: what goes to a service is judged when it is known which
+// of those behind it takes it, so not before the proxy has sent something on.
+var ErrNotJudged = errors.New("the flow is not judged")
 
 // Follower is a Judge that can be asked about one connection again and again, with
 // less work. What Follow returns says what Judge would say, and is as safe for

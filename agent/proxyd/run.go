@@ -2,6 +2,8 @@ package proxyd
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"net"
 
 	"go.uber.org/zap"
@@ -46,17 +48,17 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 	tables := feed.NewTables(flows{steered})
 	var server *proxy.Server
 	client := feed.NewClient(cfg.Socket, tables, func() feed.Stats { return feed.Stats(server.Stats()) }, log)
-	server = proxy.New(tables, dialTCP, client, cfg.Options)
-	relay, err := dns.New(dns.Config{Judge: tables, Learner: learner{client}, Recorder: client, NXDomain: cfg.NXDomain, Dial: network(abi.DirEgress).Dial})
-	if err != nil {
-		return err
-	}
 	open, err := openSockets(ctx, places)
 	if err != nil {
 		return err
 	}
 	defer open.close()
-	egress := newSplit(open.tcp[abi.DirEgress], abi.DirEgress, tables)
+	egress := newSplit(open.tcp[abi.DirEgress], abi.DirEgress, tables, dialServer)
+	server = proxy.New(tables, egress.Dial, client, cfg.Options)
+	relay, err := dns.New(dns.Config{Judge: tables, Learner: learner{client}, Recorder: client, NXDomain: cfg.NXDomain, Dial: egress.Dial})
+	if err != nil {
+		return err
+	}
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return client.Run(ctx) })
 	group.Go(func() error { return egress.run(ctx) })
@@ -69,8 +71,8 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 	return group.Wait()
 }
 
-// dialTCP connects to a flow's server in the client's name.
-func dialTCP(ctx context.Context, c proxy.Conn) (net.Conn, error) {
+// dialServer connects to a flow's server in the client's name.
+func dialServer(ctx context.Context, c proxy.Conn) (net.Conn, error) {
 	return network(c.Direction).Dial(ctx, c)
 }
 
@@ -89,7 +91,10 @@ func (f flows) Watch(c proxy.Conn) func() (feed.Flow, error) {
 }
 
 func flowOf(s datapath.SteeredFlow, err error) (feed.Flow, error) {
-	if err != nil {
+	switch {
+	case errors.Is(err, datapath.ErrNotJudged):
+		return feed.Flow{}, fmt.Errorf("%w: %w", proxy.ErrNotJudged, err)
+	case err != nil:
 		return feed.Flow{}, err
 	}
 	return feed.Flow{Set: s.Set, Peer: identity.Numeric(s.Peer), Port: s.Port}, nil

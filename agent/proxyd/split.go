@@ -13,26 +13,104 @@ import (
 	"portcullis/proxy"
 )
 
+// dial connects to a flow's server in the client's name.
+type dial func(context.Context, proxy.Conn) (net.Conn, error)
+
 // split gives connections whose rules are of DNS to one listener, and all others
 // to another. Who is judged here is judged again there.
+//
+// What leads to a service is judged when the server behind it was called. So that
+// is done here, and whoever takes the connection gets the server's by Dial.
 type split struct {
 	net.Listener
 	direction abi.Direction
 	judge     proxy.Judge
+	dial      dial
 
 	dns, other *branch
+
+	mu     sync.Mutex
+	called map[proxy.Conn]*call // guarded by mu
 }
+
+// call is what came of calling a server.
+type call struct {
+	conn  net.Conn
+	err   error
+	close *time.Timer
+}
+
+// Times of a call.
+const (
+	callTimeout = 5 * time.Second  // for a server to take the connection
+	callUnused  = 10 * time.Second // until a connection that nobody took ends
+)
 
 // maxUndecided bounds connections of which it is not known yet whose they are.
 const maxUndecided = 4096
 
-func newSplit(l net.Listener, dir abi.Direction, judge proxy.Judge) *split {
-	return &split{Listener: l, direction: dir, judge: judge, dns: newBranch(l), other: newBranch(l)}
+func newSplit(l net.Listener, dir abi.Direction, judge proxy.Judge, d dial) *split {
+	return &split{Listener: l, direction: dir, judge: judge, dial: d, dns: newBranch(l), other: newBranch(l), called: map[proxy.Conn]*call{}}
+}
+
+// Dial connects to a flow's server, or returns the connection that was made to see
+// who that is.
+func (s *split) Dial(ctx context.Context, f proxy.Conn) (net.Conn, error) {
+	s.mu.Lock()
+	c := s.called[f]
+	delete(s.called, f)
+	s.mu.Unlock()
+	if c == nil {
+		return s.dial(ctx, f)
+	}
+	if c.close.Stop() {
+		return c.conn, c.err
+	}
+	return nil, errUnused
+}
+
+var errUnused = errors.New("the connection to the server was not used in time")
+
+// call calls a flow's server, for Dial.
+func (s *split) call(ctx context.Context, f proxy.Conn) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	c := &call{}
+	c.conn, c.err = s.dial(ctx, f)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c.close = time.AfterFunc(callUnused, func() { s.drop(f, c) })
+	s.called[f] = c
+}
+
+// dropAll ends what nobody took, when nobody will.
+func (s *split) dropAll() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, c := range s.called {
+		if c.close.Stop() && c.conn != nil {
+			c.conn.Close()
+		}
+	}
+	clear(s.called)
+}
+
+// drop ends a call that nobody took.
+func (s *split) drop(f proxy.Conn, c *call) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.called[f] == c {
+		delete(s.called, f)
+	}
+	if c.conn != nil {
+		c.conn.Close()
+	}
 }
 
 // run accepts until the listener is closed, which either branch does.
 func (s *split) run(ctx context.Context) error {
 	var wg sync.WaitGroup
+	defer s.dropAll()
 	defer wg.Wait()
 	defer s.dns.end()
 	defer s.other.end()
@@ -63,16 +141,21 @@ func (s *split) run(ctx context.Context) error {
 		}
 		wg.Go(func() {
 			defer func() { <-room }()
-			s.decide(c)
+			s.decide(ctx, c)
 		})
 	}
 }
 
 // decide gives a connection to whom it is for. One that is not judged goes to the
 // other branch, which refuses and records it.
-func (s *split) decide(c net.Conn) {
+func (s *split) decide(ctx context.Context, c net.Conn) {
 	to := s.other
-	d, err := s.judge.Judge(proxy.Conn{Direction: s.direction, Protocol: 6, Client: addrPort(c.RemoteAddr()), Server: addrPort(c.LocalAddr())})
+	f := proxy.Conn{Direction: s.direction, Protocol: 6, Client: addrPort(c.RemoteAddr()), Server: addrPort(c.LocalAddr())}
+	d, err := s.judge.Judge(f)
+	if errors.Is(err, proxy.ErrNotJudged) {
+		s.call(ctx, f)
+		d, err = s.judge.Judge(f)
+	}
 	if err == nil && len(d.Rules) > 0 && d.Rules[0].Parser == l7.ParserDNS {
 		to = s.dns
 	}

@@ -149,7 +149,7 @@ func (r *Relay) handle(ctx context.Context, f proxy.Conn, b []byte, upstream fun
 	if errors.As(err, &bad) {
 		return finish(Malformed, bad.rcode, err), false
 	}
-	d, err := r.cfg.Judge.Judge(f)
+	d, err := r.judge(ctx, f, upstream)
 	if err != nil { // nobody says that it may pass
 		return finish(NotJudged, dns.RcodeRefused, err), true
 	}
@@ -175,6 +175,49 @@ func (r *Relay) handle(ctx context.Context, f proxy.Conn, b []byte, upstream fun
 	}
 	answer = got
 	return finish(Answered, int(answer[3]&maskRcode), nil), false
+}
+
+// knocker is an asker that can send its server something that says nothing.
+type knocker interface{ knock() error }
+
+// Times of judge.
+const (
+	knockTimeout = time.Second // in which the datapath has judged a first packet, or lets it not by
+	lookLeast    = 100 * time.Microsecond
+	lookMost     = 10 * time.Millisecond
+)
+
+// judge judges the flow of a query. One that the datapath has not judged, since it
+// leads to a service, is made to be: an empty datagram is sent on its way, which
+// servers take no notice of. What the client asks goes nowhere before.
+func (r *Relay) judge(ctx context.Context, f proxy.Conn, upstream func() (asker, func(), error)) (proxy.Decision, error) {
+	d, err := r.cfg.Judge.Judge(f)
+	if !errors.Is(err, proxy.ErrNotJudged) {
+		return d, err
+	}
+	up, done, dialErr := upstream()
+	if dialErr != nil {
+		return d, errors.Join(err, dialErr)
+	}
+	defer done()
+	k, ok := up.(knocker)
+	if !ok {
+		return d, err
+	}
+	if failed := k.knock(); failed != nil {
+		return d, errors.Join(err, failed)
+	}
+	ctx, cancel := context.WithTimeout(ctx, knockTimeout)
+	defer cancel()
+	for wait := lookLeast; errors.Is(err, proxy.ErrNotJudged); wait = min(2*wait, lookMost) {
+		select {
+		case <-ctx.Done():
+			return d, err
+		case <-time.After(wait):
+		}
+		d, err = r.cfg.Judge.Judge(f)
+	}
+	return d, err
 }
 
 // exchange asks the server, and has the answer learnt.

@@ -92,6 +92,12 @@ func (u *udpFlow) ask(ctx context.Context, q *query) ([]byte, error) {
 	})
 }
 
+// knock implements knocker.
+func (u *udpFlow) knock() error {
+	_, err := u.conn.Write(nil)
+	return err
+}
+
 // maxFailed is how many errors a flow's socket is read through.
 const maxFailed = 100
 
