@@ -3,7 +3,7 @@
 # for what the programs need when they run.
 
 .DEFAULT_GOAL := help
-.PHONY: help build image demo hubble-cli test test-all chaos chaos-long chaos-found prometheus model schedules e2e e2e-up e2e-down e2e-measure measure-l7 generate lint floors race conformance bench measure prepare clean
+.PHONY: help build image demo helm hubble-cli clients test test-all chaos chaos-long chaos-found prometheus model schedules e2e e2e-up e2e-down e2e-measure measure-l7 generate lint floors race conformance bench measure prepare clean
 
 # ---- the Go command ----------------------------------------------------
 
@@ -58,13 +58,19 @@ test: need-go ## run all tests, the privileged ones too when root; ends with a c
 	@out/summary $(TEST_FLAGS) $(TEST_PACKAGES)
 
 CHAOS_FLAGS ?=
-chaos: build ## break the lab in every way under every kind of evidence, and write docs/chaos-results.md (root, half an hour; goes on where it was stopped)
+# What is judged has no state of the checkout in it: the page that a run writes
+# would make it another binary, whose runs are not those that are kept.
+CHAOS_BUILD = $(GO) build -trimpath -buildvcs=false -o out/chaos/portcullis ./cmd/portcullis
+CHAOS_COMMIT = $(shell git rev-parse --short=12 HEAD 2>/dev/null && { git diff --quiet HEAD -- . ':(exclude)docs' || echo with changes; })
+chaos: need-go ## break the lab in every way under every kind of evidence, and write docs/chaos-results.md (root, half an hour; goes on where it was stopped)
 	@test/prepare strict
-	$(GO) run ./test/chaos -write docs/chaos-results.md $(CHAOS_FLAGS)
+	$(CHAOS_BUILD)
+	$(GO) run ./test/chaos -portcullis out/chaos/portcullis -commit '$(CHAOS_COMMIT)' -write docs/chaos-results.md $(CHAOS_FLAGS)
 
-chaos-long: build ## 5000 reuses of IPs without a fault and under a partition, and write docs/chaos-results-long.md (root, an hour; goes on where it was stopped)
+chaos-long: need-go ## 5000 reuses of IPs without a fault and under a partition, and write docs/chaos-results-long.md (root, an hour; goes on where it was stopped)
 	@test/prepare strict
-	$(GO) run ./test/chaos -long -write docs/chaos-results-long.md $(CHAOS_FLAGS)
+	$(CHAOS_BUILD)
+	$(GO) run ./test/chaos -portcullis out/chaos/portcullis -commit '$(CHAOS_COMMIT)' -long -write docs/chaos-results-long.md $(CHAOS_FLAGS)
 
 chaos-found: build ## try again whatever chaos runs have ever found (docs/chaos-found.md), and that they still see what is wrong (root, minutes)
 	@test/prepare strict
@@ -79,11 +85,19 @@ prometheus: build ## try dashboard and alerts of deploy/monitoring on a real Pro
 E2E_FLAGS ?= -count=1 -timeout=60m
 e2e: need-go ## install on a real Kubernetes that is made on this machine, and try it there; ends with a count (root)
 	@$(BUILD) -o out/summary ./test/summary
-	@out/summary -tags=e2e $(E2E_FLAGS) ./test/e2e
+	@out/summary -tags=e2e $(E2E_FLAGS) ./test/e2e ./test/e2e/install
 
 hubble-cli: build ## build the real hubble command and compare what it shows of a lab with `portcullis observe` (root; ten minutes the first time)
 	cd test/hubble && CGO_ENABLED=0 $(GO) build -ldflags='-s -w' -o ../../out/hubble github.com/cilium/cilium/hubble
 	test/hubble/try out/hubble bin/portcullis
+
+helm: build ## build the real helm and compare what it makes of the chart with `portcullis install --dry-run` (ten minutes the first time)
+	cd test/helm && CGO_ENABLED=0 $(GO) build -ldflags='-s -w' -o ../../out/helm helm.sh/helm/v4/cmd/helm
+	$(GO) test -count=1 -v -tags=helm -run '^TestHelm' ./agent/install -helm=$(CURDIR)/out/helm
+
+clients: build ## try curl, wget, nginx, haproxy, gRPC, WebSocket, TLS and DNS clients against the L7 proxy, and write docs/l7.md (root, five minutes; installs Debian packages by apt-get)
+	@test/prepare strict
+	$(GO) run ./test/clients -write docs/l7.md
 
 e2e-up: need-go ## make such a cluster and leave it, with Portcullis in it (root; `go run ./test/e2e/cluster/cmd kubectl ...`)
 	$(GO) run ./test/e2e/cluster/cmd up
@@ -114,7 +128,7 @@ generate: need-go ## rebuild what is generated and committed (needs clang 19.1.x
 lint: need-go ## gofmt, go vet, staticcheck
 	@echo gofmt; files=$$(find . -name '*.go' -not -path './out/*' -not -path './.git/*' -print0 | xargs -0 "$$($(GO) env GOROOT)/bin/gofmt" -l) && test -z "$$files" || { echo "gofmt would change:" $$files; exit 1; }
 	$(GO) vet ./...
-	$(GO) vet -tags=e2e ./test/e2e
+	$(GO) vet -tags=e2e ./test/e2e ./test/e2e/install
 	$(GO) tool staticcheck ./...
 
 floors: need-go ## check the layout: who imports whom, purity, sizes, comments, documents

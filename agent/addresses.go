@@ -17,15 +17,22 @@ const addressSweep = 10 * time.Second
 // ownAddresses returns those of this machine's addresses that lie in its ranges:
 // gateways of workloads, tunnel devices. The kubelet's probes come from them. No
 // Node object tells of them, and CNI plugins make them when the first workload
-// comes; so they are looked for.
+// comes; so they are looked for. So are IPv4's link-local ones, by which workloads
+// call what serves them on every node (NodeLocal DNSCache, 169.254.20.10): no other
+// node is asked about them, and nothing that comes from elsewhere is believed to be
+// from one.
 func ownAddresses(ranges []netip.Prefix) ([]netip.Addr, error) {
 	all, err := netdev.Addresses()
 	if err != nil {
 		return nil, err
 	}
 	return slices.DeleteFunc(all, func(ip netip.Addr) bool {
-		return !slices.ContainsFunc(ranges, func(p netip.Prefix) bool { return p.Contains(ip) })
+		return !isOwn(ip, ranges)
 	}), nil
+}
+
+func isOwn(ip netip.Addr, ranges []netip.Prefix) bool {
+	return ip.IsLinkLocalUnicast() || slices.ContainsFunc(ranges, func(p netip.Prefix) bool { return p.Contains(ip) })
 }
 
 // followAddresses has the loop take up addresses that come, until ctx ends.

@@ -47,7 +47,7 @@ const (
 // Run is the agent: it returns when ctx ends (nil), after it has handed over,
 // or when something that it cannot work without fails. Enforcement in the
 // kernel goes on after it.
-func Run(signalled context.Context, cfg Config, log *zap.Logger) error {
+func Run(signalled context.Context, cfg Config, log *zap.Logger) (err error) {
 	if err := cfg.Validate(); err != nil {
 		return err
 	}
@@ -67,6 +67,12 @@ func Run(signalled context.Context, cfg Config, log *zap.Logger) error {
 			}
 			return err
 		}
+		defer func() {
+			p, _ := cfg.cluster.Next()
+			if told := tellEnded(cfg.teller, p, cfg.Node, err); told != nil {
+				log.Warn("the cluster is not told that this agent ends", zap.Error(told))
+			}
+		}()
 	}
 	l, err := newLoop(signalled, cfg, log)
 	if err != nil {
@@ -130,6 +136,7 @@ func (l *loop) runParts(ctx context.Context, group *errgroup.Group, source *svid
 	run("held packets", func(ctx context.Context) error { return l.dp.Held(ctx, func(r hold.Record) { l.receive(ctx, r) }) })
 	run("lost events", l.noteLost)
 	run("events", func(ctx context.Context) error { return l.dp.Events(ctx, l.publish) })
+	run("processes", l.watchCallers)
 	run("devices", l.watchDevices)
 	run("confirmation log", l.reopenLog)
 	run("conntrack sweep", l.sweepConntrack)
@@ -140,8 +147,8 @@ func (l *loop) runParts(ctx context.Context, group *errgroup.Group, source *svid
 	})
 	if l.cluster != nil {
 		run("cluster", l.followCluster)
-		run("addresses", l.followAddresses)
 	}
+	run("addresses", l.followAddresses)
 	run("flow exports", l.exportFlows)
 	run("Hubble API", func(ctx context.Context) error { return l.serveHubble(ctx, source) })
 	run("local API", func(ctx context.Context) error { return serve(ctx, l, listener) })
@@ -219,7 +226,11 @@ func newLoop(ctx context.Context, cfg Config, log *zap.Logger) (*loop, error) {
 		numerics: map[uint64]identity.Numeric{}, installedAt: map[uint64]lease.Time{}, policyFiles: map[authz.Ref]importedFile{}, groups: map[authz.Ref]*authz.Group{}, spaces: map[authz.Ref]*authz.NamespaceObject{}, services: map[authz.Ref]*authz.ServiceObject{}, slices: map[authz.Ref]*authz.SliceObject{},
 		names: newDirectory(), peerSessions: map[identity.NodeName]*audit.Session{}, monitors: newMonitors(cfg.Flows), events: hubble.NewEvents(), alarms: newAlarms(), instruments: metrics.New()}
 	l.coverage.since = l.started
-	l.proxyWanted = make(chan struct{})
+	l.telling = newTelling(cfg.teller)
+	if cfg.teller != nil {
+		l.monitors.hear = l.telling.hear
+	}
+	l.proxyWanted, l.unheard = make(chan struct{}), map[identity.Numeric]uint64{}
 	if cfg.Proxy {
 		l.feed = feed.NewServer(insides{l}, cfg.requestsKept(), log)
 	}
@@ -238,14 +249,12 @@ func newLoop(ctx context.Context, cfg Config, log *zap.Logger) (*loop, error) {
 		l.known.picture, _ = l.cluster.Next()
 	}
 	l.topology.Store(newTopology(l.sight(l.known.picture)))
-	if l.cluster != nil {
-		present, err := ownAddresses(l.topology.Load().ranges)
-		if err != nil {
-			return nil, err
-		}
-		if l.noteAddresses(present, nil) {
-			l.topology.Store(newTopology(l.sight(l.known.picture)))
-		}
+	present, err := ownAddresses(l.topology.Load().ranges)
+	if err != nil {
+		return nil, err
+	}
+	if l.noteAddresses(present, nil) {
+		l.topology.Store(newTopology(l.sight(l.known.picture)))
 	}
 	l.sets, l.bySubject = authz.NewSets(l.repo), map[*authz.Subject]*endpoint{}
 	for n, id := range l.ids.All {
@@ -288,6 +297,10 @@ func (l *loop) open(ctx context.Context) error {
 			return err
 		}
 	}
+	if l.feed != nil {
+		l.feed.Whole()
+	}
+	l.openCallers()
 	l.addNodeIPs()
 	l.sweepSlots()
 	l.applyRegions()

@@ -23,7 +23,7 @@ const alarmLife = 10 * time.Minute
 // standing are alarms that wait for an operator: they are raised once, and stand
 // until they are cleared.
 var standing = map[string]bool{"policies-lost": true, "policy-not-applied": true, "uplink": true, "conflict": true, "ranges": true, "node-missing": true,
-	"policy-refused": true, "node-unusable": true, "policy-failed": true, "relabel-failed": true, "services": true, "migration": true, "watch": true, "node-unmanaged": true}
+	"policy-refused": true, "node-unusable": true, "policy-failed": true, "relabel-failed": true, "services": true, "migration": true, "watch": true, "node-unmanaged": true, "processes": true}
 
 // alarms holds the conditions raised and not cleared. Safe for concurrent use.
 type alarms struct {

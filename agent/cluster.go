@@ -16,6 +16,7 @@ import (
 	"portcullis/authz"
 	"portcullis/identity"
 	"portcullis/ipcache/lease"
+	"portcullis/observe/flow"
 )
 
 // cluster is where the agent learns what Kubernetes says; kube.Source is one.
@@ -56,8 +57,16 @@ type known struct {
 // followCluster takes up every picture, until ctx ends. What comes while one is
 // taken up comes together.
 func (l *loop) followCluster(ctx context.Context) error {
+	proxy := false // it was waited for, which is once enough: nothing else of the cluster may wait
 	for {
 		p, changed := l.cluster.Next()
+		if !proxy && p != nil {
+			var policies []*authz.Policy
+			for _, o := range p.Objects {
+				policies = append(policies, o.Policy)
+			}
+			proxy = l.readyProxy(ctx, policies)
+		}
 		if err := l.call(ctx, func() error { l.take(p); return nil }); err != nil {
 			return err
 		}
@@ -75,6 +84,9 @@ func (l *loop) take(p *kube.Picture) {
 	l.setTopology(newTopology(l.sight(p)))
 	l.takeObjects(p)
 	l.takePods(p)
+	for _, e := range l.endpoints {
+		l.ownPod(e)
+	}
 	l.believe(p)
 	l.alarmCluster(p)
 	close(l.known.changed)
@@ -101,6 +113,7 @@ func (l *loop) retryCluster() {
 func (l *loop) sight(p *kube.Picture) sight {
 	s := sight{node: l.cfg.Node, ranges: l.cfg.Ranges, nodeIPs: l.cfg.NodeIPs, peers: slices.Clone(l.cfg.Peers), unmanaged: map[identity.NodeName]bool{}}
 	if p == nil {
+		s.add(l.known.gateways, nil) // its ranges' the configuration tells
 		return s
 	}
 	own, there := p.Node(l.cfg.Node)
@@ -116,11 +129,7 @@ func (l *loop) sight(p *kube.Picture) sight {
 	if len(s.nodeIPs) == 0 {
 		s.nodeIPs = l.known.nodeIPs
 	}
-	for _, ip := range l.known.gateways {
-		if !slices.Contains(s.nodeIPs, ip) && slices.ContainsFunc(s.ranges, func(p netip.Prefix) bool { return p.Contains(ip) }) {
-			s.nodeIPs = append(slices.Clone(s.nodeIPs), ip)
-		}
-	}
+	s.add(l.known.gateways, s.ranges)
 	for _, n := range p.Nodes {
 		if n.Name == l.cfg.Node {
 			continue
@@ -139,6 +148,15 @@ func (l *loop) sight(p *kube.Picture) sight {
 		s.ownerless = append(s.ownerless, r.Prefix)
 	}
 	return s
+}
+
+// add makes those addresses the node's that are its own in ranges.
+func (s *sight) add(ips []netip.Addr, ranges []netip.Prefix) {
+	for _, ip := range ips {
+		if !slices.Contains(s.nodeIPs, ip) && isOwn(ip, ranges) {
+			s.nodeIPs = append(slices.Clone(s.nodeIPs), ip)
+		}
+	}
 }
 
 // peerOf: its agent's address is one of its addresses.
@@ -355,6 +373,36 @@ func (l *loop) believe(p *kube.Picture) {
 	}
 	if p.Listed && p.Fresh != 0 { // after all that the picture says
 		l.stepVerifier(lease.Proved{At: lease.Time(p.Fresh)})
+	}
+}
+
+// toldPod names the pod of another node that holds a binding, in the modes in
+// which the API server tells of such; for flow records only.
+func (l *loop) toldPod(b identity.Binding) podName {
+	if l.known.picture == nil {
+		return podName{}
+	}
+	p := l.known.picture.Remote[b.IP]
+	if p == nil || p.UID != b.UID {
+		return podName{}
+	}
+	return podName{p.Namespace + "/" + p.Name, flow.Owner(p.Owner)}
+}
+
+// ownPod notes whose pod an endpoint is and what made that; for flow records and
+// Events only.
+func (l *loop) ownPod(e *endpoint) {
+	if l.known.picture == nil {
+		return
+	}
+	pod := l.known.picture.Pods[e.uid]
+	if pod == nil || !isPodOf(pod, &e.workload) {
+		return
+	}
+	l.telling.know(e.id, pod)
+	if e.owner != flow.Owner(pod.Owner) {
+		e.owner = flow.Owner(pod.Owner)
+		l.names.addEndpoint(e)
 	}
 }
 

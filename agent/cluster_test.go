@@ -326,12 +326,16 @@ func TestOwnAddresses(t *testing.T) {
 	}
 	give(netlink.AddrAdd, "10.1.1.1/24")
 	give(netlink.AddrAdd, "198.51.100.1/24")
+	give(netlink.AddrAdd, "169.254.20.10/32") // of a DNS cache
 	n.veth("a0")
 	l := n.mustStart()
 	defer n.crash(l)
 	held := func(ip string) bool {
 		e, ok := l.table.Get(netip.MustParseAddr(ip))
 		return ok && !e.Condemned && e.Binding.Identity.Reserved == "host"
+	}
+	if !held("169.254.20.10") {
+		t.Error("does not hold its DNS cache's address")
 	}
 	if !held("10.1.1.1") || !held("192.0.2.1") || held("198.51.100.1") {
 		t.Fatalf("holds its gateway %v, its InternalIP %v, what is in no range of its own %v", held("10.1.1.1"), held("192.0.2.1"), held("198.51.100.1"))

@@ -91,6 +91,7 @@ type Config struct {
 	ProxyNamespace string
 
 	Records    Records // of the proxy's
+	Callers    Callers // who is seen to have a connection
 	APISocket  string
 	PinDir     string
 	JournalDir string
@@ -140,6 +141,7 @@ type Config struct {
 	ServiceEntries       int // ranges and addresses of services
 	L7ServiceEntries     int // addresses and ports of services that policies look into, of all policy sets
 	NamesPerEndpoint     int // addresses that a workload may know by names from DNS
+	ProxyConnections     int // through the L7 proxy at a time; half of them of one client at most
 	PolicyEntries        int // of the policies of all workloads, and while they change of the former ones too
 	Grants               int // leases that this node gives on its bindings, at a time
 	Sessions             int // with owners, at a time
@@ -157,6 +159,7 @@ type Config struct {
 	// the identity unmanaged, instead of none.
 	Migration    bool
 	Kubeconfig   string
+	Events       bool           // what happens to pods is told as Events of the cluster
 	ForgetRanges []netip.Prefix // of nodes that are gone for good, see kube.Config.Forget
 
 	Metrics Metrics
@@ -165,6 +168,7 @@ type Config struct {
 	Notices *Notices
 
 	cluster cluster // set by Run; nil without Kubernetes
+	teller  teller  // set by Run; nil without Kubernetes or Events
 
 	// Bits of skb->mark: those of the agent's own marks (0: all that are not
 	// endpoint marks), and those in which a packet carries its sender through
@@ -176,14 +180,14 @@ type Config struct {
 func Default() Config {
 	return Config{
 		APISocket: "/run/portcullis/agent.sock", PinDir: "/sys/fs/bpf/portcullis", JournalDir: "/run/portcullis/journal",
-		Proxy: true, ProxyDir: "/run/portcullis/proxy",
+		Proxy: true, Events: true, ProxyDir: "/run/portcullis/proxy",
 		StateDir: "/var/lib/portcullis", IdentityTemplate: identity.DefaultTemplate,
 		AuditLog: "/var/log/portcullis/confirmations.jsonl", AuditSync: "interval", AuditMaxBytes: 64 << 20, AuditMaxAge: 24 * time.Hour, AuditKeep: 64, AuditCheckpoint: time.Minute,
 		Evidence: ModeLease, WatchFreshness: 90 * time.Second, AllowLocalHost: LocalHostAlways, ClusterName: "default",
 		TTL: 30 * time.Second, Heartbeat: 5 * time.Second, ReuseMargin: time.Second, AddWait: 3 * time.Second,
 		HoldTimeout: time.Second, IdleBinding: 5 * time.Minute,
 		HoldPerEndpoint: 64, HoldPerSource: 16, HoldTotal: 4096, Bindings: 65536, Conntrack: 131072, PolicyEntries: 262144,
-		FragmentsPerEndpoint: 64, Endpoints: 1024, RangeEntries: 65536, SourceEntries: 4096, ServiceEntries: 65536, L7ServiceEntries: 16384, NamesPerEndpoint: 2048,
+		FragmentsPerEndpoint: 64, Endpoints: 1024, RangeEntries: 65536, SourceEntries: 4096, ServiceEntries: 65536, L7ServiceEntries: 16384, NamesPerEndpoint: 2048, ProxyConnections: 32768,
 		Grants: 65536, Sessions: 4093, Connections: session.DefaultConnections, HeldBytes: 8 << 20, EventBytes: 1 << 20, Seeing: Seeing{Flows: 16384, HubbleSocket: "hubble.sock"},
 	}
 }
@@ -216,6 +220,7 @@ func (c *Config) Validate() error {
 		bad("--identity-template: %v", err)
 	}
 	errs = append(errs, c.Records.validate()...)
+	errs = append(errs, c.Callers.validate()...)
 	errs = append(errs, c.validateSVID()...)
 	errs = append(errs, c.validateWorkloadSVIDs()...)
 	for flag, path := range map[string]string{"--api-socket": c.APISocket, "--pin-dir": c.PinDir, "--journal-dir": c.JournalDir, "--state-dir": c.StateDir, "--proxy-dir": c.ProxyDir, "--audit-log": c.AuditLog} {
@@ -289,7 +294,7 @@ func (c *Config) validateSizes() (errs []error) {
 		bad("--bindings %d: want at most %d", c.Bindings, maxBindings)
 	}
 	for flag, n := range map[string]int{"--hold-per-endpoint": c.HoldPerEndpoint, "--hold-per-source": c.HoldPerSource, "--hold-total": c.HoldTotal, "--bindings": c.Bindings, "--conntrack": c.Conntrack, "--policy-entries": c.PolicyEntries,
-		"--grants": c.Grants, "--sessions": c.Sessions, "--connections": c.Connections, "--endpoints": c.Endpoints, "--range-entries": c.RangeEntries, "--source-entries": c.SourceEntries, "--service-entries": c.ServiceEntries, "--l7-service-entries": c.L7ServiceEntries, "--names-per-endpoint": c.NamesPerEndpoint, "--fragments-per-endpoint": c.FragmentsPerEndpoint} {
+		"--grants": c.Grants, "--sessions": c.Sessions, "--connections": c.Connections, "--endpoints": c.Endpoints, "--range-entries": c.RangeEntries, "--source-entries": c.SourceEntries, "--service-entries": c.ServiceEntries, "--l7-service-entries": c.L7ServiceEntries, "--names-per-endpoint": c.NamesPerEndpoint, "--proxy-connections": c.ProxyConnections, "--fragments-per-endpoint": c.FragmentsPerEndpoint} {
 		if n < 1 {
 			bad("%s %d: want at least 1", flag, n)
 		}

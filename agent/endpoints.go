@@ -18,6 +18,7 @@ import (
 	"portcullis/datapath"
 	"portcullis/identity"
 	"portcullis/ipcache/lease"
+	"portcullis/observe/flow"
 )
 
 // workload is what a registration says: who holds which IPs, behind which
@@ -62,6 +63,7 @@ type endpoint struct {
 	// generation of its bindings; 0 until it was activated.
 	generation identity.Generation
 	created    time.Time
+	owner      flow.Owner  // of its pod, for flow records
 	relabelled lease.Time  // packets that were held up to then are its former self's
 	book       *names.Book // what it was told by DNS; nil: nothing
 	// activated is closed when the quarantine ends, or when the endpoint does.
@@ -158,6 +160,7 @@ func (l *loop) add(e *endpoint) {
 		l.hold(e)
 	}
 	l.names.addEndpoint(e)
+	l.ownPod(e)
 	l.eventEndpoint(flowpb.AgentEventType_ENDPOINT_CREATED, e)
 	l.follow(e)
 }
@@ -395,6 +398,7 @@ func (l *loop) deregister(uid identity.UID) (existed bool, err error) {
 	delete(l.retryActivation, uid)
 	delete(l.retryClose, uid)
 	l.names.removeEndpoint(e)
+	l.telling.forget(e.id)
 	l.eventEndpoint(flowpb.AgentEventType_ENDPOINT_DELETED, e)
 	l.forgetWorkload(uid)
 	l.unfollow(uid)

@@ -156,6 +156,7 @@ func (l *loop) countDrops(drops ...hold.Ended) {
 		if e := l.byEndpointID[d.Endpoint]; e != nil {
 			ev.DstIdentity = uint32(e.numeric)
 		}
+		ev.IcmpType = flow.EchoOf(d.Proto, d.Sport, d.Dport) // of ICMP only echoes are held
 		ev.SrcIdentity = uint32(identity.NumUnknown)
 		if d.Direction == abi.DirEgress {
 			ev.Src, ev.Dst = ev.Dst, ev.Src

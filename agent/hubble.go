@@ -44,7 +44,7 @@ type Seeing struct {
 	// over TLS with SVIDs; "": none.
 	HubbleListen string
 	// HubbleClients are the SPIFFE IDs that may read flows there, beside the
-	// agents of the trust domain.
+	// agents and relays of the trust domain.
 	HubbleClients []string
 	// ExportConfig is the file that names the exports of flows, see
 	// observe/export; "": none. It is read again when it changes.
@@ -72,6 +72,9 @@ func (c *Config) validateSeeing() (errs []error) {
 		if c.Flows == 0 {
 			bad("--hubble-listen without --flows: there is nothing to serve")
 		}
+	}
+	if c.Callers.See && c.Flows == 0 {
+		bad("--processes without --flows: there is no record to tell them with")
 	}
 	if c.ExportConfig != "" {
 		if c.Flows == 0 {
@@ -109,7 +112,7 @@ func (l *loop) serveHubble(ctx context.Context, source hubble.Source) error {
 		return nil // nothing is kept
 	}
 	s := hubble.NewServer(hubble.Options{Place: l.place(), Ring: l.monitors.ring, Events: l.events, Started: l.started, Peers: l.hubblePeers,
-		Address: l.hubbleAddress(firstAddr(l.cfg.NodeIPs)), Follow: l.hearRequests})
+		Address: l.hubbleAddress(firstAddr(l.topology.Load().nodeIPs)), Follow: l.hearRequests})
 	done := make(chan error, 2)
 	running := 0
 	start := func(ln net.Listener, opts ...grpc.ServerOption) {
@@ -180,8 +183,8 @@ func (l *loop) exportFlows(ctx context.Context) error {
 	}})
 }
 
-// hubbleTLS asks every client for an SVID of this trust domain: of an agent, or
-// one that --hubble-client names.
+// hubbleTLS asks every client for an SVID of this trust domain: of an agent, of a
+// relay, or one that --hubble-client names.
 func (l *loop) hubbleTLS(source hubble.Source) (*tls.Config, error) {
 	td, err := spiffeid.TrustDomainFromString(l.cfg.TrustDomain)
 	if err != nil {
@@ -189,6 +192,9 @@ func (l *loop) hubbleTLS(source hubble.Source) (*tls.Config, error) {
 	}
 	return hubble.ServerTLS(source, func(id spiffeid.ID) error {
 		if slices.Contains(l.cfg.HubbleClients, id.String()) {
+			return nil
+		}
+		if id.TrustDomain() == td && id.Path() == identity.RelaySPIFFEPath {
 			return nil
 		}
 		_, err := session.NodeOf(td, id)
@@ -200,7 +206,7 @@ func (l *loop) hubbleTLS(source hubble.Source) (*tls.Config, error) {
 // to serve flows at the port at which this one does.
 func (l *loop) hubblePeers() []hubble.Peer {
 	place := l.place()
-	out := []hubble.Peer{{Name: place.Name(), Address: l.hubbleAddress(firstAddr(l.cfg.NodeIPs))}}
+	out := []hubble.Peer{{Name: place.Name(), Address: l.hubbleAddress(firstAddr(l.topology.Load().nodeIPs))}}
 	for name, p := range l.topology.Load().peers {
 		place.Node = string(name)
 		out = append(out, hubble.Peer{Name: place.Name(), Address: l.hubbleAddress(p.Address.Addr())})

@@ -79,16 +79,18 @@ func (l *loop) tellPeers(s *authz.Subject, d authz.Delta) error {
 }
 
 // forgetPeer tells the proxy that nobody bears a number any more, before it may
-// be given to another identity.
-func (l *loop) forgetPeer(n identity.Numeric) {
+// be given to another identity, and returns the message that the proxy must have
+// heard for that.
+func (l *loop) forgetPeer(n identity.Numeric) (message uint64) {
 	if l.feed == nil {
-		return
+		return 0
 	}
 	for _, e := range l.endpoints {
 		if err := l.feed.PutPeer(e.policy.id, n, nil, false); err != nil {
 			l.log.Error("tell the proxy of a number that is gone", zap.Error(err)) // it cannot: nothing is put
 		}
 	}
+	return l.feed.Said()
 }
 
 // insides hears what the proxy says. Its methods are called beside the loop.
@@ -147,15 +149,19 @@ func (l *loop) insideRecord(r *proxy.Record) flow.Record {
 		out.Verdict, out.Reason = abi.VerdictDrop, abi.ReasonPolicyDenied
 	}
 	local, peer := out.Local(), out.Peer()
-	name, id, numeric := l.names.Holder(local.IP)
-	local.Workload, local.Endpoint, local.Identity, out.Endpoint = name, id, numeric, id
-	peer.Workload, peer.Endpoint, _ = l.names.Holder(peer.IP)
+	known, id, numeric := l.names.Holder(local.IP)
+	local.Workload, local.Owner, local.Endpoint, local.Identity, out.Endpoint = known.Workload, known.Owner, id, numeric, id
+	known, peer.Endpoint, _ = l.names.Holder(peer.IP)
+	peer.Workload, peer.Owner = known.Workload, known.Owner
 	peer.Identity = r.Peer.Identity
+	resolve := l.resolver()
+	resolve.Call(&out)
 	for _, e := range []*flow.End{&out.Source, &out.Dest} {
 		if id, ok := l.names.Identity(e.Identity); ok {
 			e.Text, e.Labels, e.SPIFFE = id.Text, id.Labels, id.SPIFFE
 		}
 	}
+	out.Process = l.callers.ofRequest(&out)
 	return out
 }
 

@@ -47,7 +47,7 @@ func TestInsideRecord(t *testing.T) {
 			t.Errorf("queries %v, headers %v: path %q, header %q", c.queries, c.headers, x.Path, x.Header)
 		}
 		if got.Verdict != abi.VerdictDrop || got.Reason != abi.ReasonPolicyDenied || x.Method != "PUT" || x.Status != 403 || x.Latency != 2*time.Millisecond ||
-			x.Rule != r.Rule || x.Reason != r.Reason || got.Type() != flow.TypeL7 {
+			x.Rule != r.Rule || x.Reason != r.Reason || !got.Is(flow.TypeL7) {
 			t.Errorf("told as %+v, %+v", got, x)
 		}
 		for _, end := range []struct {

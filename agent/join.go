@@ -24,11 +24,14 @@ import (
 func joinCluster(signalled, ctx context.Context, group *errgroup.Group, cfg *Config, log *zap.Logger) error {
 	if cfg.cluster == nil { // tests have their own
 		source, err := kube.New(kube.Config{Node: cfg.Node, Kubeconfig: cfg.Kubeconfig, StateDir: cfg.StateDir, Forget: cfg.ForgetRanges,
-			AllPods: cfg.Evidence.told(), Prove: cfg.Evidence == ModeWatch, UserAgent: "portcullis-agent/" + Version(), Log: log})
+			AllPods: cfg.Evidence.told(), Prove: cfg.Evidence == ModeWatch, UserAgent: "portcullis-agent/" + Version(), Events: cfg.Events, Log: log})
 		if err != nil {
 			return err
 		}
 		cfg.cluster = source
+		if events := source.Events(); events != nil {
+			cfg.teller = events
+		}
 	}
 	group.Go(func() error {
 		err := cfg.cluster.Run(ctx)

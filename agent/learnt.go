@@ -186,6 +186,7 @@ func (l *loop) sayNames(e *endpoint, ip netip.Addr) error {
 	if e.book != nil {
 		is = e.book.Names(ip)
 	}
+	l.names.setNames(e.id, ip, slices.Clone(is)) // for flow records
 	d := l.sets.Learn(e.subject, ip, is)
 	set := e.policy.id
 	if err := l.tellPeers(e.subject, d); err != nil {
@@ -266,6 +267,7 @@ func (l *loop) recallNames(e *endpoint) {
 	for _, ip := range e.book.Addresses() {
 		l.learnt.users[ip]++
 		l.sets.Learn(e.subject, ip, e.book.Names(ip)) // nothing is in force yet
+		l.names.setNames(e.id, ip, slices.Clone(e.book.Names(ip)))
 		if _, numbered := l.learnt.numbers[ip]; numbered {
 			continue
 		}
@@ -290,6 +292,7 @@ func (l *loop) forgetNames(e *endpoint) {
 		}
 	}
 	e.book, l.learnt.dirty = nil, true
+	l.names.forgetNames(e.id)
 }
 
 // expireNames forgets what has expired and is not used any more.

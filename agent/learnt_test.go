@@ -77,6 +77,11 @@ func TestLearnt(t *testing.T) {
 			t.Fatal(step)
 		}
 	}
+	if got := [][]string{l.names.Names(a.id, netip.MustParseAddr("198.51.100.7")), l.names.Names(b.id, netip.MustParseAddr("203.0.113.5")),
+		l.names.Names(b.id, netip.MustParseAddr("198.51.100.7")), l.names.Names(a.id, netip.MustParseAddr("198.51.100.9"))}; !slices.Equal(got[0], []string{"www.example.com"}) ||
+		!slices.Equal(got[1], []string{"b.example.com"}) || got[2] != nil || got[3] != nil {
+		t.Errorf("flow records name addresses %q", got)
+	}
 	verify := func(when string) {
 		t.Helper()
 		for _, c := range []struct {

@@ -32,11 +32,17 @@ func (l *loop) kernelConfig() datapath.Config {
 //	sessions  lease indices in use: one for each owner, a second one while its
 //	          session is replaced
 //	names     addresses that the workload knows which was told of most by DNS
+//	proxy     connections of the L7 proxy, some seconds ago; while there is one
 func (l *loop) pressure() ([]datapath.Pressure, error) {
 	out, err := l.dp.Pressure()
 	if err != nil {
 		return nil, err
 	}
+	return append(out, l.ownPressure()...), nil
+}
+
+// ownPressure is that of what is not in the kernel.
+func (l *loop) ownPressure() (out []datapath.Pressure) {
 	if l.grants != nil {
 		out = append(out, datapath.Pressure{Name: "grants", Used: uint64(l.grants.GrantCount()), Capacity: uint64(l.cfg.Grants)})
 	}
@@ -46,8 +52,26 @@ func (l *loop) pressure() ([]datapath.Pressure, error) {
 			most = max(most, e.book.Len())
 		}
 	}
-	return append(out, datapath.Pressure{Name: "sessions", Used: uint64(l.table.LeasesUsed()), Capacity: uint64(l.cfg.Sessions)},
-		datapath.Pressure{Name: "names", Used: uint64(most), Capacity: uint64(l.cfg.NamesPerEndpoint)}), nil
+	out = append(out, datapath.Pressure{Name: "sessions", Used: uint64(l.table.LeasesUsed()), Capacity: uint64(l.cfg.Sessions)},
+		datapath.Pressure{Name: "names", Used: uint64(most), Capacity: uint64(l.cfg.NamesPerEndpoint)})
+	if l.steering {
+		out = append(out, datapath.Pressure{Name: "proxy", Used: uint64(l.feed.Status().Stats.Connections), Capacity: uint64(l.cfg.ProxyConnections)})
+	}
+	return out
+}
+
+// alarmProxy tells of connections that the proxy refused for want of room since it
+// was looked at last (I6).
+func (l *loop) alarmProxy() {
+	if !l.steering {
+		return
+	}
+	full := l.feed.Status().Stats.Full // of the proxy that runs: it begins anew with another
+	before := l.proxyFull
+	if l.proxyFull = full; full <= before {
+		return
+	}
+	l.alarms.raise("proxy-full", fmt.Sprintf("the L7 proxy refused %d connections in %v: all its places, or a client's half of them, were taken; `status` shows how many are, `monitor` whose they were; raise --proxy-connections", full-before, limitInterval))
 }
 
 // lostTotals are counters of what was lost for want of room, as they were when
@@ -78,6 +102,7 @@ func (l *loop) lostSoFar() (t lostTotals, err error) {
 // alarmLimits tells of what is nearly full, and of what was dropped or lost
 // since it last looked because something was (I6).
 func (l *loop) alarmLimits() {
+	l.alarmProxy()
 	full, err := l.pressure()
 	if err != nil {
 		l.alarms.raise("map-pressure", fmt.Sprintf("the fill of the maps is not known: %v", err))
@@ -106,7 +131,7 @@ func (l *loop) alarmLimits() {
 var sizedBy = map[string]string{
 	"endpoints": "endpoints", "bindings": "bindings", "policy": "policy-entries", "ranges": "range-entries", "sources": "source-entries", "services": "service-entries",
 	"conntrack": "conntrack", "conntrack-endpoint": "conntrack-per-endpoint", "fragments": "fragments-per-endpoint",
-	"l7-services": "l7-service-entries", "names": "names-per-endpoint",
+	"l7-services": "l7-service-entries", "names": "names-per-endpoint", "proxy": "proxy-connections",
 	"held": "hold-total", "held-endpoint": "hold-per-endpoint", "held-source": "hold-per-source", "grants": "grants", "sessions": "sessions",
 }
 

@@ -139,6 +139,7 @@ func TestValidateSizes(t *testing.T) {
 		{"--service-entries 0", func(c *Config) { c.ServiceEntries = 0 }},
 		{"--l7-service-entries 0", func(c *Config) { c.L7ServiceEntries = 0 }},
 		{"--names-per-endpoint 0", func(c *Config) { c.NamesPerEndpoint = 0 }},
+		{"--proxy-connections 0", func(c *Config) { c.ProxyConnections = 0 }},
 	} {
 		c := valid()
 		tc.set(&c)

@@ -54,6 +54,11 @@ func (l *loop) listEndpoints(uid string) (out []*api.Endpoint) {
 			Generation: uint64(e.generation), State: e.state.String(), Detail: l.endpointDetail(e),
 			IngressEnforced: e.policy.set.EnforceIngress, EgressEnforced: e.policy.set.EnforceEgress, PolicyEpoch: e.policy.id,
 			Ports: portMessages(e.ports), Created: timestamppb.New(e.created), Pid: uint32(e.process.PID), Attachment: e.attachment.message()}
+		for _, ip := range e.ips { // all of them are bound and proved together
+			if b, ok := l.table.Get(ip); ok && b.Binding.UID == e.uid {
+				m.Evidence = b.EvidenceAt(int64(l.now())).String()
+			}
+		}
 		if e.state == abi.EPQuarantined {
 			for _, ip := range e.ips {
 				m.Grants = append(m.Grants, grants[ip]...)

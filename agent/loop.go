@@ -124,16 +124,22 @@ type loop struct {
 
 	names         *directory     // safe for concurrent use
 	monitors      *monitors      // safe for concurrent use
+	callers       *callers       // nil: which process has a connection is not known; set before run
 	heldTimes     heldTimes      // safe for concurrent use
 	events        *hubble.Events // safe for concurrent use; nil in tests: none are kept
 	feed          *feed.Server   // what the proxy must know; safe for concurrent use; nil: --proxy=false
 	steering      bool           // flows are steered into the proxy where policies ask for it
 	proxyWanted   chan struct{}  // closed with steering
+	proxyServed   *served        // nil until steering
+	proxyFull     uint64         // connections that it had no room for, when alarmProxy last looked
 	proxyRestarts atomic.Uint64
-	alarms        *alarms // safe for concurrent use
+	alarms        *alarms  // safe for concurrent use
+	telling       *telling // of what Events of Kubernetes are made; nil in some tests
 	instruments   *metrics.Instruments
 	started       time.Time
 	boot          identity.BootID
+
+	unheard map[identity.Numeric]uint64 // numbers on their way out, by what the proxy must hear first: see dropNumbers
 }
 
 type importedFile struct {
@@ -210,6 +216,8 @@ func (l *loop) retry() {
 	l.alarmAudit()
 	l.recordCoverage(time.Now(), false)
 	l.alarms.expire()
+	l.tellQuarantines()
+	l.tellStanding(time.Now())
 	l.compactJournal()
 	l.forgetStrangers()
 }

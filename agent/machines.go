@@ -158,6 +158,7 @@ func (l *loop) write(w lease.Write) error {
 			delete(l.numerics, w.Stamp)
 			delete(l.installedAt, w.Stamp)
 			l.names.setLease(w.Stamp, 0)
+			l.names.setPod(w.Stamp, podName{})
 			l.removePorts(w.Stamp)
 			l.release(n)
 		}
@@ -208,6 +209,7 @@ func (l *loop) install(w lease.Install) error {
 	l.numerics[w.Stamp] = n
 	l.installedAt[w.Stamp] = l.now()
 	l.names.setLease(w.Stamp, w.Lease)
+	l.names.setPod(w.Stamp, l.toldPod(w.Binding))
 	l.eventBinding(flowpb.AgentEventType_IPCACHE_UPSERTED, w.Binding.IP, n, w.Binding.Owner, w.Binding.Identity.Namespace)
 	l.settled(n, w.Binding)
 	return nil

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"portcullis/agent/api"
+	"portcullis/agent/kube"
 	"portcullis/bpf/abi"
 	"portcullis/datapath"
 	"portcullis/ipcache/lease"
@@ -126,6 +127,7 @@ func (m measured) Collect(ctx context.Context, emit metrics.Emit) {
 	readers, lost := l.monitors.counts()
 	emit("portcullis_observers", float64(readers))
 	emit("portcullis_observer_lost_total", float64(lost))
+	m.told(emit)
 	if _, err := l.source.GetX509SVID(); err == nil {
 		_, end := l.source.Life()
 		emit("portcullis_svid_expiry_timestamp_seconds", float64(end.Unix()))
@@ -154,6 +156,19 @@ func (m measured) Collect(ctx context.Context, emit metrics.Emit) {
 	}
 }
 
+// told tells of Events of Kubernetes.
+func (m measured) told(emit metrics.Emit) {
+	if m.l.cfg.teller == nil {
+		return
+	}
+	c := m.l.cfg.teller.Counts()
+	emit("portcullis_kubernetes_events_total", float64(c.Created), "created")
+	emit("portcullis_kubernetes_events_total", float64(c.Updated), "counted")
+	for _, why := range kube.EventLosses {
+		emit("portcullis_kubernetes_events_lost_total", float64(c.Lost[why]), why)
+	}
+}
+
 func truth(b bool) float64 {
 	if b {
 		return 1
@@ -164,6 +179,7 @@ func truth(b bool) float64 {
 func (m measured) packets(emit metrics.Emit) {
 	dp := m.l.dp
 	emit("portcullis_events_lost_total", float64(dp.State().LostEvents()))
+	m.l.callers.collect(emit)
 	emit("portcullis_held_packets", float64(dp.Outstanding(0)))
 	counters, err := dp.KernelCounters()
 	if err != nil {
@@ -224,6 +240,7 @@ func (m measured) inside(emit metrics.Emit) {
 	emit("portcullis_proxy_requests_total", float64(s.Stats.Malformed), "malformed")
 	emit("portcullis_proxy_connections_total", float64(s.Stats.Accepted), "accepted")
 	emit("portcullis_proxy_connections_total", float64(s.Stats.Refused), "refused")
+	emit("portcullis_proxy_connections_total", float64(s.Stats.Full), "full")
 }
 
 // countInside counts what the proxy judged.
@@ -252,13 +269,13 @@ func (l *loop) measure(emit metrics.Emit) {
 	emit("portcullis_held_packets_total", float64(l.notTaken), "not-taken")
 	emit("portcullis_devices_unregistered", float64(l.devicesUnregistered()))
 	emit("portcullis_policies", float64(len(l.repo.List())))
-	emit("portcullis_table_entries", float64(l.table.LeasesUsed()), "sessions")
-	emit("portcullis_table_capacity", float64(l.cfg.Sessions), "sessions")
+	for _, t := range l.ownPressure() {
+		emit("portcullis_table_entries", float64(t.Used), t.Name)
+		emit("portcullis_table_capacity", float64(t.Capacity), t.Name)
+	}
 	if l.grants != nil {
 		emit("portcullis_leases_granted", float64(l.grants.GrantCount()))
 		emit("portcullis_startup_wait_seconds", max(0, l.grants.StartupWait(now)).Seconds())
-		emit("portcullis_table_entries", float64(l.grants.GrantCount()), "grants")
-		emit("portcullis_table_capacity", float64(l.cfg.Grants), "grants")
 	}
 	var bindings [abi.EvidenceMax]int
 	for e := range l.table.All() {

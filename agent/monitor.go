@@ -13,7 +13,8 @@ const monitorQueue = 4096
 // local API. Safe for concurrent use. A reader that is too slow loses records
 // and is told how many.
 type monitors struct {
-	ring    *flow.Ring // nil: nothing is kept
+	ring    *flow.Ring         // nil: nothing is kept
+	hear    func(*flow.Record) // nil: nobody; hears every record, does not block and does not keep it; set before run
 	mu      sync.Mutex
 	readers map[*monitor]struct{}
 	lost    uint64 // records, by all readers that were ever here; guarded by mu
@@ -58,7 +59,7 @@ func (m *monitors) unsubscribe(r *monitor) {
 
 // empty reports whether a record would be for nobody.
 func (m *monitors) empty() bool {
-	if m.ring != nil {
+	if m.ring != nil || m.hear != nil {
 		return false
 	}
 	m.mu.Lock()
@@ -68,6 +69,9 @@ func (m *monitors) empty() bool {
 
 func (m *monitors) publish(record flow.Record) {
 	m.keep(&record)
+	if m.hear != nil {
+		m.hear(&record)
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for r := range m.readers {

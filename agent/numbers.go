@@ -3,6 +3,7 @@ package agent
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"go.uber.org/zap"
@@ -31,6 +32,7 @@ func (l *loop) acquireIn(id identity.Identity, in identity.Region) (identity.Num
 	if !fresh {
 		return n, nil
 	}
+	delete(l.unheard, n) // where it was on its way out
 	err := l.store.putRegion(n, id, in)
 	if err == nil {
 		err = l.addPeer(n, authz.PeerIn(id, in))
@@ -78,11 +80,28 @@ func (l *loop) restore(n identity.Numeric, id identity.Identity) error {
 func (l *loop) release(n identity.Numeric) { l.ids.Release(n, int64(l.now())) }
 
 // dropNumbers ends the numbers that have rested. Their entries leave every
-// policy set first: only then may a number be given to another identity, since
-// a stale entry would admit whoever gets it. While one cannot be removed the
-// numbers stay, and it is tried again.
+// policy set first, and the proxy acknowledges that it has heard so, or is gone:
+// only then may a number be given to another identity, since a stale entry would
+// admit whoever gets it. While either cannot be had the numbers stay, and it is
+// tried again. (What the proxy heard of an earlier agent is of policy sets that
+// the kernel names no more; those of this one are told whole.)
 func (l *loop) dropNumbers() {
-	gone := l.ids.Idle(int64(l.now()) - int64(numberRest))
+	l.removeNumbers()
+	for n, message := range l.unheard {
+		if !l.proxyHeard(message) {
+			continue
+		}
+		delete(l.unheard, n)
+		l.steered.behind = true
+		l.ids.Drop(n)
+		l.names.removeIdentity(n)
+	}
+}
+
+// removeNumbers takes the numbers that have rested out of every policy set, here,
+// in the kernel and in the proxy's tables.
+func (l *loop) removeNumbers() {
+	gone := slices.DeleteFunc(l.ids.Idle(int64(l.now())-int64(numberRest)), func(n identity.Numeric) bool { _, left := l.unheard[n]; return left })
 	if len(gone) == 0 {
 		return
 	}
@@ -108,9 +127,6 @@ func (l *loop) dropNumbers() {
 		}
 	}
 	for _, n := range gone {
-		l.forgetPeer(n)
-		l.steered.behind = true
-		l.ids.Drop(n)
-		l.names.removeIdentity(n)
+		l.unheard[n] = l.forgetPeer(n)
 	}
 }

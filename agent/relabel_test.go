@@ -134,7 +134,7 @@ func TestRelabelPrompt(t *testing.T) {
 	if users := l.ids.Users(formerNumber); users != 0 {
 		t.Errorf("%d users of its former number", users)
 	}
-	if name, _ := l.names.Bound(e.ips[0], e.generation); name != "default/a0" {
+	if name, _, _ := l.names.Bound(e.ips[0], e.generation, now.stamp); name != "default/a0" {
 		t.Errorf("the directory knows it as %q", name)
 	}
 	if i := slices.IndexFunc(l.grants.Grants(), func(g lease.GrantInfo) bool { return g.Generation == b.Generation }); i < 0 || !l.grants.Grants()[i].Revoked {

@@ -61,6 +61,12 @@ func (s *server) RegisterWorkload(ctx context.Context, r *api.RegisterWorkloadRe
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
+	resp, err := s.registerParsed(ctx, w, r)
+	s.l.tellRefused(w.uid, err)
+	return resp, err
+}
+
+func (s *server) registerParsed(ctx context.Context, w workload, r *api.RegisterWorkloadRequest) (*api.RegisterWorkloadResponse, error) {
 	started := time.Now()
 	wait := s.l.cfg.AddWait
 	if r.Wait != nil {
@@ -187,6 +193,11 @@ func (s *server) ImportPolicies(ctx context.Context, r *api.ImportPoliciesReques
 		return nil, asStatus(err)
 	}
 	defer st.discard()
+	var policies []*authz.Policy
+	for _, o := range parsed {
+		policies = append(policies, o.Policy)
+	}
+	s.l.readyProxy(ctx, policies)
 	err = s.ask(ctx, func() error {
 		if ctx.Err() != nil {
 			return ctx.Err() // nobody waits, and what was staged is gone
@@ -327,7 +338,10 @@ func (l *loop) resolver() flow.Resolver {
 		Endpoint: l.names.Endpoint,
 		Policy:   l.names.Policy,
 		Bound:    l.names.Bound,
+		Service:  l.names.Service,
+		Names:    l.names.Names,
 		Held:     l.heldTimes.take,
+		Process:  l.callers.known(),
 		Lease: func(stamp uint64) uint64 {
 			if lease := l.names.Lease(stamp); lease != 0 {
 				return l.dp.Deadline(lease)
@@ -368,5 +382,7 @@ func (l *loop) publish(ev abi.Event) {
 	if l.monitors.empty() {
 		return // a node under load has thousands of events a second
 	}
-	l.monitors.publish(flow.FromEvent(ev, l.resolver()))
+	resolve := l.resolver()
+	resolve.Process = l.callers.calledBy()
+	l.monitors.publish(flow.FromEvent(ev, resolve))
 }

@@ -56,6 +56,7 @@ func (l *loop) setServices() error {
 // come into the kernel when policies are applied.
 func (l *loop) useService(s *authz.ServiceObject) {
 	l.services[s.Ref], l.servicesSet = s, false
+	l.names.setService(s.Ref, s)
 	if s.External != "" {
 		l.log.Info("a service is a name for another (ExternalName): toServices means nobody by it", zap.Stringer("service", s.Ref))
 	}
@@ -64,6 +65,7 @@ func (l *loop) useService(s *authz.ServiceObject) {
 
 func (l *loop) forgetService(ref authz.Ref) {
 	delete(l.services, ref)
+	l.names.setService(ref, nil)
 	l.servicesSet = false
 	l.repo.SetService(authz.ServiceName{Namespace: ref.Namespace, Name: ref.Name}, nil)
 }

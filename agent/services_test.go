@@ -58,6 +58,18 @@ func TestImportedService(t *testing.T) {
 	verify("of a service that nobody spoke of", false)
 	n.importPolicy(l, service("app: b0"))
 	verify("imported", true, "10.96.0.5/32", "192.0.2.9/32")
+	named := func(at string, protocol uint8, want string) {
+		t.Helper()
+		if got := l.names.Service(netip.MustParseAddrPort(at), protocol); got != want {
+			t.Errorf("flow records name %s, protocol %d, %q, want %q", at, protocol, got, want)
+		}
+	}
+	named("10.96.0.5:80", authz.ProtoTCP, "default/b")
+	named("192.0.2.9:80", authz.ProtoTCP, "default/b")
+	named("10.96.0.5:81", authz.ProtoTCP, "")
+	named("10.96.0.5:80", authz.ProtoUDP, "")
+	named("10.96.0.5:0", 1, "default/b") // of ICMP the address is enough
+	named("10.1.1.3:8080", authz.ProtoTCP, "")
 	a = n.restartWith(&l, a, func() {})
 	verify("after a restart", true, "10.96.0.5/32", "192.0.2.9/32")
 	n.importPolicy(l, service("app: c0"))
@@ -68,4 +80,5 @@ func TestImportedService(t *testing.T) {
 		t.Fatal(err)
 	}
 	verify("deleted", false)
+	named("10.96.0.5:80", authz.ProtoTCP, "")
 }

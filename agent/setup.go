@@ -301,6 +301,7 @@ func (l *loop) alarmSVID() {
 // close gives up what newLoop opened. Pins and programs stay.
 func (l *loop) close() error {
 	var errs []error
+	l.proxyServed.stop()
 	if l.holds != nil {
 		l.countDrops(l.holds.DropAll(abi.ReasonHoldTimeout)...)
 	}
@@ -319,6 +320,7 @@ func (l *loop) close() error {
 	if l.processes != nil {
 		errs = append(errs, l.processes.close())
 	}
+	errs = append(errs, l.closeCallers())
 	if l.journal != nil {
 		errs = append(errs, l.journal.Close())
 	}

@@ -17,7 +17,9 @@ type ServiceAddress struct {
 // ServicesInside returns, for each of the sets, at which addresses of the services
 // a workload of the set may reach somebody whom the set lets in as far as rules
 // inside a protocol go: what is sent there has to be looked into, whoever of the
-// service's workloads it comes to. Each is yielded once.
+// service's workloads it comes to. Each is yielded once. Of a service behind which
+// nobody is known yet (its workloads may be other nodes', of whom nobody here has
+// asked) are those where the set looks inside whoever the peer is.
 //
 // Of a service without a selector none is: who stands behind it is known by a block
 // of addresses, and of such nobody can tell the proxy who they are.
@@ -34,7 +36,7 @@ func (x *Sets) ServicesInside(services iter.Seq[*ServiceObject], sets ...Set) []
 		return out
 	}
 	for service := range services {
-		if len(service.Addresses) == 0 || len(service.Ports) == 0 {
+		if len(service.Addresses) == 0 || len(service.Ports) == 0 || len(service.Selector) == 0 || service.External != "" {
 			continue
 		}
 		behind := x.behind(service)
@@ -61,11 +63,8 @@ func (s Set) LooksInsideEgress() bool {
 	return s.EnforceEgress && s.compiled != nil && s.insides[abi.DirEgress]
 }
 
-// behind returns the workloads with numbers that a service selects.
+// behind returns the workloads with numbers that a service with a selector selects.
 func (x *Sets) behind(s *ServiceObject) map[identity.Numeric]Peer {
-	if len(s.Selector) == 0 || s.External != "" {
-		return nil
-	}
 	at, out := ServiceName{s.Namespace, s.Name}, map[identity.Numeric]Peer{}
 	// Whatever its labels say, no other namespace's workload stands behind it.
 	for n := range x.peersAt[place{kind: atNamespace, value: s.Namespace}] {
@@ -77,9 +76,23 @@ func (x *Sets) behind(s *ServiceObject) map[identity.Numeric]Peer {
 	return out
 }
 
+// looksInsideWhoever reports whether the set looks inside at a port whoever the peer
+// is, and does not let the nodes in wholly there: where they stand behind the service
+// it would lead to nobody whom the proxy can be told of.
+func (s Set) looksInsideWhoever(proto uint8, port uint16) bool {
+	inside := func(n identity.Numeric) bool {
+		d := s.Judge(abi.DirEgress, n, proto, port)
+		return d.Verdict == abi.VerdictPass && d.L7
+	}
+	return inside(identity.NumUnmanaged) && inside(identity.NumHost) && inside(identity.NumRemoteNode)
+}
+
 // leadsInside reports whether a service's port leads to any of the peers at a port
 // where the set looks inside.
 func (s Set) leadsInside(port ServicePort, behind map[identity.Numeric]Peer) bool {
+	if len(behind) == 0 && port.Target != 0 {
+		return s.looksInsideWhoever(port.Protocol, port.Target)
+	}
 	for n, p := range behind {
 		targets := []PortRange{Port(port.Protocol, port.Target)}
 		if port.Target == 0 {

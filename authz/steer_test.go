@@ -79,17 +79,18 @@ func TestServicesInside(t *testing.T) {
 		}
 	}
 	// c: whoever the peer is, and as far as it is web, wholly. Inside is looked all
-	// the same where the entry says so; what is allowed there is Judge's matter.
-	const d = "10.96.0.1:80/6"
-	check("at first", "10.96.0.10:53/17 "+d, "", "10.96.0.10:8080/6 "+d+" 10.96.0.2:80/6", d)
+	// the same where the entry says so; what is allowed there is Judge's matter. So
+	// it is where nobody is known behind the service, at a port that has a number.
+	const d, nobody = "10.96.0.1:80/6", " 10.96.0.3:80/6"
+	check("at first", "10.96.0.10:53/17 "+d, "", "10.96.0.10:8080/6 "+d+" 10.96.0.2:80/6"+nobody, d)
 	repo.AddPorts(7, workload("default", "web"), []identity.NamedPort{{Name: "http", Port: 8080, Protocol: "TCP"}})
 	const both = "10.96.0.1:80/6 10.96.0.1:82/6"
-	check("with a named port", "10.96.0.10:53/17 "+both, "", "10.96.0.10:8080/6 "+both+" 10.96.0.2:80/6", both)
+	check("with a named port", "10.96.0.10:53/17 "+both, "", "10.96.0.10:8080/6 "+both+" 10.96.0.2:80/6"+nobody, both)
 	repo.RemovePorts(7)
 	sets.RemovePeer(302)
-	check("without the peer", d, "", d+" 10.96.0.2:80/6", d)
+	check("without the peer", d, "", "10.96.0.10:8080/6 "+d+" 10.96.0.2:80/6"+nobody, d)
 	services[0].Selector = map[string]string{"app": "x"}
-	check("with another selector", "", "", "10.96.0.2:80/6", "")
+	check("with another selector", "", "", "10.96.0.10:8080/6 "+d+" 10.96.0.2:80/6"+nobody, "")
 }
 
 // Who lets nobody in by names need not hear what they are told.

@@ -504,6 +504,7 @@ enum pc_flow_state {
 enum pc_event_flag {
 	PC_EVENT_REINJECTED = 1, /* had been held */
 	PC_EVENT_NO_EVIDENCE = 2, /* the verdict is the same whoever the peer is */
+	PC_EVENT_FRAGMENT = 4,	  /* not the first part of its datagram: it has no type of ICMP */
 };
 
 /* Ring buffer `events`: the first packet of each flow and direction that
@@ -532,7 +533,15 @@ struct pc_event {
 	__u8 state;	  /* enum pc_flow_state */
 	__u8 tcp_flags;
 	__u8 flags;
-	__u8 pad[4];
+	__u8 icmp_type, icmp_code; /* of ICMP and ICMPv6, but of PC_EVENT_FRAGMENT */
+	__u16 service_port;
+	/* What the workload called, where the node has translated that: the peer
+	 * is whom it leads to. Else zero. */
+	struct pc_addr service;
+	/* Of the socket that sent the packet, as `processes` names it; 0: not known,
+	 * as of what the endpoint is sent, of a re-injected packet, of the proxy's and behind the
+	 * node's translation. An accepted connection has one that nobody tells of. */
+	__u64 cookie;
 };
 
 /* Ring buffer `held`: this header, then the packet from its link-layer
@@ -627,6 +636,73 @@ struct pc_uplink {
 	__u32 flags;
 };
 
+/* ---- processes (process.c, an object of its own) ----------------------- */
+
+enum pc_process_kind {
+	PC_PROCESS_CONNECT = 0, /* connect(): to dst; a local port that is 0 is not chosen yet */
+	PC_PROCESS_SEND = 1, /* the first datagram that the process sends by an unconnected socket: to dst */
+	PC_PROCESS_BIND = 2, /* bind(): from now on it holds src */
+	PC_PROCESS_RELEASE = 3, /* a socket of which a BIND was told is no more; of the rest only cookie, proto, src count */
+};
+
+enum pc_process_flag {
+	PC_PROCESS_FORKED = 1, /* runs what its parent ran: it has not called exec since fork */
+	PC_PROCESS_LONG_ARGUMENTS = 2, /* there are more arguments */
+};
+
+enum pc_process_size {
+	PC_PROCESS_MAX_PATH = 256,
+	PC_PROCESS_MAX_NAME = 64, /* of one element of a path; a longer one is cut */
+	PC_PROCESS_MAX_ARGUMENTS = 256,
+};
+
+/* A path as the process sees it, each element with a 0 behind it, the last one
+ * first: "wget", "bin", "usr". */
+enum pc_process_path_flag {
+	PC_PROCESS_PATH_KNOWN = 1, /* else nothing is told; the root has no elements */
+	PC_PROCESS_PATH_LONG = 2, /* there is more of it before the last element here */
+};
+
+struct pc_process_path {
+	__u32 len; /* bytes in text */
+	__u32 flags; /* enum pc_process_path_flag */
+	__u8 text[PC_PROCESS_MAX_PATH + PC_PROCESS_MAX_NAME];
+};
+
+/* Ring buffer `processes`: which process did what to a socket. Told by cgroup
+ * hooks, which decide nothing: whatever goes wrong there, the call goes on. */
+struct pc_process_event {
+	__u64 time;
+	__u64 cookie;	  /* of the socket; never used twice in a boot */
+	__u64 netns;	  /* cookie of the socket's network namespace */
+	__u64 cgroup;	  /* id of the process's cgroup (v2): the inode of its directory */
+	__u64 start;	  /* BOOTTIME of the process's start */
+	__u64 parent_start;
+	struct pc_addr src; /* the socket's own address; zero: any */
+	struct pc_addr dst;
+	__u32 pid;	  /* of the process, as the agent's pid namespace has it; 0: not in there */
+	__u32 parent;	  /* the same of its parent */
+	__u32 exec;	  /* how many times this process and those that it was forked from called exec, modulo 2^32 */
+	__u32 uid;
+	__u32 auid;	  /* of the login; 2^32-1: none, or this kernel does not know */
+	__u32 arguments_len;
+	__u16 sport;
+	__u16 dport;
+	__u8 proto;
+	__u8 kind;	  /* enum pc_process_kind */
+	__u8 flags;	  /* enum pc_process_flag */
+	__u8 pad;
+	__u8 comm[16];	  /* the thread's name, which it chooses */
+	struct pc_process_path binary;
+	struct pc_process_path cwd;
+	__u8 arguments[PC_PROCESS_MAX_ARGUMENTS]; /* each with a 0 behind it; only if asked for */
+};
+
+/* Map `process_lost`: array of one: records that the ring had no room for. */
+struct pc_process_lost {
+	__u64 records;
+};
+
 /* ---- sizes ----------------------------------------------------------- */
 
 _Static_assert(sizeof(struct pc_addr) == 16, "pc_addr");
@@ -644,8 +720,9 @@ _Static_assert(sizeof(struct pc_judgement) == 40, "pc_judgement");
 _Static_assert(sizeof(struct pc_ct) == 104, "pc_ct");
 _Static_assert(sizeof(struct pc_steering) == 20, "pc_steering");
 _Static_assert(sizeof(struct pc_l7_service_key) == 24, "pc_l7_service_key");
-_Static_assert(sizeof(struct pc_event) == 104, "pc_event");
+_Static_assert(sizeof(struct pc_event) == 128, "pc_event");
 _Static_assert(sizeof(struct pc_held) == 104, "pc_held");
 _Static_assert(sizeof(struct pc_state) == 128, "pc_state");
+_Static_assert(sizeof(struct pc_process_event) == 1040, "pc_process_event");
 
 #endif

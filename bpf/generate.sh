@@ -2,6 +2,7 @@
 # Rebuilds what is generated from the C sources and committed beside them:
 #
 #	bpf/portcullis_bpfel.o	the kernel programs (package bpf embeds it)
+#	bpf/process_bpfel.o	those that tell which process has a socket
 #	bpf/abi/abi.go		the structures shared with them, from abi.h
 #
 # The output is the same, byte for byte, on every machine with clang 19.1: the
@@ -58,9 +59,11 @@ compile() { # source, object
 
 mkdir -p "$out/bpf/abi"
 compile bpf/portcullis.c "$tmp/portcullis.o"
-"$strip" -g "$tmp/portcullis.o" # DWARF only; BTF stays
+compile bpf/process.c "$tmp/process.o"
+"$strip" -g "$tmp/portcullis.o" "$tmp/process.o" # DWARF only; BTF stays
 compile bpf/abi.c "$tmp/abi.o"
 go run ./bpf/internal/gen -object "$tmp/abi.o" -out "$tmp/abi.go"
 
 cp "$tmp/portcullis.o" "$out/bpf/portcullis_bpfel.o"
+cp "$tmp/process.o" "$out/bpf/process_bpfel.o"
 cp "$tmp/abi.go" "$out/bpf/abi/abi.go"

@@ -12,3 +12,9 @@ import _ "embed" // for the object
 //
 //go:embed portcullis_bpfel.o
 var Object []byte
+
+// Processes is the ELF object with the programs that tell which process has a
+// socket, with their maps and BTF. It must not be modified.
+//
+//go:embed process_bpfel.o
+var Processes []byte

@@ -153,7 +153,7 @@ inline_always int gate_steers(struct __sk_buff *skb, struct pc_life *l, int dir)
 	}
 	count(skb, PC_REASON_NONE, dir, PC_VERDICT_STEER);
 	if (l->report || l->reinjected)
-		emit(skb, l, PC_VERDICT_STEER);
+		emit(skb, l, PC_VERDICT_STEER, sent_by(skb, l));
 	return 1;
 }
 
@@ -197,7 +197,7 @@ inline_always int gate(struct __sk_buff *skb, int dir)
 			l.reason = PC_REASON_MAP_FULL;
 		count(skb, l.reason, dir, PC_VERDICT_PASS);
 		if (l.report || l.reinjected)
-			emit(skb, &l, PC_VERDICT_PASS);
+			emit(skb, &l, PC_VERDICT_PASS, sent_by(skb, &l));
 		leave(skb, &l, dir);
 		if ((l.how & CT_SETTLED) && !l.report)
 			recent_store(skb, &l);
@@ -213,7 +213,7 @@ inline_always int gate(struct __sk_buff *skb, int dir)
 			if (l.p.frag == FRAG_FIRST)
 				fragment_store(skb, &l, PC_VERDICT_HOLD);
 			count(skb, l.reason, dir, PC_VERDICT_HOLD);
-			emit(skb, &l, PC_VERDICT_HOLD);
+			emit(skb, &l, PC_VERDICT_HOLD, sent_by(skb, &l));
 			return TCX_DROP;
 		}
 		if (!audit)
@@ -224,7 +224,7 @@ inline_always int gate(struct __sk_buff *skb, int dir)
 			fragment_store(skb, &l, PC_VERDICT_PASS);
 		count(skb, l.reason, dir, PC_VERDICT_AUDIT);
 		if (!l.audited || l.reinjected)
-			emit(skb, &l, PC_VERDICT_AUDIT);
+			emit(skb, &l, PC_VERDICT_AUDIT, sent_by(skb, &l));
 		leave(skb, &l, dir);
 		return TCX_NEXT;
 	}
@@ -232,7 +232,7 @@ inline_always int gate(struct __sk_buff *skb, int dir)
 	if (l.reinjected && l.p.frag == FRAG_FIRST)
 		fragment_store(skb, &l, PC_VERDICT_DROP);
 	count(skb, l.reason, dir, PC_VERDICT_DROP);
-	emit(skb, &l, PC_VERDICT_DROP);
+	emit(skb, &l, PC_VERDICT_DROP, sent_by(skb, &l));
 	return TCX_DROP;
 }
 

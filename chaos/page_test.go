@@ -16,7 +16,7 @@ func TestPage(t *testing.T) {
 	const ms = int64(time.Millisecond)
 	ip := []netip.Addr{netip.MustParseAddr("10.1.1.1"), netip.MustParseAddr("fd00:1::1")}
 	h := &check.History{
-		Run:   check.Run{Scenario: "ip-reuse", Evidence: "classic", Faults: []string{"partition"}, Seed: 7, Nodes: []string{"owner"}, Begin: 1, End: 1000 * ms, Tick: 1, Complete: true},
+		Run:   check.Run{Scenario: "ip-reuse", Evidence: "classic", Faults: []string{"partition"}, Seed: 7, Nodes: []string{"owner", "verifier"}, Begin: 1, End: 1000 * ms, Tick: 1, Complete: true},
 		Rules: Rules(),
 		Workloads: []check.Workload{
 			{UID: "s", Name: "d/hello", Node: "verifier", IPs: []netip.Addr{netip.MustParseAddr("10.2.0.1")}, Names: []check.Name{{Identity: HelloV1, Since: 1, Sure: 1}}, Made: 1, Asked: 1, Ready: 1},

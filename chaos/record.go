@@ -26,6 +26,13 @@ type recorder struct {
 	workloads []*check.Workload         // guarded by mu
 	messages  map[uint64]*check.Message // guarded by mu
 	faults    []*check.Fault            // guarded by mu
+	long      []longer                  // guarded by mu
+}
+
+// longer is a fault during which longer leases are given than else.
+type longer struct {
+	fault *check.Fault
+	lease time.Duration
 }
 
 func newRecorder() *recorder { return &recorder{messages: map[uint64]*check.Message{}} }
@@ -88,12 +95,32 @@ func (r *recorder) received(id uint64, uid string) (m check.Message, ok bool) {
 	return m, ok
 }
 
-func (r *recorder) begins(f check.Fault) *check.Fault {
+// begins notes a fault that is about to begin. f.Lease is the longest lease that is
+// given until then, and, if that is longer than always, by what it does.
+func (r *recorder) begins(f check.Fault, always time.Duration) *check.Fault {
 	f.From = now()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.faults = append(r.faults, &f)
+	if f.Lease > always {
+		r.long = append(r.long, longer{&f, f.Lease})
+	}
 	return &f
+}
+
+// began notes that a fault has begun. What earlier ones had given counts, too: the
+// lease that an agent asked for before its absence stands when the next begins.
+func (r *recorder) began(f *check.Fault) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	f.Began = now()
+	for _, l := range r.long {
+		left := l.lease
+		if l.fault.Ended != 0 {
+			left -= time.Duration(f.Began - l.fault.Ended)
+		}
+		f.Lease = max(f.Lease, left)
+	}
 }
 
 // forget removes a fault that did not come to begin.

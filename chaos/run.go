@@ -39,7 +39,7 @@ func Run(ctx context.Context, o Options) (*check.Result, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the lab: %w", err)
 	}
-	run := check.Run{Scenario: p.scenario.Name, Evidence: p.Evidence, Faults: p.Faults, Seed: p.Seed, Nodes: []string{ownerNode, verifierNode, otherNode},
+	run := check.Run{Scenario: p.scenario.Name, Evidence: p.Evidence, Faults: p.Faults, Seed: p.Seed, Events: p.Events, Nodes: []string{ownerNode, verifierNode, otherNode},
 		Begin: now(), Tick: tick, Settle: p.TTL + 3*time.Second}
 	before, err := w.drops()
 	if err != nil {
@@ -175,10 +175,16 @@ func (w *world) life(ctx context.Context, spec lab.Workload, is string, slot int
 		return absent, errors.Join(err, w.leave(x))
 	}
 	stop := w.speaking(ctx, x)
+	if w.scenario.late {
+		w.tell(ctx, slot) // of those who had its IPs before
+	}
 	if err := w.activate(ctx, x); err == nil {
 		came = registered
 		if w.scenario.late {
 			_ = w.registration(ctx, x, lab.RunOptions{NoWait: true}) // once more, and nothing changes
+			if x.untold = r.IntN(2) == 0; x.untold {
+				w.owe(slot, x)
+			}
 		}
 		w.live(ctx, x, r)
 	}
@@ -346,8 +352,8 @@ func (w *world) anyTarget(r *rand.Rand) (netip.Addr, bool) {
 // cause lets one kind of fault happen, again and again.
 func (w *world) cause(ctx context.Context, k fault.Kind, r *rand.Rand, locks *locks) error {
 	if k.Begin == nil { // it is in the lab's configuration
-		f := w.rec.begins(check.Fault{Kind: k.Name, Impairs: k.Impairs, Loses: k.Loses})
-		w.rec.set(func() { f.Began = now() })
+		f := w.rec.begins(check.Fault{Kind: k.Name, Impairs: k.Impairs, Loses: k.Loses}, w.TTL)
+		w.rec.began(f)
 		w.mended.Add(1)
 		<-ctx.Done()
 		return nil
@@ -390,7 +396,7 @@ func (w *world) happen(ctx context.Context, k fault.Kind, nodes []string, r *ran
 	if k.Who == fault.Everybody {
 		said.Nodes = nil
 	}
-	f := w.rec.begins(said)
+	f := w.rec.begins(said, w.TTL)
 	if k.Remakes {
 		if err := w.lose(nodes); err != nil {
 			return err
@@ -401,7 +407,7 @@ func (w *world) happen(ctx context.Context, k fault.Kind, nodes []string, r *ran
 		w.rec.forget(f)
 		return err
 	}
-	w.rec.set(func() { f.Began = now() })
+	w.rec.began(f)
 	if k.Rogue {
 		w.rogue.Store(true)
 	}

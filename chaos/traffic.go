@@ -36,7 +36,7 @@ type talker struct {
 
 	ctx    context.Context
 	cancel context.CancelFunc
-	wg     sync.WaitGroup // all that it started
+	wg     sync.WaitGroup // all that it started, and every attempt
 
 	server   *net.TCPListener
 	services *net.UDPConn // on ServicePort
@@ -44,6 +44,7 @@ type talker struct {
 
 	mu      sync.Mutex
 	waiting map[uint64]chan struct{} // guarded by mu; datagrams that wait for their replies
+	stopped bool                     // guarded by mu; no attempt begins any more
 }
 
 // newTalker opens the workload's sockets and serves until stop.
@@ -85,11 +86,28 @@ func (t *talker) close() {
 	}
 }
 
-// stop closes every socket and waits until nothing is left.
+// stop closes every socket and waits until nothing is left. When it returns,
+// nothing is sent any more, and nothing noted as sent: an attempt that was
+// ordered before and comes to run only now does not begin.
 func (t *talker) stop() {
+	t.mu.Lock()
+	t.stopped = true
+	t.mu.Unlock()
 	t.cancel()
 	t.close()
 	t.wg.Wait()
+}
+
+// attempt reports whether an attempt may begin: none does once the talker is told
+// to stop, which waits for those that have begun. Who may calls end afterwards.
+func (t *talker) attempt() (end func(), ok bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.stopped {
+		return nil, false
+	}
+	t.wg.Add(1)
+	return t.wg.Done, true
 }
 
 // A message on the wire is its number and its sender, on a line.
@@ -206,6 +224,11 @@ func (t *talker) replies() {
 
 // udp sends one datagram from the fixed port and waits for its reply.
 func (t *talker) udp(from netip.Addr, to netip.AddrPort) {
+	end, ok := t.attempt()
+	if !ok {
+		return
+	}
+	defer end()
 	id := t.rec.sending(check.Message{Protocol: "udp", Sender: t.uid, From: netip.AddrPortFrom(from, clientPort), To: to})
 	defer t.rec.ended(id)
 	got := make(chan struct{})
@@ -232,6 +255,11 @@ func (t *talker) udp(from netip.Addr, to netip.AddrPort) {
 // tcp opens a connection, and then speaks over it once, and again every
 // interval, until told to stop, or until it does not stand any more.
 func (t *talker) tcp(ctx context.Context, from netip.Addr, to netip.AddrPort, every time.Duration) {
+	end, ok := t.attempt()
+	if !ok {
+		return
+	}
+	defer end()
 	id, c, local := t.connect(from, to)
 	if c == nil {
 		return
@@ -277,9 +305,7 @@ func (t *talker) connect(from netip.Addr, to netip.AddrPort) (id uint64, c *os.F
 	err = unix.Connect(fd, sockaddr(to))
 	c = os.NewFile(uintptr(fd), "tcp")
 	if err == nil || errors.Is(err, unix.EINPROGRESS) {
-		stop := context.AfterFunc(t.ctx, func() { c.SetDeadline(time.Unix(1, 0)) })
-		err = established(c)
-		stop()
+		err = t.established(c)
 	}
 	if err != nil {
 		c.Close()
@@ -291,10 +317,13 @@ func (t *talker) connect(from netip.Addr, to netip.AddrPort) (id uint64, c *os.F
 }
 
 // established waits for the end of a handshake.
-func established(c *os.File) error {
+func (t *talker) established(c *os.File) error {
 	if err := c.SetDeadline(time.Now().Add(attemptLimit)); err != nil {
 		return err
 	}
+	// After that, or the later deadline would be the one that counts.
+	stop := context.AfterFunc(t.ctx, func() { c.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
 	raw, err := c.SyscallConn()
 	if err != nil {
 		return err

@@ -39,6 +39,7 @@ type world struct {
 	mu      sync.Mutex
 	servers []*standing          // guarded by mu; copied to be changed
 	targets map[int][]netip.Addr // guarded by mu; by slot, the IPs in use
+	owed    map[int][]string     // guarded by mu; by slot, who has ended and whose agent was not told
 
 	rogue   atomic.Bool  // workloads are put on the owner's IPs behind its back
 	lost    losses       // of nodes
@@ -81,7 +82,7 @@ func newWorld(ctx context.Context, p *plan) (w *world, err error) {
 	if err != nil {
 		return nil, err
 	}
-	w = &world{plan: p, lab: l, rec: newRecorder(), rnd: rand.New(rand.NewPCG(p.Seed, 0x706f7274)), targets: map[int][]netip.Addr{}}
+	w = &world{plan: p, lab: l, rec: newRecorder(), rnd: rand.New(rand.NewPCG(p.Seed, 0x706f7274)), targets: map[int][]netip.Addr{}, owed: map[int][]string{}}
 	if err = l.ImportPolicies(ctx, &api.PolicyFile{Name: "chaos.yaml", Content: []byte(Policies)}); err == nil {
 		err = w.populate(ctx, ownerNode, verifierNode, otherNode)
 	}
@@ -214,6 +215,8 @@ type present struct {
 	run  lab.Running
 	note *check.Workload
 	is   string
+	// untold: when it ends its agent is not told, but later (tell).
+	untold bool
 }
 
 // prepare makes a workload's namespace. Its agent does not know of it yet.
@@ -307,7 +310,11 @@ func (w *world) leave(x *present) error {
 	defer cancel()
 	name := x.run.Spec.FullName()
 	path, err := w.lab.Namespace(name)
-	if err == nil {
+	switch {
+	case err != nil:
+	case x.untold:
+		err = w.lab.Destroy(ctx, name)
+	default:
 		_, err = w.lab.Delete(ctx, name)
 	}
 	if err != nil {
@@ -321,4 +328,31 @@ func (w *world) leave(x *present) error {
 	gone := now()
 	w.rec.set(func() { x.note.Gone = gone })
 	return err
+}
+
+// owe notes that a workload's agent will have to be told of its end.
+func (w *world) owe(slot int, x *present) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.owed[slot] = append(w.owed[slot], x.run.UID.String())
+}
+
+// tell tells the owner's agent of ends that it was not told of, each twice. An agent
+// that is not there has heard nothing, and sees that their devices are gone.
+func (w *world) tell(ctx context.Context, slot int) {
+	w.mu.Lock()
+	owed := w.owed[slot]
+	delete(w.owed, slot)
+	w.mu.Unlock()
+	c, err := w.lab.Client(ownerNode)
+	if err != nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	for _, uid := range owed {
+		for range 2 {
+			_, _ = c.DeregisterWorkload(ctx, &api.DeregisterWorkloadRequest{Uid: uid}) // or the device's end tells it
+		}
+	}
 }

@@ -137,6 +137,7 @@ func TestServiceFirstPacketIsHeldForItsBackend(t *testing.T) {
 		q := hold.NewQueue(hold.Limits{}, x.d.ReleaseHold)
 		server, other := x.udp(x.lab.remote, x.remote, x.backendPort), x.udp(x.lab.remote, x.remote2, x.backendPort)
 		x.lead(x.remote)
+		events := x.events(x.d)
 		x.call("first")
 		r := g.next(x.lab)
 		if r.Peer != x.remote || r.Local != x.own || r.Service != x.service || r.Sport != 6000 || r.Dport != x.backendPort ||
@@ -157,6 +158,23 @@ func TestServiceFirstPacketIsHeldForItsBackend(t *testing.T) {
 			x.exchange(server, "next")
 		}
 		x.nothing(other)
+		// Each event tells what was called beside who it leads to: held, passed, answered.
+		told := map[string]bool{}
+		for want := []string{"hold to", "pass to", "pass from"}; !told[want[0]] || !told[want[1]] || !told[want[2]]; {
+			select {
+			case ev := <-events:
+				if netip.AddrPortFrom(netip.AddrFrom16(ev.Service).Unmap(), ev.ServicePort) != x.service {
+					continue // what else goes by; of a reply whose judgement stands the service is its source
+				}
+				if ev.Src == datapath.Addr(x.own) && ev.Dst == datapath.Addr(x.remote) && ev.Dport == x.backendPort {
+					told[abi.Verdict(ev.Verdict).String()+" to"] = true
+				} else if ev.Dst == datapath.Addr(x.own) && ev.Src == datapath.Addr(x.remote) {
+					told[abi.Verdict(ev.Verdict).String()+" from"] = true
+				}
+			case <-time.After(patience):
+				t.Fatalf("events tell of %v", told)
+			}
+		}
 		if len(g.records) != 0 || x.d.Outstanding(0) != 0 || x.egress(abi.VerdictHold, abi.ReasonUnbound) != 1 {
 			t.Errorf("%d held, %d outstanding; counters %v", len(g.records), x.d.Outstanding(0), counters(x.lab, x.d))
 		}

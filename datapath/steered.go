@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"net/netip"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"sync/atomic"
 
 	"github.com/cilium/ebpf"
@@ -72,6 +74,35 @@ func OpenSteered(pinDirectory string) (*Steered, error) {
 		return nil, errors.Join(err, s.Close())
 	}
 	return s, nil
+}
+
+// Maps names the maps that are read. The agent whose programs judge by the same
+// ones has the same name for them (Datapath.SteeredMaps).
+func (s *Steered) Maps() (string, error) {
+	return mapIDs(s.conntrack, s.endpoints, s.bindings, s.slots, s.leases, s.ranges, s.state)
+}
+
+// SteeredMaps names the maps in force that a Steered reads. Who has opened others
+// reads what the programs do not judge by any more.
+func (d *Datapath) SteeredMaps() (string, error) {
+	m := d.coll.Maps
+	return mapIDs(m["conntrack"], m["endpoints"], m["bindings"], m["slots"], m["leases"], m["ranges"], m["state"])
+}
+
+func mapIDs(all ...*ebpf.Map) (string, error) {
+	var ids []string
+	for _, m := range all {
+		info, err := m.Info()
+		if err != nil {
+			return "", fmt.Errorf("ask for a map's number: %w", err)
+		}
+		id, ok := info.ID()
+		if !ok {
+			return "", errors.New("the kernel does not number its maps")
+		}
+		ids = append(ids, strconv.Itoa(int(id)))
+	}
+	return strings.Join(ids, ","), nil
 }
 
 // Close gives the file descriptors back. It may be repeated.

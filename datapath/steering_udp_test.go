@@ -118,7 +118,7 @@ func (f *forwarder) relay(client, server netip.AddrPort, query []byte) {
 	down.WriteTo(b[:min(n, 1400)], net.UDPAddrFromAddrPort(client))
 }
 
-// allowL7 is allow, through the proxy.
+// allowL7 is allow, through the proxy; of IDAny, whoever it is.
 func (x *serving) allowL7(identity uint32, port uint16) {
 	x.t.Helper()
 	set := x.d.State().NextPolicySet()
@@ -129,7 +129,8 @@ func (x *serving) allowL7(identity uint32, port uint16) {
 			Proto: proto, Port: [2]uint8{uint8(port >> 8), uint8(port)}}
 		peer := key
 		peer.Identity = identity
-		entries[key], entries[peer] = abi.Policy{Flags: uint8(abi.PolicyPeerAllow)}, abi.Policy{Flags: uint8(abi.PolicyAllow | abi.PolicyL7), Rule: 8}
+		entries[key] = abi.Policy{Flags: uint8(abi.PolicyPeerAllow)}
+		entries[peer] = abi.Policy{Flags: uint8(abi.PolicyAllow | abi.PolicyL7), Rule: 8}
 		services = append(services, datapath.L7Service{Set: set, Address: x.service, Protocol: proto})
 	}
 	x.must(x.d.PutPolicy(set, entries))
@@ -207,6 +208,31 @@ func TestSteeredService(t *testing.T) {
 				x.must(in.Inject(r))
 			}
 			x.exchange(server, "first")
+		})
+		// Where it makes no difference who it is, nobody need know whom the service
+		// leads to.
+		t.Run("whoever it is", func(t *testing.T) {
+			x := newServing(t, is4)
+			s, _ := x.steering(x.d)
+			f := x.forwarder(s)
+			x.lead(x.remote) // of another node, and never confirmed
+			x.allowL7(uint32(abi.IDAny), x.backendPort)
+			server := x.udp(x.lab.remote, x.remote, x.backendPort)
+			x.call("datagram")
+			x.exchange(server, "datagram")
+			c, srv := x.tcp(x.lab.remote, x.remote)
+			x.say(srv, c, "the server first")
+			x.say(c, srv, "the client")
+			if n := len(f.saw()); n != 2 {
+				t.Errorf("the proxy saw %d, want 2: %v", n, f.saw())
+			}
+			look, err := datapath.OpenSteered(x.pins)
+			x.must(err)
+			defer look.Close()
+			got, err := look.Look(abi.DirEgress, unix.IPPROTO_TCP, addrPort(c.LocalAddr()), x.service)
+			if err != nil || got.PeerAddr.IsValid() || got.Port != x.backendPort || got.Peer != 0 || got.Set != x.ep.Policy {
+				t.Errorf("%+v, %v", got, err)
+			}
 		})
 		// Another of the service's workloads may be under L7: this one's answers
 		// go the way that the calls have gone.

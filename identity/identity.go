@@ -118,3 +118,7 @@ const (
 
 // AgentSPIFFEPath returns the path of a node agent's SPIFFE ID.
 func AgentSPIFFEPath(node NodeName) string { return "/portcullis/node/" + string(node) }
+
+// RelaySPIFFEPath is the path of a relay's SPIFFE ID: agents tell it of flows, and
+// of nothing else.
+const RelaySPIFFEPath = "/portcullis/relay"

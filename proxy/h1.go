@@ -329,6 +329,13 @@ func (p *pair) deny(rq *request, n int, begin time.Time) (more bool) {
 	if !p.quiet() {
 		return false
 	}
+	p.in.skip(n)
+	if !last && rq.body.kind == bodyChunked {
+		// Nobody knows how much it is. What comes soon is read before the answer,
+		// so that this can say whether the connection stays.
+		last = !p.discard(&rq.body, p.s.opts.chunkedWait)
+		rq.body = body{}
+	}
 	answer := deniedHead
 	if last {
 		answer += "Connection: close\r\n"
@@ -340,8 +347,7 @@ func (p *pair) deny(rq *request, n int, begin time.Time) (more bool) {
 		p.abort("write: " + err.Error())
 		return false
 	}
-	p.in.skip(n)
-	if last || !p.discard(&rq.body) {
+	if last || !p.discard(&rq.body, p.s.opts.DrainTimeout) {
 		p.linger()
 		return false
 	}
@@ -349,11 +355,11 @@ func (p *pair) deny(rq *request, n int, begin time.Time) (more bool) {
 }
 
 // discard reads the body of a refused request away, within the bounds.
-func (p *pair) discard(b *body) bool {
+func (p *pair) discard(b *body, limit time.Duration) bool {
 	if b.kind == bodyNone {
 		return true
 	}
-	p.client.SetReadDeadline(time.Now().Add(p.s.opts.DrainTimeout)) // an error comes with the read
+	p.client.SetReadDeadline(time.Now().Add(limit)) // an error comes with the read
 	for budget := p.s.opts.DrainBytes; budget >= 0; {
 		n, done, err := b.take(p.in.data())
 		p.in.skip(n)

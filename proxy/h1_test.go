@@ -350,3 +350,54 @@ func TestEarlyAnswer(t *testing.T) {
 		<-sent
 	}
 }
+
+// A client whose content comes in pieces keeps its connection, where the content
+// is short; else it is told that it does not.
+func TestRefusedChunks(t *testing.T) {
+	b := newBackend(t, nil)
+	r := newRig(t, b.addr, landing, Options{chunkedWait: patience})
+	w := r.dial()
+	const head, next = "POST /no HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n", "POST /v1/request-landing HTTP/1.1\r\nHost: a\r\n\r\n"
+	for range 3 {
+		for _, piece := range []string{head, "3\r\nabc\r\n", "0\r\n", "\r\n"} {
+			w.send(piece)
+		}
+		if res, body := w.answer("POST"); res.StatusCode != 403 || body != deniedBody || res.Close {
+			t.Fatal(res.Status, body, res.Close)
+		}
+	}
+	if res, _ := w.send(next).answer("POST"); res.StatusCode != 200 {
+		t.Fatal(res.Status)
+	}
+	w.send(head + "20000\r\n" + strings.Repeat("x", 0x20000) + "\r\n")
+	if res, body := w.answer("POST"); res.StatusCode != 403 || body != deniedBody || !res.Close {
+		t.Fatal(res.Status, body, res.Close)
+	}
+	if seen := b.asked(); len(seen) != 1 {
+		t.Error(seen)
+	}
+}
+
+// One that waits for an answer before it goes on gets it.
+func TestRefusedChunksThatDoNotEnd(t *testing.T) {
+	r := newRig(t, newBackend(t, nil).addr, landing, Options{chunkedWait: time.Millisecond})
+	w := r.dial().send("POST /no HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+	if res, body := w.answer("POST"); res.StatusCode != 403 || body != deniedBody || !res.Close {
+		t.Fatal(res.Status, body, res.Close)
+	}
+}
+
+// As checks of health do that are older than Host.
+func TestHTTP10WithoutHost(t *testing.T) {
+	b := newBackend(t, nil)
+	r := newRig(t, b.addr, `{"parser":"http","http":[{"method":"OPTIONS","path":"/"},{"path":"/a","host":"a.example"}]}`, Options{})
+	if res, _ := r.dial().send("OPTIONS / HTTP/1.0\r\n\r\n").answer("OPTIONS"); res.StatusCode != 200 {
+		t.Error(res.Status)
+	}
+	if res, _ := r.dial().send("GET /a HTTP/1.0\r\n\r\n").answer("GET"); res.StatusCode != 403 {
+		t.Error("where a rule names a host:", res.Status)
+	}
+	if res, _ := r.dial().send("OPTIONS / HTTP/1.1\r\n\r\n").answer("OPTIONS"); res.StatusCode != 400 {
+		t.Error("in HTTP/1.1:", res.Status)
+	}
+}

@@ -35,6 +35,9 @@ type h2 struct {
 	control       bucket
 	resets        bucket
 	settled       bool // the client's first SETTINGS are there
+	// refused are streams that were answered here while the client has more to
+	// send: so many bytes of each are read away, then it is reset.
+	refused map[uint32]int64
 
 	last        atomic.Uint32 // the client's latest stream
 	serverTable atomic.Int64  // the server's new table size; -1: none
@@ -62,7 +65,7 @@ type h2stream struct {
 
 // newH2 takes the pair over; nothing has gone to the server yet.
 func newH2(p *pair) *h2 {
-	h := &h2{p: p, toClient: newFrameWriter(p.client, errClientSide), toServer: newFrameWriter(p.server, errServerSide), streams: map[uint32]*h2stream{}, window: 65535, initial: 65535}
+	h := &h2{p: p, toClient: newFrameWriter(p.client, errClientSide), toServer: newFrameWriter(p.server, errServerSide), streams: map[uint32]*h2stream{}, refused: map[uint32]int64{}, window: 65535, initial: 65535}
 	h.changed.L = &h.mu
 	h.serverTable.Store(-1)
 	h.requestFields = hpack.NewDecoder(4096, nil)

@@ -234,3 +234,61 @@ func TestRefusedRequestsAndWindows(t *testing.T) {
 		}
 	}
 }
+
+// A refused request may come to its end: clients take a reset behind an answer
+// badly. One that is long is stopped.
+func TestRefusedContentInHTTP2(t *testing.T) {
+	b := newBackend(t, nil)
+	r := newRig(t, b.addr, landing, Options{DrainBytes: 1000, Streams: 4})
+	w := r.dialH2()
+	no := []string{":method: POST", ":scheme: http", ":path: /no", ":authority: a"}
+	for i := range 10 {
+		id := uint32(4*i + 1)
+		w.request(id, false, no...)
+		if got := w.outcome(id); got != "403" {
+			t.Fatal(got)
+		}
+		switch i % 3 {
+		case 0:
+			w.WriteData(id, false, make([]byte, 500))
+			w.WriteData(id, true, nil)
+		case 1:
+			w.request(id, true, "x-t: 1")
+		case 2:
+			w.WriteRSTStream(id, http2.ErrCodeCancel)
+		}
+		// The next one finds room, and nothing was said of the one before.
+		w.request(id+2, true, ":method: POST", ":scheme: http", ":path: /v1/request-landing", ":authority: a")
+		for {
+			f, err := w.ReadFrame()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if f, ok := f.(*http2.RSTStreamFrame); ok {
+				t.Fatal(f)
+			}
+			if f, ok := f.(*http2.MetaHeadersFrame); ok && f.StreamID == id+2 {
+				if f.PseudoValue("status") != "200" {
+					t.Fatal(f)
+				}
+				break
+			}
+		}
+	}
+	for i, length := range []string{"", "content-length: 2000"} {
+		id := uint32(101 + 2*i)
+		w.request(id, false, append(no, length)[:len(no)+min(len(length), 1)]...)
+		if got := w.outcome(id); got != "403" {
+			t.Fatal(got)
+		}
+		if length == "" {
+			w.WriteData(id, false, make([]byte, 1001))
+		}
+		if got := w.outcome(id); got != "reset, NO_ERROR" {
+			t.Error(got)
+		}
+	}
+	if n := len(b.asked()); n != 10 {
+		t.Errorf("the server saw %d requests", n)
+	}
+}

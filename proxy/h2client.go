@@ -124,6 +124,10 @@ func (h *h2) clientReset(f *frame) error {
 	if f.stream == 0 || f.stream > h.last.Load() || len(f.payload) != 4 {
 		return h2Errorf(codeProtocol, "an improper RST_STREAM")
 	}
+	if _, ok := h.refused[f.stream]; ok { // it has its answer, and gives up the rest
+		delete(h.refused, f.stream)
+		return nil
+	}
 	if !h.resets.take(1) {
 		return h2Errorf(codeCalm, "streams that are opened and reset too fast")
 	}
@@ -175,7 +179,7 @@ func (h *h2) clientData(f *frame) error {
 	h.mu.Unlock()
 	switch {
 	case s == nil: // refused, or reset by the server
-		return h.giveBack(len(f.payload))
+		return h.refusedData(f)
 	case late:
 		return h2Errorf(codeProtocol, "DATA behind a stream's end")
 	case wrong:
@@ -186,6 +190,29 @@ func (h *h2) clientData(f *frame) error {
 	}
 	h.p.finish()
 	return nil
+}
+
+// refusedData reads data away that nobody wants. Clients take an answer badly that
+// is followed by a reset, so what is little may come to its end.
+func (h *h2) refusedData(f *frame) error {
+	n := len(f.payload)
+	left, ok := h.refused[f.stream]
+	if err := h.giveBack(n); err != nil || !ok {
+		return err
+	}
+	left -= int64(n)
+	switch {
+	case f.has(flagEndStream):
+		delete(h.refused, f.stream)
+		return nil
+	case left < 0:
+		delete(h.refused, f.stream)
+		return h.own(appendFrame(nil, frameRST, 0, f.stream, word(codeNone)...)) // it need not send the rest
+	}
+	if h.refused[f.stream] = left; n == 0 {
+		return nil
+	}
+	return h.own(appendFrame(nil, frameWindow, 0, f.stream, word(uint32(n))...))
 }
 
 // giveBack grants n bytes again to a client whose data goes nowhere.
@@ -234,7 +261,7 @@ func (h *h2) clientHeaders(f *frame) error {
 	h.last.Store(id)
 	h.p.s.stats.requests.Add(1)
 	h.mu.Lock()
-	full := h.going || len(h.streams) >= h.p.s.opts.Streams
+	full := h.going || len(h.streams)+len(h.refused) >= h.p.s.opts.Streams
 	h.mu.Unlock()
 	if full {
 		return h.own(appendFrame(nil, frameRST, 0, id, word(codeRefused)...))
@@ -255,7 +282,7 @@ func (h *h2) judge(id uint32, end bool, got *fields) error {
 		r := h.record(&rq, begin, Malformed, err.Error())
 		r.HTTP.Status = 400
 		p.s.recorder.Record(r)
-		return h.answer(id, end, rq.Method, 400, "Refused: "+err.Error()+"\n")
+		return h.answer(id, end, true, rq.Method, 400, "Refused: "+err.Error()+"\n")
 	}
 	d, err := p.decide()
 	if err != nil {
@@ -271,7 +298,10 @@ func (h *h2) judge(id uint32, end bool, got *fields) error {
 		r := h.record(&rq, begin, Denied, "no rule allows it")
 		r.HTTP.Status = 403
 		p.s.recorder.Record(r)
-		return h.answer(id, end, rq.Method, 403, deniedBody)
+		if !end && length <= p.s.opts.DrainBytes {
+			h.refused[id] = p.s.opts.DrainBytes
+		}
+		return h.answer(id, end, length > p.s.opts.DrainBytes, rq.Method, 403, deniedBody)
 	}
 	r := h.record(&rq, begin, Forwarded, "")
 	r.Rule, r.HTTP.Mismatched = v.Rule, v.Mismatched
@@ -288,8 +318,9 @@ func (h *h2) record(rq *l7.Request, begin time.Time, v Verdict, reason string) *
 	return r
 }
 
-// answer answers a request that goes nowhere.
-func (h *h2) answer(id uint32, end bool, method string, status int, text string) error {
+// answer answers a request that goes nowhere. Unless the client is at its end, it
+// may be told that it need not send the rest.
+func (h *h2) answer(id uint32, end, stop bool, method string, status int, text string) error {
 	h.mu.Lock()
 	n := int64(len(text))
 	if method == "HEAD" || h.window < n || h.initial < n {
@@ -307,8 +338,8 @@ func (h *h2) answer(id uint32, end bool, method string, status int, text string)
 	if n > 0 {
 		out = appendFrame(out, frameData, flagEndStream, id, []byte(text)...)
 	}
-	if !end {
-		out = appendFrame(out, frameRST, 0, id, word(codeNone)...) // it need not send the rest
+	if !end && stop {
+		out = appendFrame(out, frameRST, 0, id, word(codeNone)...)
 	}
 	return h.own(out)
 }
@@ -324,6 +355,7 @@ func (h *h2) clientTrailer(id uint32, end bool, got *fields) error {
 	h.mu.Unlock()
 	switch {
 	case s == nil:
+		delete(h.refused, id)
 		return nil // of a stream that was refused or reset; its fields are in the tables
 	case late || !end:
 		return h2Errorf(codeProtocol, "a header behind a stream's end, or in its midst")

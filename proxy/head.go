@@ -224,8 +224,8 @@ func (x *framing) transferEncoding(value string) error {
 // finish looks at what only the whole header tells.
 func (r *request) finish(x *framing) error {
 	switch {
-	case x.hosts == 0:
-		return malformed("no Host")
+	case x.hosts == 0 && r.minor > 0:
+		return malformed("no Host") // in HTTP/1.0 nobody has to say it: rules see none
 	case x.lengths > 0 && x.codings > 0:
 		return malformed("both Content-Length and Transfer-Encoding")
 	case x.codings > 0 && r.minor == 0:

@@ -5,7 +5,7 @@ import "time"
 // Options are the limits of a Server. A zero field has the default.
 type Options struct {
 	Connections   int           // at once; further ones are reset (32,768)
-	PerClient     int           // of them, of one client's address (16,384)
+	PerClient     int           // of them, of one client's address (half of them)
 	HeaderBytes   int           // of the head of a request or an answer (64 KiB)
 	Fields        int           // lines of a head (256)
 	HeaderTimeout time.Duration // from the first byte of a head to its end, and to the first byte of a connection (10 s)
@@ -17,6 +17,7 @@ type Options struct {
 	Streams       int           // of an HTTP/2 connection at once (256)
 	Queries       bool          // records hold query strings
 	Headers       []string      // records hold the values of these headers
+	chunkedWait   time.Duration // for the end of a refused request's chunks, before it is answered (250 ms)
 	pipelined     int           // requests of a connection that wait for their answers (16)
 	controlPerSec int           // frames of an HTTP/2 connection that carry no request and no data (1,000)
 	resetsPerSec  int           // streams that an HTTP/2 client resets (100)
@@ -24,7 +25,7 @@ type Options struct {
 
 func (o Options) withDefaults() Options {
 	number(&o.Connections, 32768)
-	number(&o.PerClient, 16384)
+	number(&o.PerClient, max(1, o.Connections/2))
 	number(&o.HeaderBytes, 64<<10)
 	number(&o.Fields, 256)
 	number(&o.HeaderTimeout, 10*time.Second)
@@ -34,6 +35,7 @@ func (o Options) withDefaults() Options {
 	number(&o.DrainTimeout, 5*time.Second)
 	number(&o.Recheck, time.Second)
 	number(&o.Streams, 256)
+	number(&o.chunkedWait, 250*time.Millisecond)
 	number(&o.pipelined, 16)
 	number(&o.controlPerSec, 1000)
 	number(&o.resetsPerSec, 100)

@@ -16,7 +16,7 @@ import (
 type pair struct {
 	s      *Server
 	conn   Conn
-	judge  func() (Decision, error) // the Server's, of conn
+	judge  Followed // the Server's, of conn
 	client net.Conn
 	server net.Conn // nil until serve has dialled
 
@@ -66,8 +66,23 @@ func (p *pair) init() {
 	if f, ok := p.s.judge.(Follower); ok {
 		p.judge = f.Follow(p.conn)
 	} else {
-		p.judge = func() (Decision, error) { return p.s.judge.Judge(p.conn) }
+		p.judge = asked{p.s.judge, p.conn}
 	}
+}
+
+// asked is a Judge that follows nothing.
+type asked struct {
+	judge Judge
+	conn  Conn
+}
+
+// Judge implements Followed.
+func (a asked) Judge() (Decision, error) { return a.judge.Judge(a.conn) }
+
+// Peek implements Followed. It waits as long as the Judge does.
+func (a asked) Peek() (d Decision, wait bool, err error) {
+	d, err = a.judge.Judge(a.conn)
+	return d, false, err
 }
 
 // serve serves the pair until its end.
@@ -126,7 +141,7 @@ func parserOf(d Decision) (l7.Parser, error) {
 // decide asks the judge. An error ends the pair: without a judgement nothing
 // passes.
 func (p *pair) decide() (Decision, error) {
-	d, err := p.judge()
+	d, err := p.judge.Judge()
 	if err != nil {
 		p.abort("not judged: " + err.Error())
 		return d, err
@@ -153,8 +168,9 @@ func (p *pair) look(now, idle int64) {
 	if !ready {
 		return
 	}
-	d, err := p.judge()
+	d, wait, err := p.judge.Peek()
 	switch {
+	case wait: // one look for all connections: none waits for another's tables
 	case err != nil:
 		p.abort("not judged: " + err.Error())
 	case again != nil && d.Epoch != epoch:

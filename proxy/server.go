@@ -41,13 +41,14 @@ type Server struct {
 	draining bool               // guarded by mu
 }
 
-type counters struct{ accepted, refused, requests, denied, malformed atomic.Uint64 }
+type counters struct{ accepted, refused, full, requests, denied, malformed atomic.Uint64 }
 
 // Stats are counts since the start, and connections now.
 type Stats struct {
 	Connections                 int
 	Accepted, Refused           uint64 // connections; refused: beyond the limit, or the server did not answer
 	Requests, Denied, Malformed uint64
+	Full                        uint64 // of those refused: beyond a limit
 }
 
 // New returns a server. All arguments but the options are required.
@@ -62,6 +63,7 @@ func (s *Server) Stats() Stats {
 	return Stats{
 		Connections: len(s.pairs), Accepted: s.stats.accepted.Load(), Refused: s.stats.refused.Load(),
 		Requests: s.stats.requests.Load(), Denied: s.stats.denied.Load(), Malformed: s.stats.malformed.Load(),
+		Full: s.stats.full.Load(),
 	}
 }
 
@@ -85,7 +87,7 @@ func (s *Server) Run(ctx context.Context, listeners ...Listener) error {
 	for _, l := range listeners {
 		l.Close()
 	}
-	limit := time.AfterFunc(s.opts.DrainTimeout, func() { s.each(func(p *pair) { p.abort("the proxy ends") }) })
+	limit := time.AfterFunc(s.opts.DrainTimeout, func() { s.each(func(p *pair) { p.abort(ending) }) })
 	s.drain()
 	s.wg.Wait()
 	limit.Stop()
@@ -148,15 +150,32 @@ func (s *Server) take(ctx context.Context, d abi.Direction, c net.Conn) {
 	p := &pair{s: s, client: c, conn: Conn{Direction: d, Protocol: 6, Client: addrPort(c.RemoteAddr()), Server: addrPort(c.LocalAddr())}}
 	p.init()
 	if reason := s.add(p); reason != "" {
-		s.stats.refused.Add(1)
-		reset(c)
-		p.record(Failed, reason)
+		s.turnAway(p, reason, reason != ending)
 		return
 	}
 	s.wg.Go(func() {
 		defer s.remove(p)
 		p.serve(ctx)
 	})
+}
+
+// ending is why a proxy that drains takes nothing more.
+const ending = "the proxy ends"
+
+// Refuse resets a connection for which its listener has no room, and records why.
+// It is safe for concurrent use.
+func (s *Server) Refuse(d abi.Direction, c net.Conn, reason string) {
+	s.stats.accepted.Add(1)
+	s.turnAway(&pair{s: s, client: c, conn: Conn{Direction: d, Protocol: 6, Client: addrPort(c.RemoteAddr()), Server: addrPort(c.LocalAddr())}}, reason, true)
+}
+
+func (s *Server) turnAway(p *pair, reason string, full bool) {
+	s.stats.refused.Add(1)
+	if full {
+		s.stats.full.Add(1)
+	}
+	reset(p.client)
+	p.record(Failed, reason)
 }
 
 // add counts the pair in, or says why it may not be served. No client can take
@@ -167,7 +186,7 @@ func (s *Server) add(p *pair) (reason string) {
 	defer s.mu.Unlock()
 	switch {
 	case s.draining:
-		return "the proxy ends"
+		return ending
 	case len(s.pairs) >= s.opts.Connections:
 		return "too many connections"
 	case s.clients[client] >= s.opts.PerClient:

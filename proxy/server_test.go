@@ -59,7 +59,7 @@ func TestEndIsOrderly(t *testing.T) {
 func TestConnectionsAreBounded(t *testing.T) {
 	b := newBackend(t, nil)
 	for reason, opts := range map[string]Options{
-		"too many connections":                {Connections: 2},
+		"too many connections":                {Connections: 2, PerClient: 3},
 		"too many connections of this client": {PerClient: 2},
 	} {
 		r := newRig(t, b.addr, anything, opts)

@@ -32,11 +32,19 @@ type Judge interface {
 var ErrNotJudged = errors.New("the flow is not judged")
 
 // Follower is a Judge that can be asked about one connection again and again, with
-// less work. What Follow returns says what Judge would say, and is as safe for
-// concurrent use.
+// less work.
 type Follower interface {
 	Judge
-	Follow(Conn) func() (Decision, error)
+	Follow(Conn) Followed
+}
+
+// Followed says of one connection what the Judge would say, and is as safe for
+// concurrent use.
+type Followed interface {
+	Judge() (Decision, error)
+	// Peek does not wait. wait: what is missing may be on its way, so the error may
+	// be over when it is asked again.
+	Peek() (d Decision, wait bool, err error)
 }
 
 // Decision is what the datapath and the policy say of a flow. Any of the Rules

@@ -1840,6 +1840,7 @@ type Endpoint struct {
 	Created         *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=created,proto3" json:"created,omitempty"`
 	Pid             uint32                 `protobuf:"varint,17,opt,name=pid,proto3" json:"pid,omitempty"`              // whose end is the workload's; 0: none
 	Attachment      *Attachment            `protobuf:"bytes,18,opt,name=attachment,proto3" json:"attachment,omitempty"` // not set: none was named
+	Evidence        string                 `protobuf:"bytes,20,opt,name=evidence,proto3" json:"evidence,omitempty"`     // on what its binding is known now; "": it has none
 	Grants          []*Grant               `protobuf:"bytes,16,rep,name=grants,proto3" json:"grants,omitempty"`         // of a quarantined one: the leases on its IPs' last holders, which it waits for
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
@@ -1992,6 +1993,13 @@ func (x *Endpoint) GetAttachment() *Attachment {
 		return x.Attachment
 	}
 	return nil
+}
+
+func (x *Endpoint) GetEvidence() string {
+	if x != nil {
+		return x.Evidence
+	}
+	return ""
 }
 
 func (x *Endpoint) GetGrants() []*Grant {
@@ -3550,7 +3558,8 @@ type MonitorRequest struct {
 	Protocols     []string               `protobuf:"bytes,7,rep,name=protocols,proto3" json:"protocols,omitempty"`         // "TCP", "UDP", "ICMPv4", "ICMPv6", "SCTP" or a number
 	Endpoints     []uint32               `protobuf:"varint,8,rep,packed,name=endpoints,proto3" json:"endpoints,omitempty"` // ids
 	Workloads     []string               `protobuf:"bytes,9,rep,name=workloads,proto3" json:"workloads,omitempty"`         // "NS/NAME" of either end
-	Types         []string               `protobuf:"bytes,10,rep,name=types,proto3" json:"types,omitempty"`                // "packet", "l7": about a packet, or about a request that the node's proxy has judged
+	Types         []string               `protobuf:"bytes,10,rep,name=types,proto3" json:"types,omitempty"`                // "drop", "trace" (other packets), "verdict" (policy decided), "l7" (a request that the node's proxy has judged), "packet"
+	Related       []string               `protobuf:"bytes,11,rep,name=related,proto3" json:"related,omitempty"`            // id of an endpoint, or "NS/NAME": the judge or either end
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3651,6 +3660,13 @@ func (x *MonitorRequest) GetWorkloads() []string {
 func (x *MonitorRequest) GetTypes() []string {
 	if x != nil {
 		return x.Types
+	}
+	return nil
+}
+
+func (x *MonitorRequest) GetRelated() []string {
+	if x != nil {
+		return x.Related
 	}
 	return nil
 }
@@ -3819,6 +3835,8 @@ type FlowEvent struct {
 	Held             *durationpb.Duration   `protobuf:"bytes,26,opt,name=held,proto3" json:"held,omitempty"`                                                    // for how long, where known
 	Process          *Process               `protobuf:"bytes,27,opt,name=process,proto3" json:"process,omitempty"`                                              // that opened or accepted the connection, where known
 	Lost             *LostEvents            `protobuf:"bytes,28,opt,name=lost,proto3" json:"lost,omitempty"`                                                    // set: nothing but this, time and node is
+	Icmp             *ICMP                  `protobuf:"bytes,29,opt,name=icmp,proto3" json:"icmp,omitempty"`                                                    // not set: of another protocol, or not known
+	Called           string                 `protobuf:"bytes,30,opt,name=called,proto3" json:"called,omitempty"`                                                // ADDRESS:PORT of a service, where the node has translated that: the peer is whom it leads to
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -4049,6 +4067,73 @@ func (x *FlowEvent) GetLost() *LostEvents {
 	return nil
 }
 
+func (x *FlowEvent) GetIcmp() *ICMP {
+	if x != nil {
+		return x.Icmp
+	}
+	return nil
+}
+
+func (x *FlowEvent) GetCalled() string {
+	if x != nil {
+		return x.Called
+	}
+	return ""
+}
+
+// ICMP is what a packet of ICMP or ICMPv6 says.
+type ICMP struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Type          uint32                 `protobuf:"varint,1,opt,name=type,proto3" json:"type,omitempty"`
+	Code          uint32                 `protobuf:"varint,2,opt,name=code,proto3" json:"code,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ICMP) Reset() {
+	*x = ICMP{}
+	mi := &file_agent_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ICMP) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ICMP) ProtoMessage() {}
+
+func (x *ICMP) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ICMP.ProtoReflect.Descriptor instead.
+func (*ICMP) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *ICMP) GetType() uint32 {
+	if x != nil {
+		return x.Type
+	}
+	return 0
+}
+
+func (x *ICMP) GetCode() uint32 {
+	if x != nil {
+		return x.Code
+	}
+	return 0
+}
+
 // Process is a process of a workload.
 type Process struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -4062,13 +4147,15 @@ type Process struct {
 	Start         *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=start,proto3" json:"start,omitempty"`
 	ExecId        string                 `protobuf:"bytes,9,opt,name=exec_id,json=execId,proto3" json:"exec_id,omitempty"`
 	Parent        *Process               `protobuf:"bytes,10,opt,name=parent,proto3" json:"parent,omitempty"`
+	Forked        bool                   `protobuf:"varint,11,opt,name=forked,proto3" json:"forked,omitempty"`         // no exec since fork
+	Incomplete    bool                   `protobuf:"varint,12,opt,name=incomplete,proto3" json:"incomplete,omitempty"` // it had ended before it could be looked at
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Process) Reset() {
 	*x = Process{}
-	mi := &file_agent_proto_msgTypes[55]
+	mi := &file_agent_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4080,7 +4167,7 @@ func (x *Process) String() string {
 func (*Process) ProtoMessage() {}
 
 func (x *Process) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[55]
+	mi := &file_agent_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4093,7 +4180,7 @@ func (x *Process) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Process.ProtoReflect.Descriptor instead.
 func (*Process) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{55}
+	return file_agent_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *Process) GetPid() uint32 {
@@ -4166,6 +4253,20 @@ func (x *Process) GetParent() *Process {
 	return nil
 }
 
+func (x *Process) GetForked() bool {
+	if x != nil {
+		return x.Forked
+	}
+	return false
+}
+
+func (x *Process) GetIncomplete() bool {
+	if x != nil {
+		return x.Incomplete
+	}
+	return false
+}
+
 // L7Event is a request of HTTP, a query of DNS or a hello of TLS.
 type L7Event struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -4191,7 +4292,7 @@ type L7Event struct {
 
 func (x *L7Event) Reset() {
 	*x = L7Event{}
-	mi := &file_agent_proto_msgTypes[56]
+	mi := &file_agent_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4203,7 +4304,7 @@ func (x *L7Event) String() string {
 func (*L7Event) ProtoMessage() {}
 
 func (x *L7Event) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[56]
+	mi := &file_agent_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4216,7 +4317,7 @@ func (x *L7Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use L7Event.ProtoReflect.Descriptor instead.
 func (*L7Event) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{56}
+	return file_agent_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *L7Event) GetProtocol() string {
@@ -4337,17 +4438,21 @@ type FlowEnd struct {
 	Port          uint32                 `protobuf:"varint,2,opt,name=port,proto3" json:"port,omitempty"`         // of an ICMP echo its identifier
 	Identity      uint32                 `protobuf:"varint,3,opt,name=identity,proto3" json:"identity,omitempty"` // numeric, of this node
 	Labels        []string               `protobuf:"bytes,4,rep,name=labels,proto3" json:"labels,omitempty"`
-	Workload      string                 `protobuf:"bytes,5,opt,name=workload,proto3" json:"workload,omitempty"`                 // "NS/NAME" where known
-	Text          string                 `protobuf:"bytes,6,opt,name=text,proto3" json:"text,omitempty"`                         // of the identity
-	Endpoint      uint32                 `protobuf:"varint,7,opt,name=endpoint,proto3" json:"endpoint,omitempty"`                // id, where it is local; else 0
-	SpiffeId      string                 `protobuf:"bytes,8,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"` // where it has one, and it is known
+	Workload      string                 `protobuf:"bytes,5,opt,name=workload,proto3" json:"workload,omitempty"`                     // "NS/NAME" where known
+	Text          string                 `protobuf:"bytes,6,opt,name=text,proto3" json:"text,omitempty"`                             // of the identity
+	Endpoint      uint32                 `protobuf:"varint,7,opt,name=endpoint,proto3" json:"endpoint,omitempty"`                    // id, where it is local; else 0
+	SpiffeId      string                 `protobuf:"bytes,8,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`     // where it has one, and it is known
+	OwnerKind     string                 `protobuf:"bytes,9,opt,name=owner_kind,json=ownerKind,proto3" json:"owner_kind,omitempty"`  // of what made the workload, e.g. "Deployment", where known
+	OwnerName     string                 `protobuf:"bytes,10,opt,name=owner_name,json=ownerName,proto3" json:"owner_name,omitempty"` // in the workload's namespace
+	Service       string                 `protobuf:"bytes,11,opt,name=service,proto3" json:"service,omitempty"`                      // "NS/NAME" of the service that it was called as, where known
+	Names         []string               `protobuf:"bytes,12,rep,name=names,proto3" json:"names,omitempty"`                          // DNS names by which the judging endpoint knows the address
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *FlowEnd) Reset() {
 	*x = FlowEnd{}
-	mi := &file_agent_proto_msgTypes[57]
+	mi := &file_agent_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4359,7 +4464,7 @@ func (x *FlowEnd) String() string {
 func (*FlowEnd) ProtoMessage() {}
 
 func (x *FlowEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[57]
+	mi := &file_agent_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4372,7 +4477,7 @@ func (x *FlowEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FlowEnd.ProtoReflect.Descriptor instead.
 func (*FlowEnd) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{57}
+	return file_agent_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *FlowEnd) GetIp() string {
@@ -4429,6 +4534,34 @@ func (x *FlowEnd) GetSpiffeId() string {
 		return x.SpiffeId
 	}
 	return ""
+}
+
+func (x *FlowEnd) GetOwnerKind() string {
+	if x != nil {
+		return x.OwnerKind
+	}
+	return ""
+}
+
+func (x *FlowEnd) GetOwnerName() string {
+	if x != nil {
+		return x.OwnerName
+	}
+	return ""
+}
+
+func (x *FlowEnd) GetService() string {
+	if x != nil {
+		return x.Service
+	}
+	return ""
+}
+
+func (x *FlowEnd) GetNames() []string {
+	if x != nil {
+		return x.Names
+	}
+	return nil
 }
 
 var File_agent_proto protoreflect.FileDescriptor
@@ -4601,7 +4734,7 @@ const file_agent_proto_rawDesc = "" +
 	"\x14ListEndpointsRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\"T\n" +
 	"\x15ListEndpointsResponse\x12;\n" +
-	"\tendpoints\x18\x01 \x03(\v2\x1d.portcullis.agent.v1.EndpointR\tendpoints\"\x9e\x05\n" +
+	"\tendpoints\x18\x01 \x03(\v2\x1d.portcullis.agent.v1.EndpointR\tendpoints\"\xba\x05\n" +
 	"\bEndpoint\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\rR\x02id\x129\n" +
 	"\bworkload\x18\x02 \x01(\v2\x1d.portcullis.agent.v1.WorkloadR\bworkload\x129\n" +
@@ -4624,7 +4757,8 @@ const file_agent_proto_rawDesc = "" +
 	"\x03pid\x18\x11 \x01(\rR\x03pid\x12?\n" +
 	"\n" +
 	"attachment\x18\x12 \x01(\v2\x1f.portcullis.agent.v1.AttachmentR\n" +
-	"attachment\x122\n" +
+	"attachment\x12\x1a\n" +
+	"\bevidence\x18\x14 \x01(\tR\bevidence\x122\n" +
 	"\x06grants\x18\x10 \x03(\v2\x1a.portcullis.agent.v1.GrantR\x06grants\"8\n" +
 	"\x10ListNamesRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x12\n" +
@@ -4733,7 +4867,7 @@ const file_agent_proto_rawDesc = "" +
 	"\x04refs\x18\x01 \x03(\v2\x1e.portcullis.agent.v1.PolicyRefR\x04refs\x12\x10\n" +
 	"\x03all\x18\x02 \x01(\bR\x03all\"R\n" +
 	"\x16DeletePoliciesResponse\x128\n" +
-	"\adeleted\x18\x01 \x03(\v2\x1e.portcullis.agent.v1.PolicyRefR\adeleted\"\xa0\x02\n" +
+	"\adeleted\x18\x01 \x03(\v2\x1e.portcullis.agent.v1.PolicyRefR\adeleted\"\xba\x02\n" +
 	"\x0eMonitorRequest\x12\x1a\n" +
 	"\bverdicts\x18\x01 \x03(\tR\bverdicts\x12\x18\n" +
 	"\areasons\x18\x02 \x03(\tR\areasons\x12\x1e\n" +
@@ -4747,7 +4881,8 @@ const file_agent_proto_rawDesc = "" +
 	"\tendpoints\x18\b \x03(\rR\tendpoints\x12\x1c\n" +
 	"\tworkloads\x18\t \x03(\tR\tworkloads\x12\x14\n" +
 	"\x05types\x18\n" +
-	" \x03(\tR\x05types\"\x87\x01\n" +
+	" \x03(\tR\x05types\x12\x18\n" +
+	"\arelated\x18\v \x03(\tR\arelated\"\x87\x01\n" +
 	"\x0fMonitorResponse\x124\n" +
 	"\x04flow\x18\x01 \x01(\v2\x1e.portcullis.agent.v1.FlowEventH\x00R\x04flow\x125\n" +
 	"\x04lost\x18\x02 \x01(\v2\x1f.portcullis.agent.v1.LostEventsH\x00R\x04lostB\a\n" +
@@ -4755,7 +4890,7 @@ const file_agent_proto_rawDesc = "" +
 	"\n" +
 	"LostEvents\x12\x14\n" +
 	"\x05count\x18\x01 \x01(\x04R\x05count\x12\x14\n" +
-	"\x05where\x18\x02 \x01(\tR\x05where\"\xf9\a\n" +
+	"\x05where\x18\x02 \x01(\tR\x05where\"\xc0\b\n" +
 	"\tFlowEvent\x12.\n" +
 	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x1b\n" +
 	"\tboot_time\x18\x02 \x01(\x04R\bbootTime\x12\x12\n" +
@@ -4791,7 +4926,12 @@ const file_agent_proto_rawDesc = "" +
 	"lease_left\x18\x19 \x01(\v2\x19.google.protobuf.DurationR\tleaseLeft\x12-\n" +
 	"\x04held\x18\x1a \x01(\v2\x19.google.protobuf.DurationR\x04held\x126\n" +
 	"\aprocess\x18\x1b \x01(\v2\x1c.portcullis.agent.v1.ProcessR\aprocess\x123\n" +
-	"\x04lost\x18\x1c \x01(\v2\x1f.portcullis.agent.v1.LostEventsR\x04lost\"\xa8\x02\n" +
+	"\x04lost\x18\x1c \x01(\v2\x1f.portcullis.agent.v1.LostEventsR\x04lost\x12-\n" +
+	"\x04icmp\x18\x1d \x01(\v2\x19.portcullis.agent.v1.ICMPR\x04icmp\x12\x16\n" +
+	"\x06called\x18\x1e \x01(\tR\x06called\".\n" +
+	"\x04ICMP\x12\x12\n" +
+	"\x04type\x18\x01 \x01(\rR\x04type\x12\x12\n" +
+	"\x04code\x18\x02 \x01(\rR\x04code\"\xe0\x02\n" +
 	"\aProcess\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\rR\x03pid\x12\x16\n" +
 	"\x06binary\x18\x02 \x01(\tR\x06binary\x12\x1c\n" +
@@ -4803,7 +4943,11 @@ const file_agent_proto_rawDesc = "" +
 	"\x05start\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x05start\x12\x17\n" +
 	"\aexec_id\x18\t \x01(\tR\x06execId\x124\n" +
 	"\x06parent\x18\n" +
-	" \x01(\v2\x1c.portcullis.agent.v1.ProcessR\x06parent\"\xb1\x03\n" +
+	" \x01(\v2\x1c.portcullis.agent.v1.ProcessR\x06parent\x12\x16\n" +
+	"\x06forked\x18\v \x01(\bR\x06forked\x12\x1e\n" +
+	"\n" +
+	"incomplete\x18\f \x01(\bR\n" +
+	"incomplete\"\xb1\x03\n" +
 	"\aL7Event\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\tR\bprotocol\x12\x18\n" +
 	"\averdict\x18\x02 \x01(\tR\averdict\x12\x16\n" +
@@ -4821,7 +4965,7 @@ const file_agent_proto_rawDesc = "" +
 	"\x04type\x18\r \x01(\rR\x04type\x12\x12\n" +
 	"\x04code\x18\x0e \x01(\x05R\x04code\x12\x1c\n" +
 	"\taddresses\x18\x0f \x03(\tR\taddresses\x12+\n" +
-	"\x03ttl\x18\x10 \x01(\v2\x19.google.protobuf.DurationR\x03ttl\"\xca\x01\n" +
+	"\x03ttl\x18\x10 \x01(\v2\x19.google.protobuf.DurationR\x03ttl\"\xb8\x02\n" +
 	"\aFlowEnd\x12\x0e\n" +
 	"\x02ip\x18\x01 \x01(\tR\x02ip\x12\x12\n" +
 	"\x04port\x18\x02 \x01(\rR\x04port\x12\x1a\n" +
@@ -4830,7 +4974,14 @@ const file_agent_proto_rawDesc = "" +
 	"\bworkload\x18\x05 \x01(\tR\bworkload\x12\x12\n" +
 	"\x04text\x18\x06 \x01(\tR\x04text\x12\x1a\n" +
 	"\bendpoint\x18\a \x01(\rR\bendpoint\x12\x1b\n" +
-	"\tspiffe_id\x18\b \x01(\tR\bspiffeId2\xe5\f\n" +
+	"\tspiffe_id\x18\b \x01(\tR\bspiffeId\x12\x1d\n" +
+	"\n" +
+	"owner_kind\x18\t \x01(\tR\townerKind\x12\x1d\n" +
+	"\n" +
+	"owner_name\x18\n" +
+	" \x01(\tR\townerName\x12\x18\n" +
+	"\aservice\x18\v \x01(\tR\aservice\x12\x14\n" +
+	"\x05names\x18\f \x03(\tR\x05names2\xe5\f\n" +
 	"\x05Agent\x12Q\n" +
 	"\x06Status\x12\".portcullis.agent.v1.StatusRequest\x1a#.portcullis.agent.v1.StatusResponse\x12o\n" +
 	"\x10RegisterWorkload\x12,.portcullis.agent.v1.RegisterWorkloadRequest\x1a-.portcullis.agent.v1.RegisterWorkloadResponse\x12u\n" +
@@ -4861,7 +5012,7 @@ func file_agent_proto_rawDescGZIP() []byte {
 	return file_agent_proto_rawDescData
 }
 
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 60)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
 var file_agent_proto_goTypes = []any{
 	(*StatusRequest)(nil),              // 0: portcullis.agent.v1.StatusRequest
 	(*StatusResponse)(nil),             // 1: portcullis.agent.v1.StatusResponse
@@ -4918,128 +5069,130 @@ var file_agent_proto_goTypes = []any{
 	(*MonitorResponse)(nil),            // 52: portcullis.agent.v1.MonitorResponse
 	(*LostEvents)(nil),                 // 53: portcullis.agent.v1.LostEvents
 	(*FlowEvent)(nil),                  // 54: portcullis.agent.v1.FlowEvent
-	(*Process)(nil),                    // 55: portcullis.agent.v1.Process
-	(*L7Event)(nil),                    // 56: portcullis.agent.v1.L7Event
-	(*FlowEnd)(nil),                    // 57: portcullis.agent.v1.FlowEnd
-	nil,                                // 58: portcullis.agent.v1.RegisterWorkloadRequest.LabelsEntry
-	nil,                                // 59: portcullis.agent.v1.RelabelWorkloadRequest.LabelsEntry
-	(*timestamppb.Timestamp)(nil),      // 60: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),        // 61: google.protobuf.Duration
+	(*ICMP)(nil),                       // 55: portcullis.agent.v1.ICMP
+	(*Process)(nil),                    // 56: portcullis.agent.v1.Process
+	(*L7Event)(nil),                    // 57: portcullis.agent.v1.L7Event
+	(*FlowEnd)(nil),                    // 58: portcullis.agent.v1.FlowEnd
+	nil,                                // 59: portcullis.agent.v1.RegisterWorkloadRequest.LabelsEntry
+	nil,                                // 60: portcullis.agent.v1.RelabelWorkloadRequest.LabelsEntry
+	(*timestamppb.Timestamp)(nil),      // 61: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),        // 62: google.protobuf.Duration
 }
 var file_agent_proto_depIdxs = []int32{
-	60, // 0: portcullis.agent.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
-	61, // 1: portcullis.agent.v1.StatusResponse.ttl:type_name -> google.protobuf.Duration
-	61, // 2: portcullis.agent.v1.StatusResponse.heartbeat:type_name -> google.protobuf.Duration
-	61, // 3: portcullis.agent.v1.StatusResponse.reuse_margin:type_name -> google.protobuf.Duration
-	60, // 4: portcullis.agent.v1.StatusResponse.certificate_expiry:type_name -> google.protobuf.Timestamp
-	61, // 5: portcullis.agent.v1.StatusResponse.startup_wait:type_name -> google.protobuf.Duration
+	61, // 0: portcullis.agent.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	62, // 1: portcullis.agent.v1.StatusResponse.ttl:type_name -> google.protobuf.Duration
+	62, // 2: portcullis.agent.v1.StatusResponse.heartbeat:type_name -> google.protobuf.Duration
+	62, // 3: portcullis.agent.v1.StatusResponse.reuse_margin:type_name -> google.protobuf.Duration
+	61, // 4: portcullis.agent.v1.StatusResponse.certificate_expiry:type_name -> google.protobuf.Timestamp
+	62, // 5: portcullis.agent.v1.StatusResponse.startup_wait:type_name -> google.protobuf.Duration
 	2,  // 6: portcullis.agent.v1.StatusResponse.sources:type_name -> portcullis.agent.v1.Source
 	3,  // 7: portcullis.agent.v1.StatusResponse.maps:type_name -> portcullis.agent.v1.Map
 	4,  // 8: portcullis.agent.v1.StatusResponse.counters:type_name -> portcullis.agent.v1.Counter
 	5,  // 9: portcullis.agent.v1.StatusResponse.alarms:type_name -> portcullis.agent.v1.Alarm
 	6,  // 10: portcullis.agent.v1.StatusResponse.held:type_name -> portcullis.agent.v1.HeldPackets
-	60, // 11: portcullis.agent.v1.Alarm.since:type_name -> google.protobuf.Timestamp
-	58, // 12: portcullis.agent.v1.RegisterWorkloadRequest.labels:type_name -> portcullis.agent.v1.RegisterWorkloadRequest.LabelsEntry
+	61, // 11: portcullis.agent.v1.Alarm.since:type_name -> google.protobuf.Timestamp
+	59, // 12: portcullis.agent.v1.RegisterWorkloadRequest.labels:type_name -> portcullis.agent.v1.RegisterWorkloadRequest.LabelsEntry
 	14, // 13: portcullis.agent.v1.RegisterWorkloadRequest.ports:type_name -> portcullis.agent.v1.NamedPort
-	61, // 14: portcullis.agent.v1.RegisterWorkloadRequest.wait:type_name -> google.protobuf.Duration
+	62, // 14: portcullis.agent.v1.RegisterWorkloadRequest.wait:type_name -> google.protobuf.Duration
 	8,  // 15: portcullis.agent.v1.RegisterWorkloadRequest.attachment:type_name -> portcullis.agent.v1.Attachment
-	61, // 16: portcullis.agent.v1.RegisterWorkloadRequest.held:type_name -> google.protobuf.Duration
+	62, // 16: portcullis.agent.v1.RegisterWorkloadRequest.held:type_name -> google.protobuf.Duration
 	8,  // 17: portcullis.agent.v1.CheckWorkloadRequest.attachment:type_name -> portcullis.agent.v1.Attachment
-	59, // 18: portcullis.agent.v1.RelabelWorkloadRequest.labels:type_name -> portcullis.agent.v1.RelabelWorkloadRequest.LabelsEntry
+	60, // 18: portcullis.agent.v1.RelabelWorkloadRequest.labels:type_name -> portcullis.agent.v1.RelabelWorkloadRequest.LabelsEntry
 	12, // 19: portcullis.agent.v1.RelabelWorkloadRequest.ports:type_name -> portcullis.agent.v1.NamedPorts
-	61, // 20: portcullis.agent.v1.RelabelWorkloadRequest.wait:type_name -> google.protobuf.Duration
+	62, // 20: portcullis.agent.v1.RelabelWorkloadRequest.wait:type_name -> google.protobuf.Duration
 	14, // 21: portcullis.agent.v1.NamedPorts.ports:type_name -> portcullis.agent.v1.NamedPort
-	61, // 22: portcullis.agent.v1.RelabelWorkloadResponse.waited:type_name -> google.protobuf.Duration
+	62, // 22: portcullis.agent.v1.RelabelWorkloadResponse.waited:type_name -> google.protobuf.Duration
 	19, // 23: portcullis.agent.v1.RelabelWorkloadResponse.identity:type_name -> portcullis.agent.v1.Identity
-	61, // 24: portcullis.agent.v1.RegisterWorkloadResponse.waited:type_name -> google.protobuf.Duration
+	62, // 24: portcullis.agent.v1.RegisterWorkloadResponse.waited:type_name -> google.protobuf.Duration
 	8,  // 25: portcullis.agent.v1.DeregisterWorkloadRequest.attachment:type_name -> portcullis.agent.v1.Attachment
 	19, // 26: portcullis.agent.v1.ListIdentitiesResponse.identities:type_name -> portcullis.agent.v1.Identity
 	24, // 27: portcullis.agent.v1.ListEndpointsResponse.endpoints:type_name -> portcullis.agent.v1.Endpoint
 	18, // 28: portcullis.agent.v1.Endpoint.workload:type_name -> portcullis.agent.v1.Workload
 	19, // 29: portcullis.agent.v1.Endpoint.identity:type_name -> portcullis.agent.v1.Identity
 	14, // 30: portcullis.agent.v1.Endpoint.ports:type_name -> portcullis.agent.v1.NamedPort
-	60, // 31: portcullis.agent.v1.Endpoint.created:type_name -> google.protobuf.Timestamp
+	61, // 31: portcullis.agent.v1.Endpoint.created:type_name -> google.protobuf.Timestamp
 	8,  // 32: portcullis.agent.v1.Endpoint.attachment:type_name -> portcullis.agent.v1.Attachment
 	32, // 33: portcullis.agent.v1.Endpoint.grants:type_name -> portcullis.agent.v1.Grant
 	27, // 34: portcullis.agent.v1.ListNamesResponse.names:type_name -> portcullis.agent.v1.LearntName
 	18, // 35: portcullis.agent.v1.LearntName.workload:type_name -> portcullis.agent.v1.Workload
 	28, // 36: portcullis.agent.v1.LearntName.addresses:type_name -> portcullis.agent.v1.LearntAddress
-	61, // 37: portcullis.agent.v1.LearntAddress.ttl:type_name -> google.protobuf.Duration
+	62, // 37: portcullis.agent.v1.LearntAddress.ttl:type_name -> google.protobuf.Duration
 	31, // 38: portcullis.agent.v1.ListBindingsResponse.bindings:type_name -> portcullis.agent.v1.Binding
 	18, // 39: portcullis.agent.v1.Binding.workload:type_name -> portcullis.agent.v1.Workload
 	19, // 40: portcullis.agent.v1.Binding.identity:type_name -> portcullis.agent.v1.Identity
-	61, // 41: portcullis.agent.v1.Binding.remaining:type_name -> google.protobuf.Duration
-	61, // 42: portcullis.agent.v1.Binding.age:type_name -> google.protobuf.Duration
+	62, // 41: portcullis.agent.v1.Binding.remaining:type_name -> google.protobuf.Duration
+	62, // 42: portcullis.agent.v1.Binding.age:type_name -> google.protobuf.Duration
 	32, // 43: portcullis.agent.v1.Binding.grants:type_name -> portcullis.agent.v1.Grant
-	61, // 44: portcullis.agent.v1.Grant.remaining:type_name -> google.protobuf.Duration
+	62, // 44: portcullis.agent.v1.Grant.remaining:type_name -> google.protobuf.Duration
 	35, // 45: portcullis.agent.v1.ListSessionsResponse.sessions:type_name -> portcullis.agent.v1.Session
-	60, // 46: portcullis.agent.v1.Session.certificate_expiry:type_name -> google.protobuf.Timestamp
-	60, // 47: portcullis.agent.v1.Session.last_renewal:type_name -> google.protobuf.Timestamp
-	61, // 48: portcullis.agent.v1.Session.remaining:type_name -> google.protobuf.Duration
-	60, // 49: portcullis.agent.v1.Session.since:type_name -> google.protobuf.Timestamp
+	61, // 46: portcullis.agent.v1.Session.certificate_expiry:type_name -> google.protobuf.Timestamp
+	61, // 47: portcullis.agent.v1.Session.last_renewal:type_name -> google.protobuf.Timestamp
+	62, // 48: portcullis.agent.v1.Session.remaining:type_name -> google.protobuf.Duration
+	61, // 49: portcullis.agent.v1.Session.since:type_name -> google.protobuf.Timestamp
 	39, // 50: portcullis.agent.v1.ImportPoliciesRequest.files:type_name -> portcullis.agent.v1.PolicyFile
 	43, // 51: portcullis.agent.v1.ImportPoliciesResponse.imported:type_name -> portcullis.agent.v1.ImportedPolicy
 	40, // 52: portcullis.agent.v1.ImportPoliciesResponse.problems:type_name -> portcullis.agent.v1.PolicyProblem
 	38, // 53: portcullis.agent.v1.ImportedPolicy.ref:type_name -> portcullis.agent.v1.PolicyRef
 	46, // 54: portcullis.agent.v1.ListPoliciesResponse.policies:type_name -> portcullis.agent.v1.Policy
 	38, // 55: portcullis.agent.v1.Policy.ref:type_name -> portcullis.agent.v1.PolicyRef
-	60, // 56: portcullis.agent.v1.Policy.imported:type_name -> google.protobuf.Timestamp
+	61, // 56: portcullis.agent.v1.Policy.imported:type_name -> google.protobuf.Timestamp
 	38, // 57: portcullis.agent.v1.GetPolicyRequest.ref:type_name -> portcullis.agent.v1.PolicyRef
 	46, // 58: portcullis.agent.v1.GetPolicyResponse.policy:type_name -> portcullis.agent.v1.Policy
 	38, // 59: portcullis.agent.v1.DeletePoliciesRequest.refs:type_name -> portcullis.agent.v1.PolicyRef
 	38, // 60: portcullis.agent.v1.DeletePoliciesResponse.deleted:type_name -> portcullis.agent.v1.PolicyRef
 	54, // 61: portcullis.agent.v1.MonitorResponse.flow:type_name -> portcullis.agent.v1.FlowEvent
 	53, // 62: portcullis.agent.v1.MonitorResponse.lost:type_name -> portcullis.agent.v1.LostEvents
-	60, // 63: portcullis.agent.v1.FlowEvent.time:type_name -> google.protobuf.Timestamp
-	57, // 64: portcullis.agent.v1.FlowEvent.source:type_name -> portcullis.agent.v1.FlowEnd
-	57, // 65: portcullis.agent.v1.FlowEvent.destination:type_name -> portcullis.agent.v1.FlowEnd
-	61, // 66: portcullis.agent.v1.FlowEvent.binding_age:type_name -> google.protobuf.Duration
-	56, // 67: portcullis.agent.v1.FlowEvent.l7:type_name -> portcullis.agent.v1.L7Event
-	61, // 68: portcullis.agent.v1.FlowEvent.lease_left:type_name -> google.protobuf.Duration
-	61, // 69: portcullis.agent.v1.FlowEvent.held:type_name -> google.protobuf.Duration
-	55, // 70: portcullis.agent.v1.FlowEvent.process:type_name -> portcullis.agent.v1.Process
+	61, // 63: portcullis.agent.v1.FlowEvent.time:type_name -> google.protobuf.Timestamp
+	58, // 64: portcullis.agent.v1.FlowEvent.source:type_name -> portcullis.agent.v1.FlowEnd
+	58, // 65: portcullis.agent.v1.FlowEvent.destination:type_name -> portcullis.agent.v1.FlowEnd
+	62, // 66: portcullis.agent.v1.FlowEvent.binding_age:type_name -> google.protobuf.Duration
+	57, // 67: portcullis.agent.v1.FlowEvent.l7:type_name -> portcullis.agent.v1.L7Event
+	62, // 68: portcullis.agent.v1.FlowEvent.lease_left:type_name -> google.protobuf.Duration
+	62, // 69: portcullis.agent.v1.FlowEvent.held:type_name -> google.protobuf.Duration
+	56, // 70: portcullis.agent.v1.FlowEvent.process:type_name -> portcullis.agent.v1.Process
 	53, // 71: portcullis.agent.v1.FlowEvent.lost:type_name -> portcullis.agent.v1.LostEvents
-	60, // 72: portcullis.agent.v1.Process.start:type_name -> google.protobuf.Timestamp
-	55, // 73: portcullis.agent.v1.Process.parent:type_name -> portcullis.agent.v1.Process
-	61, // 74: portcullis.agent.v1.L7Event.latency:type_name -> google.protobuf.Duration
-	61, // 75: portcullis.agent.v1.L7Event.ttl:type_name -> google.protobuf.Duration
-	0,  // 76: portcullis.agent.v1.Agent.Status:input_type -> portcullis.agent.v1.StatusRequest
-	7,  // 77: portcullis.agent.v1.Agent.RegisterWorkload:input_type -> portcullis.agent.v1.RegisterWorkloadRequest
-	16, // 78: portcullis.agent.v1.Agent.DeregisterWorkload:input_type -> portcullis.agent.v1.DeregisterWorkloadRequest
-	9,  // 79: portcullis.agent.v1.Agent.CheckWorkload:input_type -> portcullis.agent.v1.CheckWorkloadRequest
-	11, // 80: portcullis.agent.v1.Agent.RelabelWorkload:input_type -> portcullis.agent.v1.RelabelWorkloadRequest
-	22, // 81: portcullis.agent.v1.Agent.ListEndpoints:input_type -> portcullis.agent.v1.ListEndpointsRequest
-	20, // 82: portcullis.agent.v1.Agent.ListIdentities:input_type -> portcullis.agent.v1.ListIdentitiesRequest
-	29, // 83: portcullis.agent.v1.Agent.ListBindings:input_type -> portcullis.agent.v1.ListBindingsRequest
-	33, // 84: portcullis.agent.v1.Agent.ListSessions:input_type -> portcullis.agent.v1.ListSessionsRequest
-	25, // 85: portcullis.agent.v1.Agent.ListNames:input_type -> portcullis.agent.v1.ListNamesRequest
-	36, // 86: portcullis.agent.v1.Agent.ResetSession:input_type -> portcullis.agent.v1.ResetSessionRequest
-	41, // 87: portcullis.agent.v1.Agent.ImportPolicies:input_type -> portcullis.agent.v1.ImportPoliciesRequest
-	44, // 88: portcullis.agent.v1.Agent.ListPolicies:input_type -> portcullis.agent.v1.ListPoliciesRequest
-	47, // 89: portcullis.agent.v1.Agent.GetPolicy:input_type -> portcullis.agent.v1.GetPolicyRequest
-	49, // 90: portcullis.agent.v1.Agent.DeletePolicies:input_type -> portcullis.agent.v1.DeletePoliciesRequest
-	51, // 91: portcullis.agent.v1.Agent.Monitor:input_type -> portcullis.agent.v1.MonitorRequest
-	1,  // 92: portcullis.agent.v1.Agent.Status:output_type -> portcullis.agent.v1.StatusResponse
-	15, // 93: portcullis.agent.v1.Agent.RegisterWorkload:output_type -> portcullis.agent.v1.RegisterWorkloadResponse
-	17, // 94: portcullis.agent.v1.Agent.DeregisterWorkload:output_type -> portcullis.agent.v1.DeregisterWorkloadResponse
-	10, // 95: portcullis.agent.v1.Agent.CheckWorkload:output_type -> portcullis.agent.v1.CheckWorkloadResponse
-	13, // 96: portcullis.agent.v1.Agent.RelabelWorkload:output_type -> portcullis.agent.v1.RelabelWorkloadResponse
-	23, // 97: portcullis.agent.v1.Agent.ListEndpoints:output_type -> portcullis.agent.v1.ListEndpointsResponse
-	21, // 98: portcullis.agent.v1.Agent.ListIdentities:output_type -> portcullis.agent.v1.ListIdentitiesResponse
-	30, // 99: portcullis.agent.v1.Agent.ListBindings:output_type -> portcullis.agent.v1.ListBindingsResponse
-	34, // 100: portcullis.agent.v1.Agent.ListSessions:output_type -> portcullis.agent.v1.ListSessionsResponse
-	26, // 101: portcullis.agent.v1.Agent.ListNames:output_type -> portcullis.agent.v1.ListNamesResponse
-	37, // 102: portcullis.agent.v1.Agent.ResetSession:output_type -> portcullis.agent.v1.ResetSessionResponse
-	42, // 103: portcullis.agent.v1.Agent.ImportPolicies:output_type -> portcullis.agent.v1.ImportPoliciesResponse
-	45, // 104: portcullis.agent.v1.Agent.ListPolicies:output_type -> portcullis.agent.v1.ListPoliciesResponse
-	48, // 105: portcullis.agent.v1.Agent.GetPolicy:output_type -> portcullis.agent.v1.GetPolicyResponse
-	50, // 106: portcullis.agent.v1.Agent.DeletePolicies:output_type -> portcullis.agent.v1.DeletePoliciesResponse
-	52, // 107: portcullis.agent.v1.Agent.Monitor:output_type -> portcullis.agent.v1.MonitorResponse
-	92, // [92:108] is the sub-list for method output_type
-	76, // [76:92] is the sub-list for method input_type
-	76, // [76:76] is the sub-list for extension type_name
-	76, // [76:76] is the sub-list for extension extendee
-	0,  // [0:76] is the sub-list for field type_name
+	55, // 72: portcullis.agent.v1.FlowEvent.icmp:type_name -> portcullis.agent.v1.ICMP
+	61, // 73: portcullis.agent.v1.Process.start:type_name -> google.protobuf.Timestamp
+	56, // 74: portcullis.agent.v1.Process.parent:type_name -> portcullis.agent.v1.Process
+	62, // 75: portcullis.agent.v1.L7Event.latency:type_name -> google.protobuf.Duration
+	62, // 76: portcullis.agent.v1.L7Event.ttl:type_name -> google.protobuf.Duration
+	0,  // 77: portcullis.agent.v1.Agent.Status:input_type -> portcullis.agent.v1.StatusRequest
+	7,  // 78: portcullis.agent.v1.Agent.RegisterWorkload:input_type -> portcullis.agent.v1.RegisterWorkloadRequest
+	16, // 79: portcullis.agent.v1.Agent.DeregisterWorkload:input_type -> portcullis.agent.v1.DeregisterWorkloadRequest
+	9,  // 80: portcullis.agent.v1.Agent.CheckWorkload:input_type -> portcullis.agent.v1.CheckWorkloadRequest
+	11, // 81: portcullis.agent.v1.Agent.RelabelWorkload:input_type -> portcullis.agent.v1.RelabelWorkloadRequest
+	22, // 82: portcullis.agent.v1.Agent.ListEndpoints:input_type -> portcullis.agent.v1.ListEndpointsRequest
+	20, // 83: portcullis.agent.v1.Agent.ListIdentities:input_type -> portcullis.agent.v1.ListIdentitiesRequest
+	29, // 84: portcullis.agent.v1.Agent.ListBindings:input_type -> portcullis.agent.v1.ListBindingsRequest
+	33, // 85: portcullis.agent.v1.Agent.ListSessions:input_type -> portcullis.agent.v1.ListSessionsRequest
+	25, // 86: portcullis.agent.v1.Agent.ListNames:input_type -> portcullis.agent.v1.ListNamesRequest
+	36, // 87: portcullis.agent.v1.Agent.ResetSession:input_type -> portcullis.agent.v1.ResetSessionRequest
+	41, // 88: portcullis.agent.v1.Agent.ImportPolicies:input_type -> portcullis.agent.v1.ImportPoliciesRequest
+	44, // 89: portcullis.agent.v1.Agent.ListPolicies:input_type -> portcullis.agent.v1.ListPoliciesRequest
+	47, // 90: portcullis.agent.v1.Agent.GetPolicy:input_type -> portcullis.agent.v1.GetPolicyRequest
+	49, // 91: portcullis.agent.v1.Agent.DeletePolicies:input_type -> portcullis.agent.v1.DeletePoliciesRequest
+	51, // 92: portcullis.agent.v1.Agent.Monitor:input_type -> portcullis.agent.v1.MonitorRequest
+	1,  // 93: portcullis.agent.v1.Agent.Status:output_type -> portcullis.agent.v1.StatusResponse
+	15, // 94: portcullis.agent.v1.Agent.RegisterWorkload:output_type -> portcullis.agent.v1.RegisterWorkloadResponse
+	17, // 95: portcullis.agent.v1.Agent.DeregisterWorkload:output_type -> portcullis.agent.v1.DeregisterWorkloadResponse
+	10, // 96: portcullis.agent.v1.Agent.CheckWorkload:output_type -> portcullis.agent.v1.CheckWorkloadResponse
+	13, // 97: portcullis.agent.v1.Agent.RelabelWorkload:output_type -> portcullis.agent.v1.RelabelWorkloadResponse
+	23, // 98: portcullis.agent.v1.Agent.ListEndpoints:output_type -> portcullis.agent.v1.ListEndpointsResponse
+	21, // 99: portcullis.agent.v1.Agent.ListIdentities:output_type -> portcullis.agent.v1.ListIdentitiesResponse
+	30, // 100: portcullis.agent.v1.Agent.ListBindings:output_type -> portcullis.agent.v1.ListBindingsResponse
+	34, // 101: portcullis.agent.v1.Agent.ListSessions:output_type -> portcullis.agent.v1.ListSessionsResponse
+	26, // 102: portcullis.agent.v1.Agent.ListNames:output_type -> portcullis.agent.v1.ListNamesResponse
+	37, // 103: portcullis.agent.v1.Agent.ResetSession:output_type -> portcullis.agent.v1.ResetSessionResponse
+	42, // 104: portcullis.agent.v1.Agent.ImportPolicies:output_type -> portcullis.agent.v1.ImportPoliciesResponse
+	45, // 105: portcullis.agent.v1.Agent.ListPolicies:output_type -> portcullis.agent.v1.ListPoliciesResponse
+	48, // 106: portcullis.agent.v1.Agent.GetPolicy:output_type -> portcullis.agent.v1.GetPolicyResponse
+	50, // 107: portcullis.agent.v1.Agent.DeletePolicies:output_type -> portcullis.agent.v1.DeletePoliciesResponse
+	52, // 108: portcullis.agent.v1.Agent.Monitor:output_type -> portcullis.agent.v1.MonitorResponse
+	93, // [93:109] is the sub-list for method output_type
+	77, // [77:93] is the sub-list for method input_type
+	77, // [77:77] is the sub-list for extension type_name
+	77, // [77:77] is the sub-list for extension extendee
+	0,  // [0:77] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }
@@ -5058,7 +5211,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   60,
+			NumMessages:   61,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

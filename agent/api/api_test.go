@@ -33,8 +33,9 @@ func TestRecordRoundTrip(t *testing.T) {
 			Labels: []string{"k8s:org=alliance"}, Workload: "default/xwing"},
 		Dest:     flow.End{IP: netip.MustParseAddr("10.2.0.2"), Port: 80, Identity: 1, Endpoint: 24},
 		Evidence: identity.EvidenceLease, NoEvidenceNeeded: true, Generation: 1<<64 - 1, Stamp: 7, BindingAge: time.Hour + 1,
-		Reinjected: true, Rule: 9, Policy: "NetworkPolicy/default/x",
+		Reinjected: true, Rule: 9, Policy: "NetworkPolicy/default/x", ICMP: &flow.ICMP{Type: 3, Code: 255}, Called: netip.MustParseAddrPort("[fd96::7]:443"),
 	}
+	full.Dest.Owner, full.Dest.Service, full.Dest.Names = flow.Owner{Kind: "Deployment", Name: "web"}, "default/web", []string{"a.example", "b.example"}
 	inside := full
 	inside.L7 = &flow.L7{Protocol: "http", Verdict: "denied", Reason: "why", Rule: "P x", Latency: time.Second, Version: "1.1", Method: "PUT", Path: "/a", Host: "b", Header: []string{"X: y"}, Status: 403,
 		Name: "n", Type: 1, Code: -1, Addresses: []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("::1")}, TTL: time.Minute}
@@ -55,7 +56,7 @@ func TestRecordRoundTrip(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if diff := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Addr{}), cmpopts.EquateEmpty()); diff != "" {
+		if diff := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{}), cmpopts.EquateEmpty()); diff != "" {
 			t.Errorf("after the wire (-want +got):\n%s", diff)
 		}
 	}

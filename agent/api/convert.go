@@ -36,6 +36,12 @@ func FromRecord(r *flow.Record) *FlowEvent {
 	if r.Held != 0 {
 		ev.Held = durationpb.New(r.Held)
 	}
+	if r.ICMP != nil {
+		ev.Icmp = &ICMP{Type: uint32(r.ICMP.Type), Code: uint32(r.ICMP.Code)}
+	}
+	if r.Called.IsValid() {
+		ev.Called = r.Called.String()
+	}
 	ev.L7, ev.Process = fromL7(r.L7), fromProcess(r.Process)
 	if r.Lost != nil {
 		ev.Lost = &LostEvents{Count: r.Lost.Count, Where: string(r.Lost.Where)}
@@ -50,7 +56,7 @@ func fromProcess(p *flow.Process) *Process {
 	// A workload chooses these bytes, and a message holds UTF-8 only.
 	text := func(s string) string { return strings.ToValidUTF8(s, "?") }
 	out := &Process{Pid: p.PID, Binary: text(p.Binary), Arguments: text(p.Arguments), Cwd: text(p.CWD), Uid: p.UID, Auid: p.AUID,
-		Container: p.Container, ExecId: p.ExecID, Parent: fromProcess(p.Parent)}
+		Container: p.Container, ExecId: p.ExecID, Parent: fromProcess(p.Parent), Forked: p.Forked, Incomplete: p.Incomplete}
 	if !p.Start.IsZero() {
 		out.Start = timestamppb.New(p.Start)
 	}
@@ -62,7 +68,7 @@ func toProcess(p *Process) *flow.Process {
 		return nil
 	}
 	out := &flow.Process{PID: p.Pid, Binary: p.Binary, Arguments: p.Arguments, CWD: p.Cwd, UID: p.Uid, AUID: p.Auid,
-		Container: p.Container, ExecID: p.ExecId, Parent: toProcess(p.Parent)}
+		Container: p.Container, ExecID: p.ExecId, Parent: toProcess(p.Parent), Forked: p.Forked, Incomplete: p.Incomplete}
 	if p.Start != nil {
 		out.Start = p.Start.AsTime()
 	}
@@ -72,6 +78,7 @@ func toProcess(p *Process) *flow.Process {
 func fromEnd(e *flow.End) *FlowEnd {
 	end := &FlowEnd{
 		Port: uint32(e.Port), Identity: uint32(e.Identity), Text: e.Text, Labels: e.Labels, SpiffeId: e.SPIFFE, Workload: e.Workload, Endpoint: e.Endpoint,
+		OwnerKind: e.Owner.Kind, OwnerName: e.Owner.Name, Service: e.Service, Names: e.Names,
 	}
 	if e.IP.IsValid() {
 		end.Ip = e.IP.String()
@@ -104,6 +111,12 @@ func ToRecord(ev *FlowEvent) (r flow.Record, err error) {
 	r.Source, errs[6] = toEnd(ev.GetSource())
 	r.Dest, errs[7] = toEnd(ev.GetDestination())
 	r.L7, errs[8] = toL7(ev.GetL7())
+	if x := ev.GetIcmp(); x != nil {
+		r.ICMP = &flow.ICMP{Type: uint8(x.GetType()), Code: uint8(x.GetCode())}
+	}
+	if ev.GetCalled() != "" {
+		r.Called, errs[9] = netip.ParseAddrPort(ev.GetCalled())
+	}
 	return r, errors.Join(errs[:]...)
 }
 
@@ -111,6 +124,7 @@ func toEnd(e *FlowEnd) (end flow.End, err error) {
 	end = flow.End{
 		Port: uint16(e.GetPort()), Identity: identity.Numeric(e.GetIdentity()), Text: e.GetText(), Labels: e.GetLabels(), SPIFFE: e.GetSpiffeId(),
 		Workload: e.GetWorkload(), Endpoint: e.GetEndpoint(),
+		Owner: flow.Owner{Kind: e.GetOwnerKind(), Name: e.GetOwnerName()}, Service: e.GetService(), Names: e.GetNames(),
 	}
 	if s := e.GetIp(); s != "" {
 		end.IP, err = netip.ParseAddr(s)
@@ -128,6 +142,7 @@ func (x *MonitorRequest) Filter() (f flow.Filter, err error) {
 	f.Labels = parseAll(x.GetLabels(), flow.ParseLabel, &errs)
 	f.Protocols = parseAll(x.GetProtocols(), flow.ParseProtocol, &errs)
 	f.Types = parseAll(x.GetTypes(), flow.ParseType, &errs)
+	f.Related = parseAll(x.GetRelated(), flow.ParseRelated, &errs)
 	f.Endpoints = x.GetEndpoints()
 	f.Workloads = x.GetWorkloads()
 	for _, p := range x.GetPorts() {

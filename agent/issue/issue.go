@@ -33,6 +33,7 @@ type Config struct {
 	Secret         string
 	ConfigMap      string
 	ServiceAccount string // of the agents
+	RelayAccount   string // of relays; empty: none gets an SVID
 	Audience       string // of their tokens
 	SVIDLife       time.Duration
 	AuthorityLife  time.Duration
@@ -43,7 +44,7 @@ type Config struct {
 func Default() Config {
 	return Config{
 		Listen: fmt.Sprintf(":%d", issuer.DefaultPort), Secret: "portcullis-issuer", ConfigMap: "portcullis-bundle",
-		ServiceAccount: "portcullis-agent", Audience: issuer.DefaultAudience,
+		ServiceAccount: "portcullis-agent", RelayAccount: "portcullis-relay", Audience: issuer.DefaultAudience,
 		SVIDLife: issuer.DefaultSVIDLife, AuthorityLife: issuer.DefaultAuthorityLife,
 		UserAgent: "portcullis-issuer",
 	}
@@ -75,6 +76,9 @@ func (c *Config) Validate() error {
 		if (o.flag != "namespace" || o.name != "") && !objectName.MatchString(o.name) {
 			bad("--%s %q: want a name of Kubernetes", o.flag, o.name)
 		}
+	}
+	if c.RelayAccount != "" && (!objectName.MatchString(c.RelayAccount) || c.RelayAccount == c.ServiceAccount) {
+		bad("--relay-service-account %q: want a name of Kubernetes, and not the agents'", c.RelayAccount)
 	}
 	if c.Audience == "" {
 		bad("--audience is missing: a token for any audience would be the API server's, too")
@@ -108,8 +112,12 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 	if err != nil {
 		return fmt.Errorf("listen for agents: %w", err)
 	}
-	server, err := issuer.NewServer(issuer.ServerConfig{Keeper: keeper, Reviewer: reviewer{api}, Listener: listener, Log: log,
-		Rules: issuer.Rules{Audience: cfg.Audience, Account: "system:serviceaccount:" + cfg.Namespace + ":" + cfg.ServiceAccount}})
+	user := func(account string) string { return "system:serviceaccount:" + cfg.Namespace + ":" + account }
+	rules := issuer.Rules{Audience: cfg.Audience, Account: user(cfg.ServiceAccount)}
+	if cfg.RelayAccount != "" {
+		rules.Relay = user(cfg.RelayAccount)
+	}
+	server, err := issuer.NewServer(issuer.ServerConfig{Keeper: keeper, Reviewer: reviewer{api}, Listener: listener, Log: log, Rules: rules})
 	if err != nil {
 		return errors.Join(err, listener.Close())
 	}

@@ -101,7 +101,7 @@ func toPod(p *corev1.Pod) (Pod, bool) {
 	if err != nil || p.Spec.HostNetwork {
 		return Pod{}, false
 	}
-	out := Pod{UID: uid, Namespace: p.Namespace, Name: p.Name, ServiceAccount: p.Spec.ServiceAccountName, Labels: securityLabels(p.Labels), Node: identity.NodeName(p.Spec.NodeName), Created: p.CreationTimestamp.Unix()}
+	out := Pod{UID: uid, Namespace: p.Namespace, Name: p.Name, ServiceAccount: p.Spec.ServiceAccountName, Labels: securityLabels(p.Labels), Node: identity.NodeName(p.Spec.NodeName), Owner: ownerOf(p), Created: p.CreationTimestamp.Unix()}
 	if out.ServiceAccount == "" {
 		out.ServiceAccount = "default"
 	}
@@ -134,6 +134,30 @@ func toPod(p *corev1.Pod) (Pod, bool) {
 		}
 	}
 	return out, true
+}
+
+// ownerOf returns what made a pod: its controller; and where that was made for
+// another in turn, which its name and the pod's labels tell, the other.
+func ownerOf(p *corev1.Pod) Owner {
+	c := metav1.GetControllerOf(p)
+	if c == nil {
+		return Owner{}
+	}
+	switch c.Kind {
+	case "Node":
+		return Owner{} // a static pod: its kubelet's, and of no other
+	case "ReplicaSet":
+		if hash := p.Labels["pod-template-hash"]; hash != "" {
+			if name, ok := strings.CutSuffix(c.Name, "-"+hash); ok && name != "" {
+				return Owner{Kind: "Deployment", Name: name}
+			}
+		}
+	case "Job": // of a CronJob: NAME-MINUTES, those of the Unix time at which it was due
+		if i := strings.LastIndexByte(c.Name, '-'); i > 0 && len(c.Name)-i-1 >= 8 && strings.Trim(c.Name[i+1:], "0123456789") == "" {
+			return Owner{Kind: "CronJob", Name: c.Name[:i]}
+		}
+	}
+	return Owner{Kind: c.Kind, Name: c.Name}
 }
 
 func ownedByNode(p *corev1.Pod) bool {

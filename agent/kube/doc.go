@@ -17,8 +17,12 @@
 // skipped. One that is refused is told (Picture.Refused), and the last version
 // that was not refused stays in force.
 //
-// A Source's Run has one goroutine for each watch and one that writes the
-// snapshot; all state is guarded by one mutex, and nothing is awaited while it
-// is held. Without an API server the last known stays, without a bound: who is
+// Events is the way back: what the agent tells of pods, policies and nodes, in a
+// bounded table, rate-limited, written by one goroutine (events.go is pure but for
+// its sink; events_write.go speaks with the API server).
+//
+// A Source's Run has one goroutine for each watch, one that writes the
+// snapshot and one that writes events; all state of the Source is guarded by one
+// mutex, that of Events by another, and nothing is awaited while one is held. Without an API server the last known stays, without a bound: who is
 // behind an IP is never learnt here, so nothing of it is believed too long.
 package kube

@@ -116,6 +116,26 @@ func TestPod(t *testing.T) {
 	}
 }
 
+// Who made a pod is read off its controller, and off its name where that was made
+// for another.
+func TestOwner(t *testing.T) {
+	yes := true
+	for _, tt := range []struct {
+		kind, name string
+		want       Owner
+	}{
+		{"ReplicaSet", "web-abc", Owner{"Deployment", "web"}}, {"ReplicaSet", "web-def", Owner{"ReplicaSet", "web-def"}}, {"ReplicaSet", "-abc", Owner{"ReplicaSet", "-abc"}},
+		{"StatefulSet", "db", Owner{"StatefulSet", "db"}}, {"DaemonSet", "agent", Owner{"DaemonSet", "agent"}}, {"Job", "once", Owner{"Job", "once"}},
+		{"Job", "nightly-29401380", Owner{"CronJob", "nightly"}}, {"Job", "v-2", Owner{"Job", "v-2"}}, {"Node", "n1", Owner{}}, {"Rollout", "web", Owner{"Rollout", "web"}},
+	} {
+		p := aPod("web-1")
+		p.OwnerReferences = []metav1.OwnerReference{{APIVersion: "v1", Kind: "Other", Name: "no-controller"}, {APIVersion: "apps/v1", Kind: tt.kind, Name: tt.name, Controller: &yes}}
+		if got, _ := toPod(p); got.Owner != tt.want {
+			t.Errorf("a pod of %s %s is %+v's", tt.kind, tt.name, got.Owner)
+		}
+	}
+}
+
 func object(t *testing.T, text string) *unstructured.Unstructured {
 	t.Helper()
 	u := &unstructured.Unstructured{}
@@ -450,7 +470,7 @@ func TestPermissions(t *testing.T) {
 		got = append(got, p.String()+" "+strings.Join(p.Verbs, ","))
 	}
 	want := []string{"nodes list,watch", "namespaces list,watch", "services list,watch", "endpointslices.discovery.k8s.io list,watch", "pods list,watch", "networkpolicies.networking.k8s.io list,watch",
-		"ciliumnetworkpolicies.cilium.io list,watch", "ciliumclusterwidenetworkpolicies.cilium.io list,watch", "ciliumcidrgroups.cilium.io list,watch"}
+		"ciliumnetworkpolicies.cilium.io list,watch", "ciliumclusterwidenetworkpolicies.cilium.io list,watch", "ciliumcidrgroups.cilium.io list,watch", "events.events.k8s.io create,patch"}
 	if d := cmp.Diff(want, got); d != "" {
 		t.Error(d)
 	}

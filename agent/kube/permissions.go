@@ -15,12 +15,13 @@ type Permission struct {
 
 // Permissions returns everything that a Source asks of the API server, beside
 // discovery, which whoever is authenticated may. A manifest that grants more
-// grants too much.
+// grants too much. Events need no right to read any: those of an agent are known
+// to it, and of what all agents tell the name says whether it is there.
 func Permissions() (out []Permission) {
 	for _, r := range resources("") {
 		out = append(out, Permission{r.at.GroupResource(), []string{"list", "watch"}})
 	}
-	return out
+	return append(out, Permission{schema.GroupResource{Group: "events.k8s.io", Resource: "events"}, []string{"create", "patch"}})
 }
 
 // resource is what is watched.

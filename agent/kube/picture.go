@@ -48,8 +48,15 @@ type Pod struct {
 	Labels         map[string]string    `json:"labels,omitempty"` // without those that are not of an identity
 	Ports          []identity.NamedPort `json:"ports,omitempty"`  // of its containers, those that have names
 	Node           identity.NodeName    `json:"node"`
-	IPs            []netip.Addr         `json:"-"` // as the API server says, which is no evidence; nil: of this node, or it has ended
-	Created        int64                `json:"-"` // seconds since 1970
+	Owner          Owner                `json:"owner,omitzero"` // what made it
+	IPs            []netip.Addr         `json:"-"`              // as the API server says, which is no evidence; nil: of this node, or it has ended
+	Created        int64                `json:"-"`              // seconds since 1970
+}
+
+// Owner is what made a pod and others like it, in its namespace; zero: nothing did.
+type Owner struct {
+	Kind string `json:"kind"`
+	Name string `json:"name"`
 }
 
 // Object is a policy, or what policies speak of: a group of addresses, a namespace,
@@ -67,8 +74,10 @@ type Object struct {
 // Refused is an object that cannot be used.
 type Refused struct {
 	authz.Ref
-	Why  string
-	Kept bool // an earlier version of it is in force
+	APIVersion string
+	UID        string // of the object
+	Why        string
+	Kept       bool // an earlier version of it is in force
 }
 
 // Picture is what is known of the cluster at one moment. It is never changed.

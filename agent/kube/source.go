@@ -40,6 +40,7 @@ type Config struct {
 	// Forget: ranges within these that a node had and no node has now are not
 	// remembered from here on: they pass for the world.
 	Forget []netip.Prefix
+	Events bool // what Source.Events is given is written into the cluster
 	Log    *zap.Logger
 }
 
@@ -54,6 +55,7 @@ type Source struct {
 	core      *rest.RESTClient
 	dynamic   dynamic.Interface
 	requests  *requests
+	events    *Events // nil: none are written
 	server    string
 	authority string
 	path      string
@@ -110,9 +112,20 @@ func New(cfg Config) (*Source, error) {
 	if s.core, err = coreClient(rc, client); err != nil {
 		return nil, fmt.Errorf("kubernetes: %w", err)
 	}
+	if cfg.Events {
+		sink, err := newEventClient(rc, client)
+		if err != nil {
+			return nil, fmt.Errorf("kubernetes: %w", err)
+		}
+		s.events = newEvents(sink, string(cfg.Node), s.log)
+	}
 	s.takeUp()
 	return s, nil
 }
+
+// Events returns what writes events; nil, which takes them too, without
+// Config.Events.
+func (s *Source) Events() *Events { return s.events }
 
 func restConfig(kubeconfig string) (*rest.Config, error) {
 	if kubeconfig == "" {
@@ -192,6 +205,9 @@ func (s *Source) Run(ctx context.Context) error {
 	wg.Go(func() { s.keepSnapshot(ctx) })
 	if s.cfg.Prove {
 		wg.Go(func() { s.prove(ctx) })
+	}
+	if s.events != nil {
+		wg.Go(func() { _ = s.events.Run(ctx) }) // it ends with ctx, and without an error
 	}
 	wg.Wait()
 	return nil

@@ -21,6 +21,7 @@ import (
 type entry struct {
 	good    *Object // nil: no version of it could be used
 	refused string  // why the last one cannot; "": it is the good one
+	uid     string  // of what is refused
 }
 
 // tables hold the last known of everything. They are the pure part of a Source,
@@ -49,7 +50,8 @@ type converted struct {
 	pod    *Pod
 	object *Object
 	ref    authz.Ref
-	err    error // why object cannot be used
+	err    error  // why object cannot be used
+	uid    string // of that object
 }
 
 // convert reads what a watch brings. It needs no lock.
@@ -58,7 +60,7 @@ func convert(r resource, obj any) (converted, error) {
 	if err != nil {
 		return converted{}, fmt.Errorf("%s: an event without an object: %w", r.name(), err)
 	}
-	c := converted{key: m.GetNamespace() + "/" + m.GetName()}
+	c := converted{key: m.GetNamespace() + "/" + m.GetName(), uid: string(m.GetUID())}
 	switch o := obj.(type) {
 	case *corev1.Node:
 		n := toNode(o)
@@ -121,7 +123,7 @@ func (t *tables) next(old entry, c converted) entry {
 		if old.refused != c.err.Error() {
 			t.refused++
 		}
-		return entry{good: old.good, refused: c.err.Error()}
+		return entry{good: old.good, refused: c.err.Error(), uid: c.uid}
 	case old.good != nil && old.good.Source == c.object.Source:
 		return entry{good: old.good}
 	}
@@ -259,7 +261,7 @@ func (t *tables) refusals() (out []Refused) {
 	for _, r := range resources("") {
 		for key, e := range t.objects[r.name()] {
 			if e.refused != "" {
-				out = append(out, Refused{Ref: refOf(r, key), Why: e.refused, Kept: e.good != nil})
+				out = append(out, Refused{Ref: refOf(r, key), APIVersion: r.at.GroupVersion().String(), UID: e.uid, Why: e.refused, Kept: e.good != nil})
 			}
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"sync/atomic"
 
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
@@ -45,30 +46,76 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 	}
 	defer steered.Close()
 
+	version, err := versionOf(steered)
+	if err != nil {
+		return err
+	}
 	tables := feed.NewTables(flows{steered})
-	var server *proxy.Server
-	client := feed.NewClient(cfg.Socket, tables, func() feed.Stats { return feed.Stats(server.Stats()) }, log)
+	serving := &serving{tables: tables}
+	client := feed.NewClient(cfg.Socket, version, tables, serving.stats, log)
+	serving.client = client
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return client.Run(ctx) })
+	group.Go(func() error {
+		select {
+		case <-client.Synced(): // before it there is nothing to judge by, and places stay empty: who calls is refused at once
+		case <-ctx.Done():
+			return nil
+		}
+		return serving.run(ctx, cfg, places, log)
+	})
+	return group.Wait()
+}
+
+// serving is what takes flows.
+type serving struct {
+	tables *feed.Tables
+	client *feed.Client
+	server atomic.Pointer[proxy.Server] // nil: nothing is served yet
+}
+
+func (s *serving) stats() feed.Stats {
+	if server := s.server.Load(); server != nil {
+		return feed.Stats(server.Stats())
+	}
+	return feed.Stats{}
+}
+
+// run opens the sockets, and serves what comes in there until ctx ends.
+func (s *serving) run(ctx context.Context, cfg Config, places *datapath.Sockets, log *zap.Logger) error {
 	open, err := openSockets(ctx, places)
 	if err != nil {
 		return err
 	}
 	defer open.close()
-	egress := newSplit(open.tcp[abi.DirEgress], abi.DirEgress, tables, dialServer)
-	server = proxy.New(tables, egress.Dial, client, cfg.Options)
-	relay, err := dns.New(dns.Config{Judge: tables, Learner: learner{client}, Recorder: client, NXDomain: cfg.NXDomain, Dial: egress.Dial})
+	var server *proxy.Server
+	egress := newSplit(open.tcp[abi.DirEgress], abi.DirEgress, s.tables, dialServer,
+		func(d abi.Direction, c net.Conn, reason string) { server.Refuse(d, c, reason) })
+	server = proxy.New(s.tables, egress.Dial, s.client, cfg.Options)
+	s.server.Store(server)
+	relay, err := dns.New(dns.Config{Judge: s.tables, Learner: learner{s.client}, Recorder: s.client, NXDomain: cfg.NXDomain, Dial: egress.Dial})
 	if err != nil {
 		return err
 	}
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return client.Run(ctx) })
 	group.Go(func() error { return egress.run(ctx) })
 	group.Go(func() error {
 		return server.Run(ctx, proxy.Listener{Listener: egress.other, Direction: abi.DirEgress},
 			proxy.Listener{Listener: open.tcp[abi.DirIngress], Direction: abi.DirIngress})
 	})
 	group.Go(func() error { return relay.Run(ctx, []dns.Packets{open.queries}, []net.Listener{egress.dns}) })
+	s.client.Serve()
 	log.Info("the proxy serves", zap.String("socket", cfg.Socket))
 	return group.Wait()
+}
+
+// versionOf says what this proxy is.
+func versionOf(steered *datapath.Steered) (v feed.Version, err error) {
+	if v.Program, err = feed.Program("/proc/self/exe"); err != nil {
+		return v, err
+	}
+	v.Maps, err = steered.Maps()
+	return v, err
 }
 
 // dialServer connects to a flow's server in the client's name.

@@ -16,6 +16,9 @@ import (
 // dial connects to a flow's server in the client's name.
 type dial func(context.Context, proxy.Conn) (net.Conn, error)
 
+// refuse resets a connection for which there is no room.
+type refuse func(d abi.Direction, c net.Conn, reason string)
+
 // split gives connections whose rules are of DNS to one listener, and all others
 // to another. Who is judged here is judged again there.
 //
@@ -26,6 +29,7 @@ type split struct {
 	direction abi.Direction
 	judge     proxy.Judge
 	dial      dial
+	refuse    refuse
 
 	dns, other *branch
 
@@ -49,8 +53,8 @@ const (
 // maxUndecided bounds connections of which it is not known yet whose they are.
 const maxUndecided = 4096
 
-func newSplit(l net.Listener, dir abi.Direction, judge proxy.Judge, d dial) *split {
-	return &split{Listener: l, direction: dir, judge: judge, dial: d, dns: newBranch(l), other: newBranch(l), called: map[proxy.Conn]*call{}}
+func newSplit(l net.Listener, dir abi.Direction, judge proxy.Judge, d dial, r refuse) *split {
+	return &split{Listener: l, direction: dir, judge: judge, dial: d, refuse: r, dns: newBranch(l), other: newBranch(l), called: map[proxy.Conn]*call{}}
 }
 
 // Dial connects to a flow's server, or returns the connection that was made to see
@@ -136,7 +140,7 @@ func (s *split) run(ctx context.Context) error {
 		select {
 		case room <- struct{}{}:
 		default: // refused at once, rather than late
-			reset(c)
+			s.refuse(s.direction, c, "too many connections at once")
 			continue
 		}
 		wg.Go(func() {

@@ -37,7 +37,7 @@ func TestServiceIsCalledToBeJudged(t *testing.T) {
 		s := newSplit(l, abi.DirEgress, judge, func(context.Context, proxy.Conn) (net.Conn, error) {
 			calls.Add(1)
 			return up, nil
-		})
+		}, nil)
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
 		go func() { done <- s.run(ctx) }()
@@ -76,7 +76,7 @@ func TestCallsThatFailOrAreNotUsed(t *testing.T) {
 			return nil, refused
 		}
 		return up, nil
-	})
+	}, nil)
 	s.call(t.Context(), proxy.Conn{Protocol: 6})
 	if c, err := s.Dial(t.Context(), proxy.Conn{Protocol: 6}); c != nil || !errors.Is(err, refused) {
 		t.Errorf("got %v, %v", c, err)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"net"
+	"net/netip"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -24,6 +25,7 @@ import (
 	peerpb "github.com/cilium/cilium/api/v1/peer"
 	"portcullis/agent/api"
 	"portcullis/identity"
+	"portcullis/identity/issuer/client"
 	"portcullis/identity/svid"
 	"portcullis/ipcache/session"
 	"portcullis/observe/hubble"
@@ -31,17 +33,20 @@ import (
 
 // Config says whom to ask, and who may ask.
 type Config struct {
-	Socket      string   // unix socket to serve on (0660)
-	Listen      string   // ADDRESS:PORT to serve on over mTLS; "": none
-	Clients     []string // SPIFFE IDs that may read there, beside agents
-	Nodes       []string // NAME=ADDRESS:PORT; none: those that the agent at Peers knows
-	Peers       string   // unix socket of an agent's Hubble API
-	TrustDomain string   // required
-	SPIFFEID    string   // of the relay's own SVID; required
-	WorkloadAPI string   // where that comes from
-	SVIDDir     string   // or here
-	Patience    time.Duration
-	Version     string
+	Socket                    string   // unix socket to serve on (0660)
+	Listen                    string   // ADDRESS:PORT to serve on over mTLS; "": none
+	Clients                   []string // SPIFFE IDs that may read there, beside agents
+	Nodes                     []string // NAME=ADDRESS:PORT; none: those that the agent at Peers knows
+	Peers                     string   // unix socket of an agent's Hubble API; or HOST:PORT, over mTLS, where any agent answers
+	TrustDomain               string   // required
+	SPIFFEID                  string   // of the relay's own SVID; "": spiffe://TRUST-DOMAIN/portcullis/relay
+	WorkloadAPI               string   // where that comes from
+	SVIDDir                   string   // or here
+	Issuer                    string   // or from here: https://HOST:PORT of an issuer; the token and the bundle are for asking it
+	IssuerToken, IssuerBundle string
+	Local                     string // ADDRESS:PORT of the loopback to serve on in the clear; "": none
+	Patience                  time.Duration
+	Version                   string
 }
 
 // Default returns the configuration that flags start from.
@@ -63,6 +68,9 @@ func (c *Config) Validate() error {
 	if err != nil {
 		bad("--trust-domain %q: %v", c.TrustDomain, err)
 	}
+	if c.SPIFFEID == "" && err == nil {
+		c.SPIFFEID = "spiffe://" + td.Name() + identity.RelaySPIFFEPath
+	}
 	if id, err := spiffeid.FromString(c.SPIFFEID); err != nil {
 		bad("--spiffe-id %q: %v: want the name of the SVID that this relay gets", c.SPIFFEID, err)
 	} else if id.TrustDomain() != td {
@@ -76,6 +84,17 @@ func (c *Config) Validate() error {
 	if _, err := c.nodes(); err != nil {
 		errs = append(errs, err)
 	}
+	if !filepath.IsAbs(c.Peers) {
+		if host, port, err := net.SplitHostPort(c.Peers); err != nil || host == "" || port == "" {
+			bad("--peers %q: want the absolute path of an agent's socket, or HOST:PORT", c.Peers)
+		}
+	}
+	if c.Local != "" {
+		// Whoever reaches it reads all flows, so it must be reached from here only.
+		if at, err := netip.ParseAddrPort(c.Local); err != nil || !at.Addr().IsLoopback() {
+			bad("--listen-local %q: want ADDRESS:PORT of the loopback, e.g. 127.0.0.1:4245", c.Local)
+		}
+	}
 	if c.Listen != "" {
 		if _, _, err := net.SplitHostPort(c.Listen); err != nil {
 			bad("--listen %q: want ADDRESS:PORT", c.Listen)
@@ -86,6 +105,14 @@ func (c *Config) Validate() error {
 	}
 	if c.Patience < 10*time.Millisecond || c.Patience > time.Minute {
 		bad("--patience %v: want 10ms to 1m", c.Patience)
+	}
+	if c.Issuer != "" && c.SVIDDir != "" {
+		bad("--svid-dir and --issuer exclude each other: the relay's SVID comes from one place")
+	}
+	if c.Issuer != "" {
+		errs = append(errs, c.issuerClient(spiffeid.ID{}, nil).Check())
+	} else if c.IssuerToken != "" || c.IssuerBundle != "" {
+		bad("--issuer is missing: --issuer-token and --issuer-bundle are for asking one")
 	}
 	if c.SVIDDir != "" && !filepath.IsAbs(c.SVIDDir) {
 		bad("--svid-dir %q: want an absolute path", c.SVIDDir)
@@ -127,7 +154,12 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return source.Run(ctx) })
 	if len(configured) == 0 {
-		group.Go(func() error { return known.follow(ctx, cfg.Peers, log) })
+		conn, err := cfg.dialPeers(td, source)
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		group.Go(func() error { return known.follow(ctx, conn, log) })
 	}
 	if err := cfg.serve(ctx, group, r, source, td); err != nil {
 		return err
@@ -146,15 +178,24 @@ func (c *Config) source(log *zap.Logger) (*svid.Source, error) {
 		return nil, err
 	}
 	var from svid.Provider
-	if c.SVIDDir != "" {
+	switch {
+	case c.Issuer != "":
+		from, err = client.New(*c.issuerClient(id, log))
+	case c.SVIDDir != "":
 		from, err = svid.Directory(c.SVIDDir)
-	} else {
+	default:
 		from, err = svid.WorkloadAPI(c.WorkloadAPI)
 	}
 	if err != nil {
 		return nil, err
 	}
 	return svid.New(svid.Config{From: from, ID: id, Log: log})
+}
+
+// issuerClient keeps the SVID beside the socket: where that is lost, a new one is
+// asked for.
+func (c *Config) issuerClient(id spiffeid.ID, log *zap.Logger) *client.Config {
+	return &client.Config{URL: c.Issuer, TokenFile: c.IssuerToken, BundleFile: c.IssuerBundle, CacheFile: filepath.Join(filepath.Dir(c.Socket), "relay-svid.json"), ID: id, Log: log}
 }
 
 // dial connects to a node's agent, which must be that node's: a name that one
@@ -165,8 +206,18 @@ func dial(td spiffeid.TrustDomain, source hubble.Source, p hubble.Peer) (*grpc.C
 	if err != nil {
 		return nil, err
 	}
-	return grpc.NewClient("passthrough:///"+p.Address, grpc.WithTransportCredentials(credentials.NewTLS(hubble.ClientTLS(source, id))),
+	return grpc.NewClient("passthrough:///"+p.Address, grpc.WithTransportCredentials(credentials.NewTLS(hubble.ClientTLS(source, spiffeid.MatchID(id)))),
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second}, MinConnectTimeout: handshake}))
+}
+
+// dialPeers connects to the agent that tells of the nodes. Whichever it is, its
+// word is no more than an address: a node's agent proves itself.
+func (c *Config) dialPeers(td spiffeid.TrustDomain, source hubble.Source) (*grpc.ClientConn, error) {
+	if filepath.IsAbs(c.Peers) {
+		return grpc.NewClient("unix:"+c.Peers, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	}
+	anyAgent := func(id spiffeid.ID) error { _, err := session.NodeOf(td, id); return err }
+	return grpc.NewClient("dns:///"+c.Peers, grpc.WithTransportCredentials(credentials.NewTLS(hubble.ClientTLS(source, anyAgent))))
 }
 
 // serve starts the listeners in the group; they end with ctx.
@@ -185,6 +236,12 @@ func (c *Config) serve(ctx context.Context, group *errgroup.Group, r *hubble.Rel
 		return err
 	}
 	start(ln)
+	if c.Local != "" {
+		if ln, err = (&net.ListenConfig{}).Listen(ctx, "tcp", c.Local); err != nil {
+			return fmt.Errorf("--listen-local: %w", err)
+		}
+		start(netutil.LimitListener(ln, connections))
+	}
 	if c.Listen == "" {
 		return nil
 	}
@@ -220,21 +277,16 @@ func (p *peers) all() (out []hubble.Peer) {
 // retryEvery is how often an agent that does not tell of its peers is asked again.
 const retryEvery = time.Second
 
-// follow keeps the nodes as the agent at a socket knows them, until ctx ends.
+// follow keeps the nodes as the agent at a connection knows them, until ctx ends.
 // While it does not answer, the nodes stay as they were.
-func (p *peers) follow(ctx context.Context, socket string, log *zap.Logger) error {
-	conn, err := grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
+func (p *peers) follow(ctx context.Context, conn *grpc.ClientConn, log *zap.Logger) error {
 	for told := ""; ; {
 		err := p.notices(ctx, peerpb.NewPeerClient(conn))
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
 		if text := fmt.Sprint(err); text != told {
-			log.Warn("the agent does not tell of its peers; asked again", zap.String("socket", socket), zap.Error(err))
+			log.Warn("the agent does not tell of its peers; asked again", zap.String("agent", conn.Target()), zap.Error(err))
 			told = text
 		}
 		select {

@@ -205,12 +205,38 @@ func TestRelayLearnsNodes(t *testing.T) {
 	if flows, lost := w.flows(c, 2); !slices.Equal(flows, []string{"b", "a"}) || len(lost) != 0 {
 		t.Errorf("flows of %v, lost %v", flows, lost)
 	}
+	// Or over mTLS, from any of them; and it serves in the clear on the loopback only.
+	local := freePort(t)
+	w.relay("b", func(cfg *Config) { cfg.Peers, cfg.Local = w.addr["a"], local })
+	conn, err := grpc.NewClient(local, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if flows, lost := w.flows(observerpb.NewObserverClient(conn), 2); !slices.Equal(flows, []string{"b", "a"}) || len(lost) != 0 {
+		t.Errorf("flows of %v, lost %v", flows, lost)
+	}
+}
+
+func freePort(t *testing.T) string {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	return ln.Addr().String()
 }
 
 func TestValidate(t *testing.T) {
 	good := Default()
-	good.TrustDomain, good.SPIFFEID = "lab", "spiffe://lab/relay"
-	if err := good.Validate(); err != nil {
+	good.TrustDomain = "lab"
+	if err := good.Validate(); err != nil || good.SPIFFEID != "spiffe://lab/portcullis/relay" {
+		t.Error(good.SPIFFEID, err)
+	}
+	issued := good
+	issued.Issuer, issued.IssuerToken, issued.IssuerBundle, issued.Peers = "https://issuer:4261", "/token", "/bundle", "agents:4244"
+	if err := issued.Validate(); err != nil {
 		t.Error(err)
 	}
 	for flag, change := range map[string]func(*Config){
@@ -221,6 +247,11 @@ func TestValidate(t *testing.T) {
 		"--listen":        func(c *Config) { c.Listen = "4245" },
 		"--relay-socket":  func(c *Config) { c.Socket = "relay.sock" },
 		"--patience":      func(c *Config) { c.Patience = 0 },
+		"--peers":         func(c *Config) { c.Peers = "hubble.sock" },
+		"--listen-local":  func(c *Config) { c.Local = "0.0.0.0:4245" },
+		"--issuer":        func(c *Config) { c.IssuerToken = "/token" },
+		"--issuer-bundle": func(c *Config) { c.Issuer, c.IssuerToken = "https://issuer:4261", "/token" },
+		"exclude":         func(c *Config) { *c = issued; c.SVIDDir = "/svid" },
 		"--svid-dir":      func(c *Config) { c.SVIDDir = "svid" },
 	} {
 		bad := good

@@ -96,6 +96,7 @@ type EventFlag uint32
 const (
 	EventReinjected EventFlag = 1
 	EventNoEvidence EventFlag = 2
+	EventFragment   EventFlag = 4
 )
 
 // Evidence is enum pc_evidence.
@@ -311,6 +312,60 @@ const (
 	PolicyPrefixPort  PolicyPrefix = 96
 )
 
+// ProcessFlag is enum pc_process_flag.
+type ProcessFlag uint32
+
+// The values of enum pc_process_flag.
+const (
+	ProcessForked        ProcessFlag = 1
+	ProcessLongArguments ProcessFlag = 2
+)
+
+// ProcessKind is enum pc_process_kind.
+type ProcessKind uint32
+
+// The values of enum pc_process_kind.
+const (
+	ProcessConnect ProcessKind = 0
+	ProcessSend    ProcessKind = 1
+	ProcessBind    ProcessKind = 2
+	ProcessRelease ProcessKind = 3
+)
+
+// String returns the word for the value, as everywhere in logs, metrics and records.
+func (x ProcessKind) String() string {
+	switch x {
+	case 0:
+		return "connect"
+	case 1:
+		return "send"
+	case 2:
+		return "bind"
+	case 3:
+		return "release"
+	}
+	return "ProcessKind(" + strconv.FormatUint(uint64(x), 10) + ")"
+}
+
+// ProcessPathFlag is enum pc_process_path_flag.
+type ProcessPathFlag uint32
+
+// The values of enum pc_process_path_flag.
+const (
+	ProcessPathKnown ProcessPathFlag = 1
+	ProcessPathLong  ProcessPathFlag = 2
+)
+
+// ProcessSize is enum pc_process_size.
+type ProcessSize uint32
+
+// The values of enum pc_process_size.
+const (
+	ProcessMaxPath      ProcessSize = 256
+	ProcessMaxName      ProcessSize = 64
+	ProcessMaxArguments ProcessSize = 256
+)
+
 // RangeFlag is enum pc_range_flag.
 type RangeFlag uint32
 
@@ -511,7 +566,7 @@ type Endpoint struct {
 	_          [4]uint8
 }
 
-// Event is struct pc_event, 104 bytes.
+// Event is struct pc_event, 128 bytes.
 type Event struct {
 	Time        uint64
 	Stamp       uint64
@@ -535,7 +590,11 @@ type Event struct {
 	State       uint8
 	TcpFlags    uint8
 	Flags       uint8
-	_           [4]uint8
+	IcmpType    uint8
+	IcmpCode    uint8
+	ServicePort uint16
+	Service     Addr
+	Cookie      uint64
 }
 
 // Held is struct pc_held, 104 bytes.
@@ -623,6 +682,46 @@ type PolicyKey struct {
 	Direction uint8
 	Proto     uint8
 	Port      [2]uint8
+}
+
+// ProcessEvent is struct pc_process_event, 1040 bytes.
+type ProcessEvent struct {
+	Time         uint64
+	Cookie       uint64
+	Netns        uint64
+	Cgroup       uint64
+	Start        uint64
+	ParentStart  uint64
+	Src          Addr
+	Dst          Addr
+	Pid          uint32
+	Parent       uint32
+	Exec         uint32
+	UID          uint32
+	Auid         uint32
+	ArgumentsLen uint32
+	Sport        uint16
+	Dport        uint16
+	Proto        uint8
+	Kind         uint8
+	Flags        uint8
+	_            uint8
+	Comm         [16]uint8
+	Binary       ProcessPath
+	Cwd          ProcessPath
+	Arguments    [256]uint8
+}
+
+// ProcessLost is struct pc_process_lost, 8 bytes.
+type ProcessLost struct {
+	Records uint64
+}
+
+// ProcessPath is struct pc_process_path, 328 bytes.
+type ProcessPath struct {
+	Len   uint32
+	Flags uint32
+	Text  [320]uint8
 }
 
 // Range is struct pc_range, 8 bytes.

@@ -28,12 +28,19 @@ inline_always __u64 events_wake(void)
 	return BPF_RB_NO_WAKEUP;
 }
 
-separate int emit(struct __sk_buff *skb, struct pc_life *l, __u32 verdict)
+/* Which socket sent it, where that can be told. In a program of tcx only. */
+inline_always __u64 sent_by(struct __sk_buff *skb, const struct pc_life *l)
+{
+	return l->dir == PC_DIR_EGRESS && !l->reinjected && !l->p.proxied ? bpf_get_socket_cookie(skb) : 0;
+}
+
+separate int emit(struct __sk_buff *skb, struct pc_life *l, __u32 verdict, __u64 cookie)
 {
 	__u64 generation = 0, installed = 0;
 	__u32 zero = 0, index;
 	struct pc_event *e;
 	struct pc_slot *s;
+	int called_b;
 
 	if (!skb || !l)
 		return 0;
@@ -79,8 +86,18 @@ separate int emit(struct __sk_buff *skb, struct pc_life *l, __u32 verdict)
 	e->state = l->flow;
 	e->tcp_flags = l->p.tcp_flags;
 	e->flags = (l->reinjected ? PC_EVENT_REINJECTED : 0) |
-		   (l->no_evidence ? PC_EVENT_NO_EVIDENCE : 0);
-	e->pad[0] = e->pad[1] = e->pad[2] = e->pad[3] = 0;
+		   (l->no_evidence ? PC_EVENT_NO_EVIDENCE : 0) |
+		   (l->p.kind == KIND_FRAGMENT ? PC_EVENT_FRAGMENT : 0);
+	e->service.d[0] = e->service.d[1] = 0;
+	e->service_port = 0;
+	if (l->p.translated) { /* the flow is named by what was called: of a reply, the source */
+		called_b = !l->src_is_b == (l->dir == PC_DIR_EGRESS);
+		e->service = called_b ? l->f.key.b : l->f.key.a;
+		e->service_port = called_b ? l->f.key.b_port : l->f.key.a_port;
+	}
+	e->icmp_type = l->p.type;
+	e->icmp_code = l->p.code;
+	e->cookie = cookie;
 	bpf_ringbuf_submit(e, events_wake());
 	return 1;
 }

@@ -114,7 +114,7 @@ inline_always int proxied_drop(struct __sk_buff *skb, struct pc_life *l, __u32 r
 	if (l->dir >= PC_DIR_MAX)
 		l->dir = jdir;
 	count(skb, reason, l->dir & 1, PC_VERDICT_DROP);
-	emit(skb, l, PC_VERDICT_DROP);
+	emit(skb, l, PC_VERDICT_DROP, 0);
 	return TCX_DROP;
 }
 

@@ -236,7 +236,7 @@ inline_always int translated_refuse(struct bpf_nf_ctx *ctx, struct __sk_buff *sk
 		held_back = hold_translated(ctx, skb, l);
 		if (!audit && held_back) {
 			count(skb, l->reason, PC_DIR_EGRESS, PC_VERDICT_HOLD);
-			emit(skb, l, PC_VERDICT_HOLD);
+			emit(skb, l, PC_VERDICT_HOLD, 0);
 			return NF_DROP;
 		}
 		if (!audit)
@@ -244,11 +244,11 @@ inline_always int translated_refuse(struct bpf_nf_ctx *ctx, struct __sk_buff *sk
 	}
 	if (audit && l->reason != PC_REASON_NO_ENDPOINT) {
 		count(skb, l->reason, PC_DIR_EGRESS, PC_VERDICT_AUDIT);
-		emit(skb, l, PC_VERDICT_AUDIT);
+		emit(skb, l, PC_VERDICT_AUDIT, 0);
 		return NF_ACCEPT;
 	}
 	count(skb, l->reason, PC_DIR_EGRESS, PC_VERDICT_DROP);
-	emit(skb, l, PC_VERDICT_DROP);
+	emit(skb, l, PC_VERDICT_DROP, 0);
 	return NF_DROP;
 }
 
@@ -292,7 +292,7 @@ inline_always int translated_gate(struct bpf_nf_ctx *ctx)
 	if (!ep) {
 		l.reason = PC_REASON_NO_ENDPOINT;
 		count(skb, l.reason, PC_DIR_EGRESS, PC_VERDICT_DROP);
-		emit(skb, &l, PC_VERDICT_DROP);
+		emit(skb, &l, PC_VERDICT_DROP, 0);
 		return NF_DROP;
 	}
 	if (!endpoint_enforces(&l, PC_DIR_EGRESS))
@@ -309,7 +309,7 @@ inline_always int translated_gate(struct bpf_nf_ctx *ctx)
 		if (!counted)
 			count(skb, PC_REASON_NONE, PC_DIR_EGRESS, PC_VERDICT_PASS);
 		if (l.report)
-			emit(skb, &l, PC_VERDICT_PASS);
+			emit(skb, &l, PC_VERDICT_PASS, 0);
 		return NF_ACCEPT;
 	}
 	return translated_refuse(ctx, skb, &l);

@@ -145,7 +145,11 @@ func TestICMPErrors(t *testing.T) {
 		b := g.bind(f.peer, idClient)
 		call, back := udp(f.peer, 40000, f.pod, 80), udp(f.pod, 80, f.peer, 40000)
 
-		g.drop(g.to(g.pod, g.uplink, toPod(back)), abi.ReasonUnsupported) // of no flow
+		r := g.to(g.pod, g.uplink, toPod(back))
+		g.drop(r, abi.ReasonUnsupported) // of no flow
+		if len(r.events) != 1 || r.events[0].IcmpType != kind || r.events[0].Flags&uint8(abi.EventFragment) != 0 {
+			t.Errorf("an error of type %d is told as %+v", kind, r.events)
+		}
 		g.pass(g.to(g.pod, g.uplink, call))
 		_, before := g.oneFlow()
 		ok := func() {

@@ -38,6 +38,10 @@ const (
 	// on a single loss is no proof against it.
 	minAvailability = 0.999
 	minAttempts     = 3000
+	// Fewer attempts are proof enough where far more of them fail than chance
+	// could make of the promise.
+	plainAvailability = 0.9
+	plainAttempts     = 100
 )
 
 // Check judges the history. The error says that the history is not sound; of
@@ -65,7 +69,7 @@ func (x *index) admissions(m *Message, r *Result) {
 		v := x.workloads[got.UID]
 		if m.Answers != 0 {
 			x.reply(m, got, w, v, r)
-		} else if some, _ := x.verdicts(w, v, m, m.Sent, got.At); !some && x.excused(w, v, got.At) {
+		} else if some, _ := x.verdicts(w, v, m, m.Sent, got.At); !some && x.excused(w, v, m, m.Sent, got.At) {
 			r.Excused++
 		} else if !some {
 			kind, what := x.classify(m, w, v)
@@ -78,22 +82,56 @@ func (x *index) admissions(m *Message, r *Result) {
 	}
 }
 
-// excused reports whether a wrong admission between two workloads is the doing of
-// a rogue owner: what was put on a dead workload's IP behind its agent's back.
-func (x *index) excused(w, v *Workload, at int64) bool {
-	return slices.ContainsFunc(x.Faults, func(f Fault) bool {
-		imposed := func(o *Workload) bool {
-			return o.Asked == 0 && slices.Contains(f.Nodes, o.Node) && o.Made <= orForever(f.Ended) && f.From <= orForever(o.Left)
-		}
-		if !f.Rogue || !imposed(w) && !imposed(v) {
-			return false
+// excused reports whether a wrong admission of a message from w to v is the doing
+// of a rogue owner: what was put on a dead workload's IP behind its agent's back is
+// taken for the dead one, while that one's leases last, and for nobody else. What
+// passed is m, or the reply to it that was sent at sent. A receipt may be noted
+// late: what was sent before the leases' end counts, too, if it was received before
+// the owner came back, for until then nobody can be told of another holder, as
+// whose it would be let go.
+func (x *index) excused(w, v *Workload, m *Message, sent, at int64) bool {
+	for i := range x.Faults {
+		f := &x.Faults[i]
+		if !f.Rogue || !x.imposed(f, w) && !x.imposed(f, v) {
+			continue
 		}
 		until := f.Began + int64(f.Lease)
 		if w.Node == v.Node {
 			until = orForever(f.Ended)
 		}
-		return until == forever || at <= until+int64(x.Run.Tick)
-	})
+		if over := until + int64(x.Run.Tick); until != forever && at > over && (sent > over || at >= orForever(f.To)) {
+			continue
+		}
+		for _, a := range x.takenFor(f, w, m.From.Addr()) {
+			for _, b := range x.takenFor(f, v, m.To.Addr()) {
+				if some, _ := x.verdicts(a, b, m, m.Sent, at); some {
+					return true
+				}
+			}
+		}
+	}
+	return false
+}
+
+// imposed reports whether a workload was put there by a rogue owner.
+func (x *index) imposed(f *Fault, w *Workload) bool {
+	return w.Asked == 0 && slices.Contains(f.Nodes, w.Node) && w.Made <= orForever(f.Ended) && f.From <= orForever(w.Left)
+}
+
+// takenFor are those for whom a workload may be taken: for itself, and if it was
+// imposed, for every former holder of its IP of whom a lease can have stood when
+// the owner's agent was killed.
+func (x *index) takenFor(f *Fault, w *Workload, ip netip.Addr) []*Workload {
+	out := []*Workload{w}
+	if !x.imposed(f, w) || !slices.Contains(w.IPs, ip) {
+		return out
+	}
+	for _, o := range x.holders[ip] {
+		if o != w && o.Made < w.Made && len(o.Names) > 0 && f.From-int64(f.Lease)-int64(x.Run.Tick) <= orForever(o.Gone) {
+			out = append(out, o)
+		}
+	}
+	return out
 }
 
 // changed is the IP of a message that had several holders, of the sender's
@@ -130,10 +168,9 @@ func (x *index) classify(m *Message, w, v *Workload) (Invariant, string) {
 // request, and for its sender alone.
 func (x *index) reply(m *Message, got Receipt, w, v *Workload, r *Result) {
 	asked := x.messages[m.Answers]
-	if x.excused(w, v, got.At) {
-		if some, _ := x.verdicts(v, w, asked, asked.Sent, got.At); !some || asked.Sender != v.UID {
-			r.Excused++
-		}
+	some, _ := x.verdicts(v, w, asked, asked.Sent, got.At)
+	if (!some || asked.Sender != v.UID) && x.excused(v, w, asked, m.Sent, got.At) {
+		r.Excused++
 		return
 	}
 	if asked.Sender != v.UID {
@@ -141,7 +178,7 @@ func (x *index) reply(m *Message, got Receipt, w, v *Workload, r *Result) {
 			fmt.Sprintf("the reply of %s to %s was received by %s", who(w), asked.Sender, who(v)), nil})
 		return
 	}
-	if some, _ := x.verdicts(v, w, asked, asked.Sent, got.At); !some {
+	if !some {
 		r.violate(x, Violation{Safety, got.At, m.ID, m.From.Addr(),
 			fmt.Sprintf("%s received a reply of %s from %s, to what no rule allows", who(v), who(w), m.From), nil})
 	}
@@ -197,11 +234,16 @@ func (x *index) attempt(m *Message, r *Result) {
 	case !some:
 		r.Attempts.Impostor++
 		if len(got) > 0 {
-			if !x.excused(w, v, got[0].At) {
+			if !x.excused(w, v, m, m.Sent, got[0].At) {
 				r.Admitted.Impostor++
 			}
 		} else if !x.loses(w.Node, v.Node, m.Sent, ended) {
 			r.refused++
+			// Who may send what it likes, and was active while it did, is
+			// refused where it sends to.
+			if x.isFree(w, Egress, m.Sent, ended) && w.active(m.Sent, m.Sent+int64(x.Run.Tick)) {
+				r.refusedAt[v.Node]++
+			}
 		}
 		return
 	}
@@ -255,29 +297,35 @@ func (x *index) loses(a, b string, from, to int64) bool {
 	})
 }
 
-// silence compares what was refused with what was counted: I6.
+// silence compares what was refused with what was counted: I6. Of all nodes, and
+// of each, what was refused there for certain.
 func (x *index) silence(r *Result) {
 	if !r.Measured("dropped") {
 		return
 	}
 	var counted uint64
-	nodes := map[string]bool{}
+	all := true
+	at := map[string]uint64{}
 	for _, d := range x.Drops {
-		if d.Unknown {
-			return
-		}
-		nodes[d.Node] = true
+		all = all && !d.Unknown
 		for reason, n := range d.Dropped {
 			counted += n
-			r.Dropped[reason] += n
+			at[d.Node] += n
+			if !d.Unknown {
+				r.Dropped[reason] += n
+			}
 		}
 	}
 	for _, n := range x.Run.Nodes {
-		if !nodes[n] {
-			return // not all is known
+		i := slices.IndexFunc(x.Drops, func(d Drops) bool { return d.Node == n })
+		if i < 0 || x.Drops[i].Unknown {
+			all = false // of this one not all is known
+		} else if r.refusedAt[n] > at[n] {
+			r.violate(x, Violation{Invariant: NothingSilent, At: x.Run.End,
+				What: fmt.Sprintf("%d attempts were refused at node %s, and only %d drops counted there", r.refusedAt[n], n, at[n])})
 		}
 	}
-	if r.refused > counted {
+	if all && r.refused > counted {
 		r.violate(x, Violation{Invariant: NothingSilent, At: x.Run.End,
 			What: fmt.Sprintf("%d attempts were refused, and only %d drops counted", r.refused, counted)})
 	}

@@ -248,13 +248,18 @@ func TestInFavour(t *testing.T) {
 func TestUnsound(t *testing.T) {
 	for says, doctor := range map[string]func(*check.History){
 		"was held by old and new at the same time": func(h *check.History) { h.Workloads[1].Left, h.Workloads[1].Gone = 0, 0 },
-		"two workloads":                  func(h *check.History) { h.Workloads = append(h.Workloads, h.Workloads[0]) },
-		"two messages":                   func(h *check.History) { h.Messages = append(h.Messages, h.Messages[0]) },
-		"its times run back":             func(h *check.History) { h.Workloads[0].Ready = 1 },
-		"is not an IP of its sender":     func(h *check.History) { h.Messages[0].From = addrPort("10.9.9.9:1") },
-		"which is not in the history":    func(h *check.History) { h.Messages[0].Sender = "nobody" },
-		"when its sender":                func(h *check.History) { h.Messages[0].Sent = 1 },
-		"received before it was sent":    func(h *check.History) { h.Messages[0].Received[0].At = 5 },
+		"two workloads":                 func(h *check.History) { h.Workloads = append(h.Workloads, h.Workloads[0]) },
+		"two messages":                  func(h *check.History) { h.Messages = append(h.Messages, h.Messages[0]) },
+		"its times run back":            func(h *check.History) { h.Workloads[0].Ready = 1 },
+		"is not an IP of its sender":    func(h *check.History) { h.Messages[0].From = addrPort("10.9.9.9:1") },
+		"which is not in the history":   func(h *check.History) { h.Messages[0].Sender = "nobody" },
+		"when its sender":               func(h *check.History) { h.Messages[0].Sent = 1 },
+		"received before it was sent":   func(h *check.History) { h.Messages[0].Received[0].At = 5 },
+		`which is not one of the run's`: func(h *check.History) { h.Workloads[0].Node = "n3" },
+		`fault x was at node "n9"`: func(h *check.History) {
+			h.Faults = []check.Fault{{Kind: "x", Nodes: []string{"n9"}, From: 5, Began: 5}}
+		},
+		`drops of node "n9"`:             func(h *check.History) { h.Drops[0].Node = "n9" },
 		"which it cannot":                func(h *check.History) { h.Messages[1].Answers = 77 },
 		"make no sense":                  func(h *check.History) { h.Faults = []check.Fault{{Kind: "x", From: 5, Began: 3}} },
 		"a rule of identity":             func(h *check.History) { h.Rules[0].Direction = "up" },
@@ -317,32 +322,4 @@ func ExampleCheck() {
 	r, err := check.Check(story())
 	fmt.Println(r.Verdict, r.Reuses, err)
 	// Output: held 1 <nil>
-}
-
-// What a rogue owner puts on a dead workload's IP may be taken for the dead one
-// until the leases have ended, and no longer; and only there.
-func TestRogueOwner(t *testing.T) {
-	rogue := func(node string, received int64) *check.Result {
-		t.Helper()
-		h := story()
-		h.Faults = []check.Fault{{Kind: "rogue-owner", Nodes: []string{node}, From: 4000 * ms, Began: 4010 * ms, To: 9000 * ms, Ended: 9100 * ms, Lease: time.Second, Impairs: true, Rogue: true}}
-		w := &h.Workloads[2]
-		w.Names, w.Asked, w.Ready, w.Quarantined = nil, 0, 0, 0
-		m := first(h, "new", "udp", received)
-		m.Received = []check.Receipt{{UID: "hello", At: m.Sent + ms}}
-		r, err := check.Check(h)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return r
-	}
-	if r := rogue("n1", 4300*ms); r.Verdict != check.Held || r.Excused != 1 || r.Admitted.Impostor != 0 {
-		t.Errorf("while its leases last: %s, %d excused, %v", r.Verdict, r.Excused, r.Violations)
-	}
-	if r := rogue("n1", 5500*ms); r.Verdict != check.Violated || r.Excused != 0 || r.Violations[0].Invariant != check.UnknownWorld {
-		t.Errorf("when they have ended: %s, %d excused, %v", r.Verdict, r.Excused, r.Violations)
-	}
-	if r := rogue("n2", 4300*ms); r.Verdict != check.Violated || r.Excused != 0 {
-		t.Errorf("another node's fault: %s, %d excused", r.Verdict, r.Excused)
-	}
 }

@@ -26,6 +26,7 @@ type Run struct {
 	Evidence string   `json:"evidence"` // classic, lease or svid
 	Faults   []string `json:"faults"`
 	Seed     uint64   `json:"seed"`
+	Events   int      `json:"events"` // how many reuses were asked for
 	Nodes    []string `json:"nodes"`
 	Begin    int64    `json:"begin"` // ns
 	End      int64    `json:"end"`   // ns

@@ -74,12 +74,36 @@ func newIndex(h *History) (*index, error) {
 	for i := range h.Messages {
 		x.link(&h.Messages[i], &p)
 	}
+	x.checkPlaces(&p)
 	for _, f := range h.Faults {
 		if f.From == 0 || f.Began < f.From || f.To != 0 && f.To < f.Began || f.Ended != 0 && (f.To == 0 || f.Ended < f.To) || len(f.Nodes) > 2 || f.Lease < 0 {
 			p.add("fault %s from %d: its times or its nodes make no sense", f.Kind, f.From)
 		}
 	}
 	return x, p.err()
+}
+
+// checkPlaces looks for nodes that take no part: a fault of none would concern
+// nobody.
+func (x *index) checkPlaces(p *problems) {
+	is := func(node string) bool { return slices.Contains(x.Run.Nodes, node) }
+	for _, w := range x.Workloads {
+		if !is(w.Node) {
+			p.add("workload %s was on node %q, which is not one of the run's", w.UID, w.Node)
+		}
+	}
+	for _, f := range x.Faults {
+		for _, n := range f.Nodes {
+			if !is(n) {
+				p.add("fault %s was at node %q, which is not one of the run's", f.Kind, n)
+			}
+		}
+	}
+	for _, d := range x.Drops {
+		if !is(d.Node) {
+			p.add("drops of node %q, which is not one of the run's", d.Node)
+		}
+	}
 }
 
 func (x *index) addWorkload(w *Workload, p *problems) {
@@ -215,6 +239,12 @@ func (x *index) isIsolated(w *Workload, d Direction, from, to int64) bool {
 		}
 	}
 	return len(names) > 0
+}
+
+// isFree reports whether the workload was isolated in a direction under no name
+// that it can have had.
+func (x *index) isFree(w *Workload, d Direction, from, to int64) bool {
+	return !slices.ContainsFunc(w.names(from, to), func(n string) bool { return x.isolated[d][n] })
 }
 
 // permits reports whether the rules of endpoint allow the peer. peer is "" for

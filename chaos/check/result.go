@@ -60,6 +60,7 @@ type Result struct {
 	Verdict string `json:"verdict"`
 
 	refused      uint64
+	refusedAt    map[string]uint64 // by the node that must have refused it
 	unavailable  []uint64
 	contacts     map[[2]string]bool
 	firstContact []time.Duration
@@ -99,7 +100,7 @@ func (r *Result) MarshalJSON() ([]byte, error) {
 func (r *Result) Measured(field string) bool { return !slices.Contains(r.Unmeasured, field) }
 
 func newResult(h *History) *Result {
-	return &Result{Run: h.Run, Dropped: map[string]uint64{}, ViolationCount: map[Invariant]uint64{}, Violations: []Violation{}, contacts: map[[2]string]bool{}}
+	return &Result{Run: h.Run, Dropped: map[string]uint64{}, ViolationCount: map[Invariant]uint64{}, Violations: []Violation{}, contacts: map[[2]string]bool{}, refusedAt: map[string]uint64{}}
 }
 
 func (r *Result) violate(x *index, v Violation) {
@@ -118,7 +119,7 @@ func (r *Result) finish() {
 	if a.Attempts > 0 {
 		a.Rate = 1 - float64(a.Failed)/float64(a.Attempts)
 	}
-	if a.Rate < minAvailability && a.Enough {
+	if a.Rate < minAvailability && a.Enough || a.Rate < plainAvailability && a.Attempts >= plainAttempts {
 		r.ViolationCount[StaysUp]++
 		r.Violations = append(r.Violations, Violation{Invariant: StaysUp, At: r.End,
 			What: fmt.Sprintf("%d of %d attempts failed while nothing stood in their way; the first are messages %v", a.Failed, a.Attempts, r.unavailable[:min(len(r.unavailable), 10)])})
@@ -130,6 +131,9 @@ func (r *Result) finish() {
 		r.Verdict = Violated
 	case !r.Complete:
 		r.Verdict = Interrupted
+	case r.Short == "" && (r.Reuses == 0 || r.Attempts.Impostor == 0):
+		r.Short = fmt.Sprintf("%d IPs were used again, and %d attempts were impostors': nothing was put to the test", r.Reuses, r.Attempts.Impostor)
+		r.Verdict = Inconclusive
 	case r.Short != "":
 		r.Verdict = Inconclusive
 	default:

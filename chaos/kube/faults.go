@@ -93,8 +93,9 @@ func (w *world) happen(ctx, background context.Context, f Fault, n int, r *rand.
 	w.mu.Lock()
 	w.faults = append(w.faults, note)
 	w.mu.Unlock()
-	w.turned.Add(int64(w.uses.turns()))
-	fmt.Fprintf(w.Progress, "chaos: %s at %v is over; of %d IPs %d went from who had them at its begin to another identity meanwhile\n", f.Name, note.places[0], turn.known, w.uses.turns())
+	turned := turn.turns(&w.uses)
+	w.turned.Add(int64(turned))
+	fmt.Fprintf(w.Progress, "chaos: %s at %v is over; of %d IPs %d went from who had them at its begin to another identity meanwhile\n", f.Name, note.places[0], turn.known, turned)
 	return turn.known == 0 && !turn.deaf, errors.Join(errs...)
 }
 
@@ -141,6 +142,17 @@ func (t *turn) over(ctx context.Context, u *uses) {
 		return
 	}
 	for u.turns() < enoughTurns && sleep(ctx, time.Second/2) {
+	}
+}
+
+// turns are how many IPs have changed hands since all parts had begun: none if they
+// never had, for then what is counted is of the fault before.
+func (t *turn) turns(u *uses) int {
+	select {
+	case <-t.begun:
+		return u.turns()
+	default:
+		return 0
 	}
 }
 
@@ -248,7 +260,7 @@ func (w *world) restart(ctx, background context.Context, note *faultNote, node s
 	if note.fault.Name == "agent-kill" {
 		_, err = w.breakNode(ctx, background, fmt.Sprintf("%s-%d-%s", note.fault.Name, n, node), node, breaker.Options{Signal: unix.SIGKILL}, nil)
 	} else {
-		_, err = w.all.in(agentNamespace).run(ctx, nil, "delete", "pod", before[node].Metadata.Name, "--wait=false")
+		_, err = w.all.in(agentNamespace).run(ctx, nil, "delete", "pod", before[node].Metadata.Name, "--ignore-not-found", "--wait=false")
 	}
 	if err == nil {
 		// Its DaemonSet and its kubelet bring it back, whoever waits for it.

@@ -23,14 +23,24 @@ func TestTurn(t *testing.T) {
 				if c.living {
 					u.taken([]netip.Addr{ip}, chaos.SleepV1)
 				}
-				turn := &turn{parts: 2, least: time.Minute, begun: make(chan struct{})}
+				x := &turn{parts: 2, least: time.Minute, begun: make(chan struct{})}
 				begin := time.Now()
 				other := make(chan struct{})
-				go func() { defer close(other); turn.over(t.Context(), &u) }()
-				turn.over(t.Context(), &u)
+				go func() { defer close(other); x.over(t.Context(), &u) }()
+				x.over(t.Context(), &u)
 				<-other
 				if d := time.Since(begin); d != c.want {
 					t.Errorf("it lasted %v, want %v", d, c.want)
+				}
+				if c.living {
+					u.taken([]netip.Addr{ip}, chaos.SleepV2)
+				}
+				if n := x.turns(&u); (n == 1) != c.living {
+					t.Errorf("%d IPs changed hands", n)
+				}
+				// One that never came to begin counts nothing of the one before.
+				if n := (&turn{begun: make(chan struct{})}).turns(&u); n != 0 {
+					t.Errorf("%d IPs changed hands before it", n)
 				}
 			})
 		})

@@ -254,7 +254,7 @@ func TestShort(t *testing.T) {
 		t.Error("a run without an impostor shows something")
 	}
 	s := reuse(false)
-	run := check.Run{Begin: 1000*ms + ahead, End: 60_000*ms + ahead, Complete: true, Short: "no IP came again"}
+	run := check.Run{Nodes: []string{"n1", "n2"}, Begin: 1000*ms + ahead, End: 60_000*ms + ahead, Complete: true, Short: "no IP came again"}
 	h, err := makeHistory(run, harnessBoot, s.order, nil, s.clocks)
 	if err != nil {
 		t.Fatal(err)

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os/exec"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -49,14 +50,52 @@ func (k kubectl) command(ctx context.Context, args ...string) *exec.Cmd {
 	return cmd
 }
 
-// callLimit is how long a call may take that waits for nothing.
-const callLimit = time.Minute
+const (
+	// callLimit is how long a call may take that waits for nothing, and callTries
+	// how often one is made that is not answered: an API server that is slow for a
+	// minute says nothing of the judged.
+	callLimit = time.Minute
+	callTries = 4
+	callPause = time.Second
+)
 
-// run returns what kubectl prints. The error has what it says.
-func (k kubectl) run(ctx context.Context, stdin []byte, args ...string) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(ctx, callLimit)
+// run returns what kubectl prints. The error has what it says. A call that is not
+// answered is made again: it must not matter whether it was carried out.
+func (k kubectl) run(ctx context.Context, stdin []byte, args ...string) (out []byte, err error) {
+	for try := range callTries {
+		if try > 0 && !sleep(ctx, callPause) {
+			break
+		}
+		var late bool
+		if out, late, err = k.once(ctx, stdin, args...); err == nil {
+			return out, nil
+		}
+		if try > 0 && args[0] == "create" && strings.Contains(err.Error(), "AlreadyExists") {
+			// The call whose answer did not come has made it.
+			args = append([]string{"get"}, args[1:]...)
+			out, late, err = k.once(ctx, stdin, args...)
+		}
+		if err == nil || !late && !unanswered(err) {
+			break
+		}
+	}
+	return out, err
+}
+
+// once makes the call. It is late if it took longer than a call may.
+func (k kubectl) once(ctx context.Context, stdin []byte, args ...string) (out []byte, late bool, err error) {
+	limited, cancel := context.WithTimeout(ctx, callLimit)
 	defer cancel()
-	return k.wait(ctx, stdin, args...)
+	out, err = k.wait(limited, stdin, args...)
+	return out, limited.Err() != nil && ctx.Err() == nil, err
+}
+
+// unanswered reports whether kubectl says that it heard nothing of what it asked.
+func unanswered(err error) bool {
+	return slices.ContainsFunc([]string{
+		"Unable to connect to the server", "connection refused", "connection reset", "i/o timeout", "TLS handshake timeout", "timed out",
+		"unexpected EOF", "context deadline exceeded", "etcdserver:", "TooManyRequests", "ServiceUnavailable", "http2:",
+	}, func(s string) bool { return strings.Contains(err.Error(), s) })
 }
 
 // wait is a run that may take as long as ctx stands.

@@ -75,7 +75,7 @@ func Run(ctx context.Context, o Options) (*check.Result, error) {
 	if err := w.claim(ctx); err != nil {
 		return nil, err
 	}
-	run := check.Run{Scenario: p.Scenario, Evidence: w.evidence, Faults: p.Options.Faults, Seed: p.Seed, Nodes: append([]string{w.owner}, w.verifiers...),
+	run := check.Run{Scenario: p.Scenario, Evidence: w.evidence, Faults: p.Options.Faults, Seed: p.Seed, Events: p.Events, Nodes: append([]string{w.owner}, w.verifiers...),
 		Begin: talk.Now(), Settle: w.ttl + 3*time.Second}
 	failed := w.play(ctx)
 	run.Complete = failed == nil && ctx.Err() == nil && (w.enough() || w.exhausted())

@@ -373,7 +373,7 @@ func (l *Lab) startAuthority(ctx context.Context, s *state) error {
 	if err != nil {
 		return fmt.Errorf("start the trust domain: %w", err)
 	}
-	return l.poll(ctx, 10*time.Second, p, "the trust domain", log, func() error {
+	return l.poll(ctx, startLimit, p, "the trust domain", log, func() error {
 		for _, n := range s.Nodes {
 			if _, err := os.Stat(l.workloadAPIPath(n.Name)); err != nil {
 				return err
@@ -382,6 +382,11 @@ func (l *Lab) startAuthority(ctx context.Context, s *state) error {
 		return nil
 	})
 }
+
+// startLimit is how long a process may take to be ready. One that ends is noticed at
+// once, so only what stands still waits so long; on a busy machine a start takes
+// much of it.
+const startLimit = 2 * time.Minute
 
 // poll waits until ready returns nil, or the process ends, or time is up.
 func (l *Lab) poll(ctx context.Context, limit time.Duration, p Process, what, log string, ready func() error) error {

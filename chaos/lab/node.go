@@ -153,12 +153,12 @@ func (l *Lab) WaitHealthy(ctx context.Context, node string) error {
 	if err != nil {
 		return err
 	}
-	return l.poll(ctx, 30*time.Second, n.Agent, "the agent of node "+node, l.agentLog(node), func() error {
+	return l.poll(ctx, startLimit, n.Agent, "the agent of node "+node, l.agentLog(node), func() error {
 		c, err := l.Client(node)
 		if err != nil {
 			return err
 		}
-		cctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+		cctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 		defer cancel()
 		st, err := c.Status(cctx, &api.StatusRequest{})
 		switch {

@@ -104,7 +104,7 @@ func (p Process) kill() error {
 	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && err != unix.ESRCH {
 		return fmt.Errorf("kill process %d: %w", p.PID, err)
 	}
-	if !waitPidfd(fd, 10*time.Second) {
+	if !waitPidfd(fd, time.Minute) {
 		return fmt.Errorf("process %d does not go away after SIGKILL", p.PID)
 	}
 	reap(p.PID)
@@ -169,7 +169,7 @@ func (p Process) signal(sig unix.Signal, done func() (bool, error)) error {
 	if err := unix.PidfdSendSignal(fd, sig, nil, 0); err != nil {
 		return fmt.Errorf("signal process %d: %w", p.PID, err)
 	}
-	for deadline := time.Now().Add(5 * time.Second); ; {
+	for deadline := time.Now().Add(time.Minute); ; {
 		ok, err := done()
 		if ok || err != nil {
 			return err

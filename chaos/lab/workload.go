@@ -353,18 +353,30 @@ type Deleted struct {
 // namespace. It goes on when the agent cannot be reached: the agent sees the
 // veth go.
 func (l *Lab) Delete(ctx context.Context, name string) (Deleted, error) {
+	return l.end(ctx, name, true)
+}
+
+// Destroy ends a workload as Delete does, but its agent is not told: so it is where
+// a runtime's message comes late, or never.
+func (l *Lab) Destroy(ctx context.Context, name string) error {
+	_, err := l.end(ctx, name, false)
+	return err
+}
+
+func (l *Lab) end(ctx context.Context, name string, tell bool) (d Deleted, err error) {
 	w, err := l.find(name)
 	if err != nil {
-		return Deleted{}, err
+		return d, err
 	}
 	path := l.workloadNS(w.Spec)
 	errs := []error{w.Process.kill()}
 	if isNamespace(path) {
 		errs = append(errs, killIn(map[uint64]bool{inode(path): true}))
 	}
-	d, err := l.Deregister(ctx, name)
-	if !unreachable(err) {
-		errs = append(errs, err)
+	if tell {
+		if d, err = l.Deregister(ctx, name); !unreachable(err) {
+			errs = append(errs, err)
+		}
 	}
 	errs = append(errs, l.removeWorkloadLink(w), removeNamespace(path))
 	errs = append(errs, l.update(func(s *state) error {

@@ -84,10 +84,19 @@ func loadAgent(env *Env, set *settings, raw *agentFlags, cfg *agent.Config) erro
 	return errors.Join(append(errs, raw.into(cfg, set))...)
 }
 
-// addAgentFlags adds every setting of the agent.
 // agentInstead are what the command does in the place of running the agent.
 type agentInstead struct{ printConfig, cleanup, purge *bool }
 
+// addClusterFlags adds those of an agent in a Kubernetes cluster.
+func addClusterFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) {
+	f.BoolVar(&cfg.Kubernetes, "kubernetes", false, "be the agent of a node of a Kubernetes cluster: peers, ranges, policies and who pods are come from its API server")
+	f.StringVar(&cfg.Kubeconfig, "kubeconfig", "", "how to reach the API server, as kubectl has it; implies --kubernetes (empty: as a pod of the cluster)")
+	f.StringArrayVar(&raw.forget, "forget-range", nil, "a prefix of nodes that are gone for good: its addresses are the world's again (repeat)")
+	f.BoolVar(&cfg.Events, "events", cfg.Events, "with --kubernetes: tell of pods that wait for their address, are refused or have packets dropped, of refused policies and of what this node cannot enforce as Events of the cluster")
+	f.BoolVar(&cfg.Migration, "migration", false, "while a cluster gets its agents: let policies that name the entity unmanaged speak of nodes labelled as having none (else what needs evidence of them is dropped)")
+}
+
+// addAgentFlags adds every setting of the agent.
 func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (instead agentInstead) {
 	f.SortFlags = false
 	f.String("config", defaultConfigFile, "file of settings for what neither flags nor environment set; empty: none")
@@ -97,10 +106,7 @@ func addAgentFlags(f *pflag.FlagSet, raw *agentFlags, cfg *agent.Config) (instea
 	f.StringVar(&raw.node, "node", "", "name of this node, as in the agents' SPIFFE IDs (required; with --kubernetes: NODE_NAME of the environment)")
 	f.StringArrayVar(&raw.nodeIPs, "node-ip", nil, "an address of this node (repeat; required without --kubernetes)")
 	f.StringArrayVar(&raw.ranges, "range", nil, "a prefix whose addresses this node gives to its workloads (repeat; required without --kubernetes)")
-	f.BoolVar(&cfg.Kubernetes, "kubernetes", false, "be the agent of a node of a Kubernetes cluster: peers, ranges, policies and who pods are come from its API server")
-	f.StringVar(&cfg.Kubeconfig, "kubeconfig", "", "how to reach the API server, as kubectl has it; implies --kubernetes (empty: as a pod of the cluster)")
-	f.StringArrayVar(&raw.forget, "forget-range", nil, "a prefix of nodes that are gone for good: its addresses are the world's again (repeat)")
-	f.BoolVar(&cfg.Migration, "migration", false, "while a cluster gets its agents: let policies that name the entity unmanaged speak of nodes labelled as having none (else what needs evidence of them is dropped)")
+	addClusterFlags(f, raw, cfg)
 	f.StringArrayVar(&raw.services, "service-range", nil, "a prefix of addresses that stand for others, as a cluster's services do: packets to them are judged by whom the node translates them to (repeat)")
 	f.StringArrayVar(&raw.peers, "peer", nil, "another node: NAME=ADDRESS:PORT,PREFIX,PREFIX... (repeat)")
 	f.StringVar(&raw.listen, "listen", "", "ADDRESS:PORT for other agents (required without --kubernetes)")
@@ -182,6 +188,7 @@ func addLimitFlags(f *pflag.FlagSet, cfg *agent.Config) {
 	f.IntVar(&cfg.ServiceEntries, "service-entries", cfg.ServiceEntries, "ranges of services, and services' addresses outside of them")
 	f.IntVar(&cfg.L7ServiceEntries, "l7-service-entries", cfg.L7ServiceEntries, "addresses and ports of services behind which workloads are under rules inside a protocol, of all workloads; what does not fit is dropped")
 	f.IntVar(&cfg.NamesPerEndpoint, "names-per-endpoint", cfg.NamesPerEndpoint, "addresses that a workload may know by names from DNS (toFQDNs); an answer that does not fit is refused")
+	f.IntVar(&cfg.ProxyConnections, "proxy-connections", cfg.ProxyConnections, "connections through the L7 proxy at a time, half of them of one client at most; further ones are reset")
 	f.IntVar(&cfg.PolicyEntries, "policy-entries", cfg.PolicyEntries, "entries of all workloads' policies; a change needs room for the former and the new ones of whom it touches")
 	f.IntVar(&cfg.Grants, "grants", cfg.Grants, "leases that this node gives on its addresses, at a time")
 	f.IntVar(&cfg.Sessions, "sessions", cfg.Sessions, "sessions with owners, at a time")
@@ -192,6 +199,9 @@ func addLimitFlags(f *pflag.FlagSet, cfg *agent.Config) {
 	f.StringVar(&cfg.HubbleSocket, "hubble-socket", cfg.HubbleSocket, "unix socket of the Hubble API; a name without / is beside --api-socket; empty: none")
 	f.StringVar(&cfg.HubbleListen, "hubble-listen", "", "ADDRESS:PORT of the Hubble API for other nodes, over TLS with SVIDs; Hubble's is :4244 (empty: none)")
 	f.StringVar(&cfg.ExportConfig, "export-config", "", "file that names exports of flows as JSON lines; read again when it changes (empty: none)")
+	f.BoolVar(&cfg.Callers.See, "processes", false, "record with flows which process opened or accepted the connection: sees every connect and bind of this node, by cgroup hooks that decide nothing")
+	f.BoolVar(&cfg.Callers.Arguments, "process-arguments", false, "with --processes: record the arguments of processes too; they may hold secrets")
+	f.StringVar(&cfg.Callers.Cgroup, "process-cgroup", "", "with --processes: directory in a cgroup2; only processes in it and below it are seen (empty: all of the node)")
 	f.StringArrayVar(&cfg.HubbleClients, "hubble-client", nil, "SPIFFE ID that may read flows there, beside agents (repeat)")
 }
 

@@ -82,14 +82,14 @@ func newChaosRunCmd(env *Env) *cobra.Command {
 The harness notes who held each IP and when, every attempt and who received it, all on
 one clock; the checker compares that with what the policies say. Nothing is asked of the
 agents that are judged. The exit status is 1 if an invariant was violated, or if the run
-did not come to its end. Ctrl-C ends a run early: what was seen until then is judged, and
-the lab is removed. Needs root and Linux 6.6 or newer.
+did not come to its end; 3 if nothing was violated and nothing put to the test either, for
+instance since no IP was used again. Ctrl-C ends a run early: what was seen until then is
+judged, and the lab is removed. Needs root and Linux 6.6 or newer.
 
 With --target kubernetes the scenario ip-reuse runs in a cluster that has Portcullis, by
 what kubectl can do: with pods in a namespace of its own, which is removed at the end, and
 faults on the named nodes. Faults but agent-restart need the right to make privileged
-pods. The exit status is 3 if nothing was violated and nothing put to the test either,
-for instance since no IP was used again. Needs kubectl, and no root.
+pods. Needs kubectl, and no root.
 
 Run with --evidence=classic to see that the harness can see: there a violation is what is
 expected, under every fault that keeps news from a verifier.`,

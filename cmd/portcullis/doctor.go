@@ -27,18 +27,32 @@ It tries the kernel on objects of its own, looks at clocks, file systems, the
 agents' port, other programs on devices, and data paths that get past the hook.
 It needs no agent, and leaves nothing behind. Directories and port are those of
 the agent's settings: its file, and PORTCULLIS_ variables. The exit status is 1
-if something that an agent needs is missing; warnings do not change it.`,
+if something that an agent needs is missing; warnings do not change it.
+
+With --cluster it looks at a Kubernetes cluster as its API server shows it, run from
+where kubectl runs: what ` + "`portcullis install`" + ` looks at before it begins.`,
 		Args: usageArgs(noArgs),
 	}
 	config := cmd.Flags().String("config", defaultConfigFile, "the agent's file of settings (PORTCULLIS_CONFIG)")
+	whole := cmd.Flags().Bool("cluster", false, "look at a whole Kubernetes cluster, through its API server")
+	var cluster clusterFlags
+	cluster.add(cmd.Flags(), "; with --cluster")
 	o := addOutput(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		if err := flagsFromEnv(cmd.Flags(), env.Getenv, "config"); err != nil {
 			return err
 		}
-		cfg, settings := doctorConfig(env, *config, cmd.Flags().Changed("config"))
-		checks := append([]doctor.Check{settings}, doctor.Judge(doctor.Gather(cfg))...)
+		var checks []doctor.Check
 		var err error
+		if *whole {
+			checks, err = cluster.checks(cmd)
+		} else {
+			cfg, settings := doctorConfig(env, *config, cmd.Flags().Changed("config"))
+			checks = append([]doctor.Check{settings}, doctor.Judge(doctor.Gather(cfg))...)
+		}
+		if err != nil {
+			return err
+		}
 		if *o == outTable {
 			err = printChecks(env, checks)
 		} else {

@@ -1,15 +1,20 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"net/netip"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"portcullis/agent/api"
 	"portcullis/identity"
@@ -28,7 +33,10 @@ func newEndpointCmd(env *Env) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return list(env.Stdout, *o, res.GetEndpoints(), func(tw *tabwriter.Writer) { endpointTable(tw, res.GetEndpoints()) })
+			if *o == outTable {
+				return endpointTable(env.Stdout, res.GetEndpoints(), columns(env))
+			}
+			return list(env.Stdout, *o, res.GetEndpoints(), nil)
 		})
 	}
 	return group("endpoint", "This node's workloads, as the datapath knows them", ls, newEndpointGetCmd(env), newEndpointRelabelCmd(env))
@@ -120,6 +128,7 @@ func endpointDetail(env *Env, e *api.Endpoint) error {
 		row(tw, "UID:", e.GetWorkload().GetUid())
 		row(tw, "IPs:", strings.Join(e.GetIps(), ", "))
 		row(tw, "Generation:", e.GetGeneration())
+		row(tw, "Evidence:", e.GetEvidence())
 		row(tw, "Identity:", identityText(e.GetIdentity()))
 		row(tw, "SPIFFE ID:", e.GetIdentity().GetSpiffeId())
 		row(tw, "Device:", device)
@@ -157,11 +166,48 @@ func grantTable(env *Env, title string, grants []*api.Grant) error {
 	})
 }
 
-// endpointTable writes one line for each label of an endpoint, the first of
-// them beside the rest.
-func endpointTable(tw *tabwriter.Writer, endpoints []*api.Endpoint) {
-	row(tw, "ENDPOINT", "POLICY (ingress)", "POLICY (egress)", "IDENTITY", "LABELS (source:key[=value])", "IPv6", "IPv4", "STATUS")
-	row(tw, " ", "ENFORCEMENT", "ENFORCEMENT", " ", " ", " ", " ", " ")
+// endpointTable writes the endpoints in as many columns of text as there are, if
+// they fit: the labels, one to a line, in a column of their own, or else below.
+func endpointTable(w io.Writer, endpoints []*api.Endpoint, width int) error {
+	var wide, narrow bytes.Buffer
+	if err := table(&wide, gap, func(tw *tabwriter.Writer) { endpointRows(tw, endpoints, true) }); err != nil {
+		return err
+	}
+	if widest(wide.String()) <= width {
+		_, err := w.Write(wide.Bytes())
+		return err
+	}
+	if err := table(&narrow, 2, func(tw *tabwriter.Writer) { endpointRows(tw, endpoints, false) }); err != nil {
+		return err
+	}
+	// The lines of labels go below the rows: in the table they would make a column
+	// as wide as they are.
+	lines := strings.SplitAfter(narrow.String(), "\n")
+	out := append(lines[:2:2], strings.Repeat(" ", labelsAt)+"LABELS (source:key[=value])\n")
+	for i, e := range endpoints {
+		out = append(out, lines[2+i])
+		for _, l := range e.GetIdentity().GetLabels() {
+			out = append(out, strings.Repeat(" ", labelsAt)+l+"\n")
+		}
+	}
+	_, err := io.WriteString(w, strings.Join(out, ""))
+	return err
+}
+
+// labelsAt is how far the labels are to the right where they have no column.
+const labelsAt = 10
+
+// endpointRows writes a row for each endpoint, with its first label, and one for
+// each further label; or without labels.
+func endpointRows(tw *tabwriter.Writer, endpoints []*api.Endpoint, withLabels bool) {
+	write := func(labels string, cells ...any) {
+		if withLabels {
+			cells = slices.Insert(cells, 4, any(labels))
+		}
+		row(tw, cells...)
+	}
+	write("LABELS (source:key[=value])", "ENDPOINT", "POLICY (ingress)", "POLICY (egress)", "IDENTITY", "IPv6", "IPv4", "STATUS", "EVIDENCE")
+	write(" ", " ", "ENFORCEMENT", "ENFORCEMENT", " ", " ", " ", " ", " ")
 	for _, e := range endpoints {
 		labels := e.GetIdentity().GetLabels()
 		first := ""
@@ -169,12 +215,32 @@ func endpointTable(tw *tabwriter.Writer, endpoints []*api.Endpoint) {
 			first, labels = labels[0], labels[1:]
 		}
 		ip6, ip4 := families(e.GetIps())
-		row(tw, e.GetId(), enforcement(e.GetIngressEnforced()), enforcement(e.GetEgressEnforced()),
-			e.GetIdentity().GetNumeric(), first, ip6, ip4, e.GetState())
+		write(first, e.GetId(), enforcement(e.GetIngressEnforced()), enforcement(e.GetEgressEnforced()),
+			e.GetIdentity().GetNumeric(), ip6, ip4, e.GetState(), e.GetEvidence())
+		if !withLabels {
+			continue
+		}
 		for _, l := range labels {
-			row(tw, " ", " ", " ", " ", l, " ", " ", " ")
+			write(l, " ", " ", " ", " ", " ", " ", " ", " ")
 		}
 	}
+}
+
+func widest(text string) (n int) {
+	for line := range strings.Lines(text) {
+		n = max(n, utf8.RuneCountInString(strings.TrimRight(line, "\n")))
+	}
+	return n
+}
+
+// columns is how wide the output may be: as the terminal is, or 100.
+func columns(env *Env) int {
+	if f, ok := env.Stdout.(*os.File); ok {
+		if size, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ); err == nil && size.Col > 0 {
+			return int(size.Col)
+		}
+	}
+	return 100
 }
 
 func enforcement(on bool) string {

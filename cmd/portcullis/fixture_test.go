@@ -170,7 +170,7 @@ func (w *wire) ListEndpoints(context.Context, *api.ListEndpointsRequest) (*api.L
 	}
 	return &api.ListEndpointsResponse{Endpoints: []*api.Endpoint{
 		{Id: 24, Workload: &api.Workload{Uid: "3f0f5d8e-93a4-4bb5-8d35-5a0b1c2d3e4f", Namespace: "default", Name: "deathstar"}, Identity: deathstar(),
-			Ips: []string{"10.2.0.2", "fd00:2::2"}, Mac: "0a:00:00:00:00:02", Ifname: "pcl7", Ifindex: 7, Generation: 81234567890, State: "active",
+			Ips: []string{"10.2.0.2", "fd00:2::2"}, Mac: "0a:00:00:00:00:02", Ifname: "pcl7", Ifindex: 7, Generation: 81234567890, State: "active", Evidence: "local",
 			IngressEnforced: true, PolicyEpoch: 5, Pid: 4711, Created: ago(60), Ports: []*api.NamedPort{{Name: "http", Port: 80, Protocol: "TCP"}}},
 		{Id: 25, Workload: &api.Workload{Uid: "a7c6d1b0-0000-4000-8000-000000000025"}, Ips: []string{"10.2.0.3"}, State: "quarantined",
 			Detail: "waits for 1 leases on the IP's last holder, 2.1s at the most",

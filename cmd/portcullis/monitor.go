@@ -36,10 +36,12 @@ Query strings and header values are not shown, nor recorded, unless the agent is
 to (--record-queries, --record-header).
 
 Filters: an event is shown when it matches every filter that is given; a filter
-that is given several times matches any of its values.`,
-		Example: "  portcullis monitor --verdict drop\n  portcullis monitor --label org=alliance --port 80 -o json\n  portcullis monitor --type l7 --verdict drop",
+that is given several times matches any of its values. A verdict of policy is a drop or
+a trace too.`,
+		Example: "  portcullis monitor --verdict drop\n  portcullis monitor --label org=alliance --port 80 -o json\n  portcullis monitor --related-to default/deathstar --type drop,l7",
 		Args:    usageArgs(noArgs),
 	}
+	colour := addColour(cmd.Flags())
 	filters := addFilters(cmd.Flags())
 	count := cmd.Flags().UintP("count", "n", 0, "stop after this many events; 0: never")
 	var line flow.Formatter
@@ -51,6 +53,10 @@ that is given several times matches any of its values.`,
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		if *o == outYAML {
 			return usagef("monitor writes table or json, not yaml")
+		}
+		var err error
+		if line.Colour, err = colour(env); err != nil {
+			return err
 		}
 		req, err := filters()
 		if err != nil {
@@ -82,7 +88,9 @@ that is given several times matches any of its values.`,
 func addFilters(f *pflag.FlagSet) func() (*api.MonitorRequest, error) {
 	req := &api.MonitorRequest{}
 	var ports, endpoints []uint
-	f.StringSliceVar(&req.Types, "type", nil, fmt.Sprintf("%s, %s (a request that the proxy has judged)", flow.TypePacket, flow.TypeL7))
+	f.StringSliceVar(&req.Related, "related-to", nil, "endpoint of this node, by its id or as NAMESPACE/NAME: it judged, or is either end")
+	f.StringSliceVar(&req.Types, "type", nil, fmt.Sprintf("%s, %s (packets that are not), %s (policy decided), %s (requests that the proxy judged), %s",
+		flow.TypeDrop, flow.TypeTrace, flow.TypeVerdict, flow.TypeL7, flow.TypePacket))
 	f.StringSliceVar(&req.Verdicts, "verdict", nil, strings.Join(flow.Words(abi.VerdictMax), ", "))
 	f.StringSliceVar(&req.Reasons, "reason", nil, "of a drop: policy-denied, refused, stale-lease, ...")
 	f.StringSliceVar(&req.Directions, "direction", nil, "as seen from the workload: "+strings.Join(flow.Words(abi.DirMax), ", "))

@@ -61,17 +61,36 @@ func TestMonitorSendsItsFilters(t *testing.T) {
 	w := &wire{events: events()}
 	got := command(t.Context(), serveWire(t, w), "", "monitor", "-n", "1", "--verdict", "drop,pass", "--reason", "none", "--direction", "ingress",
 		"--ip", "10.1.0.0/16", "--label", "org=alliance", "--label", "k8s:class", "--port", "80", "--port", "443", "--protocol", "TCP",
-		"--endpoint", "24", "--workload", "default/xwing")
+		"--endpoint", "24", "--workload", "default/xwing", "--type", "drop,trace", "--type", "verdict", "--related-to", "24,default/xwing")
 	if got.code != exitOK {
 		t.Fatalf("%+v", got)
 	}
 	want := &api.MonitorRequest{
 		Verdicts: []string{"drop", "pass"}, Reasons: []string{"none"}, Directions: []string{"ingress"}, Prefixes: []string{"10.1.0.0/16"},
 		Labels: []string{"org=alliance", "k8s:class"}, Ports: []uint32{80, 443}, Protocols: []string{"TCP"}, Endpoints: []uint32{24},
-		Workloads: []string{"default/xwing"},
+		Workloads: []string{"default/xwing"}, Types: []string{"drop", "trace", "verdict"}, Related: []string{"24", "default/xwing"},
 	}
 	if diff := cmp.Diff(want, w.requests[0], protocmp.Transform()); diff != "" {
 		t.Errorf("the agent was asked (-want +got):\n%s", diff)
+	}
+}
+
+// Colours are for terminals, or for who asks for them.
+func TestMonitorColours(t *testing.T) {
+	socket := serveWire(t, &wire{events: events()})
+	for _, args := range []string{"", "--color never", "--color always"} {
+		got := command(t.Context(), socket, "", append([]string{"monitor", "-n", "2"}, strings.Fields(args)...)...)
+		if want := args == "--color always"; got.code != exitOK || strings.Contains(got.stdout, "\x1b[32m-> endpoint 24") != want || strings.Contains(got.stdout, "\x1b[31mxx drop") != want {
+			t.Errorf("%q: %+v", args, got)
+		}
+	}
+	if got := command(t.Context(), socket, "", "monitor", "--color", "pink"); got.code != exitUsage {
+		t.Errorf("%+v", got)
+	}
+	for _, args := range []string{"--type policy", "--related-to deathstar"} {
+		if got := command(t.Context(), socket, "", append([]string{"monitor"}, strings.Fields(args)...)...); got.code != exitUsage {
+			t.Errorf("%q: %+v", args, got)
+		}
 	}
 }
 

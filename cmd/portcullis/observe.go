@@ -27,13 +27,14 @@ import (
 
 // observeFlags are the settings of `observe`.
 type observeFlags struct {
-	server, form, colour string
-	since, until         string
-	last, first          uint64
-	all, follow, node    bool
-	evidence, reasons    []string
-	extra                hubble.Extra
-	ask                  hubble.Ask
+	server, form      string
+	since, until      string
+	colour            func(*Env) (bool, error)
+	last, first       uint64
+	all, follow, node bool
+	evidence, reasons []string
+	extra             hubble.Extra
+	ask               hubble.Ask
 }
 
 func newObserveCmd(env *Env) *cobra.Command {
@@ -85,9 +86,26 @@ func (o *observeFlags) addTo(f *pflag.FlagSet) {
 	for _, w := range hubble.Words {
 		f.VarP(wordFlag{&o.ask, w.Name}, w.Name, w.Short, w.Help)
 	}
-	f.StringVarP(&o.form, "output", "o", "compact", "compact, dict, table or json, one object per line (PORTCULLIS_OUTPUT)")
+	f.StringVarP(&o.form, "output", "o", "compact", "compact, dict, table, json, or process (process_connect of those whose process is known): one object per line (PORTCULLIS_OUTPUT)")
 	f.BoolVar(&o.node, "print-node-name", false, "the node's name too")
-	f.StringVar(&o.colour, "color", "auto", "of verdicts: auto (on a terminal), always or never")
+	o.colour = addColour(f)
+}
+
+// addColour adds --color. The function that it returns tells, once the flags are
+// parsed, whether to write in colours.
+func addColour(f *pflag.FlagSet) func(*Env) (bool, error) {
+	text := f.String("color", "auto", "of verdicts: auto (on a terminal), always or never")
+	return func(env *Env) (bool, error) {
+		switch *text {
+		case "auto":
+			return env.Getenv("NO_COLOR") == "" && isTerminal(env.Stdout), nil
+		case "always":
+			return true, nil
+		case "never":
+			return false, nil
+		}
+		return false, usagef("--color %q: want auto, always or never", *text)
+	}
 }
 
 // wordFlag hands a filter to the Ask, in the order of the command line.
@@ -166,24 +184,17 @@ func moment(s string, now time.Time) (*timestamppb.Timestamp, error) {
 func (o *observeFlags) printer(env *Env) (*hubble.Printer, error) {
 	p := &hubble.Printer{Form: hubble.Form(o.form), Node: o.node, Out: env.Stdout, Err: env.Stderr}
 	switch p.Form {
-	case hubble.Compact, hubble.Dict, hubble.JSON:
+	case hubble.Compact, hubble.Dict, hubble.JSON, hubble.Connect:
 	case hubble.Table:
 		if o.follow {
 			return nil, errors.New("-o table needs all flows before it can align them: it does not go with --follow")
 		}
 	default:
-		return nil, fmt.Errorf("-o %q: want compact, dict, table or json", o.form)
+		return nil, fmt.Errorf("-o %q: want compact, dict, table, json or process", o.form)
 	}
-	switch o.colour {
-	case "auto":
-		p.Colour = env.Getenv("NO_COLOR") == "" && isTerminal(env.Stdout)
-	case "always":
-		p.Colour = true
-	case "never":
-	default:
-		return nil, fmt.Errorf("--color %q: want auto, always or never", o.colour)
-	}
-	return p, nil
+	var err error
+	p.Colour, err = o.colour(env)
+	return p, err
 }
 
 func isTerminal(w io.Writer) bool {

@@ -50,6 +50,8 @@ func (e exitError) Error() string { return fmt.Sprintf("exit status %d", e.code)
 // commands lists everything below the root.
 var commands = []func(*Env) *cobra.Command{
 	newAgentCmd,
+	newInstallCmd,
+	newUninstallCmd,
 	newDemoCmd,
 	newChaosCmd,
 	newLabCmd,

@@ -14,11 +14,30 @@ import (
 func newStatusCmd(env *Env) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "status",
-		Short: "Tell the health of the agent, its sources, sessions and maps (exit status 1: not healthy)",
-		Args:  usageArgs(noArgs),
+		Short: "Tell the health of the agent, its sources, sessions and maps, or of a cluster (exit status 1: not healthy)",
+		Long: `Tell the health of the agent, its sources, sessions and maps. The exit status is 1 if
+it is not healthy.
+
+With --cluster it tells of every node of a Kubernetes cluster, run from where kubectl
+runs: whether it has an agent, and what that one says of itself; of one that cannot
+start, why. It needs the rights to list nodes and pods, and to run a command in the
+agents' pods (pods/exec).`,
+		Example: `  portcullis status
+  portcullis status --cluster --wait --timeout 5m`,
+		Args: usageArgs(noArgs),
 	}
 	o := addOutput(cmd)
+	var cluster clusterStatus
+	cluster.add(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if cluster.whole {
+			return cluster.run(cmd, env, *o)
+		}
+		for _, name := range cluster.ofClusterOnly {
+			if cmd.Flags().Changed(name) {
+				return usagef("--%s is of a whole cluster: add --cluster", name)
+			}
+		}
 		return ask(cmd.Context(), env, func(ctx context.Context, c *api.Client) error {
 			s, err := c.Status(ctx, &api.StatusRequest{})
 			if err != nil {

@@ -72,7 +72,8 @@ func Devices() ([]Device, error) {
 }
 
 // Addresses returns the node's own unicast addresses, sorted, without those of
-// loopback and without link-local ones.
+// loopback and without IPv6's link-local ones, which every device has. An IPv4 one
+// is there because somebody gave it: a DNS cache of the node's, say.
 func Addresses() ([]netip.Addr, error) {
 	addrs, err := dump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
@@ -81,7 +82,7 @@ func Addresses() ([]netip.Addr, error) {
 	var out []netip.Addr
 	for _, a := range addrs {
 		ip, ok := addrOf(a)
-		if ok && !ip.IsLoopback() && !ip.IsLinkLocalUnicast() && !ip.IsMulticast() && !slices.Contains(out, ip) {
+		if ok && !ip.IsLoopback() && !(ip.Is6() && ip.IsLinkLocalUnicast()) && !ip.IsMulticast() && !slices.Contains(out, ip) {
 			out = append(out, ip)
 		}
 	}

@@ -86,6 +86,9 @@ func (c Config) join(ns *os.File) (datapath.Steering, error) {
 		if err := sysctls(map[string]string{
 			"ipv4/conf/all/rp_filter": "0", "ipv4/conf/default/rp_filter": "0", "ipv4/fwmark_reflect": "1", "ipv6/fwmark_reflect": "1",
 			"ipv6/conf/all/accept_dad": "0", "ipv6/conf/default/accept_dad": "0", "ipv6/conf/all/accept_ra": "0", "ipv6/conf/default/accept_ra": "0",
+			// While no proxy is there every query is answered with port unreachable, at
+			// once, and not one a second for each client.
+			"ipv4/icmp_ratemask": "0", "ipv6/icmp/ratelimit": "0",
 		}); err != nil {
 			return err
 		}

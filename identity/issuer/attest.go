@@ -66,12 +66,28 @@ func refuse(reason Refusal, format string, args ...any) *refused {
 	return &refused{reason, fmt.Sprintf(format, args...)}
 }
 
-// Rules are whom the issuer takes for an agent.
+// Rules are whom the issuer takes for an agent, or for a relay.
 type Rules struct {
 	Audience string // that the token must be made for
 	// Account is the service account of the agents, as Kubernetes calls its
 	// user: system:serviceaccount:NAMESPACE:NAME.
 	Account string
+	// Relay is that of relays; "": none gets an SVID.
+	Relay string
+}
+
+// Attested is whom a token was found to be of.
+type Attested struct {
+	Node  identity.NodeName // where it runs
+	Relay bool              // it is a relay; else that node's agent
+}
+
+// Path returns the path of its SPIFFE ID.
+func (a Attested) Path() string {
+	if a.Relay {
+		return identity.RelaySPIFFEPath
+	}
+	return identity.AgentSPIFFEPath(a.Node)
 }
 
 // nodeName is a name that Kubernetes gives to nodes.
@@ -79,34 +95,35 @@ var nodeName = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a
 
 const maxNodeName = 253
 
-// Attest decides which node's agent a token is of. Whatever is missing, double
+// Attest decides which node's agent a token is of, or that it is a relay's. Whatever is missing, double
 // or unknown is refused: every name that comes out of here is one that the API
 // server stands for.
-func (r Rules) Attest(v Review) (identity.NodeName, error) {
+func (r Rules) Attest(v Review) (who Attested, err error) {
+	relay := r.Relay != "" && v.Username == r.Relay
 	switch {
 	case !v.Authenticated:
-		return "", refuse(RefusedToken, "the API server rejects the token: %s", v.Error)
+		return who, refuse(RefusedToken, "the API server rejects the token: %s", v.Error)
 	case v.Error != "":
-		return "", refuse(RefusedToken, "the API server has doubts: %s", v.Error)
+		return who, refuse(RefusedToken, "the API server has doubts: %s", v.Error)
 	case !slices.Contains(v.Audiences, r.Audience):
 		// Also when there are none: an authenticator that does not speak of
 		// audiences has not looked at them.
-		return "", refuse(RefusedAudience, "the token is for %q, not for %q", v.Audiences, r.Audience)
-	case v.Username != r.Account:
-		return "", refuse(RefusedAccount, "the token is of %q, not of %q", v.Username, r.Account)
+		return who, refuse(RefusedAudience, "the token is for %q, not for %q", v.Audiences, r.Audience)
+	case v.Username != r.Account && !relay:
+		return who, refuse(RefusedAccount, "the token is of %q, not of %q", v.Username, r.Account)
 	}
 	nodes := v.Extra[extraNode]
 	switch {
 	case len(v.Extra[extraPod]) != 1 || len(v.Extra[extraPodUID]) != 1:
 		// Who may have tokens made can have one bound to any node, but not one
 		// bound to a pod on a node where there is none; and it ends with the pod.
-		return "", refuse(RefusedNoPod, "the token is bound to no pod: mount a projected token into the agent's")
+		return who, refuse(RefusedNoPod, "the token is bound to no pod: mount a projected token into the agent's")
 	case len(nodes) == 0:
-		return "", refuse(RefusedNoNode, "the token is bound to no node: mount a projected token into a pod (Kubernetes 1.30 or newer)")
+		return who, refuse(RefusedNoNode, "the token is bound to no node: mount a projected token into a pod (Kubernetes 1.30 or newer)")
 	case len(nodes) > 1:
-		return "", refuse(RefusedNodes, "the token names %d nodes", len(nodes))
+		return who, refuse(RefusedNodes, "the token names %d nodes", len(nodes))
 	case len(nodes[0]) > maxNodeName || !nodeName.MatchString(nodes[0]):
-		return "", refuse(RefusedNodeName, "%.80q is no node's name", nodes[0])
+		return who, refuse(RefusedNodeName, "%.80q is no node's name", nodes[0])
 	}
-	return identity.NodeName(nodes[0]), nil
+	return Attested{Node: identity.NodeName(nodes[0]), Relay: relay}, nil
 }

@@ -16,7 +16,7 @@ import (
 	"time"
 )
 
-var rules = Rules{Audience: DefaultAudience, Account: "system:serviceaccount:portcullis:portcullis-agent"}
+var rules = Rules{Audience: DefaultAudience, Account: "system:serviceaccount:portcullis:portcullis-agent", Relay: "system:serviceaccount:portcullis:portcullis-relay"}
 
 // good is the review of the token of node n1's agent.
 func good() Review {
@@ -64,11 +64,23 @@ func TestAttest(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			r := good()
 			test.change(&r)
-			node, err := rules.Attest(r)
-			if reason(err) != test.want || (node == "n1") != (test.want == "") || (err == nil) != (test.want == "") {
-				t.Errorf("node %q, %v; want %q", node, err, test.want)
+			// Of an agent and of a relay the same is asked, and neither passes for the other.
+			for account, path := range map[string]string{rules.Account: "/portcullis/node/n1", rules.Relay: "/portcullis/relay"} {
+				r := r
+				if r.Username == rules.Account {
+					r.Username = account
+				}
+				who, err := rules.Attest(r)
+				if reason(err) != test.want || (who.Node == "n1") != (test.want == "") || (err == nil) != (test.want == "") || err == nil && who.Path() != path {
+					t.Errorf("%s: %+v, %v; want %q", account, who, err, test.want)
+				}
 			}
 		})
+	}
+	r := good()
+	r.Username = rules.Relay
+	if who, err := (Rules{Audience: rules.Audience, Account: rules.Account}).Attest(r); reason(err) != RefusedAccount {
+		t.Errorf("a relay where none is to be: %+v, %v", who, err)
 	}
 }
 
@@ -125,24 +137,24 @@ func TestEachNodeHasItsRate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := newNodeLimiter()
 		for i := range burst {
-			if wait := l.take("n1", time.Now()); wait != 0 {
+			if wait := l.take(Attested{Node: "n1"}, time.Now()); wait != 0 {
 				t.Fatalf("number %d had to wait %s", i, wait)
 			}
 		}
-		wait := l.take("n1", time.Now())
+		wait := l.take(Attested{Node: "n1"}, time.Now())
 		if wait != refill {
 			t.Fatalf("after the burst: wait %s, want %s", wait, refill)
 		}
-		if l.take("n2", time.Now()) != 0 {
+		if l.take(Attested{Node: "n2"}, time.Now()) != 0 {
 			t.Error("one node's requests cost another's")
 		}
 		time.Sleep(wait)
-		if l.take("n1", time.Now()) != 0 || l.take("n1", time.Now()) != refill {
+		if l.take(Attested{Node: "n1"}, time.Now()) != 0 || l.take(Attested{Node: "n1"}, time.Now()) != refill {
 			t.Error("a refill is worth one")
 		}
 		time.Sleep(burst * refill)
 		for range burst {
-			if l.take("n1", time.Now()) != 0 {
+			if l.take(Attested{Node: "n1"}, time.Now()) != 0 {
 				t.Error("the burst did not come back")
 			}
 		}

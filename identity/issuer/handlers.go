@@ -16,8 +16,6 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.uber.org/zap"
-
-	"portcullis/identity"
 )
 
 // svid answers a request for a node's SVID.
@@ -75,14 +73,14 @@ func (s *Server) issue(r *http.Request) (answer Issued, who []zap.Field, err err
 		return answer, nil, err
 	}
 	who = describe(review)
-	node, err := s.cfg.Rules.Attest(review)
+	party, err := s.cfg.Rules.Attest(review)
 	if err != nil {
 		return answer, who, err
 	}
-	if wait := s.limits.take(node, time.Now()); wait > 0 {
-		return answer, who, refuse(RefusedTooMany, "node %s may ask again in %s", node, wait.Round(time.Second))
+	if wait := s.limits.take(party, time.Now()); wait > 0 {
+		return answer, who, refuse(RefusedTooMany, "node %s may ask again in %s", party.Node, wait.Round(time.Second))
 	}
-	id, err := spiffeid.FromPath(s.cfg.Keeper.cfg.TrustDomain, identity.AgentSPIFFEPath(node))
+	id, err := spiffeid.FromPath(s.cfg.Keeper.cfg.TrustDomain, party.Path())
 	if err != nil {
 		return answer, who, refuse(RefusedNodeName, "%v", err)
 	}

@@ -7,8 +7,6 @@ import (
 	"time"
 
 	lru "github.com/hashicorp/golang-lru/v2"
-
-	"portcullis/identity"
 )
 
 // Each node may have burst SVIDs at once and one more each refill. An agent needs two in the life of
@@ -49,8 +47,8 @@ func newLimiter[K comparable](burst int, refill time.Duration) *limiter[K] {
 	return &limiter[K]{burst: time.Duration(burst), refill: refill, full: full}
 }
 
-func newNodeLimiter() *limiter[identity.NodeName] {
-	return newLimiter[identity.NodeName](burst, refill)
+func newNodeLimiter() *limiter[Attested] {
+	return newLimiter[Attested](burst, refill)
 }
 
 func newSourceLimiter() *limiter[netip.Prefix] {

@@ -18,8 +18,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.uber.org/zap"
 	"golang.org/x/net/netutil"
-
-	"portcullis/identity"
 )
 
 // Bounds of the server.
@@ -45,7 +43,7 @@ type Server struct {
 	cfg     ServerConfig
 	log     *zap.Logger
 	id      spiffeid.ID
-	limits  *limiter[identity.NodeName]
+	limits  *limiter[Attested]
 	sources *limiter[netip.Prefix]
 	reviews chan struct{} // a place for each review at a time
 

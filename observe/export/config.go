@@ -26,6 +26,7 @@ type Export struct {
 	MaxBytes int64    `yaml:"maxBytes"` // of a file before it is rotated; 0: 10 MiB
 	Keep     int      `yaml:"keep"`     // rotated files; 0: 5
 	Compress bool     `yaml:"compress"` // rotated files, with gzip
+	Form     string   `yaml:"form"`     // "", flow; process: process_connect and process_accept, of flows whose process is known
 	Include  []any    `yaml:"include"`  // filters of Hubble's API as JSON has them; none: all flows
 	Exclude  []any    `yaml:"exclude"`
 	Fields   []string `yaml:"fields"` // paths of the fields that are written; none: all
@@ -37,6 +38,8 @@ const (
 	defaultKeep     = 5
 	leastMaxBytes   = 4 << 10
 	maxExports      = 16
+	formFlow        = "flow"
+	formProcess     = "process"
 )
 
 // export is an Export, compiled.
@@ -102,6 +105,10 @@ func compile(e Export) (x export, err error) {
 		return x, fmt.Errorf("file %q: want an absolute path, or %q for the standard output", e.File, Stdout)
 	case e.MaxBytes < leastMaxBytes:
 		return x, fmt.Errorf("maxBytes %d: want at least %d", e.MaxBytes, leastMaxBytes)
+	case e.Form != "" && e.Form != formFlow && e.Form != formProcess:
+		return x, fmt.Errorf("form %q: want %s or %s", e.Form, formFlow, formProcess)
+	case e.Form == formProcess && len(e.Fields) > 0:
+		return x, fmt.Errorf("fields with form %s, which has its own", formProcess)
 	case e.Keep < 0:
 		return x, fmt.Errorf("keep %d: want 1 or more", e.Keep)
 	}

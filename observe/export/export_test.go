@@ -201,11 +201,23 @@ func TestReload(t *testing.T) {
 	if got := e.ports("all.jsonl"); len(got) != 20 {
 		t.Errorf("the former file goes on: %v", got)
 	}
+	// The same export with another filter and another mask, into the same file.
+	e.settings("exports:\n- {name: all, file: DIR/every.jsonl, include: [{verdict: [DROPPED]}], fields: [l4, IP]}\n- {name: late, file: DIR/late.jsonl, fields: [l4]}\n- {name: sign, file: DIR/sign.jsonl, fields: [l4]}\n")
+	e.await("the settings are taken", func() bool { e.put(34, 35); return len(e.ports("sign.jsonl")) > 0 })
+	e.put(40, 50)
+	e.await("flows by the new filter", func() bool {
+		late := slices.DeleteFunc(e.ports("every.jsonl"), func(port int) bool { return port < 40 })
+		return slices.Equal(late, []int{42, 45, 48})
+	})
+	b, err := os.ReadFile(filepath.Join(e.dir, "every.jsonl"))
+	if last := b[bytes.LastIndexByte(bytes.TrimRight(b, "\n"), '\n')+1:]; err != nil || !bytes.Contains(last, []byte("10.0.0.1")) || bytes.Contains(last, []byte("DROPPED")) {
+		t.Errorf("by the new mask: %s, %v", last, err)
+	}
 	e.settings("exports: []")
 	e.await("all have ended", func() bool {
-		e.put(30, 31)
+		e.put(60, 61)
 		before := len(e.ports("every.jsonl"))
-		e.put(31, 32)
+		e.put(63, 64)
 		return len(e.ports("every.jsonl")) == before
 	})
 }

@@ -199,6 +199,10 @@ func (w *writer) record(r *flow.Record, number uint64) {
 		if !w.x.filter.Match(f) {
 			continue
 		}
+		if w.x.Form == formProcess {
+			w.connect(f)
+			return
+		}
 		w.line(&observerpb.GetFlowsResponse{NodeName: f.GetNodeName(), Time: f.GetTime(), ResponseTypes: &observerpb.GetFlowsResponse_Flow{Flow: w.x.mask.Apply(f)}}, 1)
 		return
 	}
@@ -213,23 +217,34 @@ func (w *writer) lost(n uint64) *observerpb.GetFlowsResponse {
 // line writes one line, which tells of so many records. What cannot be written is
 // counted, and told of in the first line that can (I6); nobody waits for a disk.
 func (w *writer) line(resp *observerpb.GetFlowsResponse, tells uint64) {
+	w.text(tells, func() ([]byte, error) { return protojson.MarshalOptions{UseProtoNames: true}.Marshal(resp) })
+}
+
+// connect writes a flow in the form that tells of its process, if it has that.
+func (w *writer) connect(f *flowpb.Flow) {
+	if b, err := hubble.ConnectJSON(f); err != nil || b != nil {
+		w.text(1, func() ([]byte, error) { return b, err })
+	}
+}
+
+func (w *writer) text(tells uint64, make func() ([]byte, error)) {
 	if w.failed > 0 {
 		before := w.failed
-		if w.put(w.lost(before)) != nil {
+		if w.put(func() ([]byte, error) { return protojson.MarshalOptions{UseProtoNames: true}.Marshal(w.lost(before)) }) != nil {
 			w.failed += tells
 			return
 		}
 		w.failed, w.unsure = 0, w.unsure+before
 	}
-	if w.put(resp) != nil {
+	if w.put(make) != nil {
 		w.failed += tells
 		return
 	}
 	w.unsure += tells
 }
 
-func (w *writer) put(resp *observerpb.GetFlowsResponse) error {
-	b, err := protojson.MarshalOptions{UseProtoNames: true}.Marshal(resp)
+func (w *writer) put(make func() ([]byte, error)) error {
+	b, err := make()
 	if err == nil {
 		err = w.out.write(append(b, '\n'))
 	}

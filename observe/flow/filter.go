@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 
 	"portcullis/bpf/abi"
@@ -20,41 +21,105 @@ type Filter struct {
 	Labels     []Label        // of either end's identity
 	Ports      []uint16       // of either end
 	Protocols  []uint8
-	Endpoints  []uint32 // ids: the judge or either end
-	Workloads  []string // "NS/NAME" of either end
+	Endpoints  []uint32  // ids: the judge or either end
+	Workloads  []string  // "NS/NAME" of either end
+	Related    []Related // an endpoint of this node, or a workload: the judge or either end
 	Types      []Type
 }
 
-// Type is what a record is about.
+// Type is what a record is about. A record may be of several types.
 type Type string
 
 // The types.
 const (
-	TypePacket Type = "packet"
-	TypeL7     Type = "l7" // a request that the node's proxy has judged
+	TypePacket  Type = "packet"
+	TypeDrop    Type = "drop"    // a packet that was dropped
+	TypeTrace   Type = "trace"   // a packet that was not: it passed, is held, or was steered
+	TypeVerdict Type = "verdict" // policy decided, about a new flow
+	TypeL7      Type = "l7"      // a request that the node's proxy has judged
 )
 
-// Type returns what the record is about.
-func (r *Record) Type() Type {
-	if r.L7 != nil {
-		return TypeL7
+// Types are all types, in the order in which help texts name them.
+func Types() []Type { return []Type{TypeDrop, TypeTrace, TypeVerdict, TypeL7, TypePacket} }
+
+// Is reports whether the record is of a type.
+func (r *Record) Is(t Type) bool {
+	packet := r.L7 == nil && r.Lost == nil
+	switch t {
+	case TypePacket:
+		return packet
+	case TypeDrop:
+		return packet && r.dropped()
+	case TypeTrace:
+		return packet && !r.dropped()
+	case TypeVerdict:
+		return packet && r.ByPolicy()
+	case TypeL7:
+		return r.L7 != nil
 	}
-	return TypePacket
+	return false
+}
+
+// dropped: what is not known to have gone on is taken for dropped.
+func (r *Record) dropped() bool {
+	switch r.Verdict {
+	case abi.VerdictPass, abi.VerdictHold, abi.VerdictAudit, abi.VerdictSteer:
+		return false
+	}
+	return true
+}
+
+// ByPolicy reports whether policy decided about the packet of the record: that it
+// is dropped, would be but for the audit, or opens a flow.
+func (r *Record) ByPolicy() bool {
+	return r.Verdict == abi.VerdictAudit || r.Reason == abi.ReasonPolicyDenied ||
+		r.Rule != 0 && r.State == abi.FlowNew && r.Verdict != abi.VerdictHold
 }
 
 // ParseType parses a type's word.
 func ParseType(s string) (Type, error) {
-	if t := Type(s); t == TypePacket || t == TypeL7 {
-		return t, nil
+	all := Types()
+	if slices.Contains(all, Type(s)) {
+		return Type(s), nil
 	}
-	return "", fmt.Errorf("there is no type %q: want %s or %s", s, TypePacket, TypeL7)
+	words := make([]string, len(all))
+	for i, t := range all {
+		words[i] = string(t)
+	}
+	return "", fmt.Errorf("there is no type %q: want %s", s, strings.Join(words, ", "))
+}
+
+// Related names an endpoint of this node by its id, or a workload as "NS/NAME".
+type Related struct {
+	Endpoint uint32
+	Workload string // "": it is named by its id
+}
+
+// ParseRelated parses an id, or NS/NAME.
+func ParseRelated(s string) (Related, error) {
+	if id, err := strconv.ParseUint(s, 10, 32); err == nil && id > 0 {
+		return Related{Endpoint: uint32(id)}, nil
+	}
+	if ns, name, ok := strings.Cut(s, "/"); ok && ns != "" && name != "" && !strings.Contains(name, "/") {
+		return Related{Workload: s}, nil
+	}
+	return Related{}, fmt.Errorf("%q names no endpoint: want its id, or NAMESPACE/NAME", s)
+}
+
+// to reports whether the record speaks of it.
+func (x Related) to(r *Record) bool {
+	if x.Workload != "" {
+		return r.Source.Workload == x.Workload || r.Dest.Workload == x.Workload
+	}
+	return x.Endpoint == r.Endpoint || x.Endpoint == r.Source.Endpoint || x.Endpoint == r.Dest.Endpoint
 }
 
 // Match reports whether the filter chooses the record.
 func (f *Filter) Match(r *Record) bool {
 	either := func(match func(*End) bool) bool { return match(&r.Source) || match(&r.Dest) }
 	return matchAny(f.Verdicts, r.Verdict) &&
-		matchAny(f.Types, r.Type()) &&
+		(len(f.Types) == 0 || slices.ContainsFunc(f.Types, r.Is)) &&
+		(len(f.Related) == 0 || slices.ContainsFunc(f.Related, func(x Related) bool { return x.to(r) })) &&
 		matchAny(f.Reasons, r.Reason) &&
 		matchAny(f.Directions, r.Direction) &&
 		matchAny(f.Protocols, r.Protocol) &&

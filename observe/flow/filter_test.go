@@ -2,6 +2,7 @@ package flow
 
 import (
 	"net/netip"
+	"slices"
 	"testing"
 
 	"portcullis/bpf/abi"
@@ -34,6 +35,46 @@ func labels(t *testing.T, ss ...string) (out []Label) {
 	return out
 }
 
+func related(t *testing.T, ss ...string) (out []Related) {
+	t.Helper()
+	for _, s := range ss {
+		x, err := ParseRelated(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		out = append(out, x)
+	}
+	return out
+}
+
+// Each record is of one of the types drop, trace and l7, and beside that a verdict
+// where policy decided.
+func TestTypes(t *testing.T) {
+	for name, tt := range map[string]struct {
+		edit func(*Record)
+		want []Type
+	}{
+		"passed, new":         {func(*Record) {}, []Type{TypeTrace, TypeVerdict, TypePacket}},
+		"passed, reply":       {func(r *Record) { r.State = abi.FlowReply }, []Type{TypeTrace, TypePacket}},
+		"held":                {func(r *Record) { r.Verdict = abi.VerdictHold }, []Type{TypeTrace, TypePacket}},
+		"denied":              {func(r *Record) { r.Verdict, r.Reason, r.Rule = abi.VerdictDrop, abi.ReasonPolicyDenied, 0 }, []Type{TypeDrop, TypeVerdict, TypePacket}},
+		"dropped":             {func(r *Record) { r.Verdict, r.Reason, r.Rule = abi.VerdictDrop, abi.ReasonUnbound, 0 }, []Type{TypeDrop, TypePacket}},
+		"audit":               {func(r *Record) { r.Verdict, r.Reason = abi.VerdictAudit, abi.ReasonUnbound }, []Type{TypeTrace, TypeVerdict, TypePacket}},
+		"of a later version":  {func(r *Record) { r.Verdict, r.Rule = 77, 0 }, []Type{TypeDrop, TypePacket}},
+		"a request":           {func(r *Record) { r.L7 = &L7{} }, []Type{TypeL7}},
+		"a refused request":   {func(r *Record) { r.L7, r.Verdict, r.Reason = &L7{}, abi.VerdictDrop, abi.ReasonPolicyDenied }, []Type{TypeL7}},
+		"what nobody can see": {func(r *Record) { *r = Record{Lost: &Lost{Count: 1}} }, nil},
+	} {
+		r := FromEvent(syn(), resolver())
+		tt.edit(&r)
+		for _, typ := range Types() {
+			if got := r.Is(typ); got != slices.Contains(tt.want, typ) {
+				t.Errorf("%s: it is a %s: %v", name, typ, got)
+			}
+		}
+	}
+}
+
 func TestFilter(t *testing.T) {
 	r := FromEvent(syn(), resolver()) // default/xwing 10.1.0.3:43210 -> default/deathstar 10.2.0.2:80, endpoint 24
 	tests := []struct {
@@ -44,6 +85,12 @@ func TestFilter(t *testing.T) {
 		{"nothing asked", Filter{}, true},
 		{"type", Filter{Types: []Type{TypePacket}}, true},
 		{"other type", Filter{Types: []Type{TypeL7}}, false},
+		{"one of two types", Filter{Types: []Type{TypeL7, TypeTrace}}, true},
+		{"policy decided about a new flow", Filter{Types: []Type{TypeVerdict}}, true},
+		{"it is no drop", Filter{Types: []Type{TypeDrop}}, false},
+		{"related to the judge", Filter{Related: related(t, "24")}, true},
+		{"related to the peer's workload, or another", Filter{Related: related(t, "25", "default/xwing")}, true},
+		{"related to others", Filter{Related: related(t, "25", "default/x")}, false},
 		{"verdict", Filter{Verdicts: []abi.Verdict{abi.VerdictDrop, abi.VerdictPass}}, true},
 		{"other verdict", Filter{Verdicts: []abi.Verdict{abi.VerdictDrop}}, false},
 		{"reason", Filter{Reasons: []abi.Reason{abi.ReasonNone}}, true},
@@ -103,6 +150,14 @@ func TestParseErrors(t *testing.T) {
 		if p, err := ParseProtocol(s); err == nil {
 			t.Errorf("protocol %q was taken for %v", s, p)
 		}
+	}
+	for _, s := range []string{"", "0", "-1", "default", "/x", "x/", "a/b/c", "4294967296"} {
+		if x, err := ParseRelated(s); err == nil {
+			t.Errorf("endpoint %q was taken for %+v", s, x)
+		}
+	}
+	if x, err := ParseType("policy"); err == nil {
+		t.Errorf("type policy was taken for %v", x)
 	}
 	if _, err := ParseReason("policy_denied"); err == nil {
 		t.Error("reason policy_denied was taken")

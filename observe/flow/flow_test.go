@@ -52,17 +52,29 @@ func resolver() Resolver {
 			}
 			return Known{}, false
 		},
-		Endpoint: func(id uint32) (workload, spiffe, device string) {
+		Endpoint: func(id uint32) LocalEnd {
 			if id == 24 {
-				return "default/deathstar", "spiffe://lab.test/n2/deathstar", "veth24"
+				return LocalEnd{Workload: "default/deathstar", SPIFFE: "spiffe://lab.test/n2/deathstar", Device: "veth24", Owner: Owner{"Deployment", "deathstar"}}
 			}
-			return "", "", ""
+			return LocalEnd{}
 		},
-		Bound: func(ip netip.Addr, g identity.Generation) (string, uint32) {
+		Bound: func(ip netip.Addr, g identity.Generation, _ uint64) (string, Owner, uint32) {
 			if ip == netip.MustParseAddr("10.1.0.3") && g == 42e9 {
-				return "default/xwing", 0
+				return "default/xwing", Owner{}, 0
 			}
-			return "", 0
+			return "", Owner{}, 0
+		},
+		Service: func(at netip.AddrPort, protocol uint8) string {
+			if at == netip.MustParseAddrPort("10.96.0.7:443") && protocol == 6 {
+				return "default/web"
+			}
+			return ""
+		},
+		Names: func(endpoint uint32, ip netip.Addr) []string {
+			if endpoint == 24 && ip == netip.MustParseAddr("192.0.2.7") {
+				return []string{"api.example.com"}
+			}
+			return nil
 		},
 		Policy: func(endpoint, rule uint32) string {
 			if endpoint == 24 && rule == 9 {
@@ -93,11 +105,11 @@ func TestFromEvent(t *testing.T) {
 		Source: End{IP: netip.MustParseAddr("10.1.0.3"), Port: 43210, Identity: shipNum, Text: ship.String(), Labels: ship.LabelList(), SPIFFE: "spiffe://lab.test/ns/default/sa/xwing",
 			Workload: "default/xwing"},
 		Dest: End{IP: netip.MustParseAddr("10.2.0.2"), Port: 80, Identity: deathNum, Text: death.String(), Labels: death.LabelList(), SPIFFE: "spiffe://lab.test/n2/deathstar",
-			Workload: "default/deathstar", Endpoint: 24},
+			Workload: "default/deathstar", Owner: Owner{"Deployment", "deathstar"}, Endpoint: 24},
 		Length: 74, Endpoint: 24, Ifindex: 3, Interface: "veth24", Evidence: identity.EvidenceLease, Generation: 42e9, Stamp: 7, BindingAge: 3 * time.Second, LeaseLeft: 25 * time.Second,
 		Rule: 9, Policy: "CiliumNetworkPolicy/default/rule1",
 	}
-	if diff := cmp.Diff(want, FromEvent(syn(), resolver()), cmpopts.EquateComparable(netip.Addr{})); diff != "" {
+	if diff := cmp.Diff(want, FromEvent(syn(), resolver()), cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{})); diff != "" {
 		t.Errorf("record (-want +got):\n%s", diff)
 	}
 }
@@ -159,10 +171,22 @@ func TestLine(t *testing.T) {
 				"10.1.0.3:43210 (default/xwing) -> 10.2.0.2:80 (default/deathstar) tcp SYN, had been held 300us"},
 		{name: "IPv6 ping, no evidence needed, with time", fmt: Formatter{Time: true}, ev: edit(func(e *abi.Event) {
 			e.Src, e.Dst, e.Proto, e.TcpFlags, e.Rule = addr16("fd00:1::3"), addr16("fd00:2::2"), 58, 0, 0
-			e.Stamp, e.Generation, e.Evidence, e.Flags = 0, 0, 0, uint8(abi.EventNoEvidence)
+			e.Stamp, e.Generation, e.Evidence, e.Flags, e.IcmpType = 0, 0, 0, uint8(abi.EventNoEvidence), 128
 		}),
 			want: "Nov 14 22:15:00.000 -> endpoint 24 flow 0x373e30b5 identity 5163->19842 state new ingress evidence none (not needed): " +
-				"fd00:1::3 -> fd00:2::2 (default/deathstar) icmpv6"},
+				"fd00:1::3 -> fd00:2::2 (default/deathstar) icmpv6 EchoRequest"},
+		{name: "sent to a service, judged by whom it leads to", ev: edit(func(e *abi.Event) {
+			e.Src, e.Dst, e.SrcIdentity, e.DstIdentity = e.Dst, e.Src, e.DstIdentity, e.SrcIdentity
+			e.Direction, e.Rule, e.Service, e.ServicePort = uint8(abi.DirEgress), 0, addr16("10.96.0.7"), 443
+		}),
+			want: "<- endpoint 24 flow 0x8f9b86dd identity 19842->5163 state new egress evidence lease generation 42000000000 age 3.0s lease 25.0s: " +
+				"10.2.0.2:43210 (default/deathstar) -> 10.1.0.3:80 (default/xwing service default/web called as 10.96.0.7:443) tcp SYN"},
+		{name: "to an address that it was told of, in colour", fmt: Formatter{Colour: true}, ev: edit(func(e *abi.Event) {
+			e.Src, e.Dst, e.SrcIdentity, e.DstIdentity = e.Dst, addr16("192.0.2.7"), e.DstIdentity, uint32(abi.IDWorld)
+			e.Direction, e.Rule, e.Stamp, e.Generation, e.Evidence = uint8(abi.DirEgress), 0, 0, 0, 0
+		}),
+			want: "\x1b[32m<- endpoint 24 flow 0x5f5af814\x1b[0m identity 19842->world state new egress evidence none: " +
+				"10.2.0.2:43210 (default/deathstar) -> 192.0.2.7:80 (api.example.com) tcp SYN"},
 		{name: "IPv6 UDP, verbose", fmt: Formatter{Verbose: true}, ev: edit(func(e *abi.Event) {
 			e.Src, e.Dst, e.Proto, e.TcpFlags, e.Rule, e.DstIdentity = addr16("fd00:1::3"), addr16("fd00:2::2"), 17, 0, 0, 1
 		}),
@@ -223,6 +247,10 @@ func TestJSON(t *testing.T) {
     ],
     "spiffeID": "spiffe://lab.test/n2/deathstar",
     "workload": "default/deathstar",
+    "owner": {
+      "kind": "Deployment",
+      "name": "deathstar"
+    },
     "endpoint": 24
   },
   "length": 74,
@@ -285,6 +313,8 @@ func TestJSONRoundTrip(t *testing.T) {
 	full.Held, full.LeaseLeft = time.Millisecond, -time.Second
 	full.Process = &Process{PID: 7, Binary: "/bin/wget", Arguments: "-q http://x", CWD: "/", UID: 1, AUID: 1<<32 - 1, Container: "abc",
 		Start: time.Unix(wallBase, 1).UTC(), ExecID: "n2:1:7", Parent: &Process{PID: 1, Binary: "/bin/sh"}}
+	full.ICMP, full.Called = &ICMP{3, 1}, netip.MustParseAddrPort("[fd00::7]:443")
+	full.Dest.Service, full.Dest.Names, full.Dest.Owner = "default/web", []string{"a.example", "b.example"}, Owner{"StatefulSet", "db"}
 	lost := Record{Time: full.Time, Node: "n2", Lost: &Lost{Count: 12, Where: LostKernel}}
 	for _, r := range append(records, full, lost) {
 		b, err := json.Marshal(r)
@@ -295,7 +325,7 @@ func TestJSONRoundTrip(t *testing.T) {
 		if err := json.Unmarshal(b, &got); err != nil {
 			t.Fatalf("%s: %v", b, err)
 		}
-		if diff := cmp.Diff(r, got, cmpopts.EquateComparable(netip.Addr{})); diff != "" {
+		if diff := cmp.Diff(r, got, cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{})); diff != "" {
 			t.Errorf("after JSON (-want +got):\n%s", diff)
 		}
 	}
@@ -350,5 +380,39 @@ func TestAge(t *testing.T) {
 		if got := Age(d); got != want {
 			t.Errorf("Age(%v) = %q, want %q", d, got, want)
 		}
+	}
+}
+
+// What a packet of ICMP says is told where the programs know it, and only there.
+func TestICMP(t *testing.T) {
+	for _, tt := range []struct {
+		proto, kind, code, flags uint8
+		reason                   abi.Reason
+		want                     string
+	}{
+		{1, 8, 0, 0, 0, "EchoRequest"}, {1, 0, 0, 0, 0, "EchoReply"}, {1, 3, 3, 0, 0, "DestinationUnreachable(Port)"}, {1, 11, 0, 0, 0, "TimeExceeded(TTLExceeded)"},
+		{1, 13, 0, 0, abi.ReasonUnsupported, "TimestampRequest"}, {1, 42, 1, 0, abi.ReasonUnsupported, "42(1)"}, {1, 3, 77, 0, 0, "DestinationUnreachable(77)"},
+		{58, 128, 0, 0, 0, "EchoRequest"}, {58, 2, 0, 0, 0, "PacketTooBig"}, {58, 135, 0, 0, 0, "NeighborSolicitation"}, {58, 1, 4, 0, 0, "DestinationUnreachable(Port)"},
+		// A later fragment, a header that was not read, and another protocol.
+		{1, 8, 0, uint8(abi.EventFragment), 0, ""}, {1, 0, 0, 0, abi.ReasonMalformed, ""}, {1, 0, 0, 0, abi.ReasonUnsupported, ""}, {58, 0, 0, 0, 0, ""}, {17, 8, 0, 0, 0, ""},
+	} {
+		r := FromEvent(edit(func(e *abi.Event) {
+			e.Proto, e.IcmpType, e.IcmpCode, e.Flags, e.Reason = tt.proto, tt.kind, tt.code, tt.flags, uint8(tt.reason)
+		}), Resolver{})
+		got := ""
+		if r.ICMP != nil {
+			got = r.ICMP.Text(r.Protocol)
+		}
+		if got != tt.want {
+			t.Errorf("protocol %d type %d code %d (%v): %q, want %q", tt.proto, tt.kind, tt.code, tt.reason, got, tt.want)
+		}
+	}
+	for _, tt := range []struct{ proto, want uint8 }{{1, 8}, {58, 128}} {
+		if got := EchoOf(tt.proto, 77, 0); got != tt.want {
+			t.Errorf("a request of protocol %d has type %d", tt.proto, got)
+		}
+	}
+	if EchoOf(1, 0, 77) != 0 || EchoOf(58, 0, 77) != 129 {
+		t.Error("types of replies")
 	}
 }

@@ -3,6 +3,7 @@ package flow
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -14,6 +15,7 @@ import (
 type Formatter struct {
 	Time    bool // the wall clock first
 	Verbose bool // the identities' labels too
+	Colour  bool // the verdict, as escape sequences of terminals
 }
 
 // Line returns the record's line, without a line feed:
@@ -37,6 +39,9 @@ func (f Formatter) Line(r *Record) string {
 	if r.L7 != nil {
 		return b.String() + f.lineL7(r)
 	}
+	if f.Colour {
+		b.WriteString("\x1b[" + colour(r) + "m")
+	}
 	switch r.Verdict {
 	case abi.VerdictPass:
 		arrow := "->"
@@ -51,12 +56,18 @@ func (f Formatter) Line(r *Record) string {
 	default: // what is not known to have passed is shown as dropped
 		fmt.Fprintf(&b, "xx %s (%s) flow 0x%08x to endpoint %d,", r.Verdict, r.Reason, r.Hash(), r.Dest.Endpoint)
 	}
+	if f.Colour {
+		b.WriteString("\x1b[0m")
+	}
 	fmt.Fprintf(&b, " identity %s->%s state %s %s", r.Source.Identity, r.Dest.Identity, r.State, r.Direction)
 	b.WriteString(" evidence " + r.evidence())
 	fmt.Fprintf(&b, ": %s -> %s", f.end(r, &r.Source), f.end(r, &r.Dest))
 	b.WriteString(" " + strings.ToLower(Protocol(r.Protocol)))
 	if names := TCPFlags(r.TCPFlags); r.Protocol == protoTCP && len(names) > 0 {
 		b.WriteString(" " + strings.Join(names, ", "))
+	}
+	if r.ICMP != nil {
+		b.WriteString(" " + r.ICMP.Text(r.Protocol))
 	}
 	if r.Policy != "" {
 		b.WriteString(", by " + r.Policy)
@@ -73,6 +84,17 @@ func (f Formatter) Line(r *Record) string {
 		fmt.Fprintf(&b, ", process %d %s", p.PID, printable(p.Binary))
 	}
 	return b.String()
+}
+
+// colour: green is what passed, red what did not, yellow what is under way.
+func colour(r *Record) string {
+	switch r.Verdict {
+	case abi.VerdictPass:
+		return "32"
+	case abi.VerdictHold, abi.VerdictSteer, abi.VerdictAudit:
+		return "33"
+	}
+	return "31"
 }
 
 // evidence tells on what the peer's binding is known.
@@ -98,11 +120,19 @@ func (f Formatter) end(r *Record, e *End) string {
 			s = netip.AddrPortFrom(e.IP, e.Port).String()
 		}
 	}
-	switch {
-	case f.Verbose && len(e.Labels) > 0:
-		s += " (" + strings.TrimLeft(e.Workload+" ", " ") + "[" + strings.Join(e.Labels, " ") + "])"
-	case e.Workload != "":
-		s += " (" + e.Workload + ")"
+	who := []string{e.Workload}
+	if f.Verbose && len(e.Labels) > 0 {
+		who = append(who, "["+strings.Join(e.Labels, " ")+"]")
+	}
+	who = append(who, e.Names...)
+	if e.Service != "" {
+		who = append(who, "service "+e.Service)
+	}
+	if e == r.Peer() && r.Called.IsValid() {
+		who = append(who, "called as "+r.Called.String())
+	}
+	if text := strings.Join(slices.DeleteFunc(who, func(w string) bool { return w == "" }), " "); text != "" {
+		s += " (" + printable(text) + ")"
 	}
 	return s
 }

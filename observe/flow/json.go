@@ -26,8 +26,10 @@ type jsonRecord struct {
 	State            string            `json:"state"`
 	Protocol         string            `json:"protocol"`
 	TCPFlags         []string          `json:"tcpFlags,omitempty"`
+	ICMP             *ICMP             `json:"icmp,omitempty"`
 	Source           jsonEnd           `json:"source"`
 	Dest             jsonEnd           `json:"destination"`
+	Called           netip.AddrPort    `json:"called,omitzero"`
 	Length           uint32            `json:"length"`
 	Endpoint         uint32            `json:"endpoint"`
 	Ifindex          uint32            `json:"ifindex"`
@@ -61,7 +63,10 @@ type jsonEnd struct {
 	Labels   []string   `json:"labels,omitempty"`
 	SPIFFE   string     `json:"spiffeID,omitempty"`
 	Workload string     `json:"workload,omitempty"`
+	Owner    Owner      `json:"owner,omitzero"`
 	Endpoint uint32     `json:"endpoint,omitempty"`
+	Service  string     `json:"service,omitempty"`
+	Names    []string   `json:"names,omitempty"`
 }
 
 // MarshalJSON implements json.Marshaler.
@@ -77,7 +82,7 @@ func (r Record) MarshalJSON() ([]byte, error) {
 	j := jsonRecord{Time: at,
 		BootTime: r.BootTime, Node: r.Node, Flow: fmt.Sprintf("0x%08x", r.Hash()),
 		Verdict: r.Verdict.String(), Reason: r.Reason.String(), Direction: r.Direction.String(), State: r.State.String(),
-		Protocol: Protocol(r.Protocol), TCPFlags: TCPFlags(r.TCPFlags), Source: toJSON(r.Source), Dest: toJSON(r.Dest),
+		Protocol: Protocol(r.Protocol), TCPFlags: TCPFlags(r.TCPFlags), ICMP: r.ICMP, Called: r.Called, Source: toJSON(r.Source), Dest: toJSON(r.Dest),
 		Length: r.Length, Endpoint: r.Endpoint, Ifindex: r.Ifindex, Interface: r.Interface,
 		Evidence: r.Evidence.String(), NoEvidenceNeeded: r.NoEvidenceNeeded,
 		Generation: uint64(r.Generation), Stamp: r.Stamp, Reinjected: r.Reinjected, Rule: r.Rule, Policy: r.Policy, Process: r.Process, L7: r.L7,
@@ -114,7 +119,7 @@ func (r *Record) UnmarshalJSON(b []byte) error {
 		return nil
 	}
 	*r = Record{
-		BootTime: j.BootTime, Node: j.Node, Source: j.Source.end(), Dest: j.Dest.end(), Length: j.Length,
+		BootTime: j.BootTime, Node: j.Node, ICMP: j.ICMP, Called: j.Called, Source: j.Source.end(), Dest: j.Dest.end(), Length: j.Length,
 		Endpoint: j.Endpoint, Ifindex: j.Ifindex, Interface: j.Interface, NoEvidenceNeeded: j.NoEvidenceNeeded,
 		Generation: identity.Generation(j.Generation), Stamp: j.Stamp, Reinjected: j.Reinjected, Rule: j.Rule, Policy: j.Policy, Process: j.Process, L7: j.L7,
 	}
@@ -141,9 +146,11 @@ func (r *Record) UnmarshalJSON(b []byte) error {
 }
 
 func toJSON(e End) jsonEnd {
-	return jsonEnd{IP: e.IP, Port: e.Port, Identity: uint32(e.Identity), Text: e.Text, Labels: e.Labels, SPIFFE: e.SPIFFE, Workload: e.Workload, Endpoint: e.Endpoint}
+	return jsonEnd{IP: e.IP, Port: e.Port, Identity: uint32(e.Identity), Text: e.Text, Labels: e.Labels, SPIFFE: e.SPIFFE, Workload: e.Workload, Owner: e.Owner,
+		Endpoint: e.Endpoint, Service: e.Service, Names: e.Names}
 }
 
 func (e jsonEnd) end() End {
-	return End{IP: e.IP, Port: e.Port, Identity: identity.Numeric(e.Identity), Text: e.Text, Labels: e.Labels, SPIFFE: e.SPIFFE, Workload: e.Workload, Endpoint: e.Endpoint}
+	return End{IP: e.IP, Port: e.Port, Identity: identity.Numeric(e.Identity), Text: e.Text, Labels: e.Labels, SPIFFE: e.SPIFFE, Workload: e.Workload, Owner: e.Owner,
+		Endpoint: e.Endpoint, Service: e.Service, Names: e.Names}
 }

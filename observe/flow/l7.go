@@ -38,7 +38,7 @@ type L7 struct {
 //
 //	-> Request http from 24 (default/xwing [k8s:org=alliance]) to 25 (...), identity 5163->19842, verdict Denied PUT http://deathstar/v1/exhaust-port => 403 (1.2ms): no rule allows it
 //	-> Request dns from 24 (...) to 31 (...), identity 5163->19842, verdict Forwarded DNS Query: a.example. A => 192.0.2.1 TTL 30s
-func (f Formatter) lineL7(r *Record) string {
+func (f Formatter) lineL7(r *Record) (line string) {
 	x := r.L7
 	end := func(e *End) string {
 		s := strconv.Itoa(int(e.Endpoint))
@@ -57,6 +57,9 @@ func (f Formatter) lineL7(r *Record) string {
 		verdict = strings.ToUpper(verdict[:1]) + verdict[1:]
 	}
 	var b strings.Builder
+	if f.Colour {
+		defer func() { line = "\x1b[" + colour(r) + "m" + strings.Replace(line, " from ", "\x1b[0m from ", 1) }()
+	}
 	fmt.Fprintf(&b, "-> Request %s from %s to %s, identity %s->%s, verdict %s", what, end(&r.Source), end(&r.Dest), r.Source.Identity, r.Dest.Identity, verdict)
 	x.summary(&b)
 	return printable(b.String())

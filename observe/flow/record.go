@@ -26,9 +26,13 @@ type Record struct {
 
 	Protocol uint8 // IPPROTO_*
 	TCPFlags uint8 // as on the wire
+	ICMP     *ICMP // nil: it is not of ICMP, or not known
 	Source   End
 	Dest     End
 	Length   uint32 // of the packet, bytes
+	// Called is the address and port of a service that the workload called, where
+	// the node has translated that: the peer is whom it leads to. Else zero.
+	Called netip.AddrPort
 
 	Endpoint  uint32 // id of the endpoint that judged
 	Ifindex   uint32
@@ -67,7 +71,12 @@ type Process struct {
 	Container string    `json:"container,omitempty"`
 	Start     time.Time `json:"start,omitzero"`
 	ExecID    string    `json:"execID,omitempty"` // names this run of the binary: node, start and pid
-	Parent    *Process  `json:"parent,omitempty"`
+	Forked    bool      `json:"forked,omitempty"` // it runs what its parent ran: no exec since fork
+	// Incomplete: it had ended before it could be looked at. What the kernel told is
+	// here, and the rest is not known: a Container that none was seen in before, of a
+	// parent all but its start.
+	Incomplete bool     `json:"incomplete,omitempty"`
+	Parent     *Process `json:"parent,omitempty"`
 }
 
 // Lost tells of events that nobody can know.
@@ -95,7 +104,17 @@ type End struct {
 	Labels   []string // of the identity: source:key[=value], sorted; shared between records
 	SPIFFE   string   // SPIFFE ID of the workload; "": it has none, or not known
 	Workload string   // "NS/NAME"; "": not known
+	Owner    Owner    // what made the workload; zero: nothing, or not known
 	Endpoint uint32   // id, where it is an endpoint of this node; else 0
+	Service  string   // "NS/NAME" of the service that this end was called as; "": none, or not known
+	Names    []string // DNS names by which the judging endpoint knows the address; shared between records
+}
+
+// Owner is the object of Kubernetes that made a pod and others like it, in the
+// pod's namespace: of a pod of a ReplicaSet the Deployment.
+type Owner struct {
+	Kind string `json:"kind"`
+	Name string `json:"name"`
 }
 
 // Namespace returns the namespace of the workload, where its name or its
@@ -165,16 +184,23 @@ type Resolver struct {
 	// Identity tells of a number. Records keep what it returns.
 	Identity func(identity.Numeric) (Known, bool)
 	// Endpoint tells of an endpoint of this node by its id.
-	Endpoint func(id uint32) (workload, spiffe, device string)
-	// Bound returns the workload that holds or held the IP in this very
-	// generation, and its endpoint's id where it is of this node. The
+	Endpoint func(id uint32) LocalEnd
+	// Bound tells who holds or held the IP in this very generation and
+	// installation, and its endpoint's id where it is of this node. The
 	// generation matters: an IP alone may have changed hands since (I4).
-	Bound func(netip.Addr, identity.Generation) (workload string, endpoint uint32)
+	Bound func(ip netip.Addr, generation identity.Generation, stamp uint64) (workload string, owner Owner, endpoint uint32)
+	// Service returns the service ("NS/NAME") that an address and port stand for.
+	Service func(at netip.AddrPort, protocol uint8) string
+	// Names returns the DNS names by which an endpoint of this node knows an
+	// address. Records keep what it returns.
+	Names func(endpoint uint32, ip netip.Addr) []string
 	// Policy returns the policy ("KIND/NS/NAME") of a rule of an endpoint.
 	Policy func(endpoint, rule uint32) string
 	// Lease returns the deadline, in ns of CLOCK_BOOTTIME, of the lease under
 	// which an installation of a binding is believed; 0: none, or not known.
 	Lease func(stamp uint64) uint64
+	// Process returns the process at the judging endpoint's side; nil: not known.
+	Process func(*abi.Event) *Process
 	// Held returns for how long the re-injected packet of an event was held.
 	Held func(*abi.Event) time.Duration
 }
@@ -184,6 +210,12 @@ type Known struct {
 	Text   string   // "ns/sa[k=v]"
 	Labels []string // source:key[=value], sorted; not to be changed
 	SPIFFE string   // "": it has none, or it needs more than the identity
+}
+
+// LocalEnd is what is known of an endpoint of this node; "" for what is not.
+type LocalEnd struct {
+	Workload, SPIFFE, Device string
+	Owner                    Owner
 }
 
 // Know makes what records hold of an identity. spiffe may be "".
@@ -205,6 +237,10 @@ func FromEvent(ev abi.Event, resolve Resolver) Record {
 		Generation: identity.Generation(ev.Generation), Stamp: ev.Stamp,
 		Reinjected: ev.Flags&uint8(abi.EventReinjected) != 0, Rule: ev.Rule,
 	}
+	r.ICMP = icmpOf(&ev)
+	if ev.ServicePort != 0 || ev.Service != (abi.Addr{}) {
+		r.Called = netip.AddrPortFrom(addr(ev.Service), ev.ServicePort)
+	}
 	// The kernel's clock may lag the installer's by a tick.
 	if r.Stamp != 0 && ev.Installed != 0 && ev.Time > ev.Installed {
 		r.BindingAge = time.Duration(ev.Time - ev.Installed)
@@ -217,15 +253,17 @@ func FromEvent(ev abi.Event, resolve Resolver) Record {
 	local := r.Local()
 	local.Endpoint = ev.Endpoint
 	if resolve.Endpoint != nil && ev.Endpoint != 0 {
-		var spiffe string
-		if local.Workload, spiffe, r.Interface = resolve.Endpoint(ev.Endpoint); spiffe != "" {
-			local.SPIFFE = spiffe
+		known := resolve.Endpoint(ev.Endpoint)
+		local.Workload, local.Owner, r.Interface = known.Workload, known.Owner, known.Device
+		if known.SPIFFE != "" {
+			local.SPIFFE = known.SPIFFE
 		}
 	}
 	if resolve.Bound != nil && r.Stamp != 0 {
 		p := r.Peer()
-		p.Workload, p.Endpoint = resolve.Bound(p.IP, r.Generation)
+		p.Workload, p.Owner, p.Endpoint = resolve.Bound(p.IP, r.Generation, r.Stamp)
 	}
+	resolve.Call(&r)
 	if resolve.Policy != nil && r.Rule != 0 {
 		r.Policy = resolve.Policy(ev.Endpoint, r.Rule)
 	}
@@ -237,7 +275,26 @@ func FromEvent(ev abi.Event, resolve Resolver) Record {
 	if resolve.Held != nil && r.Reinjected {
 		r.Held = resolve.Held(&ev)
 	}
+	if resolve.Process != nil {
+		r.Process = resolve.Process(&ev)
+	}
 	return r
+}
+
+// Call fills in by which service and which names the ends of a flow were called,
+// once its addresses, ports, endpoint and Called are there.
+func (resolve *Resolver) Call(r *Record) {
+	if resolve.Service != nil {
+		for _, e := range []*End{&r.Source, &r.Dest} {
+			e.Service = resolve.Service(netip.AddrPortFrom(e.IP, e.Port), r.Protocol)
+		}
+		if r.Called.IsValid() {
+			r.Peer().Service = resolve.Service(r.Called, r.Protocol)
+		}
+	}
+	if resolve.Names != nil && r.Endpoint != 0 {
+		r.Peer().Names = resolve.Names(r.Endpoint, r.Peer().IP)
+	}
 }
 
 // name fills in what is known of an end's identity.

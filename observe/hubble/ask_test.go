@@ -28,6 +28,8 @@ func TestAsk(t *testing.T) {
 		"to-namespace=n protocol=tcp":             {`{"destination_pod":["n/"],"protocol":["tcp"]}`},
 		"ip=10.0.0.1 not identity=world":          {`{"source_ip":["10.0.0.1"]} {"destination_ip":["10.0.0.1"]}`, `{"source_identity":[2]} {"destination_identity":[2]}`},
 		"type=policy-verdict type=trace:to-stack": {`{"event_type":[{"type":5},{"type":4,"match_sub_type":true,"sub_type":3}]}`},
+		"service=n/a to-fqdn=*.example":           {`{"source_service":["n/a"],"destination_fqdn":["*.example"]} {"destination_service":["n/a"],"destination_fqdn":["*.example"]}`},
+		"workload=Deployment/w from-workload=x":   {`{"source_workload":[{"kind":"Deployment","name":"w"},{"name":"x"}]} {"source_workload":[{"name":"x"}],"destination_workload":[{"kind":"Deployment","name":"w"}]}`},
 		"not http-status=4+ tcp-flags=SYN,ACK":    {`{"tcp_flags":[{"SYN":true,"ACK":true}]}`, `{"http_status_code":["4+"]}`},
 	} {
 		var a Ask
@@ -67,7 +69,8 @@ func TestAskErrors(t *testing.T) {
 	for _, w := range Words {
 		bad := map[string]string{"verdict": "MAYBE", "type": "trace:x", "identity": "who", "from-identity": "who", "to-identity": "-1", "direction": "up", "tcp-flags": "SYN,SIN", "ip-version": "5", "http-header": "x",
 			"pod": "", "from-pod": "", "to-pod": "", "label": "a in b", "from-label": "a in b", "to-label": "a in b", "ip": "x", "from-ip": "x", "to-ip": "x", "port": "x", "from-port": "x", "to-port": "x",
-			"protocol": "x", "http-path": "(", "http-url": "(", "http-status": "x", "dns-query": "(", "node-name": ""}
+			"protocol": "x", "http-path": "(", "http-url": "(", "http-status": "x", "dns-query": "(", "node-name": "", "service": "", "from-service": "", "to-service": "",
+			"fqdn": "a b", "from-fqdn": "a b", "to-fqdn": "a b", "workload": "Deployment/", "from-workload": "", "to-workload": "a/b/c"}
 		value, ok := bad[w.Name]
 		if !ok {
 			continue // any text will do

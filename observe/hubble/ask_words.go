@@ -12,6 +12,17 @@ var reservedNumbers = map[string]uint32{"unknown": 0, "host": 1, "world": 2, "he
 
 type filter = flowpb.FlowFilter
 
+func workload(v string) (*flowpb.Workload, error) {
+	kind, name, ok := strings.Cut(v, "/")
+	if !ok {
+		kind, name = "", v
+	}
+	if name == "" || ok && kind == "" || strings.Contains(name, "/") {
+		return nil, errors.New("want [KIND/]NAME, e.g. Deployment/web")
+	}
+	return &flowpb.Workload{Kind: kind, Name: name}, nil
+}
+
 // Words are all filters that people can type; a word that is given several times
 // matches any of its values.
 var Words = []Word{
@@ -32,6 +43,27 @@ var Words = []Word{
 	{"port", "", "of either end", either(func(f *filter) *[]string { return &f.SourcePort }, func(f *filter) *[]string { return &f.DestinationPort })},
 	{"from-port", "", "of the source", list(func(f *filter) *[]string { return &f.SourcePort })},
 	{"to-port", "", "of the destination", list(func(f *filter) *[]string { return &f.DestinationPort })},
+	{"service", "", "[NAMESPACE/]PREFIX of the service that either end was called as", either(func(f *filter) *[]string { return &f.SourceService }, func(f *filter) *[]string { return &f.DestinationService })},
+	{"from-service", "", "of the source", list(func(f *filter) *[]string { return &f.SourceService })},
+	{"to-service", "", "of the destination", list(func(f *filter) *[]string { return &f.DestinationService })},
+	{"fqdn", "", "name by which either end's address is known, where * stands for any letters", either(func(f *filter) *[]string { return &f.SourceFqdn }, func(f *filter) *[]string { return &f.DestinationFqdn })},
+	{"from-fqdn", "", "of the source", list(func(f *filter) *[]string { return &f.SourceFqdn })},
+	{"to-fqdn", "", "of the destination", list(func(f *filter) *[]string { return &f.DestinationFqdn })},
+	{"workload", "", "[KIND/]NAME of what made either end's pod, e.g. Deployment/web", func(l, r *filter, v string) error {
+		w, err := workload(v)
+		l.SourceWorkload, r.DestinationWorkload = append(l.SourceWorkload, w), append(r.DestinationWorkload, w)
+		return err
+	}},
+	{"from-workload", "", "of the source", both(func(f *filter, v string) error {
+		w, err := workload(v)
+		f.SourceWorkload = append(f.SourceWorkload, w)
+		return err
+	})},
+	{"to-workload", "", "of the destination", both(func(f *filter, v string) error {
+		w, err := workload(v)
+		f.DestinationWorkload = append(f.DestinationWorkload, w)
+		return err
+	})},
 	{"identity", "", "number of either end's identity, or its reserved name", func(l, r *filter, v string) error {
 		n, err := number(v)
 		l.SourceIdentity, r.DestinationIdentity = append(l.SourceIdentity, n), append(r.DestinationIdentity, n)

@@ -44,6 +44,8 @@ func (p Place) From(r *flow.Record, number uint64) []*flowpb.Flow {
 		//lint:ignore SA1019 hubble's clients still read it
 		Source: p.endpoint(&r.Source), Destination: p.endpoint(&r.Dest), TrafficDirection: direction(r), Summary: summary(r),
 	}
+	f.SourceService, f.DestinationService = service(&r.Source), service(&r.Dest)
+	f.SourceNames, f.DestinationNames = r.Source.Names, r.Dest.Names
 	if !r.Time.IsZero() {
 		f.Time = timestamppb.New(r.Time)
 	}
@@ -72,12 +74,11 @@ func (p Place) From(r *flow.Record, number uint64) []*flowpb.Flow {
 
 // variants sets the event type, and adds the other flow that the record is.
 func variants(f *flowpb.Flow, r *flow.Record) []*flowpb.Flow {
-	byPolicy := r.Reason == abi.ReasonPolicyDenied || r.Rule != 0 && r.State == abi.FlowNew && r.Verdict != abi.VerdictHold
 	if r.Verdict == abi.VerdictAudit {
 		return []*flowpb.Flow{asPolicy(f, r)}
 	}
 	out := []*flowpb.Flow{f}
-	if byPolicy {
+	if r.ByPolicy() {
 		out = append(out, asPolicy(f, r))
 	}
 	if f.Verdict == flowpb.Verdict_DROPPED {
@@ -142,7 +143,18 @@ func (p Place) endpoint(e *flow.End) *flowpb.Endpoint {
 	if out.Namespace != "" {
 		out.ClusterName = p.Cluster
 	}
+	if e.Owner.Name != "" {
+		out.Workloads = []*flowpb.Workload{{Kind: e.Owner.Kind, Name: e.Owner.Name}}
+	}
 	return out
+}
+
+func service(e *flow.End) *flowpb.Service {
+	ns, name, ok := strings.Cut(e.Service, "/")
+	if !ok {
+		return nil
+	}
+	return &flowpb.Service{Namespace: ns, Name: name}
 }
 
 func ip(r *flow.Record) *flowpb.IP {
@@ -174,17 +186,14 @@ func layer4(r *flow.Record) *flowpb.Layer4 {
 		return &flowpb.Layer4{Protocol: &flowpb.Layer4_SCTP{SCTP: &flowpb.SCTP{SourcePort: src, DestinationPort: dst}}}
 	case protoICMPv4:
 		m := &flowpb.ICMPv4{}
-		if isEcho(r) && r.State != abi.FlowReply {
-			m.Type = echoRequest
+		if r.ICMP != nil {
+			m.Type, m.Code = uint32(r.ICMP.Type), uint32(r.ICMP.Code)
 		}
 		return &flowpb.Layer4{Protocol: &flowpb.Layer4_ICMPv4{ICMPv4: m}}
 	case protoICMPv6:
 		m := &flowpb.ICMPv6{}
-		if isEcho(r) {
-			m.Type = echoRequest6
-			if r.State == abi.FlowReply {
-				m.Type = echoReply6
-			}
+		if r.ICMP != nil {
+			m.Type, m.Code = uint32(r.ICMP.Type), uint32(r.ICMP.Code)
 		}
 		return &flowpb.Layer4{Protocol: &flowpb.Layer4_ICMPv6{ICMPv6: m}}
 	}

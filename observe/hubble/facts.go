@@ -2,6 +2,7 @@ package hubble
 
 import (
 	"errors"
+	"net/netip"
 	"strconv"
 	"strings"
 	"time"
@@ -19,25 +20,26 @@ import (
 // 64-bit numbers are text there, and durations seconds with their unit. What is
 // not known is not there.
 type Facts struct {
-	Verdict          string        // "verdict": ours: drop, pass, hold, audit, steer
-	Reason           string        // "reason" of a drop, ours: policy-denied, stale-lease, ...
-	Evidence         string        // "evidence" of the peer's binding: none, watch, lease, svid, local
-	NoEvidenceNeeded bool          // "noEvidenceNeeded": the verdict is the same whoever the peer is
-	Generation       uint64        // "generation" of the peer's binding
-	BindingAge       time.Duration // "bindingAge"
-	LeaseLeft        time.Duration // "leaseLeft"; negative: it had ended so long ago
-	Held             time.Duration // "held": for how long the packet was
-	Reinjected       bool          // "reinjected"
-	Policy           string        // "policy" that decided, KIND/NS/NAME
-	SourceSPIFFE     string        // "sourceSpiffeID"
-	DestSPIFFE       string        // "destinationSpiffeID"
-	Process          *flow.Process // "process", an object: pid, binary, arguments, cwd, uid, auid, container, start, execID, parent
+	Verdict          string         // "verdict": ours: drop, pass, hold, audit, steer
+	Reason           string         // "reason" of a drop, ours: policy-denied, stale-lease, ...
+	Evidence         string         // "evidence" of the peer's binding: none, watch, lease, svid, local
+	NoEvidenceNeeded bool           // "noEvidenceNeeded": the verdict is the same whoever the peer is
+	Generation       uint64         // "generation" of the peer's binding
+	BindingAge       time.Duration  // "bindingAge"
+	LeaseLeft        time.Duration  // "leaseLeft"; negative: it had ended so long ago
+	Held             time.Duration  // "held": for how long the packet was
+	Reinjected       bool           // "reinjected"
+	Policy           string         // "policy" that decided, KIND/NS/NAME
+	SourceSPIFFE     string         // "sourceSpiffeID"
+	DestSPIFFE       string         // "destinationSpiffeID"
+	Called           netip.AddrPort // "called": what the workload called, where the node has translated that to the peer
+	Process          *flow.Process  // "process", an object: pid, binary, arguments, cwd, uid, auid, container, start, execID, forked, incomplete, parent
 }
 
 func facts(r *flow.Record) Facts {
 	f := Facts{Verdict: r.Verdict.String(), Reason: r.Reason.String(), Evidence: r.Evidence.String(), NoEvidenceNeeded: r.NoEvidenceNeeded,
 		LeaseLeft: r.LeaseLeft, Held: r.Held, Reinjected: r.Reinjected, Policy: r.Policy,
-		SourceSPIFFE: r.Source.SPIFFE, DestSPIFFE: r.Dest.SPIFFE, Process: r.Process}
+		SourceSPIFFE: r.Source.SPIFFE, DestSPIFFE: r.Dest.SPIFFE, Called: r.Called, Process: r.Process}
 	if r.L7 != nil {
 		f.Evidence = "" // that was looked at when the connection began: its record tells
 	}
@@ -81,6 +83,9 @@ func (f Facts) extension() *anypb.Any {
 	text("policy", f.Policy)
 	text("sourceSpiffeID", f.SourceSPIFFE)
 	text("destinationSpiffeID", f.DestSPIFFE)
+	if f.Called.IsValid() {
+		text("called", f.Called.String())
+	}
 	if p := processValue(f.Process); p != nil {
 		s.Fields["process"] = p
 	}
@@ -103,6 +108,11 @@ func processValue(p *flow.Process) *structpb.Value {
 	for key, v := range map[string]string{"binary": p.Binary, "arguments": p.Arguments, "cwd": p.CWD, "container": p.Container, "execID": p.ExecID} {
 		if v != "" {
 			s.Fields[key] = structpb.NewStringValue(strings.ToValidUTF8(v, "?")) // a workload chooses these bytes
+		}
+	}
+	for key, v := range map[string]bool{"forked": p.Forked, "incomplete": p.Incomplete} {
+		if v {
+			s.Fields[key] = structpb.NewBoolValue(true)
 		}
 	}
 	if !p.Start.IsZero() {
@@ -149,6 +159,11 @@ func FactsOf(f *flowpb.Flow) (Facts, error) {
 			errs = append(errs, err)
 		}
 	}
+	if at := text("called"); at != "" {
+		var err error
+		out.Called, err = netip.ParseAddrPort(at)
+		errs = append(errs, err)
+	}
 	return out, errors.Join(errs...)
 }
 
@@ -159,7 +174,7 @@ func toProcess(s *structpb.Struct) *flow.Process {
 	text := func(key string) string { return s.Fields[key].GetStringValue() }
 	number := func(key string) uint32 { return uint32(s.Fields[key].GetNumberValue()) }
 	p := &flow.Process{PID: number("pid"), Binary: text("binary"), Arguments: text("arguments"), CWD: text("cwd"), UID: number("uid"), AUID: number("auid"),
-		Container: text("container"), ExecID: text("execID"), Parent: toProcess(s.Fields["parent"].GetStructValue())}
+		Container: text("container"), ExecID: text("execID"), Forked: s.Fields["forked"].GetBoolValue(), Incomplete: s.Fields["incomplete"].GetBoolValue(), Parent: toProcess(s.Fields["parent"].GetStructValue())}
 	p.Start, _ = time.Parse(time.RFC3339Nano, text("start")) // zero: not known
 	return p
 }

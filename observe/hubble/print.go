@@ -24,6 +24,7 @@ const (
 	Dict    Form = "dict"
 	Table   Form = "table"
 	JSON    Form = "json"
+	Connect Form = "process" // process_connect and process_accept, see ConnectJSON
 )
 
 // Printer writes what a server answers. Not safe for concurrent use.
@@ -64,6 +65,12 @@ func (p *Printer) Print(resp *observerpb.GetFlowsResponse) error {
 	}
 	p.lines++
 	switch p.Form {
+	case Connect:
+		b, err := ConnectJSON(f)
+		if err == nil && b != nil {
+			_, err = p.Out.Write(append(b, '\n'))
+		}
+		return err
 	case JSON:
 		b, err := protojson.MarshalOptions{UseProtoNames: true}.Marshal(resp)
 		if err == nil {
@@ -165,14 +172,25 @@ func (p *Printer) dict(f *flowpb.Flow) error {
 	row("TIME", p.time(f, "Jan 02 15:04:05.000"))
 	row("NODE", clean(f.GetNodeName()))
 	for _, e := range []struct {
-		name   string
-		end    *flowpb.Endpoint
-		source bool
-		spiffe string
-	}{{"SOURCE", f.GetSource(), true, facts.SourceSPIFFE}, {"DESTINATION", f.GetDestination(), false, facts.DestSPIFFE}} {
+		name    string
+		end     *flowpb.Endpoint
+		source  bool
+		spiffe  string
+		service *flowpb.Service
+		names   []string
+	}{{"SOURCE", f.GetSource(), true, facts.SourceSPIFFE, f.GetSourceService(), f.GetSourceNames()},
+		{"DESTINATION", f.GetDestination(), false, facts.DestSPIFFE, f.GetDestinationService(), f.GetDestinationNames()}} {
 		row(e.name, end(f, e.end, e.source))
 		row("LABELS", clean(strings.Join(e.end.GetLabels(), " ")))
 		row("SPIFFE ID", clean(e.spiffe))
+		for _, w := range e.end.GetWorkloads() {
+			row("WORKLOAD", clean(w.GetKind()+" "+w.GetName()))
+		}
+		row("SERVICE", clean(strings.TrimPrefix(e.service.GetNamespace()+"/"+e.service.GetName(), "/")))
+		row("NAMES", clean(strings.Join(e.names, " ")))
+	}
+	if facts.Called.IsValid() {
+		row("CALLED", facts.Called.String())
 	}
 	row("TYPE", typeName(f))
 	row("VERDICT", p.verdict(f)+after(" ", reason(f, facts)))
@@ -197,7 +215,7 @@ func (p *Printer) dict(f *flowpb.Flow) error {
 }
 
 // end names one side of a flow: its pod where it is known, else its address, and
-// its namespace or reserved name.
+// the name by which it was called, its service, its namespace or its reserved name.
 func end(f *flowpb.Flow, e *flowpb.Endpoint, source bool) string {
 	from, to := ports(f)
 	ip, port := f.GetIP().GetDestination(), to
@@ -207,7 +225,10 @@ func end(f *flowpb.Flow, e *flowpb.Endpoint, source bool) string {
 	if name := e.GetPodName(); name != "" {
 		return clean(e.GetNamespace() + "/" + name + after(":", port))
 	}
-	who := e.GetNamespace()
+	who, names, service := e.GetNamespace(), f.GetDestinationNames(), f.GetDestinationService()
+	if source {
+		names, service = f.GetSourceNames(), f.GetSourceService()
+	}
 	for _, l := range e.GetLabels() {
 		if r, ok := strings.CutPrefix(l, "reserved:"); ok {
 			who = r
@@ -217,6 +238,12 @@ func end(f *flowpb.Flow, e *flowpb.Endpoint, source bool) string {
 		ip = "[" + ip + "]"
 	}
 	out := ip + after(":", port)
+	switch {
+	case len(names) > 0:
+		who = names[0]
+	case service.GetName() != "":
+		who = "service " + service.GetNamespace() + "/" + service.GetName()
+	}
 	if who != "" {
 		out += "(" + who + ")"
 	}

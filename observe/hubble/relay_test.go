@@ -45,11 +45,13 @@ func newRelayed(t *testing.T, count, most int, silent bool) *relayed {
 		t.Cleanup(func() { g.Stop(); <-done })
 		dials[name], w.rings, w.nodes, peers = ln, append(w.rings, ring), append(w.nodes, g), append(peers, Peer{name, name})
 	}
+	patience := time.Minute
 	if silent {
+		patience = 5 * time.Second // for it; the others have said all by then, also on a busy machine
 		dials["silent"] = bufconn.Listen(1)
 		peers = append(peers, Peer{"silent", "silent"})
 	}
-	r := NewRelay(RelayOptions{Place: Place{Node: "relay"}, Nodes: func() []Peer { return peers }, Patience: 300 * time.Millisecond, Dial: func(p Peer) (*grpc.ClientConn, error) {
+	r := NewRelay(RelayOptions{Place: Place{Node: "relay"}, Nodes: func() []Peer { return peers }, Patience: patience, Dial: func(p Peer) (*grpc.ClientConn, error) {
 		return grpc.NewClient("passthrough:///"+p.Address, grpc.WithTransportCredentials(insecure.NewCredentials()),
 			grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) { return dials[addr].DialContext(ctx) }))
 	}})

@@ -276,6 +276,33 @@ func TestFlowOfARecord(t *testing.T) {
 	}
 }
 
+// Who made the pods, which service was called, by which names and with which packet
+// of ICMP: in the fields that Hubble has for it, where filters find it.
+func TestFlowOfAService(t *testing.T) {
+	r := record(1)
+	r.Dest.Owner, r.Dest.Service, r.Dest.Names = flow.Owner{Kind: "Deployment", Name: "deathstar"}, "empire/deathstar", []string{"deathstar.example"}
+	r.Called = netip.MustParseAddrPort("10.96.0.7:80")
+	f := Place{Node: "n1"}.From(r, 0)[0]
+	if s := f.GetDestinationService(); s.GetName() != "deathstar" || s.GetNamespace() != "empire" || f.GetSourceService() != nil || len(f.GetSource().GetWorkloads()) != 0 || len(f.GetSourceNames()) != 0 {
+		t.Errorf("%s", protojson.Format(f))
+	}
+	if facts, err := FactsOf(f); err != nil || facts.Called != r.Called {
+		t.Errorf("facts %+v, %v", facts, err)
+	}
+	for name, ff := range map[string]*flowpb.FlowFilter{"service": {DestinationService: []string{"empire/death"}}, "name": {DestinationFqdn: []string{"*.example"}},
+		"workload": {DestinationWorkload: []*flowpb.Workload{{Kind: "Deployment", Name: "deathstar"}}}} {
+		if c, err := Compile([]*flowpb.FlowFilter{ff}, nil); err != nil || !c.Match(f) || c.Match(Place{}.From(record(1), 0)[0]) {
+			t.Errorf("the filter by %s does not choose by it: %v", name, err)
+		}
+	}
+	r.Protocol, r.TCPFlags, r.ICMP = protoICMPv4, 0, &flow.ICMP{Type: 3, Code: 1}
+	f = Place{}.From(r, 0)[0]
+	//lint:ignore SA1019 hubble's clients still read it
+	if m := f.GetL4().GetICMPv4(); m.GetType() != 3 || m.GetCode() != 1 || f.GetSummary() != "ICMPv4 DestinationUnreachable(Host)" {
+		t.Errorf("%s", protojson.Format(f))
+	}
+}
+
 // Every reason of ours is a reason of a drop for Hubble's clients, too.
 func TestEveryReasonIsShown(t *testing.T) {
 	for r := abi.Reason(1); r < abi.ReasonMax; r++ {

@@ -22,9 +22,9 @@ func ServerTLS(source Source, may func(spiffeid.ID) error) *tls.Config {
 	return harden(tlsconfig.MTLSServerConfig(source, source, tlsconfig.AdaptMatcher(spiffeid.Matcher(may))))
 }
 
-// ClientTLS shows the SVID to a server that must be the one named.
-func ClientTLS(source Source, server spiffeid.ID) *tls.Config {
-	return harden(tlsconfig.MTLSClientConfig(source, source, tlsconfig.AuthorizeID(server)))
+// ClientTLS shows the SVID to a server for whose may returns nil.
+func ClientTLS(source Source, may func(spiffeid.ID) error) *tls.Config {
+	return harden(tlsconfig.MTLSClientConfig(source, source, tlsconfig.AdaptMatcher(spiffeid.Matcher(may))))
 }
 
 // harden turns off resumption: a resumed handshake does not check the peer.

@@ -10,23 +10,20 @@ import (
 
 // Numbers of event types, as Hubble's clients know them.
 const (
-	eventDrop    = 1
-	eventTrace   = 4
-	eventPolicy  = 5
-	eventL7      = 129
-	subToPod     = 0 // of a trace: to-endpoint
-	subToProxy   = 1
-	subToStack   = 3
-	matchNone    = 0 // of a policy verdict: no rule
-	matchL3L4    = 2
-	protoICMPv4  = 1
-	protoTCP     = 6
-	protoUDP     = 17
-	protoICMPv6  = 58
-	protoSCTP    = 132
-	echoRequest  = 8
-	echoRequest6 = 128
-	echoReply6   = 129
+	eventDrop   = 1
+	eventTrace  = 4
+	eventPolicy = 5
+	eventL7     = 129
+	subToPod    = 0 // of a trace: to-endpoint
+	subToProxy  = 1
+	subToStack  = 3
+	matchNone   = 0 // of a policy verdict: no rule
+	matchL3L4   = 2
+	protoICMPv4 = 1
+	protoTCP    = 6
+	protoUDP    = 17
+	protoICMPv6 = 58
+	protoSCTP   = 132
 )
 
 // dropReasons says a reason in the words that Hubble has. It has none for most
@@ -81,12 +78,10 @@ func summary(r *flow.Record) string {
 	}
 	s := flow.Protocol(r.Protocol)
 	switch {
-	case r.Protocol == protoTCP:
+	case r.Protocol == protoTCP && r.TCPFlags != 0: // behind the translation they are not known
 		s = "TCP Flags: " + strings.Join(flow.TCPFlags(r.TCPFlags), ", ")
-	case isEcho(r) && r.State == abi.FlowReply:
-		s += " EchoReply"
-	case isEcho(r):
-		s += " EchoRequest"
+	case r.ICMP != nil:
+		s += " " + r.ICMP.Text(r.Protocol)
 	}
 	if r.Verdict == abi.VerdictHold {
 		return s + "; held"
@@ -98,10 +93,4 @@ func summary(r *flow.Record) string {
 		s += "; held for " + flow.Age(r.Held)
 	}
 	return s
-}
-
-// isEcho: of a packet of ICMP the record has the identifier of an echo, and of
-// others nothing.
-func isEcho(r *flow.Record) bool {
-	return (r.Protocol == protoICMPv4 || r.Protocol == protoICMPv6) && (r.Source.Port != 0 || r.Dest.Port != 0)
 }

@@ -56,7 +56,7 @@ var (
 
 	// Tables are the values of the label "table": what has a limit.
 	Tables = []string{"endpoints", "bindings", "policy", "ranges", "sources", "services", "conntrack", "conntrack-endpoint",
-		"fragments", "held", "held-endpoint", "held-source", "l7-services", "grants", "sessions", "names"}
+		"fragments", "held", "held-endpoint", "held-source", "l7-services", "grants", "sessions", "names", "proxy"}
 	// Protocols of what the proxy reads; "unknown": the connection ended before it was known.
 	Protocols = []string{"http", "dns", "tls", "unknown"}
 	// InsideVerdicts are the proxy's.
@@ -103,6 +103,13 @@ var Families = []Family{
 		Labels: []Label{direction, {Name: "verdict", Values: verdicts}, {Name: "evidence", Values: append(slices.Clone(evidences), "not-needed")}}},
 	{Name: "portcullis_events_lost_total", Kind: Counter, From: "maps", Help: "Flow events that found the ring full: not in portcullis_flows_total, and seen by no observer. Their verdicts stand."},
 	{Name: "portcullis_observer_lost_total", Kind: Counter, From: "agent", Help: "Flow records that observers of the local API were too slow for."},
+	{Name: "portcullis_kubernetes_events_total", Kind: Counter, From: "agent", Help: "With --kubernetes: Events written into the cluster, by what was done. counted: an earlier one says how often now.",
+		Labels: []Label{{Name: "write", Values: []string{"created", "counted"}}}},
+	{Name: "portcullis_kubernetes_events_lost_total", Kind: Counter, From: "agent", Help: "What was to be told as an Event and was not. rate: its object had had its share; full: too many waited; refused: by the API server; unreachable: it was, for too long.",
+		Labels: []Label{{Name: "why", Values: []string{"rate", "full", "refused", "unreachable"}}}},
+	{Name: "portcullis_processes_total", Kind: Counter, From: "agent", Help: "With --processes: runs of binaries that were seen to open or accept connections. ended: before more could be read than the kernel told. One that is forgotten and seen again counts again.",
+		Labels: []Label{{Name: "read", Values: []string{"whole", "ended"}}}},
+	{Name: "portcullis_process_events_lost_total", Kind: Counter, From: "agent", Help: "With --processes: connects, binds and sends that the kernel had no room to tell of. Flow records may lack their process; nothing else is touched."},
 	{Name: "portcullis_observers", Kind: Gauge, Help: "Readers of flow records by the local API."},
 
 	{Name: "portcullis_held_packets", Kind: Gauge, Help: "Packets that wait for their peer to be confirmed."},
@@ -135,8 +142,8 @@ var Families = []Family{
 	{Name: "portcullis_proxy_up", Kind: Gauge, Help: "1 if the L7 proxy is connected; if wanted and 0, flows under rules inside protocols are refused."},
 	{Name: "portcullis_proxy_restarts_total", Kind: Counter, From: "agent", Help: "How often the proxy had to be started again."},
 	{Name: "portcullis_proxy_connections", Kind: Gauge, Help: "Connections through the proxy now."},
-	{Name: "portcullis_proxy_connections_total", Kind: Counter, From: "proxy", Help: "Connections to the proxy. refused: beyond its limit, or the server did not answer.",
-		Labels: []Label{{Name: "outcome", Values: []string{"accepted", "refused"}}}},
+	{Name: "portcullis_proxy_connections_total", Kind: Counter, From: "proxy", Help: "Connections to the proxy. refused: the server did not answer, or full. full: beyond its limit (--proxy-connections).",
+		Labels: []Label{{Name: "outcome", Values: []string{"accepted", "refused", "full"}}}},
 	{Name: "portcullis_proxy_requests_total", Kind: Counter, From: "proxy", Help: "What the proxy judged, every one. judged: requests, queries and hellos that it could read; denied: those of them that no rule allows; malformed: what could be read in two ways, or not at all.",
 		Labels: []Label{{Name: "outcome", Values: []string{"judged", "denied", "malformed"}}}},
 	{Name: "portcullis_l7_requests_total", Kind: Counter, From: "agent", Help: "The same by protocol, of those that the proxy tells the agent of: all while somebody observes; else none with --flows=0, or all that were not forwarded and at most 200 a second of those that were, the rest being in portcullis_l7_lost_total. Answers and latency are counted of the same ones.",

@@ -14,7 +14,11 @@ import (
 
 const (
 	headerLen = 12
-	maxUDP    = 65535
+	maxUDP    = 65535 // bytes of what may come in a datagram
+	// maxAnswer bounds what goes to a client in one, whatever it could take: the
+	// datapath lets no fragments of this proxy's by, and packets of this size need
+	// none anywhere (bytes; the least MTU of IPv6 without the heads).
+	maxAnswer = 1232
 	// maxAddresses bounds what one answer may say.
 	maxAddresses = 1024
 	// maxChain bounds the aliases that an answer is followed through.
@@ -24,6 +28,7 @@ const (
 // The bits of a header's third and fourth byte.
 const (
 	bitQR     = 0x80
+	bitTC     = 0x02
 	maskOp    = 0x78
 	bitRD     = 0x01
 	bitRA     = 0x80 // of the fourth
@@ -178,6 +183,14 @@ func (q *query) reply(rcode int) []byte {
 		out = append(out, opt[:]...)
 	}
 	return out
+}
+
+// truncated returns what tells the client to ask again by TCP, for the answer is
+// too long for a packet.
+func (q *query) truncated(answer []byte) []byte {
+	b := q.reply(int(answer[3] & maskRcode))
+	b[2], b[3] = answer[2]|bitTC, answer[3]
+	return b
 }
 
 // answers reports whether a message answers the query: it says so, and has its

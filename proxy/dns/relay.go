@@ -173,7 +173,9 @@ func (r *Relay) handle(ctx context.Context, f proxy.Conn, b []byte, upstream fun
 		}
 		return finish(outcome, dns.RcodeServerFailure, err), false
 	}
-	answer = got
+	if answer = got; f.Protocol == UDP && len(got) > maxAnswer {
+		answer = q.truncated(got)
+	}
 	return finish(Answered, int(answer[3]&maskRcode), nil), false
 }
 

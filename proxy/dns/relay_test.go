@@ -236,12 +236,16 @@ func TestGoResolver(t *testing.T) {
 }
 
 func TestTruncatedAndEDNS(t *testing.T) {
-	g := start(t, serve(t, zone(t, manyRecords("big.example.", 100)...)), nil)
+	g := start(t, serve(t, zone(t, append(manyRecords("big.example.", 100), manyRecords("some.example.", 30)...)...)), nil)
 	if a := g.exchange(t, "udp", ask("big.example.", dns.TypeA)); !a.Truncated || len(a.Answer) == 100 {
 		t.Errorf("TC %v, %d records", a.Truncated, len(a.Answer))
 	}
-	if a := g.exchange(t, "udp", ask("big.example.", dns.TypeA).SetEdns0(4096, true)); a.Truncated || len(a.Answer) != 100 || !a.IsEdns0().Do() {
+	if a := g.exchange(t, "udp", ask("some.example.", dns.TypeA).SetEdns0(4096, true)); a.Truncated || len(a.Answer) != 30 || !a.IsEdns0().Do() {
 		t.Errorf("with EDNS: TC %v, %d records", a.Truncated, len(a.Answer))
+	}
+	// No fragments of the relay's arrive anywhere, whatever the client could take.
+	if a := g.exchange(t, "udp", ask("big.example.", dns.TypeA).SetEdns0(4096, true)); !a.Truncated || len(a.Answer) != 0 || !a.IsEdns0().Do() || a.Rcode != dns.RcodeSuccess || !a.RecursionDesired {
+		t.Errorf("too long for a packet: %v", a)
 	}
 	if a := g.exchange(t, "tcp", ask("big.example.", dns.TypeA)); a.Truncated || len(a.Answer) != 100 {
 		t.Errorf("TCP: TC %v, %d records", a.Truncated, len(a.Answer))

@@ -19,9 +19,8 @@ const (
 	recordQueue   = 16384 // records that wait to be sent; further ones are counted
 	askQueue      = 1024  // questions that wait to be sent
 	statsInterval = 5 * time.Second
-	sendBytes     = 64 << 10 // that are sent together, about
-	redialLeast   = 50 * time.Millisecond
-	redialMost    = 2 * time.Second
+	sendBytes     = 64 << 10               // that are sent together, about
+	redial        = 100 * time.Millisecond // a call of the kernel's each
 	writeTimeout  = 10 * time.Second
 )
 
@@ -31,10 +30,17 @@ var ErrAway = errors.New("the agent does not answer")
 // Client is the proxy's end. Record and Learn are safe for concurrent use, before
 // Run and after it too.
 type Client struct {
-	path   string
-	tables *Tables
-	stats  func() Stats
-	log    *zap.Logger
+	path    string
+	version Version
+	tables  *Tables
+	stats   func() Stats
+	log     *zap.Logger
+
+	applied atomic.Uint64 // the last message taken up on this connection
+	serving atomic.Bool
+	news    chan struct{} // one of them has changed
+	once    sync.Once
+	synced  chan struct{} // closed when an agent has told everything once
 
 	records chan *proxy.Record
 	asks    chan *question
@@ -42,7 +48,6 @@ type Client struct {
 	wanted  atomic.Pointer[records] // nil: the agent has said nothing, so all are told
 	second  atomic.Int64            // that sent is of
 	sent    atomic.Int64            // records of forwarded requests
-	heard   chan uint64             // the latest number of told.Records, if it was not said again yet
 
 	mu      sync.Mutex
 	next    uint64                 // guarded by mu
@@ -51,9 +56,25 @@ type Client struct {
 
 // NewClient returns the client of the agent at a unix socket, which keeps the
 // tables. stats may be nil.
-func NewClient(path string, tables *Tables, stats func() Stats, log *zap.Logger) *Client {
-	return &Client{path: path, tables: tables, stats: stats, log: log, records: make(chan *proxy.Record, recordQueue),
-		asks: make(chan *question, askQueue), heard: make(chan uint64, 1), waiting: map[uint64]chan string{}}
+func NewClient(path string, v Version, tables *Tables, stats func() Stats, log *zap.Logger) *Client {
+	return &Client{path: path, version: v, tables: tables, stats: stats, log: log, records: make(chan *proxy.Record, recordQueue),
+		asks: make(chan *question, askQueue), waiting: map[uint64]chan string{}, news: make(chan struct{}, 1), synced: make(chan struct{})}
+}
+
+// Synced is closed when an agent has told all that is in force once.
+func (c *Client) Synced() <-chan struct{} { return c.synced }
+
+// Serve has the agent know that flows are served.
+func (c *Client) Serve() {
+	c.serving.Store(true)
+	c.notify()
+}
+
+func (c *Client) notify() {
+	select {
+	case c.news <- struct{}{}:
+	default: // it will be seen with what waits
+	}
 }
 
 // Record implements proxy.Recorder.
@@ -119,52 +140,73 @@ func (c *Client) Learn(ctx context.Context, conn proxy.Conn, d proxy.Decision, a
 }
 
 // Run keeps the tables as the agent says until ctx ends, connecting again as
-// often as it takes. The tables stand while there is no connection.
+// often as it takes. The tables stand while there is no connection: nothing that
+// they speak of means anything else until this proxy has acknowledged that it was
+// told, or has ended (Server.Heard). The error is ErrVersion: the agent is of
+// another version, and starts a proxy of its own.
 func (c *Client) Run(ctx context.Context) error {
-	wait := redialLeast
+	said := false
 	for {
-		began := time.Now()
-		err := c.connect(ctx)
+		connected, err := c.connect(ctx)
 		if ctx.Err() != nil {
 			return nil
 		}
-		if time.Since(began) > redialMost {
-			wait = redialLeast
+		if errors.Is(err, ErrVersion) {
+			return err
 		}
-		c.log.Info("no connection to the agent", zap.Error(err), zap.Duration("again in", wait))
+		if connected || !said {
+			c.log.Info("no connection to the agent; the proxy goes on with what it was told", zap.Error(err))
+			said = true
+		}
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-time.After(wait):
+		case <-time.After(redial):
 		}
-		wait = min(2*wait, redialMost)
 	}
 }
 
 // connect serves one connection until it ends.
-func (c *Client) connect(ctx context.Context) error {
+func (c *Client) connect(ctx context.Context) (connected bool, err error) {
 	var dialer net.Dialer
 	conn, err := dialer.DialContext(ctx, "unix", c.path)
 	if err != nil {
-		return err
+		return false, err
 	}
+	c.applied.Store(0)
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
+	// Before anything is read: an agent of another version must hear of this one,
+	// though it ends when it hears of the agent's.
+	if err := put(conn, report{Hello: c.version.hello()}); err != nil {
+		conn.Close()
+		return false, err
+	}
 	var wg sync.WaitGroup
 	wg.Go(func() { cancel(c.send(ctx, conn)) })
 	err = c.read(conn)
 	cancel(err)
 	conn.Close()
 	wg.Wait()
-	return context.Cause(ctx)
+	if errors.Is(err, ErrVersion) {
+		return true, err // whatever ended the writer
+	}
+	return true, context.Cause(ctx)
 }
 
 // read takes up what the agent says. A set that this proxy cannot judge ends the
 // connection's use of that set only.
 func (c *Client) read(conn net.Conn) error {
 	in := newLines(conn, maxTold)
+	var first told
+	if err := in.next(&first); err != nil {
+		return err
+	}
+	if err := c.version.same(first.Hello); err != nil {
+		return err
+	}
 	heard := map[uint32]bool{} // nil: everything was told
 	for {
 		var m told
@@ -179,21 +221,21 @@ func (c *Client) read(conn net.Conn) error {
 			c.answer(m.Answer)
 		case m.Records != nil:
 			c.wanted.Store(m.Records)
-			select {
-			case <-c.heard: // of an earlier one nothing more is said
-			default:
-			}
-			c.heard <- m.Records.Number
 		case m.Synced:
 			if heard != nil {
 				c.tables.keep(heard)
 			}
 			heard = nil
+			c.once.Do(func() { close(c.synced) })
 		default:
 			if err := c.tables.tell(&m); err != nil {
 				// Its flows are refused: they are of a set that is not known.
 				c.log.Error("rules that this proxy cannot judge", zap.Error(err))
 			}
+		}
+		if m.Seq != 0 {
+			c.applied.Store(m.Seq)
+			c.notify()
 		}
 	}
 }
@@ -212,6 +254,7 @@ func (c *Client) answer(a *answer) {
 func (c *Client) send(ctx context.Context, conn net.Conn) error {
 	tick := time.NewTicker(statsInterval)
 	defer tick.Stop()
+	c.notify() // of what another agent was told already
 	var buf []byte
 	for {
 		out, err := c.toSay(ctx, tick.C)
@@ -247,7 +290,8 @@ func (c *Client) toSay(ctx context.Context, tick <-chan time.Time) (out report, 
 		return out, ctx.Err()
 	case out.Record = <-c.records:
 	case out.Ask = <-c.asks:
-	case out.Heard = <-c.heard:
+	case <-c.news:
+		out.Ack, out.Serving = c.applied.Load(), c.serving.Load()
 	case <-tick:
 		if out.Lost = c.lost.Swap(0); c.stats != nil {
 			stats := c.stats()
@@ -269,4 +313,17 @@ func (c *Client) more(have int) (out report, there bool) {
 		return out, false
 	}
 	return out, true
+}
+
+// put writes a message, or gives up with who does not read.
+func put(conn net.Conn, message any) error {
+	b, err := encode(message)
+	if err != nil {
+		return err
+	}
+	if err := conn.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
+		return err
+	}
+	_, err = conn.Write(b)
+	return err
 }

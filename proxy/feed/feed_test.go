@@ -81,6 +81,8 @@ func inside(t *testing.T, method string, peers ...identity.Numeric) (*authz.Insi
 
 var conn = proxy.Conn{Direction: abi.DirIngress, Protocol: authz.ProtoTCP, Client: netip.MustParseAddrPort("10.0.0.1:1024"), Server: netip.MustParseAddrPort("10.0.0.2:80")}
 
+var ours = Version{Program: "a", Maps: "1,2"}
+
 // rig is both ends.
 type rig struct {
 	t      *testing.T
@@ -91,7 +93,7 @@ type rig struct {
 	server *Server
 	told   handler
 	kept   int
-	follow func() (proxy.Decision, error)
+	follow proxy.Followed
 	stop   func() // of the server
 }
 
@@ -100,7 +102,7 @@ func newRig(t *testing.T) *rig {
 		told: handler{records: make(chan *proxy.Record, 10), lost: make(chan uint64, 10), learn: func(uint32, Answer) error { return nil }}}
 	r.tables = NewTables(r.flows)
 	r.follow = r.tables.Follow(conn)
-	r.client = NewClient(r.path, r.tables, nil, zap.NewNop())
+	r.client = NewClient(r.path, ours, r.tables, nil, zap.NewNop())
 	r.run(r.client.Run)
 	return r
 }
@@ -125,25 +127,26 @@ func (r *rig) serve(put func(*Server)) {
 	r.t.Helper()
 	r.server = NewServer(r.told, r.kept, zap.NewNop())
 	put(r.server)
+	r.server.Whole()
 	l, err := Listen(r.path)
 	if err != nil {
 		r.t.Fatal(err)
 	}
 	server := r.server
-	r.stop = r.run(func(ctx context.Context) error { return server.Run(ctx, l) })
+	r.stop = r.run(func(ctx context.Context) error { return server.Run(ctx, l, ours) })
 }
 
 // judged waits until a flow is judged so.
 func (r *rig) judged(flow Flow, want error, method string) {
 	r.t.Helper()
 	r.flows.set(flow, nil)
-	for end := time.Now().Add(deadline); ; {
-		d, err := r.tables.Judge(conn)
+	for end := time.Now().Add(deadline); ; time.Sleep(time.Millisecond) {
+		d, _, err := r.tables.Follow(conn).Peek()
 		allowed := err == nil && l7.JudgeHTTP(d.Rules, &l7.Request{Method: method, Target: "/", Host: "x"}).Allowed
 		if errors.Is(err, want) && (want != nil || allowed && d.Epoch == flow.Set && d.Peer.Identity == flow.Peer) {
 			// Whoever has asked before hears the same, as often as he asks.
 			for range map[bool]int{true: 2, false: 1}[want == nil] {
-				again, err := r.follow()
+				again, err := r.again(want == nil)
 				if !errors.Is(err, want) || want == nil && (err != nil || again.Epoch != d.Epoch || again.Peer != d.Peer || !slices.Equal(again.Rules, d.Rules)) {
 					r.t.Errorf("%+v, %s: %+v, %v to who has asked before; %+v else", flow, method, again, err, d)
 				}
@@ -154,6 +157,15 @@ func (r *rig) judged(flow Flow, want error, method string) {
 			r.t.Fatalf("%+v, %s: %+v, %v; want %v", flow, method, d, err, want)
 		}
 	}
+}
+
+// again asks who has asked before, and waits for what is to come if it must come.
+func (r *rig) again(comes bool) (proxy.Decision, error) {
+	if comes {
+		return r.follow.Judge()
+	}
+	d, _, err := r.follow.Peek()
+	return d, err
 }
 
 func must(t *testing.T, err error) {
@@ -327,7 +339,10 @@ func TestLearn(t *testing.T) {
 // One proxy holds the lock; whoever wants it to end ends it.
 func TestLock(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "lock")
-	if err := Stop(path); err != nil {
+	if held, err := Held(path); held || err != nil {
+		t.Errorf("nobody runs: held %v, %v", held, err)
+	}
+	if err := Stop(t.Context(), path); err != nil {
 		t.Errorf("nobody runs: %v", err)
 	}
 	f, err := Lock(path)
@@ -335,8 +350,14 @@ func TestLock(t *testing.T) {
 	if _, err := Lock(path); !errors.Is(err, ErrRunning) {
 		t.Errorf("a second one: %v", err)
 	}
+	if held, err := Held(path); !held || err != nil {
+		t.Errorf("one runs: held %v, %v", held, err)
+	}
 	must(t, f.Close())
-	if err := Stop(path); err != nil {
+	if held, err := Held(path); held || err != nil {
+		t.Errorf("it ended: held %v, %v", held, err)
+	}
+	if err := Stop(t.Context(), path); err != nil {
 		t.Errorf("it ended: %v", err)
 	}
 
@@ -344,7 +365,7 @@ func TestLock(t *testing.T) {
 	must(t, err)
 	defer f.Close()
 	must(t, os.WriteFile(path, []byte("x\n"), 0o600))
-	if err := Stop(path); err == nil {
+	if err := Stop(t.Context(), path); err == nil {
 		t.Error("who holds it is not named")
 	}
 }

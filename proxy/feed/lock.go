@@ -1,6 +1,7 @@
 package feed
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -26,7 +27,13 @@ func Lock(path string) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	for range lockTries { // an agent may be looking whether anybody holds it
+		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); !errors.Is(err, unix.EWOULDBLOCK) {
+			break
+		}
+		time.Sleep(stopPause)
+	}
+	if err != nil {
 		f.Close()
 		if errors.Is(err, unix.EWOULDBLOCK) {
 			return nil, ErrRunning
@@ -42,8 +49,27 @@ func Lock(path string) (*os.File, error) {
 	return f, nil
 }
 
+// Held reports whether a proxy lives that has the lock. What cannot be found out
+// is an error: then one may.
+func Held(lock string) (bool, error) {
+	f, err := os.Open(lock)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	err = unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return true, nil
+	}
+	return false, err
+}
+
 // Stop ends the proxy that holds the lock, if one does, and waits until it has.
-func Stop(lock string) error {
+// One that does not end when it is asked to is killed.
+func Stop(ctx context.Context, lock string) error {
 	f, err := os.Open(lock)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -53,13 +79,13 @@ func Stop(lock string) error {
 	}
 	defer f.Close()
 	told := false
-	for range stopTries {
+	for i := range 2 * stopTries {
 		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err == nil {
 			return nil
 		} else if !errors.Is(err, unix.EWOULDBLOCK) {
 			return fmt.Errorf("lock %s: %w", lock, err)
 		}
-		if !told {
+		if !told || i == stopTries {
 			b, err := os.ReadFile(lock)
 			if err != nil {
 				return err
@@ -69,17 +95,26 @@ func Stop(lock string) error {
 				return fmt.Errorf("%s does not name the proxy that holds it: %q", lock, b)
 			}
 			// Who holds the lock wrote its number, and lives.
-			if err := unix.Kill(pid, unix.SIGTERM); err != nil && !errors.Is(err, unix.ESRCH) {
+			signal := unix.SIGTERM
+			if told {
+				signal = unix.SIGKILL
+			}
+			if err := unix.Kill(pid, signal); err != nil && !errors.Is(err, unix.ESRCH) {
 				return err
 			}
 			told = true
 		}
-		time.Sleep(stopPause)
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(stopPause):
+		}
 	}
 	return errors.New("it does not end")
 }
 
 const (
-	stopTries = 200
+	lockTries = 5
+	stopTries = 200 // twice as long as a proxy takes to end
 	stopPause = 50 * time.Millisecond
 )

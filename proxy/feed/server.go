@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -35,13 +34,17 @@ type Handler interface {
 	Learn(ctx context.Context, c proxy.Conn, set uint32, a Answer) error
 }
 
-// Status is the server's, for people.
+// Status is the server's.
 type Status struct {
 	Connected bool
-	Since     time.Time // of the connection
+	Serving   bool      // its sockets are in their places
+	Heard     time.Time // when it said something last; it says something every 5 s
 	Sets      int       // in force with rules inside protocols
 	Stats     Stats
 }
+
+// helloTimeout is for the first message of who connects.
+const helloTimeout = 10 * time.Second
 
 // Server is the agent's end. Put, PutPeer and Drop are called by one goroutine
 // and do not block; Status is safe for concurrent use.
@@ -52,27 +55,34 @@ type Server struct {
 
 	mu    sync.Mutex
 	sets  map[uint32]*authz.Inside // guarded by mu; in force
+	said  uint64                   // guarded by mu; the number of the last message
+	told  bool                     // guarded by mu; somebody was connected once
 	conn  *serving                 // guarded by mu; nil: nobody is connected
+	other string                   // guarded by mu
 	stats Stats                    // guarded by mu
+	whole bool                     // guarded by mu; see Whole
 	hear  int                      // guarded by mu: how many hear records
-	said  uint64                   // guarded by mu: the latest number of told.Records; from 1
+	asked uint64                   // guarded by mu: the number of the message that said so last
 }
 
-// serving is one connection.
+// serving is one connection. The server's mu guards what changes.
 type serving struct {
 	conn    net.Conn
 	queue   chan []byte
-	since   time.Time
-	heard   uint64        // guarded by the Server's mu: of told.Records
-	hearing chan struct{} // guarded by the Server's mu; closed when heard has changed
+	acked   uint64        // 0: not even all that was in force at its begin
+	acks    chan struct{} // closed when acked has changed
+	gone    chan struct{} // closed when it has ended
+	serving bool
+	heard   time.Time
 }
 
-// NewServer returns a server without any set.
+// NewServer returns a server without any set. A proxy takes what it is told for all
+// that there is from Whole on.
 //
 // While nobody asks for Records the Handler is told of what was refused, and of kept
 // requests a second that were forwarded; 0: of nothing.
 func NewServer(h Handler, kept int, log *zap.Logger) *Server {
-	return &Server{handler: h, kept: kept, log: log, sets: map[uint32]*authz.Inside{}, said: 1}
+	return &Server{handler: h, kept: kept, log: log, said: 1, sets: map[uint32]*authz.Inside{}}
 }
 
 // Put says what a policy set says inside protocols. It must be said before the
@@ -82,15 +92,15 @@ func (s *Server) Put(set uint32, in *authz.Inside) error {
 	if err := in.Ready(); err != nil {
 		return err
 	}
-	b, err := encode(told{Set: set, Inside: in})
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	b, err := encode(told{Seq: s.said + 1, Set: set, Inside: in})
 	if err != nil {
 		return err
 	}
 	if len(b) > maxTold {
 		return fmt.Errorf("a policy set of %d bytes; at most %d can be told", len(b), maxTold)
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	s.sets[set] = in
 	s.say(b)
 	return nil
@@ -110,7 +120,7 @@ func (s *Server) PutPeer(set uint32, n identity.Numeric, of []authz.Within, host
 	} else if err := in.Put(n, of, host); err != nil {
 		return err
 	}
-	b, err := encode(told{Set: set, Peer: &peer{Number: n, Of: of, Host: host}})
+	b, err := encode(told{Seq: s.said + 1, Set: set, Peer: &peer{Number: n, Of: of, Host: host}})
 	if err != nil {
 		return err
 	}
@@ -126,7 +136,7 @@ func (s *Server) Drop(set uint32) {
 		return
 	}
 	delete(s.sets, set)
-	if b, err := encode(told{Set: set, Drop: true}); err == nil {
+	if b, err := encode(told{Seq: s.said + 1, Set: set, Drop: true}); err == nil {
 		s.say(b)
 	}
 }
@@ -138,24 +148,37 @@ func (s *Server) Knows(set uint32) bool {
 	return s.sets[set] != nil
 }
 
+// Whole says that every set in force was Put. Until then a proxy goes on by those
+// of an earlier agent too, for the kernel may still name them.
+func (s *Server) Whole() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.whole {
+		return
+	}
+	s.whole = true
+	if b, err := encode(told{Seq: s.said + 1, Synced: true}); err == nil {
+		s.say(b)
+	}
+}
+
 // Records has the proxy tell the Handler of every request until stop is called. It
 // waits until the proxy has heard that, is not connected, or ctx ends.
 func (s *Server) Records(ctx context.Context) (stop func()) {
 	s.hearers(1)
 	for {
 		s.mu.Lock()
-		me, said := s.conn, s.said
-		var changed <-chan struct{}
-		if me != nil && me.heard < said {
-			changed = me.hearing
-		}
-		s.mu.Unlock()
-		if changed == nil {
+		me := s.conn
+		if me == nil || me.acked >= s.asked {
+			s.mu.Unlock()
 			break
 		}
+		acks := me.acks
+		s.mu.Unlock()
 		select {
-		case <-changed:
+		case <-acks:
 			continue
+		case <-me.gone: // another one knows from its begin on
 		case <-ctx.Done():
 		}
 		break
@@ -170,24 +193,31 @@ func (s *Server) hearers(more int) {
 	if s.hear += more; s.hear > 0 == before {
 		return
 	}
-	s.said++
-	if b, err := encode(s.wanted()); err == nil {
+	s.asked = s.said + 1
+	if b, err := encode(told{Seq: s.asked, Records: s.wanted()}); err == nil {
 		s.say(b)
 	}
 }
 
 // wanted is called under mu.
-func (s *Server) wanted() told {
-	return told{Records: &records{Number: s.said, Wanted: s.hear > 0, Kept: s.kept}}
-}
+func (s *Server) wanted() *records { return &records{Wanted: s.hear > 0, Kept: s.kept} }
 
-// hears takes up that the proxy goes by a number, or is gone.
-func (s *Server) hears(me *serving, number uint64) {
+// Said returns the number of the last message, for Heard.
+func (s *Server) Said() uint64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	me.heard = max(me.heard, number)
-	close(me.hearing)
-	me.hearing = make(chan struct{})
+	return s.said
+}
+
+// Heard reports whether no proxy that this server has told anything judges any
+// more by what was before a message. alive is asked, while none is connected,
+// whether one lives: it would go on by what it was told last.
+func (s *Server) Heard(message uint64, alive func() bool) bool {
+	s.mu.Lock()
+	told, conn := s.told, s.conn
+	heard := conn != nil && conn.acked >= message
+	s.mu.Unlock()
+	return heard || !told || conn == nil && !alive()
 }
 
 // Status returns the server's.
@@ -196,13 +226,25 @@ func (s *Server) Status() Status {
 	defer s.mu.Unlock()
 	out := Status{Sets: len(s.sets), Stats: s.stats}
 	if s.conn != nil {
-		out.Connected, out.Since = true, s.conn.since
+		out.Connected, out.Serving, out.Heard = true, s.conn.serving, s.conn.heard
 	}
 	return out
 }
 
-// say queues a message. A proxy that has not read so many begins anew.
+// Other returns, once, why one that called was sent away: it is of another
+// version, and does not end by itself if it is older than versions are. Empty:
+// there was none since it was asked last.
+func (s *Server) Other() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	why := s.other
+	s.other = ""
+	return why
+}
+
+// say queues the next message. A proxy that has not read so many begins anew.
 func (s *Server) say(b []byte) {
+	s.said++
 	if s.conn == nil {
 		return
 	}
@@ -234,9 +276,10 @@ func Listen(path string) (net.Listener, error) {
 	return l, nil
 }
 
-// Run serves the listener until ctx ends. The last who connects is the proxy: one
-// that was before it, of an agent's earlier attempt, is disconnected.
-func (s *Server) Run(ctx context.Context, l net.Listener) error {
+// Run serves the listener until ctx ends. The last who connects and is of this
+// version is the proxy: one that was before it, of an agent's earlier attempt, is
+// disconnected.
+func (s *Server) Run(ctx context.Context, l net.Listener, v Version) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	ctx, cancel := context.WithCancel(ctx)
@@ -252,20 +295,46 @@ func (s *Server) Run(ctx context.Context, l net.Listener) error {
 			return err
 		}
 		wg.Go(func() {
-			if err := s.serve(ctx, conn); err != nil && ctx.Err() == nil {
+			if err := s.serve(ctx, conn, v); err != nil && ctx.Err() == nil {
 				s.log.Info("the proxy's connection ended", zap.Error(err))
 			}
 		})
 	}
 }
 
-func (s *Server) serve(ctx context.Context, conn net.Conn) error {
+// greet exchanges versions.
+func (s *Server) greet(conn net.Conn, in *lines, v Version) error {
+	if err := put(conn, told{Hello: v.hello()}); err != nil {
+		return err
+	}
+	if err := conn.SetReadDeadline(time.Now().Add(helloTimeout)); err != nil {
+		return err
+	}
+	var first report
+	if err := in.next(&first); err != nil {
+		return err
+	}
+	err := v.same(first.Hello)
+	if err != nil {
+		s.mu.Lock()
+		s.other = err.Error()
+		s.mu.Unlock()
+		return err
+	}
+	return conn.SetReadDeadline(time.Time{})
+}
+
+func (s *Server) serve(ctx context.Context, conn net.Conn, v Version) error {
 	defer conn.Close()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
-	me := &serving{conn: conn, queue: make(chan []byte, toldQueue), since: time.Now(), hearing: make(chan struct{})}
+	in := newLines(conn, maxReport)
+	if err := s.greet(conn, in, v); err != nil {
+		return err
+	}
+	me := &serving{conn: conn, queue: make(chan []byte, toldQueue), heard: time.Now(), acks: make(chan struct{}), gone: make(chan struct{})}
 	all, err := s.begin(me)
 	if err != nil {
 		return err
@@ -274,7 +343,7 @@ func (s *Server) serve(ctx context.Context, conn net.Conn) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	wg.Go(func() { cancel(write(ctx, conn, all, me.queue)) })
-	err = s.read(ctx, me)
+	err = s.read(ctx, me, in)
 	cancel(err)
 	return context.Cause(ctx)
 }
@@ -290,7 +359,11 @@ func (s *Server) begin(me *serving) (all [][]byte, err error) {
 		}
 		all = append(all, b)
 	}
-	for _, m := range []told{s.wanted(), {Synced: true}} {
+	last := []told{{Records: s.wanted()}}
+	if s.whole {
+		last = append(last, told{Seq: s.said, Synced: true})
+	}
+	for _, m := range last {
 		b, err := encode(m)
 		if err != nil {
 			return nil, err
@@ -300,14 +373,14 @@ func (s *Server) begin(me *serving) (all [][]byte, err error) {
 	if s.conn != nil {
 		s.conn.conn.Close()
 	}
-	s.conn = me
+	s.conn, s.told = me, true
 	return all, nil
 }
 
 func (s *Server) end(me *serving) {
-	defer s.hears(me, math.MaxUint64) // nobody waits for who is gone
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	close(me.gone)
 	if s.conn == me {
 		s.conn = nil
 	}
@@ -334,29 +407,31 @@ func write(ctx context.Context, conn net.Conn, all [][]byte, queue <-chan []byte
 	}
 }
 
-func (s *Server) read(ctx context.Context, me *serving) error {
+func (s *Server) read(ctx context.Context, me *serving, in *lines) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	room := make(chan struct{}, maxAsked)
-	in := newLines(me.conn, maxReport)
 	for {
 		var r report
 		if err := in.next(&r); err != nil {
 			return err
 		}
+		s.mu.Lock()
+		me.heard, me.serving = time.Now(), me.serving || r.Serving
+		if r.Ack > me.acked {
+			me.acked = r.Ack
+			close(me.acks)
+			me.acks = make(chan struct{})
+		}
+		if r.Stats != nil {
+			s.stats = *r.Stats
+		}
+		s.mu.Unlock()
 		if r.Record != nil {
 			s.handler.Record(r.Record)
 		}
-		if r.Heard > 0 {
-			s.hears(me, r.Heard)
-		}
 		if r.Lost > 0 {
 			s.handler.Lost(r.Lost)
-		}
-		if r.Stats != nil {
-			s.mu.Lock()
-			s.stats = *r.Stats
-			s.mu.Unlock()
 		}
 		if q := r.Ask; q != nil {
 			select {

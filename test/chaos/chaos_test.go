@@ -54,10 +54,10 @@ func TestCells(t *testing.T) {
 // The page adds up, names what was violated, and says what did not run.
 func TestPage(t *testing.T) {
 	of := []Cell{{Scenario: "ip-reuse", Evidence: "lease"}, {Scenario: "ip-reuse", Evidence: "lease", Faults: []string{"loss"}}, {Scenario: "ip-reuse", Evidence: "classic"}}
-	held := &check.Result{Reuses: 100, Attempts: check.Counts{Legitimate: 10, Impostor: 7}, Admitted: check.Counts{Legitimate: 9}, Availability: check.Availability{Attempts: 4000, Failed: 4}, Run: check.Run{}, Verdict: check.Held}
-	broken := &check.Result{Reuses: 5, Attempts: check.Counts{Impostor: 3}, Admitted: check.Counts{Impostor: 2}, ViolationCount: map[check.Invariant]uint64{check.Safety: 2}, StaleWindowMS: 40, Verdict: check.Violated}
-	text, failed := page(of, [][]*check.Result{{held, held, held}, nil, {broken}}, false)
-	for _, want := range []string{"| 300 | 0 of 21 | 27 of 30 | 99.900 % of 12000 |", "| all | | 5 | 2 of 3 |", "held, < 0.01", "did not run", "| 2 of 3 |", "**I1: 2**; taken for another for up to 40 ms"} {
+	held := &check.Result{Reuses: 100, Attempts: check.Counts{Legitimate: 10, Impostor: 7}, Admitted: check.Counts{Legitimate: 9}, Availability: check.Availability{Attempts: 4000, Failed: 4}, Run: check.Run{Complete: true}, Verdict: check.Held}
+	broken := &check.Result{Run: check.Run{Complete: true}, Reuses: 5, Attempts: check.Counts{Impostor: 3}, Admitted: check.Counts{Impostor: 2}, ViolationCount: map[check.Invariant]uint64{check.Safety: 2}, StaleWindowMS: 40, Verdict: check.Violated}
+	text, failed := page(of, [][]*check.Result{{held, held, held}, nil, {broken}}, false, "binary 1")
+	for _, want := range []string{"| 300 | 0 of 21 | 27 of 30 | 99.900 % of 12000 |", "| all | | 5 | 2 of 3 |", "held, < 0.01", "no run came to its end", "(binary 1)", "| 2 of 3 |", "**I1: 2**; taken for another for up to 40 ms"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("want %q in\n%s", want, text)
 		}
@@ -66,14 +66,14 @@ func TestPage(t *testing.T) {
 		t.Errorf("a violation of classic counts as a failure")
 	}
 	blind := []Cell{{Scenario: "ip-reuse", Evidence: "classic", Faults: []string{"partition"}, Events: 200}}
-	if text, failed := page(blind, [][]*check.Result{{broken, held, held}}, false); failed != 1 || !strings.Contains(text, "in 1 of 3 seeds") {
+	if text, failed := page(blind, [][]*check.Result{{broken, held, held}}, false, "binary 1"); failed != 1 || !strings.Contains(text, "in 1 of 3 seeds") {
 		t.Errorf("a harness that sees one of three: %d failed\n%s", failed, text)
 	}
-	if _, failed := page(blind, [][]*check.Result{{broken, broken, held}}, false); failed != 0 {
+	if _, failed := page(blind, [][]*check.Result{{broken, broken, held}}, false, "binary 1"); failed != 0 {
 		t.Errorf("%d failed though most seeds violated", failed)
 	}
 	of[0].Evidence = "svid"
-	if _, failed := page(of[:1], [][]*check.Result{{held, broken}}, false); failed != 1 {
+	if _, failed := page(of[:1], [][]*check.Result{{held, broken}}, false, "binary 1"); failed != 1 {
 		t.Errorf("%d runs failed, want 1", failed)
 	}
 }

@@ -56,7 +56,7 @@ func tryFound(ctx context.Context, binary, file string) error {
 	var errs []error
 	for i, f := range all {
 		fmt.Fprintf(os.Stderr, "chaos: %d/%d  portcullis %s\n", i+1, len(all), strings.Join(f.args, " "))
-		r, _, err := chaosRun(ctx, binary, append(f.args, "--lab", fmt.Sprintf("found%d", os.Getpid()), "-o", "json"))
+		r, _, err := settle(ctx, binary, append(f.args, "--lab", fmt.Sprintf("found%d", os.Getpid()), "-o", "json"))
 		switch {
 		case ctx.Err() != nil:
 			return ctx.Err()

@@ -21,6 +21,7 @@ type sums struct {
 	first, wait            check.Quantiles
 	stale                  float64
 	violated, violatedRuns uint64
+	incomplete             uint64 // runs
 	by                     map[check.Invariant]uint64
 }
 
@@ -49,6 +50,9 @@ func sum(results []*check.Result) (s sums) {
 		}
 		if r.Verdict == check.Violated {
 			s.violatedRuns++
+		}
+		if !r.Complete {
+			s.incomplete++
 		}
 	}
 	return s
@@ -94,13 +98,14 @@ func (s sums) availability() string {
 
 // page is docs/chaos-results.md. failed counts the runs that violated, of those
 // that must not, and the cells that did not where they must.
-func page(cells []Cell, results [][]*check.Result, long bool) (text string, failed uint64) {
+// build names what was judged.
+func page(cells []Cell, results [][]*check.Result, long bool, build string) (text string, failed uint64) {
 	var b strings.Builder
 	command := "make chaos"
 	if long {
 		command = "make chaos-long"
 	}
-	fmt.Fprintf(&b, "# What chaos runs came to\n\nMade by `%s`, on Linux %s, %d processors. What is run, and how it is judged: [chaos.md](chaos.md).\n\n", command, release(), runtime.NumCPU())
+	fmt.Fprintf(&b, "# What chaos runs came to\n\nMade by `%s` (%s), on Linux %s, %d processors. What is run, and how it is judged: [chaos.md](chaos.md).\n\n", command, build, release(), runtime.NumCPU())
 	b.WriteString(`Each row is one run of the lab (three agents, real packets) or several. *Impostors* are attempts that no policy allows, by who truly
 tried: admitted must be 0. *Legitimate* attempts may fail while a fault stands in their way; *reachable* counts those with nothing
 in their way, and a row with few of them (less than 3000) says little alone: their sum is in the last row. Times are p50 / p99 in milliseconds: of the first answer between two workloads, and from a registration on a used IP
@@ -124,7 +129,7 @@ it is not run, for what it believes of all workloads does not fit, and nobody ev
 				faults = "none"
 			}
 			if len(results[i]) == 0 {
-				fmt.Fprintf(&b, "| %s | %s | | | | | | | did not run |\n", c.Scenario, faults)
+				fmt.Fprintf(&b, "| %s | %s | | | | | | | no run came to its end |\n", c.Scenario, faults)
 				continue
 			}
 			s := sum(results[i])
@@ -132,6 +137,12 @@ it is not run, for what it believes of all workloads does not fit, and nobody ev
 				failed += s.violatedRuns
 			}
 			outcome := s.outcome()
+			if n, _ := c.runs(); len(results[i]) < n {
+				outcome += fmt.Sprintf("; %d of %d runs came to no end", n-len(results[i]), n)
+			}
+			if s.incomplete > 0 {
+				outcome += fmt.Sprintf("; %d of %d runs were not at their end", s.incomplete, s.runs)
+			}
 			if s.excused > 0 {
 				outcome += fmt.Sprintf("; %d messages within the rogue's leases", s.excused)
 			}

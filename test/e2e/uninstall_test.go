@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"bufio"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -136,6 +137,24 @@ func objectAt(path string) (o kernelObject, err error) {
 	return kernelObject{"map", uint32(id)}, nil
 }
 
+// interruptUninstall begins, and stops as by Ctrl-C when the agents are to end.
+func interruptUninstall(t *testing.T) {
+	t.Helper()
+	cmd := operator(t.Context(), "uninstall")
+	stderr, err := cmd.StderrPipe()
+	must(t, err)
+	must(t, cmd.Start())
+	said := ""
+	for lines := bufio.NewScanner(stderr); lines.Scan(); {
+		if said += lines.Text() + "\n"; strings.Contains(lines.Text(), "portcullis-agent: ends") {
+			must(t, cmd.Process.Signal(os.Interrupt))
+		}
+	}
+	if err := cmd.Wait(); err == nil || !strings.Contains(said, "the same command goes on from here") {
+		t.Fatalf("interrupted: %v: %s", err, said)
+	}
+}
+
 // testUninstall follows docs/kubernetes.md: nothing is left on the nodes, and
 // pods and their connections go on.
 func testUninstall(t *testing.T) {
@@ -157,10 +176,12 @@ func testUninstall(t *testing.T) {
 	remote := onNode[held](t, s.friend, "hold", "-for", "30m", "-until", stop, hostPort(s.server.ip()))
 	local := onNode[held](t, s.near, "hold", "-for", "30m", "-until", stop, hostPort(s.server.ip6()))
 
-	kubectl(t, "-n", "portcullis", "delete", "daemonset/portcullis-agent", "--wait=true", "--cascade=foreground")
+	interruptUninstall(t)
+	kubectl(t, "-n", "portcullis", "wait", "--for=delete", "daemonset/portcullis-agent", "--timeout="+patience.String())
 	must(t, s.judge(t, s.server.ip())) // leases hold, and what is forbidden stays so
-	kubectl(t, "apply", "-f", root+"/deploy/uninstall/")
-	kubectl(t, "-n", "portcullis", "rollout", "status", "daemonset/portcullis-cleanup", "--timeout="+patience.String())
+	out, err := operator(t.Context(), "uninstall", "--remove-policies", "--timeout="+patience.String()).CombinedOutput()
+	t.Logf("portcullis uninstall:\n%s", out)
+	must(t, err)
 	for _, n := range k8s.Nodes() {
 		if text := plugins(t, n.Name); strings.Contains(text, "portcullis") {
 			t.Errorf("%s: %s", n.Name, text)
@@ -182,8 +203,12 @@ func testUninstall(t *testing.T) {
 			return nil
 		}))
 	}
-	kubectl(t, "delete", "-f", root+"/deploy/uninstall/")
-	kubectl(t, "delete", "--ignore-not-found", "-f", root+"/deploy/")
+	left := kubectl(t, "get", "namespaces,customresourcedefinitions,clusterroles,clusterrolebindings", "-o", "name")
+	for line := range strings.Lines(left) {
+		if strings.Contains(line, "portcullis") || strings.Contains(line, "cilium.io") {
+			t.Errorf("left in the cluster: %s", line)
+		}
+	}
 	apply(t, newPod("last", "after", "n2", nil))
 	awaitReady(t, "last")
 	after := podNamed(t, "last", "after")

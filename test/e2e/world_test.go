@@ -285,13 +285,46 @@ func enforced(t *testing.T) error {
 	return nil
 }
 
-// install applies deploy/ and waits until every pod is enforced.
+// operator is the product's command as the cluster's administrator runs it.
+func operator(ctx context.Context, args ...string) *exec.Cmd {
+	return k8s.WorldCommand(ctx, append([]string{program}, append(args, "--kubeconfig="+filepath.Join(k8s.Dir(), "pki", "admin.kubeconfig"))...)...)
+}
+
+// install installs as docs/kubernetes.md says, a second time without changing
+// anything, and waits until every pod is enforced.
 func install(t *testing.T) {
 	t.Helper()
-	kubectl(t, "apply", "-f", filepath.Join(root, "deploy"))
-	kubectl(t, "-n", "portcullis", "rollout", "status", "deployment/portcullis-issuer", "--timeout="+patience.String())
-	kubectl(t, "-n", "portcullis", "rollout", "status", "daemonset/portcullis-agent", "--timeout="+patience.String())
+	for _, already := range []bool{false, true} {
+		cmd := operator(t.Context(), "install", "--timeout="+patience.String())
+		out, err := cmd.CombinedOutput()
+		t.Logf("portcullis install:\n%s", out)
+		if err != nil || already && strings.Contains(string(out), " configured\n") {
+			t.Fatalf("install, done already: %v: %v", already, err)
+		}
+	}
 	must(t, eventually(t.Context(), func() error { return enforced(t) }))
+	clusterStatus(t)
+}
+
+// clusterStatus asks what the operator asks, and every agent must answer.
+func clusterStatus(t *testing.T) {
+	t.Helper()
+	out, err := operator(t.Context(), "status", "--cluster", "-o", "json", "--wait", "--timeout="+patience.String()).Output()
+	var got struct {
+		Healthy bool
+		Nodes   []struct {
+			Node, State, Version string
+			Endpoints            int
+		}
+	}
+	if perr := json.Unmarshal(out, &got); err != nil || perr != nil || !got.Healthy || len(got.Nodes) != len(k8s.Nodes()) {
+		t.Fatalf("status --cluster: %v, %v: %s", err, perr, out)
+	}
+	for _, n := range got.Nodes {
+		if n.State != "ok" || n.Version == "" {
+			t.Errorf("status --cluster: %+v", n)
+		}
+	}
 }
 
 // atEnd removes what a test applied.

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -46,8 +47,10 @@ const jedi = `{"name": "root", "rules": [
 
 // web is an HTTP server on the server workload.
 type web struct {
-	w    *world
-	puts atomic.Int64 // that have come
+	w     *world
+	conns atomic.Int64 // connections that have come
+	asked atomic.Int64 // requests that have come
+	puts  atomic.Int64 // of them, those with PUT
 }
 
 // serveWeb answers each request with who asks, as the server sees it.
@@ -56,15 +59,20 @@ func (w *world) serveWeb() *web {
 	x := &web{w: w}
 	var ln net.Listener
 	w.must(w.InWorkload("server", func() (err error) {
-		ln, err = net.Listen("tcp4", fmt.Sprintf(":%d", webPort))
+		ln, err = net.Listen("tcp", fmt.Sprintf(":%d", webPort))
 		return err
 	}))
 	srv := &http.Server{Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		x.asked.Add(1)
 		if r.Method == http.MethodPut {
 			x.puts.Add(1)
 		}
 		io.WriteString(rw, r.RemoteAddr)
-	})}
+	}), ConnState: func(_ net.Conn, s http.ConnState) {
+		if s == http.StateNew {
+			x.conns.Add(1)
+		}
+	}}
 	done := make(chan struct{})
 	go func() { defer close(done); srv.Serve(ln) }()
 	w.t.Cleanup(func() { srv.Close(); <-done })
@@ -78,8 +86,11 @@ type caller struct {
 	r *bufio.Reader
 }
 
-func (x *web) call() (*caller, error) {
-	c, err := x.w.dialTo(x.w.client, x.w.at(webPort), patience)
+func (x *web) call() (*caller, error) { return x.callAt(x.w.server.IP4()) }
+
+// callAt calls one of the server's addresses.
+func (x *web) callAt(ip netip.Addr) (*caller, error) {
+	c, err := x.w.dialTo(x.w.client, netip.AddrPortFrom(ip, webPort), patience)
 	if err != nil {
 		return nil, err
 	}

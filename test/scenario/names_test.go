@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 
 	"github.com/miekg/dns"
@@ -29,15 +30,38 @@ spec:
     toPorts: [{ports: [{port: "8080", protocol: TCP}]}]
 `
 
+// asked counts the queries that have come to a server of names.
+type asked struct {
+	all    atomic.Int64
+	beyond atomic.Int64 // of them, those of no name below example.com
+}
+
 // serveNames has the server workload answer for names in the world.
-func (w *world) serveNames(zone map[string]netip.Addr) {
+func (w *world) serveNames(zone map[string]netip.Addr) *asked {
 	w.t.Helper()
 	var pc net.PacketConn
 	w.must(w.InWorkload("server", func() (err error) {
-		pc, err = net.ListenPacket("udp4", ":53")
+		pc, err = net.ListenPacket("udp", ":53")
 		return err
 	}))
+	x := &asked{}
+	answer := answers(zone)
 	srv := &dns.Server{PacketConn: pc, Handler: dns.HandlerFunc(func(rw dns.ResponseWriter, q *dns.Msg) {
+		x.all.Add(1)
+		if !dns.IsSubDomain("example.com.", q.Question[0].Name) {
+			x.beyond.Add(1)
+		}
+		answer(rw, q)
+	})}
+	done := make(chan struct{})
+	go func() { defer close(done); srv.ActivateAndServe() }()
+	w.t.Cleanup(func() { srv.Shutdown(); pc.Close(); <-done })
+	return x
+}
+
+// answers answers with the address of a name, for ten minutes.
+func answers(zone map[string]netip.Addr) dns.HandlerFunc {
+	return func(rw dns.ResponseWriter, q *dns.Msg) {
 		m := new(dns.Msg).SetReply(q)
 		if ip, ok := zone[q.Question[0].Name]; !ok {
 			m.Rcode = dns.RcodeNameError
@@ -45,10 +69,7 @@ func (w *world) serveNames(zone map[string]netip.Addr) {
 			m.Answer = []dns.RR{&dns.A{Hdr: dns.RR_Header{Name: q.Question[0].Name, Rrtype: dns.TypeA, Class: dns.ClassINET, Ttl: 600}, A: ip.AsSlice()}}
 		}
 		rw.WriteMsg(m)
-	})}
-	done := make(chan struct{})
-	go func() { defer close(done); srv.ActivateAndServe() }()
-	w.t.Cleanup(func() { srv.Shutdown(); pc.Close(); <-done })
+	}
 }
 
 // resolve asks as a workload's resolver does.
@@ -76,7 +97,7 @@ func (w *world) resolve(from lab.Running, name string) (netip.Addr, error) {
 func TestNames(t *testing.T) {
 	w := newWorld(t)
 	w.serveWorld()
-	w.serveNames(map[string]netip.Addr{"api.example.com.": inBlock.Addr(), "other.example.com.": inHole.Addr(), "api.example.org.": elsewhere.Addr()})
+	names := w.serveNames(map[string]netip.Addr{"api.example.com.": inBlock.Addr(), "other.example.com.": inHole.Addr(), "api.example.org.": elsewhere.Addr()})
 	w.must(w.ImportPoliciesAt(t.Context(), verifier, &api.PolicyFile{Name: "server.yaml", Content: []byte(anythingFromClients)}))
 	w.must(w.ImportPoliciesAt(t.Context(), owner, &api.PolicyFile{Name: "client.yaml", Content: []byte(byNames)}))
 	if w.reachTo(w.client, inBlock) == nil {
@@ -99,6 +120,9 @@ func TestNames(t *testing.T) {
 	}
 	if ip, err := w.resolve(w.client, "api.example.org."); err == nil {
 		t.Errorf("a name that may not be asked for is %s", ip)
+	}
+	if n := names.beyond.Load(); n > 0 {
+		t.Errorf("%d queries for it have come to the server", n)
 	}
 	for _, to := range []netip.AddrPort{inHole, elsewhere} {
 		if w.reachTo(w.client, to) == nil {

@@ -116,7 +116,7 @@ func (w *world) dial(from lab.Running, timeout time.Duration) (c net.Conn, err e
 // dialTo is dial to somebody else.
 func (w *world) dialTo(from lab.Running, to netip.AddrPort, timeout time.Duration) (c net.Conn, err error) {
 	addr := to.String()
-	err = w.InWorkload(from.Spec.FullName(), func() (err error) { c, err = net.DialTimeout("tcp4", addr, timeout); return err })
+	err = w.InWorkload(from.Spec.FullName(), func() (err error) { c, err = net.DialTimeout("tcp", addr, timeout); return err })
 	return c, err
 }
 

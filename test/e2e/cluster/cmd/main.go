@@ -5,12 +5,14 @@
 //	go run ./test/e2e/cluster/cmd load                images as they are built now, into one that runs
 //	go run ./test/e2e/cluster/cmd kubectl get pods -A
 //	go run ./test/e2e/cluster/cmd node n1 nft list ruleset
+//	go run ./test/e2e/cluster/cmd world ip route      in the network of the control plane
 //	go run ./test/e2e/cluster/cmd down
 //
 // -name before the command chooses among several clusters.
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -45,11 +47,8 @@ func run(ctx context.Context, args []string) error {
 	nodes := f.Int("nodes", 3, "up: number of nodes")
 	bits := f.Int("pod-bits", 24, "up: length of each node's IPv4 range of pods, 24 to 28")
 	bare := f.Bool("bare", false, "up: without Portcullis")
-	if err := f.Parse(args); err != nil {
-		return err
-	}
-	if f.NArg() == 0 {
-		return errors.New("want up, load, kubectl ARGS, node NODE COMMAND, logs, down, or build")
+	if err := f.Parse(args); err != nil || f.NArg() == 0 {
+		return cmp.Or(err, errors.New("want up, load, kubectl ARGS, node NODE COMMAND, world COMMAND, logs, down, or build"))
 	}
 	switch rest := f.Args()[1:]; f.Arg(0) {
 	case "build":
@@ -87,6 +86,8 @@ func run(ctx context.Context, args []string) error {
 			return err
 		}
 		return foreground(cmd)
+	case "world":
+		return world(ctx, *name, rest)
 	case "logs":
 		c, err := cluster.Open(*name)
 		if err != nil {
@@ -107,6 +108,18 @@ func run(ctx context.Context, args []string) error {
 		return c.Down()
 	}
 	return fmt.Errorf("no command %q", f.Arg(0))
+}
+
+// world runs a command in the network of the control plane.
+func world(ctx context.Context, name string, args []string) error {
+	c, err := cluster.Open(name)
+	if err != nil {
+		return err
+	}
+	if len(args) == 0 {
+		return errors.New("world: want a command")
+	}
+	return foreground(c.WorldCommand(ctx, args...))
 }
 
 func foreground(cmd *exec.Cmd) error {

@@ -1,0 +1,240 @@
+package install
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+)
+
+// Names of objects.
+const (
+	agentName   = "portcullis-agent"
+	issuerName  = "portcullis-issuer"
+	cleanupName = "portcullis-cleanup"
+	recordName  = "portcullis-uninstall" // ConfigMap: what an uninstall must still know when the agents are gone
+)
+
+// Options of Install.
+type Options struct {
+	Release  Release
+	SkipCRDs bool // leave the definitions of policies' kinds alone
+	Wait     bool // until every agent is ready
+	// Say tells what is done, a line at a time. Not nil.
+	Say func(format string, args ...any)
+}
+
+// Install makes the cluster hold what the release says, and removes what a
+// former release had and this one has not. Done twice it changes nothing. It
+// begins only if nothing that Checks finds forbids it.
+//
+// The objects are made in the order of their kinds. Agents come last: they need
+// all of the others. The definitions of policies' kinds that somebody else made
+// are left as they are.
+func (c *Cluster) Install(ctx context.Context, o Options) error {
+	files, err := o.Release.Render()
+	if err != nil {
+		return err
+	}
+	if o.SkipCRDs {
+		files = slices.DeleteFunc(files, func(f File) bool { return f.CRDs })
+	}
+	objects, err := Objects(files...)
+	if err != nil {
+		return err
+	}
+	inOrder(objects)
+	if err := c.mayInstall(ctx); err != nil {
+		return err
+	}
+	for i, obj := range objects {
+		if err := c.applyOne(ctx, obj, o.Say); err != nil {
+			return err
+		}
+		if i+1 < len(objects) && obj.GetKind() == crdKind && objects[i+1].GetKind() != crdKind {
+			if err := c.awaitCRDs(ctx, objects[:i+1]); err != nil {
+				return err
+			}
+		}
+	}
+	if err := c.prune(ctx, objects, o.Say); err != nil {
+		return err
+	}
+	if !o.Wait {
+		return nil
+	}
+	return c.AwaitReady(ctx, o.Say)
+}
+
+// mayInstall refuses where the installation would fight with somebody.
+func (c *Cluster) mayInstall(ctx context.Context) error {
+	for _, name := range []string{cleanupName, recordName} {
+		k := kindNamed("DaemonSet")
+		if name == recordName {
+			k = kindNamed("ConfigMap")
+		}
+		if o, err := c.get(ctx, k, name); err != nil || o != nil {
+			if err == nil {
+				err = fmt.Errorf("%s %s is there: an uninstall was begun and did not end, and would take a new agent's plugin away: end it first by `portcullis uninstall`", k.name, name)
+			}
+			return err
+		}
+	}
+	agents, err := c.get(ctx, kindNamed("DaemonSet"), agentName)
+	if err != nil {
+		return err
+	}
+	if agents != nil {
+		if release := agents.GetAnnotations()["meta.helm.sh/release-name"]; release != "" {
+			return fmt.Errorf("the agents are of Helm's release %s: two installers would undo each other's changes: use `helm upgrade %[1]s`, or remove its record first (secrets of type helm.sh/release.v1 in its namespace, and the annotations meta.helm.sh/*)", release)
+		}
+		if agents.GetDeletionTimestamp() != nil {
+			return fmt.Errorf("the agents are being removed: wait until `kubectl -n %s get daemonset %s` finds none", c.namespace, agentName)
+		}
+	}
+	// One cluster has one authority on each node: a second installation
+	// elsewhere would put a second agent beside the first.
+	binding, err := c.get(ctx, kindNamed("ClusterRoleBinding"), agentName)
+	if err != nil || binding == nil {
+		return err
+	}
+	subjects, _, _ := unstructured.NestedSlice(binding.Object, "subjects")
+	for _, s := range subjects {
+		if m, ok := s.(map[string]any); ok && m["namespace"] != c.namespace {
+			return fmt.Errorf("there is an installation in namespace %v: a node can have one agent only: use --namespace %[1]v, or uninstall that one", m["namespace"])
+		}
+	}
+	return nil
+}
+
+func (c *Cluster) applyOne(ctx context.Context, o *unstructured.Unstructured, say func(string, ...any)) error {
+	if o.GetKind() == crdKind {
+		there, err := c.get(ctx, kindNamed(crdKind), o.GetName())
+		if err != nil {
+			return err
+		}
+		if there != nil && !ownCRD(there) {
+			say("%s %s kept: somebody else has made it", o.GetKind(), o.GetName())
+			return nil
+		}
+	}
+	result, err := c.apply(ctx, o)
+	if err == nil {
+		say("%s %s %s", o.GetKind(), o.GetName(), result)
+	}
+	return err
+}
+
+// prune removes objects of ours that are not in the release any more. The
+// namespace and definitions stay; so does what somebody else has applied with
+// our label.
+func (c *Cluster) prune(ctx context.Context, objects []*unstructured.Unstructured, say func(string, ...any)) error {
+	keep := map[string]bool{}
+	for _, o := range objects {
+		keep[o.GetKind()+" "+o.GetName()] = true
+	}
+	for _, k := range slices.Backward(kinds) {
+		if k.name == crdKind || k.name == "Namespace" {
+			continue
+		}
+		there, err := c.list(ctx, k, partOf+"="+product)
+		if err != nil {
+			return err
+		}
+		for _, o := range there {
+			if keep[k.name+" "+o.GetName()] || !applied(o) || o.GetDeletionTimestamp() != nil {
+				continue
+			}
+			if _, err := c.remove(ctx, k, o.GetName()); err != nil {
+				return err
+			}
+			say("%s %s removed: it is not part of this any more", k.name, o.GetName())
+		}
+	}
+	return nil
+}
+
+// applied reports whether Install has made an object.
+func applied(o *unstructured.Unstructured) bool {
+	return slices.ContainsFunc(o.GetManagedFields(), func(f metaFields) bool { return f.Manager == FieldManager })
+}
+
+// AwaitReady waits until the issuer and every agent are up, of this release and
+// ready, and says how far it is whenever that changes.
+func (c *Cluster) AwaitReady(ctx context.Context, say func(string, ...any)) error {
+	last := ""
+	tell := func(text string) {
+		if text != last {
+			say("%s", text)
+			last = text
+		}
+	}
+	if err := c.until(ctx, "the issuer", func() (bool, string, error) {
+		o, err := c.get(ctx, kindNamed("Deployment"), issuerName)
+		if err != nil || o == nil {
+			return err == nil, "", err
+		}
+		want, ready := count(o, "spec", "replicas"), count(o, "status", "readyReplicas")
+		text := fmt.Sprintf("issuer: %d of %d ready", ready, want)
+		tell(text)
+		// One is enough: a cluster of one node has no place for a second.
+		return ready > 0 && observed(o), text, nil
+	}); err != nil {
+		return c.because(ctx, err)
+	}
+	err := c.until(ctx, "the agents", func() (bool, string, error) {
+		o, err := c.get(ctx, kindNamed("DaemonSet"), agentName)
+		if err == nil && o == nil {
+			err = fmt.Errorf("there is no DaemonSet %s in namespace %s: `portcullis install`", agentName, c.namespace)
+			return false, err.Error(), nil
+		}
+		if err != nil {
+			return false, "", err
+		}
+		want, ready, updated := count(o, "status", "desiredNumberScheduled"), count(o, "status", "numberReady"), count(o, "status", "updatedNumberScheduled")
+		text := fmt.Sprintf("agents: %d of %d ready", ready, want)
+		if updated < want {
+			text += fmt.Sprintf(", %d replaced", updated)
+		}
+		tell(text)
+		return observed(o) && want > 0 && ready == want && updated == want, text, nil
+	})
+	return c.because(ctx, err)
+}
+
+// because adds to an error of waiting what keeps pods from becoming ready.
+func (c *Cluster) because(ctx context.Context, err error) error {
+	if err == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.answer)
+	defer cancel()
+	pods, perr := c.pods(ctx)
+	if perr != nil {
+		return err
+	}
+	var lines []string
+	for _, p := range pods {
+		if why := p.trouble(); why != "" {
+			lines = append(lines, fmt.Sprintf("\n  %s on %s: %s", p.Name, p.Spec.NodeName, why))
+		}
+	}
+	const most = 10
+	if len(lines) > most {
+		lines = append(lines[:most], fmt.Sprintf("\n  and %d more: portcullis status --cluster", len(lines)-most))
+	}
+	return fmt.Errorf("%w%s", err, strings.Join(lines, ""))
+}
+
+// count is a number in an object, 0 if there is none.
+func count(o *unstructured.Unstructured, at ...string) int64 {
+	n, _, _ := unstructured.NestedInt64(o.Object, at...)
+	return n
+}
+
+// observed reports whether the status is of the present spec.
+func observed(o *unstructured.Unstructured) bool {
+	return count(o, "status", "observedGeneration") == o.GetGeneration()
+}

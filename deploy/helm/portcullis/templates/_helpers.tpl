@@ -1,0 +1,45 @@
+{{- /* Only functions that agent/install has too; its tests refuse others. */ -}}
+
+{{- define "portcullis.image" -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag }}
+{{- end }}
+
+{{- define "portcullis.labels" -}}
+{app.kubernetes.io/part-of: portcullis}
+{{- end }}
+
+{{- /* Who gives agents their SVIDs: one issuer in the cluster, or SPIRE. */ -}}
+{{- define "portcullis.issued" -}}
+{{- if and .Values.issuer.enabled .Values.spire.socketPath }}
+{{- fail "issuer.enabled and spire.socketPath: an agent takes its SVID from one of them: set issuer.enabled=false to use SPIRE" }}
+{{- end }}
+{{- if not (or .Values.issuer.enabled .Values.spire.socketPath) }}
+{{- fail "issuer.enabled is false and spire.socketPath is empty: nobody would give agents their SVIDs: set one of them" }}
+{{- end }}
+{{- if .Values.issuer.enabled }}true{{ end }}
+{{- end }}
+
+{{- /* The settings of all agents. */ -}}
+{{- define "portcullis.settings" -}}
+trust-domain: {{ .Values.trustDomain | quote }}
+{{- if include "portcullis.issued" . }}
+issuer: https://portcullis-issuer.{{ .Release.Namespace }}.svc.cluster.local:4261
+issuer-token: /var/run/secrets/portcullis/token
+issuer-bundle: /etc/portcullis-bundle/bundle.json
+{{- end }}
+{{- if .Values.spire.socketPath }}
+workload-api: {{ print "unix://" .Values.spire.socketPath | quote }}
+{{- end }}
+{{- if .Values.metrics.enabled }}
+metrics-address: {{ print ":" .Values.metrics.port | quote }}
+{{- end }}
+{{- if .Values.hubble.listen.enabled }}
+hubble-listen: {{ print ":" .Values.hubble.listen.port | quote }}
+{{- end }}
+{{- if not .Values.events.enabled }}
+events: false
+{{- end }}
+{{- if .Values.config }}
+{{ toYaml .Values.config }}
+{{- end }}
+{{- end }}
