@@ -68,11 +68,15 @@ func (l *loop) openCallers() {
 	l.callers = c
 }
 
-// watchCallers notes what the kernel tells as soon as it does, for a process may
-// end at once. It returns when ctx ends.
+// watchCallers looks at who has which socket, and then notes what the kernel
+// tells as soon as it does, for a process may end at once. It returns when ctx
+// ends.
 func (l *loop) watchCallers(ctx context.Context) error {
 	if l.callers == nil {
 		return nil
+	}
+	if err := l.callers.kernel.Scan(l.callers.table.Note); err != nil {
+		l.alarms.raise("processes", fmt.Sprintf("flow records do not tell of processes whose connections began before the agent: %v", err))
 	}
 	for {
 		err := l.callers.kernel.Wait(ctx)

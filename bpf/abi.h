@@ -643,6 +643,7 @@ enum pc_process_kind {
 	PC_PROCESS_SEND = 1, /* the first datagram that the process sends by an unconnected socket: to dst */
 	PC_PROCESS_BIND = 2, /* bind(): from now on it holds src */
 	PC_PROCESS_RELEASE = 3, /* a socket of which a BIND was told is no more; of the rest only cookie, proto, src count */
+	PC_PROCESS_HAS = 4, /* it was found to have a socket that it connected, accepted (dst is not zero) or holds src by */
 };
 
 enum pc_process_flag {

@@ -3,7 +3,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
 /*
  * Who: programs at the root of the cgroups that tell which process calls
- * connect, bind and sendto. An object of its own, with maps of its own: the gate
+ * connect, bind and sendto, and one that tells, when it is asked, which process
+ * has which socket. An object of its own, with maps of its own: the gate
  * does not know of it, and it decides nothing. Every program ends with "go on",
  * whatever happened, and what it cannot tell it counts.
  *
@@ -14,101 +15,22 @@
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_endian.h>
 #include "abi.h"
-
-#define inline_always static __attribute__((always_inline)) inline
+#include "lib/who.h"
 
 enum { GO_ON = 1 };
 
-/* The number of the pid namespace in which processes are named (the inode of
- * /proc/self/ns/pid); the loader sets it. The default is the first one's. */
-const volatile __u32 pid_namespace = 4026531836U;
-
-/* 1: arguments are told, too. They may hold secrets. */
-const volatile __u32 arguments = 0;
+/* The cgroup of which processes are told when one asks for all; the hooks see
+ * that of where they are. */
+const volatile __u64 within = 1;
 
 enum {
-	PATH_ELEMENTS = 24, /* further up a path is cut */
-	PID_LEVELS = 8,	    /* namespaces of pids within each other that are looked through */
-	FORKED_NOEXEC = 0x40, /* PF_FORKNOEXEC */
+	CGROUP_LEVELS = 32, /* cgroups within each other that are looked through */
+	IPV4 = 2,	    /* AF_INET */
+	IPV6 = 10,	    /* AF_INET6 */
+	TCP = 6,
+	UDP = 17,
+	MPTCP = 262,	    /* to its own process; TCP to all others */
 };
-
-/* What is read of the kernel's structures. */
-#define kernel_struct __attribute__((preserve_access_index))
-
-struct ns_common {
-	unsigned int inum;
-} kernel_struct;
-
-struct pid_namespace {
-	struct ns_common ns;
-} kernel_struct;
-
-struct upid {
-	int nr;
-	struct pid_namespace *ns;
-} kernel_struct;
-
-struct pid {
-	unsigned int level;
-	struct upid numbers[1];
-} kernel_struct;
-
-struct qstr {
-	const unsigned char *name;
-} kernel_struct;
-
-struct dentry {
-	struct dentry *d_parent;
-	struct qstr d_name;
-} kernel_struct;
-
-struct vfsmount {
-	struct dentry *mnt_root;
-} kernel_struct;
-
-struct mount {
-	struct mount *mnt_parent;
-	struct dentry *mnt_mountpoint;
-	struct vfsmount mnt;
-} kernel_struct;
-
-struct path {
-	struct vfsmount *mnt;
-	struct dentry *dentry;
-} kernel_struct;
-
-struct file {
-	struct path f_path;
-} kernel_struct;
-
-struct fs_struct {
-	struct path root, pwd;
-} kernel_struct;
-
-struct mm_struct {
-	struct file *exe_file;
-	unsigned long arg_start, arg_end;
-} kernel_struct;
-
-typedef struct {
-	unsigned int val;
-} kuid_t;
-
-struct task_struct {
-	unsigned int flags;
-	struct mm_struct *mm;
-	int tgid;
-	struct task_struct *real_parent;
-	struct task_struct *group_leader;
-	struct pid *thread_pid;
-	__u64 start_boottime;
-	__u64 self_exec_id;
-	kuid_t loginuid;
-	struct fs_struct *fs;
-} kernel_struct;
-
-/* Read a member by its name, from memory that may go while it is read. */
-#define get(to, from) bpf_probe_read_kernel(&(to), sizeof(to), __builtin_preserve_access_index(&(from)))
 
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
@@ -155,6 +77,14 @@ inline_always void addr6(struct pc_addr *a, __u32 w0, __u32 w1, __u32 w2, __u32 
 	a->d[1] = (__u64)w3 << 32 | w2;
 }
 
+inline_always void clear(struct pc_process_event *e, int kind)
+{
+	__builtin_memset(e, 0, __builtin_offsetof(struct pc_process_event, binary));
+	e->binary.len = e->binary.flags = e->cwd.len = e->cwd.flags = 0;
+	e->time = bpf_ktime_get_boot_ns();
+	e->kind = kind;
+}
+
 inline_always struct pc_process_event *begin(int kind)
 {
 	struct pc_process_event *e = bpf_ringbuf_reserve(&processes, sizeof(*e), 0);
@@ -167,173 +97,19 @@ inline_always struct pc_process_event *begin(int kind)
 			__sync_fetch_and_add(&l->records, 1);
 		return 0;
 	}
-	__builtin_memset(e, 0, __builtin_offsetof(struct pc_process_event, binary));
-	e->binary.len = e->binary.flags = e->cwd.len = e->cwd.flags = 0;
-	e->time = bpf_ktime_get_boot_ns();
-	e->kind = kind;
+	clear(e, kind);
 	return e;
 }
 
-/* The number of a process in the agent's pid namespace; 0: it has none. */
-inline_always __u32 number_of(struct task_struct *task)
-{
-	struct task_struct *leader = 0;
-	struct pid_namespace *in;
-	struct pid *pid = 0;
-	__u32 level = 0, inum, i;
-	struct upid *at;
-	int nr;
-
-	if (pid_namespace == 4026531836U) {
-		nr = 0;
-		get(nr, task->tgid);
-		return nr;
-	}
-	get(leader, task->group_leader);
-	get(pid, leader->thread_pid);
-	get(level, pid->level);
-	for (i = 0; i < PID_LEVELS; i++) {
-		if (i > level)
-			break;
-		at = (void *)__builtin_preserve_access_index(&pid->numbers[0]) + i * __builtin_preserve_type_info(*(struct upid *)0, 1);
-		in = 0;
-		inum = 0;
-		nr = 0;
-		get(in, at->ns);
-		get(inum, in->ns.inum);
-		get(nr, at->nr);
-		if (inum == pid_namespace)
-			return nr;
-	}
-	return 0;
-}
-
-/* A path (mount and dentry) as a process with these roots sees it, from its end.
- * A function of its own, which the verifier walks through once. */
-__attribute__((noinline)) int path_of(__u64 root, __u64 mnt, __u64 dentry, struct pc_process_path *to)
-{
-	struct dentry *d = (void *)dentry, *parent, *root_d = 0, *top;
-	struct vfsmount *m = (void *)mnt, *root_m = 0;
-	struct path *r = (void *)root;
-	struct mount *mount, *above;
-	const unsigned char *name;
-	__u32 at = 0;
-	long n;
-	int i;
-
-	if (!to)
-		return 0;
-	get(root_d, r->dentry);
-	get(root_m, r->mnt);
-	for (i = 0; i < PATH_ELEMENTS; i++) {
-		to->len = at;
-		if (!d || (d == root_d && m == root_m)) {
-			to->flags = PC_PROCESS_PATH_KNOWN;
-			return 1;
-		}
-		top = parent = 0;
-		get(top, m->mnt_root);
-		get(parent, d->d_parent);
-		if (d == top || d == parent) { /* up through a mount */
-			mount = (void *)m - __builtin_preserve_field_info(((struct mount *)0)->mnt, 0);
-			above = 0;
-			get(above, mount->mnt_parent);
-			d = 0;
-			if (above && above != mount)
-				get(d, mount->mnt_mountpoint);
-			m = (void *)above + __builtin_preserve_field_info(((struct mount *)0)->mnt, 0);
-			continue;
-		}
-		name = 0;
-		get(name, d->d_name.name);
-		if (at >= PC_PROCESS_MAX_PATH)
-			break;
-		n = bpf_probe_read_kernel_str(&to->text[at], PC_PROCESS_MAX_NAME, name);
-		if (n <= 0 || n > PC_PROCESS_MAX_NAME)
-			break;
-		at += n;
-		d = parent;
-	}
-	to->flags = PC_PROCESS_PATH_KNOWN | PC_PROCESS_PATH_LONG;
-	return 1;
-}
-
-/* The binary and the working directory. */
-inline_always void paths_of(struct task_struct *task, struct mm_struct *mm, struct pc_process_event *e)
-{
-	struct fs_struct *fs = 0;
-	struct vfsmount *m = 0;
-	struct dentry *d = 0;
-	struct file *exe = 0;
-	__u64 root;
-
-	get(exe, mm->exe_file);
-	get(fs, task->fs);
-	if (!fs)
-		return; /* it ends */
-	root = (__u64)__builtin_preserve_access_index(&fs->root);
-	if (exe) {
-		get(d, exe->f_path.dentry);
-		get(m, exe->f_path.mnt);
-		path_of(root, (__u64)m, (__u64)d, &e->binary);
-	}
-	get(d, fs->pwd.dentry);
-	get(m, fs->pwd.mnt);
-	path_of(root, (__u64)m, (__u64)d, &e->cwd);
-}
-
-inline_always void arguments_of(struct mm_struct *mm, struct pc_process_event *e)
-{
-	unsigned long from = 0, to = 0, n;
-
-	get(from, mm->arg_start);
-	get(to, mm->arg_end);
-	if (to <= from)
-		return;
-	n = to - from;
-	if (n > PC_PROCESS_MAX_ARGUMENTS) {
-		n = PC_PROCESS_MAX_ARGUMENTS;
-		e->flags |= PC_PROCESS_LONG_ARGUMENTS;
-	}
-	/* Not in memory: they are not told, for a page is not waited for here. */
-	if (!bpf_probe_read_user(e->arguments, n, (void *)from))
-		e->arguments_len = n;
-}
-
-/* The part of a record that is about the present process. */
+/* The same of the present process. */
 inline_always void who(struct pc_process_event *e)
 {
-	struct task_struct *task = (void *)bpf_get_current_task(), *parent = 0, *leader = 0;
+	struct task_struct *task = (void *)bpf_get_current_task();
 	struct mm_struct *mm = 0;
-	__u64 exec = 0;
-	__u32 flags = 0;
 
-	get(leader, task->group_leader);
-	if (!leader)
-		leader = task;
-	e->pid = number_of(leader);
-	get(e->start, leader->start_boottime);
-	get(parent, leader->real_parent);
-	if (parent) {
-		e->parent = number_of(parent);
-		get(e->parent_start, parent->start_boottime);
-	}
-	get(exec, leader->self_exec_id);
-	e->exec = exec;
-	get(flags, leader->flags);
-	if (flags & FORKED_NOEXEC)
-		e->flags |= PC_PROCESS_FORKED;
-	e->uid = bpf_get_current_uid_gid();
-	e->auid = -1;
-	if (__builtin_preserve_field_info(task->loginuid, 2)) /* it exists */
-		get(e->auid, task->loginuid.val);
-	e->cgroup = bpf_get_current_cgroup_id();
-	bpf_get_current_comm(e->comm, sizeof(e->comm));
+	about(e, task);
 	get(mm, task->mm);
-	if (!mm)
-		return; /* the kernel's own */
-	paths_of(task, mm, e);
-	if (arguments)
+	if (mm && arguments)
 		arguments_of(mm, e);
 }
 
@@ -360,27 +136,16 @@ inline_always struct told *news(struct bpf_sock *sk, int *is)
 	return t;
 }
 
-inline_always int called4(struct bpf_sock_addr *ctx, int kind)
+/* Remember what a socket holds, for when it is no more. */
+inline_always void holds(struct told *t, const struct pc_process_event *e)
 {
-	struct pc_process_event *e = begin(kind);
-
-	if (!e)
-		return GO_ON;
-	e->cookie = bpf_get_socket_cookie(ctx);
-	e->netns = bpf_get_netns_cookie(ctx);
-	e->proto = ctx->protocol;
-	addr4(&e->dst, ctx->user_ip4);
-	e->dport = bpf_ntohs(ctx->user_port);
-	if (ctx->sk) {
-		addr4(&e->src, ctx->sk->src_ip4);
-		e->sport = ctx->sk->src_port;
-	}
-	who(e);
-	bpf_ringbuf_submit(e, 0);
-	return GO_ON;
+	t->src = e->src;
+	t->sport = e->sport;
+	t->proto = e->proto;
+	t->bound = 1;
 }
 
-inline_always int called6(struct bpf_sock_addr *ctx, int kind)
+inline_always int called(struct bpf_sock_addr *ctx, int kind, int is6)
 {
 	struct pc_process_event *e = begin(kind);
 
@@ -389,10 +154,16 @@ inline_always int called6(struct bpf_sock_addr *ctx, int kind)
 	e->cookie = bpf_get_socket_cookie(ctx);
 	e->netns = bpf_get_netns_cookie(ctx);
 	e->proto = ctx->protocol;
-	addr6(&e->dst, ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3]);
+	if (is6)
+		addr6(&e->dst, ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3]);
+	else
+		addr4(&e->dst, ctx->user_ip4);
 	e->dport = bpf_ntohs(ctx->user_port);
 	if (ctx->sk) {
-		addr6(&e->src, ctx->sk->src_ip6[0], ctx->sk->src_ip6[1], ctx->sk->src_ip6[2], ctx->sk->src_ip6[3]);
+		if (is6)
+			addr6(&e->src, ctx->sk->src_ip6[0], ctx->sk->src_ip6[1], ctx->sk->src_ip6[2], ctx->sk->src_ip6[3]);
+		else
+			addr4(&e->src, ctx->sk->src_ip4);
 		e->sport = ctx->sk->src_port;
 	}
 	who(e);
@@ -403,13 +174,13 @@ inline_always int called6(struct bpf_sock_addr *ctx, int kind)
 SEC("cgroup/connect4")
 int process_connect4(struct bpf_sock_addr *ctx)
 {
-	return called4(ctx, PC_PROCESS_CONNECT);
+	return called(ctx, PC_PROCESS_CONNECT, 0);
 }
 
 SEC("cgroup/connect6")
 int process_connect6(struct bpf_sock_addr *ctx)
 {
-	return called6(ctx, PC_PROCESS_CONNECT);
+	return called(ctx, PC_PROCESS_CONNECT, 1);
 }
 
 SEC("cgroup/sendmsg4")
@@ -420,7 +191,7 @@ int process_sendmsg4(struct bpf_sock_addr *ctx)
 
 	if (sk)
 		news(sk, &is);
-	return is ? called4(ctx, PC_PROCESS_SEND) : GO_ON;
+	return is ? called(ctx, PC_PROCESS_SEND, 0) : GO_ON;
 }
 
 SEC("cgroup/sendmsg6")
@@ -431,7 +202,7 @@ int process_sendmsg6(struct bpf_sock_addr *ctx)
 
 	if (sk)
 		news(sk, &is);
-	return is ? called6(ctx, PC_PROCESS_SEND) : GO_ON;
+	return is ? called(ctx, PC_PROCESS_SEND, 1) : GO_ON;
 }
 
 inline_always int bound(struct bpf_sock *ctx, int is6)
@@ -453,12 +224,8 @@ inline_always int bound(struct bpf_sock *ctx, int is6)
 	e->sport = ctx->src_port;
 	who(e);
 	t = news(ctx, &is);
-	if (t) {
-		t->src = e->src;
-		t->sport = e->sport;
-		t->proto = e->proto;
-		t->bound = 1;
-	}
+	if (t)
+		holds(t, e);
 	bpf_ringbuf_submit(e, 0);
 	return GO_ON;
 }
@@ -493,6 +260,113 @@ int process_release(struct bpf_sock *ctx)
 	e->proto = t->proto;
 	bpf_ringbuf_submit(e, 0);
 	return GO_ON;
+}
+
+/* Records are too large for the stack. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct pc_process_event);
+} found SEC(".maps");
+
+inline_always int is_within(struct task_struct *task)
+{
+	struct cgroup_subsys_state *above;
+	struct css_set *set = 0;
+	struct kernfs_node *kn;
+	struct cgroup *in = 0;
+	__u64 id;
+	int i;
+
+	get(set, task->cgroups);
+	get(in, set->dfl_cgrp);
+	for (i = 0; in && i < CGROUP_LEVELS; i++) {
+		kn = 0;
+		id = 0;
+		get(kn, in->kn);
+		get(id, kn->id);
+		if (id == within)
+			return 1;
+		above = 0;
+		get(above, in->self.parent);
+		in = 0;
+		if (above)
+			get(in, above->cgroup);
+	}
+	return 0;
+}
+
+/* Both ends of a socket; 0: it is none that is told of, or has none. */
+inline_always int ends_of(struct sock *sk, struct pc_process_event *e)
+{
+	struct sock_common *c = &sk->__sk_common;
+	__u16 family = 0, protocol = 0;
+	__be32 src = 0, dst = 0;
+	struct net *net = 0;
+	__be16 dport = 0;
+
+	get(family, c->skc_family);
+	get(protocol, sk->sk_protocol);
+	get(e->sport, c->skc_num);
+	if (protocol == MPTCP)
+		protocol = TCP;
+	if ((protocol != TCP && protocol != UDP) || !e->sport)
+		return 0;
+	e->proto = protocol;
+	get(dport, c->skc_dport);
+	e->dport = bpf_ntohs(dport);
+	if (family == IPV4) {
+		get(src, c->skc_rcv_saddr);
+		get(dst, c->skc_daddr);
+		addr4(&e->src, src);
+		addr4(&e->dst, dst);
+	} else if (family == IPV6) {
+		get(e->src, c->skc_v6_rcv_saddr);
+		get(e->dst, c->skc_v6_daddr);
+	} else {
+		return 0;
+	}
+	if (!e->dport)
+		e->dst.d[0] = e->dst.d[1] = 0;
+	get(net, c->skc_net.net);
+	get(e->netns, net->net_cookie);
+	return 1;
+}
+
+/* Each file of each process, for who began before the hooks were there. */
+SEC("iter/task_file")
+int process_files(struct bpf_iter__task_file *ctx)
+{
+	struct task_struct *task = ctx->task;
+	struct file *file = ctx->file;
+	struct pc_process_event *e;
+	struct socket *socket;
+	struct sock *sk;
+	struct told *t;
+	__u32 zero = 0;
+
+	if (!task || !file)
+		return 0;
+	socket = (void *)bpf_sock_from_file(file);
+	if (!socket)
+		return 0;
+	sk = socket->sk;
+	e = bpf_map_lookup_elem(&found, &zero);
+	if (!sk || !e)
+		return 0;
+	clear(e, PC_PROCESS_HAS);
+	if (!ends_of(sk, e) || !is_within(task))
+		return 0;
+	e->cookie = bpf_get_socket_cookie(sk);
+	about(e, task);
+	if (arguments)
+		e->flags |= PC_PROCESS_LONG_ARGUMENTS; /* /proc has them */
+	t = bpf_sk_storage_get(&told_of, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (t && !t->bound && !e->dport)
+		holds(t, e);
+	bpf_seq_write(ctx->meta->seq, e, sizeof(*e));
+	return 0;
 }
 
 char _license[] SEC("license") = "GPL";

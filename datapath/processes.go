@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math/bits"
 	"os"
 	"strings"
@@ -30,7 +31,7 @@ type ProcessConfig struct {
 }
 
 // Processes are the programs that tell which process calls connect, bind and
-// sendto: an object of its own that decides nothing and is not pinned, so it
+// sendto, and which has what socket: an object of its own that decides nothing and is not pinned, so it
 // ends with its owner. It is safe for concurrent use.
 type Processes struct {
 	coll    *ebpf.Collection
@@ -123,7 +124,11 @@ func OpenProcesses(cfg ProcessConfig) (_ *Processes, err error) {
 	if cfg.Arguments {
 		asked = 1
 	}
-	for name, v := range map[string]uint32{"pid_namespace": uint32(ns.Ino), "arguments": asked} {
+	var within unix.Stat_t
+	if err := unix.Stat(cfg.Cgroup, &within); err != nil {
+		return nil, fmt.Errorf("cgroup %s: %w", cfg.Cgroup, err)
+	}
+	for name, v := range map[string]any{"pid_namespace": uint32(ns.Ino), "arguments": asked, "within": within.Ino} {
 		if err := spec.Variables[name].Set(v); err != nil {
 			return nil, fmt.Errorf("programs that see processes: set %s: %w", name, err)
 		}
@@ -136,6 +141,12 @@ func OpenProcesses(cfg ProcessConfig) (_ *Processes, err error) {
 		}
 	}()
 	if p.coll, err = ebpf.NewCollection(spec); err != nil {
+		// Most is known without the one that looks at open files.
+		delete(spec.Programs, processFiles)
+		p.missing = append(p.missing, fmt.Sprintf("who opened or accepts what began before (%v)", err))
+		p.coll, err = ebpf.NewCollection(spec)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("load the programs that see processes (they need a kernel with BTF, /sys/kernel/btf/vmlinux): %w", err)
 	}
 	if p.reader, err = ringbuf.NewReader(p.coll.Maps["processes"]); err != nil {
@@ -154,6 +165,42 @@ func OpenProcesses(cfg ProcessConfig) (_ *Processes, err error) {
 		p.missing = append(p.missing, fmt.Sprintf("%s (%v)", h.without, err))
 	}
 	return p, nil
+}
+
+// processFiles is the program that looks at the open files of all processes.
+const processFiles = "process_files"
+
+// Scan calls f for each socket that a process has open now, as Read does for what
+// is told of meanwhile; Read waits for it. It is what began before Open that one
+// learns so. On a kernel that lets it not be seen, which Missing tells, it does
+// nothing.
+func (p *Processes) Scan(f func(*abi.ProcessEvent)) error {
+	program := p.coll.Programs[processFiles]
+	if program == nil {
+		return nil
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	l, err := link.AttachIter(link.IterOptions{Program: program})
+	if err != nil {
+		return fmt.Errorf("look at open sockets: %w", err)
+	}
+	defer l.Close()
+	files, err := l.Open()
+	if err != nil {
+		return fmt.Errorf("look at open sockets: %w", err)
+	}
+	defer files.Close()
+	b := make([]byte, unsafe.Sizeof(p.event))
+	for r := bufio.NewReaderSize(files, 64<<10); ; {
+		if _, err := io.ReadFull(r, b); errors.Is(err, io.EOF) {
+			return nil
+		} else if err != nil {
+			return fmt.Errorf("look at open sockets: %w", err)
+		}
+		copy(unsafe.Slice((*byte)(unsafe.Pointer(&p.event)), len(b)), b)
+		f(&p.event)
+	}
 }
 
 // Missing tells what this kernel does not let be seen.

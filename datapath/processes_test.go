@@ -75,6 +75,13 @@ type seen struct {
 // now on.
 func newSeen(t *testing.T, cfg datapath.ProcessConfig) *seen {
 	t.Helper()
+	return openSeen(t, cfg, aloneInNamespace(t))
+}
+
+// aloneInNamespace puts the test into a network namespace and a cgroup of its
+// own, and returns the cgroup's directory.
+func aloneInNamespace(t *testing.T) (cgroup string) {
+	t.Helper()
 	needRoot(t)
 	runtime.LockOSThread() // never unlocked: the thread ends with the test's goroutine
 	ns, err := netns.New()
@@ -85,7 +92,12 @@ func newSeen(t *testing.T, cfg datapath.ProcessConfig) *seen {
 	if err := bringUpLoopback(); err != nil {
 		t.Fatal(err)
 	}
-	cfg.Cgroup = ownCgroup(t)
+	return ownCgroup(t)
+}
+
+func openSeen(t *testing.T, cfg datapath.ProcessConfig, cgroup string) *seen {
+	t.Helper()
+	cfg.Cgroup = cgroup
 	p, err := datapath.OpenProcesses(cfg)
 	if err != nil {
 		t.Fatal(err)

@@ -330,6 +330,7 @@ const (
 	ProcessSend    ProcessKind = 1
 	ProcessBind    ProcessKind = 2
 	ProcessRelease ProcessKind = 3
+	ProcessHas     ProcessKind = 4
 )
 
 // String returns the word for the value, as everywhere in logs, metrics and records.
@@ -343,6 +344,8 @@ func (x ProcessKind) String() string {
 		return "bind"
 	case 3:
 		return "release"
+	case 4:
+		return "has"
 	}
 	return "ProcessKind(" + strconv.FormatUint(uint64(x), 10) + ")"
 }

@@ -120,8 +120,13 @@ func (t *Table) Note(e *abi.ProcessEvent) {
 		t.release(at, e)
 		return
 	}
+	found := kind == abi.ProcessHas
+	if found && t.sockets.Contains(e.Cookie) {
+		return // what the call told goes before; of several that share it the first one is named
+	}
 	who := t.process(e)
-	if kind == abi.ProcessBind {
+	holds := kind == abi.ProcessBind || found && e.Dport == 0
+	if holds {
 		t.learnAddresses(e)
 	}
 	t.mu.Lock()
@@ -130,7 +135,11 @@ func (t *Table) Note(e *abi.ProcessEvent) {
 	if local.Addr().IsValid() {
 		t.namespaces.Add(local.Addr(), e.Netns)
 	}
-	if kind != abi.ProcessBind || e.Sport == 0 {
+	if found && !holds {
+		// By its ends, too: packets of an MPTCP socket have another one's cookie.
+		t.flows.Add(flowKey{local, netip.AddrPortFrom(address(e.Dst), e.Dport), e.Proto}, who)
+	}
+	if !holds || e.Sport == 0 {
 		return
 	}
 	list, _ := t.ports.Get(at)

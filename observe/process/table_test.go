@@ -369,3 +369,64 @@ func TestLookAtThisProcess(t *testing.T) {
 		t.Error("one that started five seconds later is taken for this one")
 	}
 }
+
+// What a scan finds names who has it, never in place of what a call told.
+func TestFoundSockets(t *testing.T) {
+	f := newFakeProc(t)
+	f.put(1, 10, "/bin/server", "/")
+	f.put(2, 20, "/bin/worker", "/")
+	table := newTable(f)
+	found := func(cookie uint64, pid uint32, sport uint16, dst string, dport uint16) {
+		e := told(abi.ProcessHas, cookie, pid, uint64(pid)*10, map[uint32]string{1: "server", 2: "worker"}[pid])
+		e.Src, e.Sport, e.Dst, e.Dport = addr(local), sport, addr(dst), dport
+		if dport == 0 {
+			e.Src = abi.Addr{}
+		}
+		table.Note(e)
+	}
+	ask := func(dir abi.Direction, state abi.FlowState, cookie uint64, sport, dport uint16) string {
+		e := &abi.Event{Src: addr(local), Dst: addr(remote), Sport: sport, Dport: dport, Proto: unix.IPPROTO_TCP, Direction: uint8(dir), State: uint8(state), Cookie: cookie, Time: 1 << 62}
+		if dir == abi.DirIngress {
+			e.Src, e.Dst, e.Sport, e.Dport = e.Dst, e.Src, dport, sport
+		}
+		if p := table.Of(e); p != nil {
+			return fmt.Sprint(p.PID)
+		}
+		return ""
+	}
+	found(100, 1, 80, "", 0)         // listens,
+	found(100, 2, 80, "", 0)         // and its child has the same socket
+	found(101, 2, 80, remote, 40000) // accepted
+	found(102, 2, 50000, remote, 443)
+	for _, c := range []struct {
+		what string
+		got  string
+		want string
+	}{
+		{"a new caller", ask(abi.DirIngress, abi.FlowNew, 0, 80, 40001), "1"},
+		{"what was accepted before", ask(abi.DirIngress, abi.FlowEstablished, 0, 80, 40000), "2"},
+		{"the answer to it", ask(abi.DirEgress, abi.FlowReply, 101, 80, 40000), "2"},
+		{"what was opened before, by its cookie", ask(abi.DirEgress, abi.FlowEstablished, 102, 50000, 443), "2"},
+		{"what was opened before, by its ends", ask(abi.DirEgress, abi.FlowEstablished, 999, 50000, 443), "2"},
+		{"a new flow of the same ends and another socket", ask(abi.DirEgress, abi.FlowNew, 998, 50000, 443), ""},
+		{"another port", ask(abi.DirIngress, abi.FlowNew, 0, 81, 40001), ""},
+	} {
+		if c.got != c.want {
+			t.Errorf("%s: process %q, want %q", c.what, c.got, c.want)
+		}
+	}
+	// What a call told is not undone.
+	told1 := told(abi.ProcessConnect, 200, 1, 10, "server")
+	told1.Dst, told1.Dport = addr(remote), 443
+	table.Note(told1)
+	found(200, 2, 50001, remote, 443)
+	if got := ask(abi.DirEgress, abi.FlowNew, 200, 50001, 443); got != "1" {
+		t.Errorf("told by connect and then found with another: process %q, want 1", got)
+	}
+	release := told(abi.ProcessRelease, 100, 0, 0)
+	release.Sport, release.Time = 80, 1<<40
+	table.Note(release)
+	if got := ask(abi.DirIngress, abi.FlowNew, 0, 80, 40002); got != "" {
+		t.Errorf("the listener that was found has closed: process %q", got)
+	}
+}

@@ -197,4 +197,23 @@ func TestWhichProcess(t *testing.T) {
 			t.Errorf("%s by %s", o.Protocol, o.Process.Binary)
 		}
 	}
+
+	// An agent that comes after the server finds it.
+	w.kill(verifier)
+	w.start(verifier)
+	for family, at := range to {
+		w.eventually("an answer after the agent's restart by IPv"+family, func() error {
+			_, err := c.run(t.Context(), "client", first, "probe", "get", "--timeout", "20s", "http://"+at+"/hello")
+			return err
+		})
+		w.eventually("who accepted after the agent's restart by IPv"+family, func() error {
+			all, err := w.observed(verifier)
+			for _, x := range all {
+				if a := x.Accept; a != nil && a.Process.Binary == server && a.Destination == ip[family][1] && strings.HasPrefix(a.Process.Arguments, server+" probe ") {
+					return err
+				}
+			}
+			return errors.Join(err, fmt.Errorf("%s is not in %s", server, written(all)))
+		})
+	}
 }
