@@ -48,6 +48,7 @@ func valuesFile(t *testing.T, text string) string {
 var helmCases = map[string]string{
 	"defaults":   "{}",
 	"spire":      "issuer: {enabled: false}\nspire: {socketPath: /run/spire/agent-sockets/spire-agent.sock}\n",
+	"delegated":  "issuer: {enabled: false}\nspire: {socketPath: /run/spire/agent-sockets/spire-agent.sock, adminSocketPath: /run/spire/agent/sockets/csi.spiffe.io/admin/admin.sock}\n",
 	"everywhere": "metrics: {enabled: true, port: 9000}\nhubble: {listen: {enabled: true}}\n",
 	"registry":   "image: {repository: 'registry.example.com:5000/a/b', tag: '1.10', pullPolicy: Always, pullSecrets: [{name: one}, {name: two}]}\ntrustDomain: example.org\n",
 	"settings":   "config: {ttl: 1m, log-level: debug, enforce-in: [kube-system=never, 'a=always'], migration: true, held-bytes: 4194304, identity-template: 'spiffe://{trust_domain}/x: y # z'}\n",
@@ -120,6 +121,8 @@ func TestHelmRefusesTheSame(t *testing.T) {
 		"image: portcullis", "cni: {binDir: opt/cni/bin}", "metrics: {enabled: 'yes'}", "metrics: {port: 70000}", "agent: {tolerations: {}}", "agent: {maxUnavailable: some}",
 		"config: [ttl]", "config: {trust-domain: x}", "trustDomain: spiffe://x", "spire: {socketPath: run/agent.sock}",
 		"issuer: {enabled: false}", "spire: {socketPath: /run/spire/a.sock}", "relay: {enabled: true}",
+		"spire: {adminSocketPath: admin.sock}", "config: {delegated-socket: 'unix:///run/spire/admin/admin.sock'}",
+		"issuer: {enabled: false}\nspire: {socketPath: /run/spire/a.sock, adminSocketPath: /run/spire/admin.sock}",
 	} {
 		v, err := Merge(layer(t, text))
 		if err == nil {

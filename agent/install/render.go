@@ -142,7 +142,7 @@ func (r Release) templates() (*template.Template, map[string]any, error) {
 }
 
 // functions are those of Helm that the chart's templates use, with Helm's
-// meaning. text/template has and, or, not and print of its own.
+// meaning. text/template has and, or, not, eq and print of its own.
 func functions(t *template.Template) template.FuncMap {
 	return template.FuncMap{
 		"include": func(name string, data any) (string, error) {

@@ -95,6 +95,28 @@ func TestRenderWithSPIRE(t *testing.T) {
 	if !strings.Contains(string(b), `{"mountPath":"/run/spire/agent-sockets","name":"spire","readOnly":true}`) {
 		t.Errorf("the socket is not mounted: %s", b)
 	}
+	if strings.Contains(string(b), "spire-admin") {
+		t.Errorf("an admin socket that nobody named is mounted: %s", b)
+	}
+}
+
+// Where pods' SVIDs come from the SPIRE agent, its admin socket is mounted from
+// the node, and agents are told of it.
+func TestRenderWithDelegatedIdentity(t *testing.T) {
+	objects := render(t, "portcullis", layer(t, "issuer: {enabled: false}\nspire: {socketPath: /run/spire/agent-sockets/a.sock, adminSocketPath: /run/spire/admin/b.sock}"))
+	b, _ := find(t, objects, "DaemonSet", "portcullis-agent").MarshalJSON()
+	for _, want := range []string{
+		`{"mountPath":"/run/spire/admin","name":"spire-admin","readOnly":true}`,
+		`{"hostPath":{"path":"/run/spire/admin","type":"DirectoryOrCreate"},"name":"spire-admin"}`,
+	} {
+		if !strings.Contains(string(b), want) {
+			t.Errorf("no %s in %s", want, b)
+		}
+	}
+	settings, _, _ := unstructured.NestedString(find(t, objects, "ConfigMap", "portcullis-agent").Object, "data", "agent.yaml")
+	if !strings.Contains(settings, "\ndelegated-socket: \"unix:///run/spire/admin/b.sock\"\n") {
+		t.Errorf("settings: %s", settings)
+	}
 }
 
 // Without anybody who gives SVIDs, or with two, there is no installation.
@@ -103,6 +125,7 @@ func TestRenderRefuses(t *testing.T) {
 		"issuer: {enabled: false}":            "nobody would give agents their SVIDs",
 		"spire: {socketPath: /run/spire/a.s}": "set issuer.enabled=false",
 		"relay: {enabled: true}":              "relay.enabled needs hubble.listen.enabled",
+		"issuer: {enabled: false}\nspire: {socketPath: /run/spire/a.s, adminSocketPath: /run/spire/b.s}": "a directory of its own",
 	} {
 		v, err := Merge(layer(t, text))
 		if err != nil {
@@ -132,7 +155,7 @@ func TestSettingsAreInTheTemplate(t *testing.T) {
 // TestTemplatesUseWhatIsThere: a template that Helm alone could render would
 // break `portcullis install`, and no function is kept that none uses.
 func TestTemplatesUseWhatIsThere(t *testing.T) {
-	builtin := []string{"and", "or", "not", "print"}
+	builtin := []string{"and", "or", "not", "eq", "print"}
 	here := functions(nil)
 	used := map[string]bool{}
 	names, err := fs.Glob(helm.Chart, chartDir+"/templates/*")

@@ -49,7 +49,8 @@ type Issuer struct {
 
 // SPIRE is that of the cluster.
 type SPIRE struct {
-	SocketPath string `json:"socketPath" pattern:"^(/[^/\\s]+/.+)?$" doc:"Socket of SPIRE's Workload API on the nodes, e.g. /run/spire/agent-sockets/spire-agent.sock, in the place of the issuer: set issuer.enabled=false too, and register the agents (docs/spire.md). Empty: no SPIRE"`
+	SocketPath      string `json:"socketPath" pattern:"^(/[^/\\s]+/.+)?$" doc:"Socket of SPIRE's Workload API on the nodes, e.g. /run/spire/agent-sockets/spire-agent.sock, in the place of the issuer: set issuer.enabled=false too, and register the agents (docs/spire.md). Empty: no SPIRE"`
+	AdminSocketPath string `json:"adminSocketPath" pattern:"^(/[^/\\s]+/.+)?$" doc:"Admin socket of the SPIRE agent on the nodes, in a directory of its own, e.g. /run/spire/agent/sockets/csi.spiffe.io/admin/admin.sock: agents fetch their pods' SVIDs there, which evidence svid takes. Each agent's SPIFFE ID must be among the SPIRE agent's authorized_delegates (docs/spire.md). Empty: they fetch none"`
 }
 
 // CNI says where nodes have their CNI.
@@ -131,8 +132,8 @@ var elsewhere = map[string]string{
 	"kubernetes": "the chart sets it", "kubeconfig": "agents use their service account", "cni-bin-dir": "cni.binDir", "cni-conf-dir": "cni.confDir",
 	"trust-domain": "trustDomain", "issuer": "issuer.enabled", "issuer-token": "issuer.enabled", "issuer-bundle": "issuer.enabled",
 	"workload-api": "spire.socketPath", "metrics-address": "metrics.enabled and metrics.port", "hubble-listen": "hubble.listen.enabled and hubble.listen.port",
-	"events": "events.enabled",
-	"node":   "each agent has the name of its node", "pin-dir": "the chart mounts it", "journal-dir": "the chart mounts it", "state-dir": "the chart mounts it", "api-socket": "the chart mounts it",
+	"events": "events.enabled", "delegated-socket": "spire.adminSocketPath",
+	"node": "each agent has the name of its node", "pin-dir": "the chart mounts it", "journal-dir": "the chart mounts it", "state-dir": "the chart mounts it", "api-socket": "the chart mounts it",
 }
 
 // checkConfig reports settings that another value sets: with both, one of them

@@ -16,6 +16,9 @@
 {{- if not (or .Values.issuer.enabled .Values.spire.socketPath) }}
 {{- fail "issuer.enabled is false and spire.socketPath is empty: nobody would give agents their SVIDs: set one of them" }}
 {{- end }}
+{{- if and .Values.spire.adminSocketPath (eq (dir .Values.spire.adminSocketPath) (dir .Values.spire.socketPath)) }}
+{{- fail "spire.adminSocketPath is in the directory of spire.socketPath: whoever may use the one could use the other: give it a directory of its own, as SPIRE asks for" }}
+{{- end }}
 {{- if .Values.issuer.enabled }}true{{ end }}
 {{- end }}
 
@@ -29,6 +32,9 @@ issuer-bundle: /etc/portcullis-bundle/bundle.json
 {{- end }}
 {{- if .Values.spire.socketPath }}
 workload-api: {{ print "unix://" .Values.spire.socketPath | quote }}
+{{- end }}
+{{- if .Values.spire.adminSocketPath }}
+delegated-socket: {{ print "unix://" .Values.spire.adminSocketPath | quote }}
 {{- end }}
 {{- if .Values.metrics.enabled }}
 metrics-address: {{ print ":" .Values.metrics.port | quote }}
