@@ -75,7 +75,7 @@ func (h *HTTP) judge(r *Request) allows {
 	if !h.method.matches(r.Method) || !h.path.matches(r.Target) || !h.host.matches(r.Host) {
 		return notAtAll
 	}
-	if h.Expr != nil && !h.Expr.holds(r) {
+	if h.Expr != nil && !h.Expr.holds(r, r.asSent()) {
 		return notAtAll
 	}
 	all := asItStands
@@ -93,9 +93,15 @@ func (h *HTTP) judge(r *Request) allows {
 
 func (h *Header) holds(r *Request) bool {
 	value, there := r.field(h.Name)
-	if !there {
-		return false
-	}
+	return there && h.matches(value)
+}
+
+// holdsByLine reports whether one line alone does.
+func (h *Header) holdsByLine(r *Request) bool {
+	return slices.ContainsFunc(r.Fields, func(f Field) bool { return strings.EqualFold(f.Name, h.Name) && h.matches(f.Value) })
+}
+
+func (h *Header) matches(value string) bool {
 	if h.Pattern != "" {
 		return h.pattern.matches(value)
 	}
@@ -118,31 +124,41 @@ func (h *Header) act(r *Request, v *Verdict) {
 	}
 }
 
-func (e *Expr) holds(r *Request) bool {
+// holds reports whether the expression does in one reading. What it excludes
+// must not be there in any.
+func (e *Expr) holds(r *Request, as reading) bool {
 	switch {
 	case len(e.Any) > 0:
 		for i := range e.Any {
-			if e.Any[i].holds(r) {
+			if e.Any[i].holds(r, as) {
 				return true
 			}
 		}
 		return false
 	case len(e.All) > 0:
 		for i := range e.All {
-			if !e.All[i].holds(r) {
+			if !e.All[i].holds(r, as) {
 				return false
 			}
 		}
 		return true
+	case e.Not != nil && as.excluding:
+		return !e.Not.holds(r, as)
 	case e.Not != nil:
-		return !e.Not.holds(r)
+		for other := range r.readings() {
+			if e.Not.holds(r, other) {
+				return false
+			}
+		}
+		return true
 	case e.Method != "":
 		return e.match.matches(r.Method)
 	case e.Path != "":
-		path, _, _ := strings.Cut(r.Target, "?")
-		return e.match.matches(path)
+		return e.match.matches(as.path)
 	case e.Host != "":
 		return e.match.matches(r.Host)
+	case e.Header != nil && as.eachLine:
+		return e.Header.holdsByLine(r)
 	case e.Header != nil:
 		return e.Header.holds(r)
 	}
