@@ -94,6 +94,8 @@ type (
 	Activate struct {
 		UID        identity.UID
 		Generation identity.Generation
+		// Again: it was active before; somebody asked once more.
+		Again bool
 	}
 	// CloseEndpoint: another workload was given the IP. Close the gate of
 	// this one's endpoint, then send Delete. The newcomer waits for that.

@@ -259,7 +259,11 @@ func (o *Owner) journalFailed(r Record) {
 				o.unsent(s, out.Message)
 			}
 		case Activate:
-			o.deactivate(out)
+			if out.Again {
+				o.emit(out) // it is active, and the record was about something else
+			} else {
+				o.deactivate(out)
+			}
 		case OwnerLog:
 			e := out.Entry
 			if e.Kind == LogActivation || e.Kind == LogGrant && undone[Ref{IP: e.IP, Generation: e.Generation}] {

@@ -97,6 +97,40 @@ func TestJournalFailsBeforeBound(t *testing.T) {
 	one[lease.Bound](t, out)
 }
 
+// Who asks again for a workload that is active gets the answer, and the workload
+// goes on, whatever else could not be journalled in that step: here, the adoption
+// of two workloads by an agent whose journal is lost and fails again.
+// (Simulation, seed 496661.)
+func TestJournalFailsBeforeActivateAgain(t *testing.T) {
+	for nth := range 3 {
+		r, _ := held0(t)
+		gen := r.active[w0]
+		adopt := lease.Adopt{Add: lease.Add{UID: w0, IPs: addrs(ip1), Identity: y1}, Generation: gen}
+		also := lease.Adopt{Add: lease.Add{UID: w1, IPs: addrs(ip2), Identity: y2}, Generation: gen + 1}
+		r.now = r.now.Add(time.Second)
+		r.cfg.Journal, r.cfg.Records, r.cfg.FreshRanges, r.journal = lease.JournalMissing, nil, false, nil
+		r.start()
+		r.step(adopt)
+		r.step(also)
+		out := r.add(w0, y1, ip1)
+		records := only[lease.Journal](out)
+		if len(records) != 3 { // the wait, and both that were not journalled
+			t.Fatalf("journalled %+v", records)
+		}
+		out = r.step(lease.JournalFailed(records[nth]))
+		if again := one[lease.Activate](t, out); again.UID != w0 || again.Generation != gen || !again.Again {
+			t.Errorf("record %d: %+v", nth, again)
+		}
+		if s := r.o.WorkloadState(w0); s != lease.WorkloadActive {
+			t.Fatalf("record %d: state %v", nth, s)
+		}
+		r.open(2)
+		if c := r.confirm(2, ip1); c.Binding.Generation != gen {
+			t.Errorf("record %d: confirmed %+v", nth, c)
+		}
+	}
+}
+
 // A grant whose record was lost is journalled before the verifier hears of it
 // again, also when it stands in the books already.
 func TestLostGrantIsJournalledLater(t *testing.T) {

@@ -66,7 +66,7 @@ func (o *Owner) addAgain(w *workload, in Add) {
 	case !slices.Equal(w.IPs, in.IPs) || !w.Identity.Equal(in.Identity):
 		o.emit(Rejected{UID: in.UID, Why: "the workload is known with other addresses or another identity: delete it first"})
 	case w.state == WorkloadActive:
-		o.emit(Activate{UID: w.UID, Generation: w.gen})
+		o.emit(Activate{UID: w.UID, Generation: w.gen, Again: true})
 	case w.state == WorkloadLeaving:
 		o.emit(Rejected{UID: in.UID, Why: "another workload was given its IP"})
 	}

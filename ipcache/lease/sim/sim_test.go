@@ -159,6 +159,7 @@ func TestPastSeeds(t *testing.T) {
 		109274, 109741, // given back, for a store that failed, while a Confirm was out
 		59530,               // a new process had left the deadlines of the former one's sessions
 		16199, 35968, 42904, // a proof that was unread for as long as it counted was taken for one
+		496661,                   // asked again for, while a journal failed: an active workload was put back
 		26112229630, 26112249872, // given back as idle just before the end: the check took that for a loss
 	} {
 		if r := Run(seed, options, false); r.Violation != nil {
