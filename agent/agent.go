@@ -185,6 +185,9 @@ func (l *loop) deviceChanges() func(netdev.Change) {
 		if c.Gone {
 			l.post(func() { l.linkGone(c.Device.Ifindex) })
 		}
+		if l.cfg.uplinksFound && (c.Gone || netdev.IsTunnel(c.Device)) {
+			l.post(func() { l.followTunnel(c) })
+		}
 		l.devices.changed(c)
 		if slices.Contains(l.cfg.Uplinks, c.Device.Name) {
 			l.post(l.refreshUplinks)
@@ -221,7 +224,7 @@ func newLoop(ctx context.Context, cfg Config, log *zap.Logger) (*loop, error) {
 		known: known{objects: map[authz.Ref]*kube.Object{}, failed: map[authz.Ref]string{}, relabel: map[identity.UID]string{}, changed: make(chan struct{})},
 		inbox: make(chan func(), inboxSize), ring: make(chan hold.Record, ringQueue), stopped: make(chan struct{}),
 		ids: identity.NewAllocator(), repo: authz.NewRepository(authz.Options{TrustDomain: cfg.TrustDomain, Cluster: cfg.ClusterName, Enforce: cfg.Enforce, EnforceIn: cfg.EnforceIn, LocalHost: cfg.AllowLocalHost == LocalHostAlways}),
-		endpoints: map[identity.UID]*endpoint{}, byIP: map[netip.Addr]*endpoint{}, byEndpointID: map[uint32]*endpoint{}, byIfindex: map[uint32]*endpoint{},
+		endpoints: map[identity.UID]*endpoint{}, byIP: map[netip.Addr]*endpoint{}, byEndpointID: map[uint32]*endpoint{}, byIfindex: map[uint32]*endpoint{}, tunnels: map[uint32]struct{}{},
 		holdIndexes: newIndexes(cfg.Endpoints, cfg.ReuseMargin), retryActivation: map[identity.UID]identity.Generation{}, retryClose: map[identity.UID]bool{}, nodeUIDs: map[identity.UID]netip.Addr{},
 		numerics: map[uint64]identity.Numeric{}, installedAt: map[uint64]lease.Time{}, policyFiles: map[authz.Ref]importedFile{}, groups: map[authz.Ref]*authz.Group{}, spaces: map[authz.Ref]*authz.NamespaceObject{}, services: map[authz.Ref]*authz.ServiceObject{}, slices: map[authz.Ref]*authz.SliceObject{},
 		names: newDirectory(), peerSessions: map[identity.NodeName]*audit.Session{}, monitors: newMonitors(cfg.Flows), events: hubble.NewEvents(), alarms: newAlarms(), instruments: metrics.New()}

@@ -55,6 +55,9 @@ type Config struct {
 	Peers   []Peer
 	Listen  netip.AddrPort
 	Uplinks []string
+	// uplinksFound: Uplinks are what the node had at the start, for nobody named
+	// any. Tunnels that come later are uplinks too.
+	uplinksFound bool
 	// WorkloadDevices are patterns (path.Match) of the names of devices that are
 	// put under the programs as soon as they appear, shut until somebody
 	// registers a workload behind them. None: at the registration.

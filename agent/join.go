@@ -121,6 +121,7 @@ func (c *Config) missing() string {
 		if err != nil || len(devices) == 0 {
 			return fmt.Sprintf("no device of this machine leads to other nodes (%v): name it by --uplink", err)
 		}
+		c.uplinksFound = true
 		for _, d := range devices {
 			c.Uplinks = append(c.Uplinks, d.Name)
 		}

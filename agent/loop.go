@@ -56,9 +56,11 @@ type loop struct {
 	storeKept     int        // bytes that the store had when it was rewritten last
 	processes     *processes // safe for concurrent use
 	devices       *devices   // set before run; what the loop calls of it is safe for concurrent use
-	audit         *audit.Log // safe for concurrent use
-	signer        *lateSigner
-	coverage      coverage // count is called by the reader of events
+	// tunnels are uplinks that came after the start, by their indices.
+	tunnels  map[uint32]struct{}
+	audit    *audit.Log // safe for concurrent use
+	signer   *lateSigner
+	coverage coverage // count is called by the reader of events
 
 	proofs       *proofs           // nil: this agent has nothing to do with proofs
 	template     identity.Template // of the SPIFFE IDs of workloads

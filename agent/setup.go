@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -52,10 +53,9 @@ func (l *loop) openKernel() (err error) {
 	return nil
 }
 
-// setUplinks tells the kernel by which devices other nodes' packets come in.
-// Those that exist are told whatever becomes of the others.
-func (l *loop) setUplinks() error {
-	var uplinks []int
+// uplinks returns the devices by which other nodes' packets come in, by their
+// indices: those that exist, whatever becomes of the others.
+func (l *loop) uplinks() (indices []int, err error) {
 	var errs []error
 	for _, name := range l.cfg.Uplinks {
 		d, err := netdev.ByName(name)
@@ -63,9 +63,35 @@ func (l *loop) setUplinks() error {
 			errs = append(errs, fmt.Errorf("--uplink %s: %w", name, err))
 			continue
 		}
-		uplinks = append(uplinks, int(d.Ifindex))
+		indices = append(indices, int(d.Ifindex))
 	}
-	return errors.Join(append(errs, l.dp.SetUplinks(uplinks))...)
+	for ifindex := range l.tunnels {
+		indices = append(indices, int(ifindex))
+	}
+	return indices, errors.Join(errs...)
+}
+
+// setUplinks tells the kernel of them.
+func (l *loop) setUplinks() error {
+	indices, err := l.uplinks()
+	return errors.Join(err, l.dp.SetUplinks(indices))
+}
+
+// followTunnel makes a tunnel an uplink that comes after the agent's start, and
+// forgets one that goes: after a reboot a network plugin may make its tunnel
+// later than the agent looks for it.
+func (l *loop) followTunnel(c netdev.Change) {
+	_, known := l.tunnels[c.Device.Ifindex]
+	switch {
+	case c.Gone && known:
+		delete(l.tunnels, c.Device.Ifindex)
+	case !c.Gone && !known && !slices.Contains(l.cfg.Uplinks, c.Device.Name):
+		l.log.Info("a tunnel is an uplink from now on", zap.String("device", c.Device.Name))
+		l.tunnels[c.Device.Ifindex] = struct{}{}
+	default:
+		return
+	}
+	l.refreshUplinks()
 }
 
 // refreshUplinks follows an uplink that went or was made anew, under another

@@ -133,13 +133,18 @@ func Uplinks(nodeIPs []netip.Addr) ([]Device, error) {
 			}
 		}
 	}
-	tunnels := []string{"vxlan", "geneve", "ipip", "sit", "ip6tnl", "gre", "ip6gre", "wireguard"}
 	out := slices.DeleteFunc(devices, func(d Device) bool {
-		return d.Name == "lo" || !want[d.Ifindex] && !slices.Contains(tunnels, d.Kind)
+		return d.Name == "lo" || !want[d.Ifindex] && !IsTunnel(d)
 	})
 	slices.SortFunc(out, func(a, b Device) int { return int(a.Ifindex) - int(b.Ifindex) })
 	return out, nil
 }
+
+// tunnels are the kinds of devices that carry packets between machines.
+var tunnels = []string{"vxlan", "geneve", "ipip", "sit", "ip6tnl", "gre", "ip6gre", "wireguard"}
+
+// IsTunnel reports whether a device carries packets between machines in others.
+func IsTunnel(d Device) bool { return slices.Contains(tunnels, d.Kind) }
 
 // dump repeats a netlink dump that a concurrent change interrupted: its
 // answer would be incomplete.
