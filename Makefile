@@ -43,9 +43,10 @@ build: need-go ## build bin/portcullis (no clang needed: the BPF object is commi
 	@echo "built bin/portcullis"
 
 IMAGE ?= portcullis:dev
-image: need-go ## write out/portcullis-image.tar, the image that deploy/ names, without Docker (`ctr -n k8s.io images import` it on the nodes)
-	CGO_ENABLED=0 $(BUILD) -ldflags='-s -w' -o out/portcullis ./cmd/portcullis
-	$(GO) run ./deploy/image/pack -o out/portcullis-image.tar -tag $(IMAGE) -entrypoint /portcullis out/portcullis=portcullis
+ARCHS ?= amd64 arm64
+image: need-go ## write out/portcullis-image.tar, the image that deploy/ names, for amd64 and arm64 (ARCHS=amd64 for one), without Docker (`ctr -n k8s.io images import` it on the nodes)
+	for a in $(ARCHS); do CGO_ENABLED=0 GOOS=linux GOARCH=$$a $(BUILD) -ldflags='-s -w' -o out/image/portcullis-$$a ./cmd/portcullis || exit 1; done
+	$(GO) run ./deploy/image/pack -o out/portcullis-image.tar -tag $(IMAGE) -arch '$(ARCHS)' -entrypoint /portcullis 'out/image/portcullis-{arch}=portcullis'
 
 demo: build ## run the story, the stale-identity attack and the agent's faults in a lab on this machine (root, under a minute)
 	@test/prepare strict

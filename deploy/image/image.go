@@ -5,9 +5,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
-	"encoding/json"
 	"fmt"
-	"io"
 	"maps"
 	"path"
 	"slices"
@@ -40,10 +38,15 @@ type Config struct {
 
 // Image is one image of an archive.
 type Image struct {
-	Tags         []string // whole names, as docker.io/library/busybox:1
-	Architecture string   // Go's name of it
+	Tags      []string   // docker.io/library/busybox:1, or short: busybox means the same with the tag latest
+	Platforms []Platform // at least one, each of another architecture
+	Config    Config
+}
+
+// Platform is an image as one kind of machine has it. All are Linux.
+type Platform struct {
+	Architecture string // Go's name of it
 	Layers       []Layer
-	Config       Config
 }
 
 // Pack makes a layer. Order does not matter: files are sorted by path.
@@ -100,57 +103,6 @@ func add(w *tar.Writer, f File) error {
 	}
 	_, err := w.Write(f.Data)
 	return err
-}
-
-// Write writes an archive of images. Layers that several images have are
-// written once.
-func Write(out io.Writer, images []Image) error {
-	w := tar.NewWriter(out)
-	written := map[string]bool{}
-	put := func(name string, data []byte) error {
-		if written[name] {
-			return nil
-		}
-		written[name] = true
-		return add(w, File{Path: name, Data: data, Mode: 0o644})
-	}
-	type entry struct {
-		Config   string
-		RepoTags []string
-		Layers   []string
-	}
-	var manifest []entry
-	for _, i := range images {
-		e := entry{RepoTags: i.Tags}
-		ids := []string{}
-		for _, l := range i.Layers {
-			e.Layers = append(e.Layers, l.digest+".tar")
-			ids = append(ids, "sha256:"+l.digest)
-			if err := put(l.digest+".tar", l.tar); err != nil {
-				return err
-			}
-		}
-		config, err := json.Marshal(map[string]any{
-			"architecture": i.Architecture, "os": "linux", "config": i.Config,
-			"rootfs": map[string]any{"type": "layers", "diff_ids": ids},
-		})
-		if err != nil {
-			return err
-		}
-		e.Config = digest(config) + ".json"
-		if err := put(e.Config, config); err != nil {
-			return err
-		}
-		manifest = append(manifest, e)
-	}
-	b, err := json.Marshal(manifest)
-	if err != nil {
-		return err
-	}
-	if err := put("manifest.json", b); err != nil {
-		return err
-	}
-	return w.Close()
 }
 
 func digest(b []byte) string {

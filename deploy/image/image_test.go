@@ -3,7 +3,6 @@ package image
 import (
 	"archive/tar"
 	"bytes"
-	"encoding/json"
 	"errors"
 	"io"
 	"strings"
@@ -32,7 +31,7 @@ func unpack(t *testing.T, b []byte) map[string][]byte {
 	}
 }
 
-func TestArchive(t *testing.T) {
+func TestPack(t *testing.T) {
 	files := []File{
 		{Path: "/bin/app", Data: []byte("program")},
 		{Path: "bin/alias", LinkTo: "app"},
@@ -59,44 +58,6 @@ func TestArchive(t *testing.T) {
 	}
 	if string(content["bin/app"]) != "program" {
 		t.Errorf("bin/app is %q", content["bin/app"])
-	}
-
-	var buf bytes.Buffer
-	err = Write(&buf, []Image{
-		{Tags: []string{"example.org/a:1"}, Architecture: "amd64", Layers: []Layer{layer}, Config: Config{Entrypoint: []string{"/bin/app"}}},
-		{Tags: []string{"example.org/b:1"}, Architecture: "amd64", Layers: []Layer{layer}, Config: Config{Cmd: []string{"/bin/alias"}}},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	archive := unpack(t, buf.Bytes())
-	var manifest []struct {
-		Config   string
-		RepoTags []string
-		Layers   []string
-	}
-	if err := json.Unmarshal(archive["manifest.json"], &manifest); err != nil {
-		t.Fatal(err)
-	}
-	if len(manifest) != 2 || manifest[0].Config == manifest[1].Config || manifest[0].Layers[0] != manifest[1].Layers[0] {
-		t.Fatalf("manifest: %+v", manifest)
-	}
-	for _, m := range manifest {
-		config := archive[m.Config]
-		if digest(config)+".json" != m.Config {
-			t.Errorf("%s is not named by its digest", m.Config)
-		}
-		var c struct {
-			RootFS struct {
-				DiffIDs []string `json:"diff_ids"`
-			} `json:"rootfs"`
-		}
-		if err := json.Unmarshal(config, &c); err != nil {
-			t.Fatal(err)
-		}
-		if want := "sha256:" + digest(archive[m.Layers[0]]); c.RootFS.DiffIDs[0] != want {
-			t.Errorf("%s: layer %s, and the archive's is %s", m.RepoTags[0], c.RootFS.DiffIDs[0], want)
-		}
 	}
 }
 

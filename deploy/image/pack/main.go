@@ -1,6 +1,7 @@
-// Pack writes the archive of an image that holds one static binary.
+// Pack writes the archive of an image that holds static binaries, for one
+// architecture or several. {arch} in the name of a file stands for each of them.
 //
-//	pack -o portcullis-image.tar -tag portcullis:dev -entrypoint /portcullis bin/portcullis=portcullis
+//	pack -o portcullis-image.tar -tag portcullis:dev -arch amd64,arm64 -entrypoint /portcullis out/portcullis-{arch}=portcullis
 package main
 
 import (
@@ -16,49 +17,70 @@ import (
 )
 
 func main() {
-	out := flag.String("o", "", "file to write")
-	tag := flag.String("tag", "", "whole name of the image")
-	arch := flag.String("arch", runtime.GOARCH, "architecture of the binaries")
-	entrypoint := flag.String("entrypoint", "", "program to run, and its arguments, separated by spaces")
+	var j job
+	flag.StringVar(&j.out, "o", "", "file to write")
+	flag.StringVar(&j.tag, "tag", "", "name of the image")
+	flag.StringVar(&j.archs, "arch", runtime.GOARCH, "architectures, by Go's names, separated by commas or spaces")
+	flag.StringVar(&j.entrypoint, "entrypoint", "", "program to run, and its arguments, separated by spaces")
 	flag.Parse()
-	if err := run(*out, *tag, *arch, *entrypoint, flag.Args()); err != nil {
+	j.files = flag.Args()
+	if err := j.run(); err != nil {
 		fmt.Fprintln(os.Stderr, "pack:", err)
 		os.Exit(1)
 	}
 }
 
-func run(out, tag, arch, entrypoint string, args []string) error {
-	if out == "" || tag == "" || entrypoint == "" || len(args) == 0 {
-		return errors.New("want -o FILE, -tag NAME, -entrypoint PROGRAM and at least one FILE=PATH")
+// job is what the command line asks for.
+type job struct {
+	out, tag, archs, entrypoint string
+	files                       []string // FILE=PATH
+}
+
+func (j job) run() error {
+	archs := strings.FieldsFunc(j.archs, func(r rune) bool { return r == ',' || r == ' ' })
+	if j.out == "" || j.tag == "" || j.entrypoint == "" || len(archs) == 0 || len(j.files) == 0 {
+		return errors.New("want -o FILE, -tag NAME, -arch NAME,..., -entrypoint PROGRAM and at least one FILE=PATH")
 	}
-	var files []image.File
-	for _, a := range args {
-		from, to, ok := strings.Cut(a, "=")
-		if !ok {
-			return fmt.Errorf("%q: want FILE=PATH, PATH that in the image", a)
-		}
-		data, err := os.ReadFile(from)
+	i := image.Image{Tags: []string{j.tag}, Config: image.Config{Entrypoint: strings.Fields(j.entrypoint), Env: []string{"PATH=/"}}}
+	for _, arch := range archs {
+		layer, err := j.layer(arch)
 		if err != nil {
 			return err
+		}
+		i.Platforms = append(i.Platforms, image.Platform{Architecture: arch, Layers: []image.Layer{layer}})
+	}
+	// Written beside and renamed, so that a half one is never imported.
+	f, err := os.CreateTemp(filepath.Dir(j.out), ".image-*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name()) //nolint:errcheck // renamed by then
+	err = image.Write(f, []image.Image{i})
+	if err := errors.Join(err, f.Chmod(0o644), f.Close()); err != nil {
+		return err
+	}
+	return os.Rename(f.Name(), j.out)
+}
+
+// layer packs the files as one architecture has them.
+func (j job) layer(arch string) (image.Layer, error) {
+	var files []image.File
+	for _, a := range j.files {
+		from, to, ok := strings.Cut(a, "=")
+		if !ok {
+			return image.Layer{}, fmt.Errorf("%q: want FILE=PATH, PATH that in the image", a)
+		}
+		from = strings.ReplaceAll(from, "{arch}", arch)
+		data, err := os.ReadFile(from)
+		if err != nil {
+			return image.Layer{}, err
+		}
+		if err := checkProgram(data, arch); err != nil {
+			return image.Layer{}, fmt.Errorf("%s: %w", from, err)
 		}
 		files = append(files, image.File{Path: to, Data: data})
 	}
 	// What runs as root without a shell still wants a place for what it writes.
 	files = append(files, image.File{Path: "tmp", Dir: true, Mode: 0o1777})
-	layer, err := image.Pack(files)
-	if err != nil {
-		return err
-	}
-	// Written beside and renamed, so that a half one is never imported.
-	f, err := os.CreateTemp(filepath.Dir(out), ".image-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name()) //nolint:errcheck // renamed by then
-	err = image.Write(f, []image.Image{{Tags: []string{tag}, Architecture: arch, Layers: []image.Layer{layer},
-		Config: image.Config{Entrypoint: strings.Fields(entrypoint), Env: []string{"PATH=/"}}}})
-	if err := errors.Join(err, f.Chmod(0o644), f.Close()); err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), out)
+	return image.Pack(files)
 }

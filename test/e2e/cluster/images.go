@@ -58,11 +58,11 @@ func Images(ctx context.Context, root, dir string, parts Parts) (base, portculli
 		return "", "", err
 	}
 	make := func(tag string, entrypoint []string, names ...string) image.Image {
-		i := image.Image{Tags: []string{tag}, Architecture: goruntime.GOARCH, Config: image.Config{Entrypoint: entrypoint, Env: []string{"PATH=/usr/bin:/:/bin"}}}
+		p := image.Platform{Architecture: goruntime.GOARCH}
 		for _, n := range names {
-			i.Layers = append(i.Layers, layers[n])
+			p.Layers = append(p.Layers, layers[n])
 		}
-		return i
+		return image.Image{Tags: []string{tag}, Platforms: []image.Platform{p}, Config: image.Config{Entrypoint: entrypoint, Env: []string{"PATH=/usr/bin:/:/bin"}}}
 	}
 	base, portcullis = filepath.Join(dir, "base.tar"), filepath.Join(dir, "portcullis.tar")
 	err = errors.Join(

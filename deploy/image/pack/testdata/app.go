@@ -1,0 +1,4 @@
+// A program that is only looked at.
+package main
+
+func main() {}
