@@ -191,7 +191,7 @@ func Default() Config {
 		HoldTimeout: time.Second, IdleBinding: 5 * time.Minute,
 		HoldPerEndpoint: 64, HoldPerSource: 16, HoldTotal: 4096, Bindings: 65536, Conntrack: 131072, PolicyEntries: 262144,
 		FragmentsPerEndpoint: 64, Endpoints: 1024, RangeEntries: 65536, SourceEntries: 4096, ServiceEntries: 65536, L7ServiceEntries: 16384, NamesPerEndpoint: 2048, ProxyConnections: 32768,
-		Grants: 65536, Sessions: 4093, Connections: session.DefaultConnections, HeldBytes: 8 << 20, EventBytes: 1 << 20, Seeing: Seeing{Flows: 16384, HubbleSocket: "hubble.sock"},
+		Grants: 65536, Sessions: 4093, Connections: session.DefaultConnections, HeldBytes: 8 << 20, EventBytes: 1 << 20, Seeing: defaultSeeing(),
 	}
 }
 

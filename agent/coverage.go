@@ -21,14 +21,14 @@ type coverage struct {
 	audited    atomic.Uint64 // policy would have dropped it
 
 	since time.Time // of the counts; touched by the loop alone
-	lost  uint64    // events that were lost before them; the same
+	lost  uint64    // events that were lost, or not told, before them; the same
 }
 
 // count takes an event of the datapath: a flow's first packet that passes, once
 // at each endpoint that judges it.
 func (c *coverage) count(ev *abi.Event) {
 	switch {
-	case abi.FlowState(ev.State) == abi.FlowReply:
+	case abi.FlowState(ev.State) == abi.FlowReply || ev.Flags&uint8(abi.EventLater) != 0:
 	case abi.Verdict(ev.Verdict) == abi.VerdictAudit:
 		c.audited.Add(1)
 	case abi.Verdict(ev.Verdict) != abi.VerdictPass && abi.Verdict(ev.Verdict) != abi.VerdictSteer:
@@ -63,7 +63,7 @@ func (l *loop) recordCoverage(now time.Time, end bool) {
 	if !end && now.Sub(l.coverage.since) < coverageEvery {
 		return
 	}
-	counts := l.coverage.take(now, l.dp.State().LostEvents())
+	counts := l.coverage.take(now, l.dp.State().LostEvents()+l.dp.State().LimitedEvents())
 	if len(counts.Flows) == 0 && counts.Lost == 0 {
 		return
 	}

@@ -20,6 +20,8 @@ func TestCoverage(t *testing.T) {
 	event(abi.VerdictPass, abi.FlowNew, abi.EvidenceSvid, 0)
 	event(abi.VerdictPass, abi.FlowNew, abi.EvidenceSvid, abi.EventReinjected)
 	event(abi.VerdictPass, abi.FlowReply, abi.EvidenceSvid, 0)
+	event(abi.VerdictPass, abi.FlowEstablished, abi.EvidenceSvid, abi.EventLater) // it goes on
+	event(abi.VerdictAudit, abi.FlowEstablished, abi.EvidenceSvid, abi.EventLater)
 	event(abi.VerdictPass, abi.FlowNew, abi.EvidenceLease, 0)
 	event(abi.VerdictPass, abi.FlowNew, abi.EvidenceLease, abi.EventNoEvidence)
 	event(abi.VerdictDrop, abi.FlowNew, abi.EvidenceLease, 0)

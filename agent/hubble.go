@@ -26,6 +26,7 @@ import (
 	flowpb "github.com/cilium/cilium/api/v1/flow"
 	"portcullis/agent/api"
 	"portcullis/authz"
+	"portcullis/datapath"
 	"portcullis/identity"
 	"portcullis/ipcache/session"
 	"portcullis/observe/export"
@@ -37,6 +38,13 @@ type Seeing struct {
 	// Flows is how many records the agent keeps of the last flows; 0: none, and
 	// nothing is served by the Hubble API.
 	Flows int
+	// Aggregation says which packets that pass have a record, with its interval and
+	// the TCP flags that make one: see datapath.Config.
+	Aggregation         datapath.Aggregation
+	AggregationInterval time.Duration
+	AggregationFlags    datapath.TCPFlags
+	// EventsPerSource bounds the records of one source, a second; 0: it does not.
+	EventsPerSource int
 	// HubbleSocket is the unix socket of the Hubble API (0660); a name without a
 	// slash is in the directory of APISocket; "": none.
 	HubbleSocket string
@@ -49,6 +57,11 @@ type Seeing struct {
 	// ExportConfig is the file that names the exports of flows, see
 	// observe/export; "": none. It is read again when it changes.
 	ExportConfig string
+}
+
+func defaultSeeing() Seeing {
+	return Seeing{Flows: 16384, HubbleSocket: "hubble.sock", EventsPerSource: 10000,
+		Aggregation: datapath.AggregateMedium, AggregationInterval: 5 * time.Second, AggregationFlags: datapath.TCPFlagsOfEnds}
 }
 
 // maxFlows bounds --flows: 2 GiB.
@@ -64,6 +77,12 @@ func (c *Config) validateSeeing() (errs []error) {
 	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
 	if c.Flows < 0 || c.Flows > maxFlows {
 		bad("--flows %d: want 0 to %d", c.Flows, maxFlows)
+	}
+	if c.AggregationInterval < datapath.MinAggregationInterval || c.AggregationInterval > datapath.MaxAggregationInterval {
+		bad("--monitor-aggregation-interval %v: want %v to %v", c.AggregationInterval, datapath.MinAggregationInterval, datapath.MaxAggregationInterval)
+	}
+	if c.EventsPerSource < 0 || c.EventsPerSource > datapath.MaxEventsPerSource {
+		bad("--events-per-source %d: want 0 to %d", c.EventsPerSource, datapath.MaxEventsPerSource)
 	}
 	if c.HubbleListen != "" {
 		if _, port, err := net.SplitHostPort(c.HubbleListen); err != nil || port == "" {

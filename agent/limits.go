@@ -22,7 +22,8 @@ func (l *loop) kernelConfig() datapath.Config {
 		Bindings: c.Bindings, Endpoints: c.Endpoints, Leases: c.leases(), Policy: c.PolicyEntries, Ranges: c.RangeEntries, Sources: c.SourceEntries, Services: c.ServiceEntries, L7Services: c.L7ServiceEntries,
 		Conntrack: c.Conntrack, ConntrackPerEndpoint: c.ConntrackPerEndpoint, FragmentsPerEndpoint: c.FragmentsPerEndpoint,
 		HoldPerEndpoint: c.HoldPerEndpoint, HoldPerSource: c.HoldPerSource, HoldTotal: c.HoldTotal, HoldTimeout: c.HoldTimeout,
-		HeldBytes: c.HeldBytes, EventBytes: c.EventBytes, MarkMask: c.MarkMask, EndpointMarkMask: c.EndpointMarkMask}
+		HeldBytes: c.HeldBytes, EventBytes: c.EventBytes, EventsPerSource: c.EventsPerSource,
+		Aggregation: c.Aggregation, AggregationInterval: c.AggregationInterval, AggregationFlags: c.AggregationFlags, MarkMask: c.MarkMask, EndpointMarkMask: c.EndpointMarkMask}
 }
 
 // pressure says how full everything is that has a limit: the kernel's tables,

@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"time"
 
 	"portcullis/bpf/abi"
 	"portcullis/ipcache"
@@ -140,6 +141,9 @@ func TestValidateSizes(t *testing.T) {
 		{"--l7-service-entries 0", func(c *Config) { c.L7ServiceEntries = 0 }},
 		{"--names-per-endpoint 0", func(c *Config) { c.NamesPerEndpoint = 0 }},
 		{"--proxy-connections 0", func(c *Config) { c.ProxyConnections = 0 }},
+		{"--monitor-aggregation-interval 1ms", func(c *Config) { c.AggregationInterval = time.Millisecond }},
+		{"--monitor-aggregation-interval 48h", func(c *Config) { c.AggregationInterval = 48 * time.Hour }},
+		{"--events-per-source -1", func(c *Config) { c.EventsPerSource = -1 }},
 	} {
 		c := valid()
 		tc.set(&c)

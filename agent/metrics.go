@@ -179,6 +179,7 @@ func truth(b bool) float64 {
 func (m measured) packets(emit metrics.Emit) {
 	dp := m.l.dp
 	emit("portcullis_events_lost_total", float64(dp.State().LostEvents()))
+	emit("portcullis_events_limited_total", float64(dp.State().LimitedEvents()))
 	m.l.callers.collect(emit)
 	emit("portcullis_held_packets", float64(dp.Outstanding(0)))
 	counters, err := dp.KernelCounters()

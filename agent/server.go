@@ -297,7 +297,7 @@ func (s *server) Monitor(r *api.MonitorRequest, stream api.Agent_MonitorServer) 
 	}
 	look := time.NewTicker(time.Second)
 	defer look.Stop()
-	kernelLost := s.l.dp.State().LostEvents()
+	known := s.l.kernelLost()
 	for {
 		select {
 		case <-stream.Context().Done():
@@ -312,11 +312,13 @@ func (s *server) Monitor(r *api.MonitorRequest, stream api.Agent_MonitorServer) 
 				return err
 			}
 		case <-look.C:
-			now := s.l.dp.State().LostEvents()
-			if err := sendLost(stream, "kernel", now-kernelLost); err != nil {
-				return err
+			now := s.l.kernelLost()
+			for i, lost := range now {
+				if err := sendLost(stream, string(lost.where), lost.events-known[i].events); err != nil {
+					return err
+				}
 			}
-			kernelLost = now
+			known = now
 		}
 	}
 }
@@ -351,19 +353,32 @@ func (l *loop) resolver() flow.Resolver {
 	}
 }
 
-// noteLost keeps, beside the records, that the kernel's ring was full, until ctx
-// ends (I6). Whoever monitors looks for itself.
+// lostInKernel are events that the kernel made none of, since the maps were made.
+type lostInKernel struct {
+	where  flow.LostWhere
+	events uint64
+}
+
+func (l *loop) kernelLost() [2]lostInKernel {
+	s := l.dp.State()
+	return [2]lostInKernel{{flow.LostKernel, s.LostEvents()}, {flow.LostSource, s.LimitedEvents()}}
+}
+
+// noteLost keeps, beside the records, what the kernel did not tell, until ctx ends
+// (I6). Whoever monitors looks for itself.
 func (l *loop) noteLost(ctx context.Context) error {
 	look := time.NewTicker(time.Second)
 	defer look.Stop()
-	before := l.dp.State().LostEvents()
+	before := l.kernelLost()
 	for {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-look.C:
-			now := l.dp.State().LostEvents()
-			l.keepLost(now-before, flow.LostKernel)
+			now := l.kernelLost()
+			for i, lost := range now {
+				l.keepLost(lost.events-before[i].events, lost.where)
+			}
 			before = now
 		}
 	}
@@ -378,7 +393,9 @@ func (l *loop) keepLost(n uint64, where flow.LostWhere) {
 // publish makes a flow record of an event, to be kept and for whoever monitors.
 func (l *loop) publish(ev abi.Event) {
 	l.coverage.count(&ev)
-	l.instruments.Flow(abi.Direction(ev.Direction), abi.Verdict(ev.Verdict), abi.Evidence(ev.Evidence), ev.Flags&uint8(abi.EventNoEvidence) == 0)
+	if ev.Flags&uint8(abi.EventLater) == 0 { // not what is told of a flow that goes on
+		l.instruments.Flow(abi.Direction(ev.Direction), abi.Verdict(ev.Verdict), abi.Evidence(ev.Evidence), ev.Flags&uint8(abi.EventNoEvidence) == 0)
+	}
 	if l.monitors.empty() {
 		return // a node under load has thousands of events a second
 	}

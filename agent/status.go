@@ -28,7 +28,7 @@ func (l *loop) status() (*api.StatusResponse, error) {
 	now := l.now()
 	s := &api.StatusResponse{Node: string(l.cfg.Node), Version: Version(), Started: timestamppb.New(l.started), BootId: l.boot.String(),
 		EvidenceMode: string(l.cfg.Evidence), Ttl: durationpb.New(l.cfg.TTL), Heartbeat: durationpb.New(l.cfg.Heartbeat),
-		ReuseMargin: durationpb.New(l.cfg.ReuseMargin), LostEvents: l.dp.State().LostEvents(), Policies: uint32(len(l.repo.List())),
+		ReuseMargin: durationpb.New(l.cfg.ReuseMargin), LostEvents: l.dp.State().LostEvents(), LimitedEvents: l.dp.State().LimitedEvents(), Policies: uint32(len(l.repo.List())),
 		Endpoints: uint32(len(l.endpoints)), DevicesUnregistered: l.devicesUnregistered()}
 	if l.grants != nil {
 		s.Grants = uint32(l.grants.GrantCount())

@@ -342,7 +342,7 @@ struct pc_ct_key {
 
 enum pc_judgement_flag {
 	PC_JUDGED_BY_RANGE = 1, /* the peer was known by its range: slot is state.range_epoch's low half */
-	PC_JUDGED_REPLY_SEEN = 2, /* this judge has let a reply pass */
+	PC_JUDGED_REPLY_SEEN = 2, /* not set any more; entries of an earlier version may have it */
 	PC_JUDGED_AUDIT = 4, /* it would not pass: `evidence` is the enum pc_reason */
 	PC_JUDGED_BY_MARK = 8, /* the peer is not who its address says, but the endpoint whose `mark` the packets carry */
 	PC_JUDGED_BY_SERVICE = 16, /* nor here: it is whom the node's translation leads to, at port `mark` */
@@ -379,9 +379,16 @@ enum pc_ct_flag {
 	PC_CT_SEEN_REPLY = 16,
 };
 
+/* What was told of a flow at one hook, in one direction: see `events`. Written
+ * without a lock: what a race costs is a record too many or too few. */
+struct pc_told {
+	__u8 flags; /* of TCP, among those that are watched: seen so far */
+	__u8 when;  /* of the last record, in the low bits of units of time (tell_shift); 0: there is none */
+};
+
 struct pc_ct {
 	struct pc_judgement judgement[2]; /* by enum pc_direction, of the judge */
-	__u64 created;
+	struct pc_told told[4]; /* by direction of the judge * 2, + 1: of packets the other way */
 	__u64 last_seen; /* within a clock tick */
 	__u32 flags;
 	__u32 budget;	 /* index into `ct_budget` of the endpoint that made the entry; 0: nobody's */
@@ -505,11 +512,17 @@ enum pc_event_flag {
 	PC_EVENT_REINJECTED = 1, /* had been held */
 	PC_EVENT_NO_EVIDENCE = 2, /* the verdict is the same whoever the peer is */
 	PC_EVENT_FRAGMENT = 4,	  /* not the first part of its datagram: it has no type of ICMP */
+	PC_EVENT_LATER = 8, /* it passes, and its flow had been told of before, here and in this direction */
 };
 
-/* Ring buffer `events`: the first packet of each flow and direction that
- * passes, every hold, and every drop. Of a flow that passes under audit the
- * first packet, where policy denies it; else every one. */
+/*
+ * Ring buffer `events`: every hold and every drop; and of what passes as much as
+ * is asked for (config.h, tell_*): the first packet of each flow and direction at
+ * each hook; one with a watched TCP flag that was not seen there before; one in
+ * each interval; or every one. Of a flow that passes under audit the same, where
+ * policy denies it; else every one. No more than one source's share of all of
+ * these (`event_sources`).
+ */
 struct pc_event {
 	__u64 time;
 	__u64 stamp;	  /* of the peer's binding */
@@ -542,6 +555,18 @@ struct pc_event {
 	 * as of what the endpoint is sent, of a re-injected packet, of the proxy's and behind the
 	 * node's translation. An accepted connection has one that nobody tells of. */
 	__u64 cookie;
+};
+
+/*
+ * Map `event_sources`: array, the kernel's own, PC_EVENT_SOURCES long: until when
+ * (BOOTTIME) the share of a source is used up, if every record takes the time that
+ * config.h says. A source is what an endpoint sends; and of what endpoints are sent
+ * the remote address, by a keyed sum: two may share a place, and then its share.
+ */
+enum pc_event_sources_size { PC_EVENT_SOURCES = 65536 };
+
+struct pc_event_source {
+	__u64 until;
 };
 
 /* Ring buffer `held`: this header, then the packet from its link-layer
@@ -610,12 +635,13 @@ struct pc_state {
 	__u64 last_generation;
 	__u64 lost_events;   /* the ring was full; added to by the kernel */
 	__u64 abi_version;
-	__u64 translation;   /* 1: after_translation is attached wherever a translated packet comes by */
+	__u64 limited_events; /* its source had had its share; added to by the kernel */
 	/* What every packet reads lies apart from what is written often. */
 	__u64 range_epoch;   /* see pc_range */
 	__u64 endpoint_epoch; /* user space adds 1 after every change of `endpoints`: what
 			       * was remembered with an endpoint's words then counts no more */
-	__u64 pad2[6];
+	__u64 translation;   /* 1: after_translation is attached wherever a translated packet comes by */
+	__u64 pad2[5];
 };
 
 /* Map `counters`: per-CPU array; index = (direction * PC_REASON_MAX + reason) * PC_VERDICT_MAX + verdict. */
@@ -718,10 +744,11 @@ _Static_assert(sizeof(struct pc_policy_key) == 16, "pc_policy_key");
 _Static_assert(sizeof(struct pc_policy) == 8, "pc_policy");
 _Static_assert(sizeof(struct pc_ct_key) == 40, "pc_ct_key");
 _Static_assert(sizeof(struct pc_judgement) == 40, "pc_judgement");
-_Static_assert(sizeof(struct pc_ct) == 104, "pc_ct");
+_Static_assert(sizeof(struct pc_ct) == 104, "pc_ct"); /* with key and header 192: three cache lines */
 _Static_assert(sizeof(struct pc_steering) == 20, "pc_steering");
 _Static_assert(sizeof(struct pc_l7_service_key) == 24, "pc_l7_service_key");
 _Static_assert(sizeof(struct pc_event) == 128, "pc_event");
+_Static_assert(sizeof(struct pc_event_source) == 8, "pc_event_source");
 _Static_assert(sizeof(struct pc_held) == 104, "pc_held");
 _Static_assert(sizeof(struct pc_state) == 128, "pc_state");
 _Static_assert(sizeof(struct pc_process_event) == 1040, "pc_process_event");

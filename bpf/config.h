@@ -67,6 +67,23 @@ const volatile __u32 ct_per_endpoint = 0;
  * 0: it is woken whenever it had read all (by a loader that does not look). */
 const volatile __u32 events_wakeup = 0;
 
+/* Of what passes, which packets have a record. Bits 1 << enum pc_direction: every
+ * one at that hook. Else the first of each flow and direction, and: */
+const volatile __u32 tell_every = 0;
+
+/* ... the first with one of these TCP flags, ... */
+const volatile __u32 tell_flags = 0;
+
+/* ... and one in so many units of 1 << tell_shift ns; 0: none. No more than 64
+ * units: their count is kept in 8 bits. */
+const volatile __u32 tell_interval = 0;
+const volatile __u32 tell_shift = 0;
+
+/* ns; what a record takes of its source's time, and how far ahead of the clock that
+ * may get; see abi.h, `event_sources`. 0: there is no bound. */
+const volatile __u64 event_cost = 0;
+const volatile __u64 event_burst = 0;
+
 /* ns; how long the other fragments of a datagram may come after its first. No
  * shorter than the longest hold. */
 const volatile __u64 fragment_lifetime = 2000000000;

@@ -144,6 +144,18 @@ inline_always int audit_passes(const struct pc_life *l)
 	return 1;
 }
 
+/* The record of a packet that passes, if it has one. */
+inline_always void tell_passing(struct __sk_buff *skb, struct pc_life *l, int dir, int verdict)
+{
+	if (!l->report && tells_every(dir) && is_flows(&l->p))
+		l->report = REPORT_LATER;
+	if (!l->report && !l->reinjected)
+		return;
+	if ((l->how & CT_KNOWN) && unlikely(l->j.flags & PC_JUDGED_BY_SERVICE))
+		tell_service(l);
+	emit(skb, l, verdict, sent_by(skb, l));
+}
+
 /* What looks inside is behind another device; 0: there is none, and so it ends here. */
 inline_always int gate_steers(struct __sk_buff *skb, struct pc_life *l, int dir)
 {
@@ -152,8 +164,7 @@ inline_always int gate_steers(struct __sk_buff *skb, struct pc_life *l, int dir)
 		return 0;
 	}
 	count(skb, PC_REASON_NONE, dir, PC_VERDICT_STEER);
-	if (l->report || l->reinjected)
-		emit(skb, l, PC_VERDICT_STEER, sent_by(skb, l));
+	tell_passing(skb, l, dir, PC_VERDICT_STEER);
 	return 1;
 }
 
@@ -173,7 +184,7 @@ inline_always int gate(struct __sk_buff *skb, int dir)
 	int audit, held_back;
 
 	l.now = clock_now();
-	if (!has_mark(skb, reinject_mark) && recent_passes(skb, dir, l.now)) {
+	if (!tells_every(dir) && !has_mark(skb, reinject_mark) && recent_passes(skb, dir, l.now)) {
 		count(skb, PC_REASON_NONE, dir, PC_VERDICT_PASS);
 		return TCX_NEXT;
 	}
@@ -196,8 +207,7 @@ inline_always int gate(struct __sk_buff *skb, int dir)
 		if (l.unremembered) /* passes, and shows in the counters all the same (I6) */
 			l.reason = PC_REASON_MAP_FULL;
 		count(skb, l.reason, dir, PC_VERDICT_PASS);
-		if (l.report || l.reinjected)
-			emit(skb, &l, PC_VERDICT_PASS, sent_by(skb, &l));
+		tell_passing(skb, &l, dir, PC_VERDICT_PASS);
 		leave(skb, &l, dir);
 		if ((l.how & CT_SETTLED) && !l.report)
 			recent_store(skb, &l);
@@ -223,7 +233,7 @@ inline_always int gate(struct __sk_buff *skb, int dir)
 		if (l.p.frag == FRAG_FIRST)
 			fragment_store(skb, &l, PC_VERDICT_PASS);
 		count(skb, l.reason, dir, PC_VERDICT_AUDIT);
-		if (!l.audited || l.reinjected)
+		if (!l.audited || l.report || l.reinjected)
 			emit(skb, &l, PC_VERDICT_AUDIT, sent_by(skb, &l));
 		leave(skb, &l, dir);
 		return TCX_NEXT;

@@ -43,6 +43,18 @@ type Config struct {
 
 	ConntrackPerEndpoint int // flows that one endpoint may open; default a quarter of Conntrack
 
+	// Aggregation says which packets that pass have an event; default medium. A
+	// flow that goes on has one in each AggregationInterval (default 5 s, kept to a
+	// sixteenth), and when one of AggregationFlags comes that it has not had.
+	Aggregation         Aggregation
+	AggregationInterval time.Duration
+	AggregationFlags    TCPFlags
+
+	// EventsPerSource is how many events a second one source may cause: a workload
+	// by what it sends, a remote address by what it sends to all of them. 0: any
+	// number. What is more is counted in State.LimitedEvents.
+	EventsPerSource int
+
 	// MarkMask are the bits of skb->mark in which our marks stand, at least
 	// 16 of them. The default is all but EndpointMarkMask: a packet is ours
 	// only if all of them are equal, so no other software's are in the way.
@@ -108,6 +120,9 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.HoldTimeout < 0 {
 		return c, fmt.Errorf("hold timeout: %v is negative", c.HoldTimeout)
+	}
+	if err := c.checkTelling(); err != nil {
+		return c, err
 	}
 	if c.ConntrackPerEndpoint == 0 {
 		c.ConntrackPerEndpoint = max(1, c.Conntrack/4)

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"os"
 	"path/filepath"
@@ -225,6 +226,7 @@ func (d *Datapath) spec() (*ebpf.CollectionSpec, error) {
 		"default_evidence": uint32(abi.EvidenceLease), "classic": uint32(0),
 		"events_wakeup": uint32(min(eventsWakeup, d.cfg.EventBytes/4)), "proofs": uint32(0),
 	}
+	maps.Copy(constants, d.cfg.tellingConstants())
 	if d.cfg.Proofs {
 		constants["proofs"] = uint32(1)
 	}

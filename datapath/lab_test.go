@@ -156,7 +156,7 @@ func (l *lab) in(ns netns.NsHandle, f func()) {
 
 func (l *lab) config() datapath.Config {
 	return datapath.Config{PinDir: l.pins, Bindings: 64, Conntrack: 1024, Endpoints: 8, Leases: 16, Policy: 64, Ranges: 16,
-		HeldBytes: 1 << 20, EventBytes: 1 << 18}
+		HeldBytes: 1 << 20, EventBytes: 1 << 18, AggregationFlags: datapath.TCPFlagsOfEnds}
 }
 
 func (l *lab) open() *datapath.Datapath {

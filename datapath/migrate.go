@@ -69,7 +69,7 @@ var carried = map[string]struct {
 }
 
 // afresh are the maps that begin empty.
-var afresh = []string{"counters", "clock", "events", "held", "hold_quota", "hold_sources", "fragments", "ct_budget", "marks", "recent", "seen", "steering", "l7_sockets"}
+var afresh = []string{"counters", "clock", "events", "event_sources", "held", "hold_quota", "hold_sources", "fragments", "ct_budget", "marks", "recent", "seen", "steering", "l7_sockets"}
 
 // step is one step of Open: what is done between two of them can be cut off,
 // and the next Open recovers.

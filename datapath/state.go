@@ -49,4 +49,8 @@ func (s *State) SetLastGeneration(g uint64) {
 // counters are not affected.
 func (s *State) LostEvents() uint64 { return atomic.LoadUint64(&s.p.LostEvents) }
 
+// LimitedEvents returns how many events were not told because their source had had
+// its share, Config.EventsPerSource. Verdicts and counters are not affected.
+func (s *State) LimitedEvents() uint64 { return atomic.LoadUint64(&s.p.LimitedEvents) }
+
 func (s *State) tick(now int64) { atomic.StoreUint64(&s.p.ReaderTick, uint64(now)) }

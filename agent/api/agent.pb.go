@@ -95,6 +95,7 @@ type StatusResponse struct {
 	Sessions             uint32                 `protobuf:"varint,25,opt,name=sessions,proto3" json:"sessions,omitempty"` // in both roles
 	SessionsUp           uint32                 `protobuf:"varint,26,opt,name=sessions_up,json=sessionsUp,proto3" json:"sessions_up,omitempty"`
 	DevicesUnregistered  uint32                 `protobuf:"varint,27,opt,name=devices_unregistered,json=devicesUnregistered,proto3" json:"devices_unregistered,omitempty"` // under programs, shut: nobody has registered a workload behind them
+	LimitedEvents        uint64                 `protobuf:"varint,28,opt,name=limited_events,json=limitedEvents,proto3" json:"limited_events,omitempty"`                   // flow events that were not told: their source had had its share
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
@@ -314,6 +315,13 @@ func (x *StatusResponse) GetSessionsUp() uint32 {
 func (x *StatusResponse) GetDevicesUnregistered() uint32 {
 	if x != nil {
 		return x.DevicesUnregistered
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetLimitedEvents() uint64 {
+	if x != nil {
+		return x.LimitedEvents
 	}
 	return 0
 }
@@ -3756,7 +3764,7 @@ func (*MonitorResponse_Lost) isMonitorResponse_Event() {}
 type LostEvents struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Count         uint64                 `protobuf:"varint,1,opt,name=count,proto3" json:"count,omitempty"`
-	Where         string                 `protobuf:"bytes,2,opt,name=where,proto3" json:"where,omitempty"` // "kernel": the event ring was full; "proxy": its queue was; "stream": the caller was too slow
+	Where         string                 `protobuf:"bytes,2,opt,name=where,proto3" json:"where,omitempty"` // "kernel": the event ring was full; "source": their source had had its share; "proxy": its queue was; "stream": the caller was too slow
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4569,7 +4577,7 @@ var File_agent_proto protoreflect.FileDescriptor
 const file_agent_proto_rawDesc = "" +
 	"\n" +
 	"\vagent.proto\x12\x13portcullis.agent.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x0f\n" +
-	"\rStatusRequest\"\xef\b\n" +
+	"\rStatusRequest\"\x96\t\n" +
 	"\x0eStatusResponse\x12\x18\n" +
 	"\ahealthy\x18\x01 \x01(\bR\ahealthy\x12\x1a\n" +
 	"\bproblems\x18\x02 \x03(\tR\bproblems\x12\x12\n" +
@@ -4600,7 +4608,8 @@ const file_agent_proto_rawDesc = "" +
 	"\bsessions\x18\x19 \x01(\rR\bsessions\x12\x1f\n" +
 	"\vsessions_up\x18\x1a \x01(\rR\n" +
 	"sessionsUp\x121\n" +
-	"\x14devices_unregistered\x18\x1b \x01(\rR\x13devicesUnregistered\"J\n" +
+	"\x14devices_unregistered\x18\x1b \x01(\rR\x13devicesUnregistered\x12%\n" +
+	"\x0elimited_events\x18\x1c \x01(\x04R\rlimitedEvents\"J\n" +
 	"\x06Source\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x16\n" +

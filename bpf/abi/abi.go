@@ -97,6 +97,15 @@ const (
 	EventReinjected EventFlag = 1
 	EventNoEvidence EventFlag = 2
 	EventFragment   EventFlag = 4
+	EventLater      EventFlag = 8
+)
+
+// EventSourcesSize is enum pc_event_sources_size.
+type EventSourcesSize uint32
+
+// The values of enum pc_event_sources_size.
+const (
+	EventSources EventSourcesSize = 65536
 )
 
 // Evidence is enum pc_evidence.
@@ -529,7 +538,7 @@ type Counter struct {
 // CT is struct pc_ct, 104 bytes.
 type CT struct {
 	Judgement [2]Judgement
-	Created   uint64
+	Told      [4]Told
 	LastSeen  uint64
 	Flags     uint32
 	Budget    uint32
@@ -598,6 +607,11 @@ type Event struct {
 	ServicePort uint16
 	Service     Addr
 	Cookie      uint64
+}
+
+// EventSource is struct pc_event_source, 8 bytes.
+type EventSource struct {
+	Until uint64
 }
 
 // Held is struct pc_held, 104 bytes.
@@ -788,10 +802,11 @@ type State struct {
 	LastGeneration uint64
 	LostEvents     uint64
 	ABIVersion     uint64
-	Translation    uint64
+	LimitedEvents  uint64
 	RangeEpoch     uint64
 	EndpointEpoch  uint64
-	_              [6]uint64
+	Translation    uint64
+	_              [5]uint64
 }
 
 // Steering is struct pc_steering, 20 bytes.
@@ -801,6 +816,12 @@ type Steering struct {
 	Mark  uint32
 	Mac   [6]uint8
 	_     [2]uint8
+}
+
+// Told is struct pc_told, 2 bytes.
+type Told struct {
+	Flags uint8
+	When  uint8
 }
 
 // Uplink is struct pc_uplink, 4 bytes.

@@ -167,6 +167,9 @@ inline_always __u32 ct_ends(const struct pc_packet *p, int forward)
 	return 0;
 }
 
+/* Flags of an entry whose flow has ended, or half. */
+enum { CT_ENDED = PC_CT_FIN_FORWARD | PC_CT_FIN_REPLY | PC_CT_RST };
+
 /* last_seen and the TCP state, which user space collects garbage by. Stores
  * only what changes: both directions share the cache line. */
 inline_always void ct_touch(struct pc_ct *ct, const struct pc_packet *p, int forward, __u32 ctflags, __u64 now)
@@ -176,11 +179,9 @@ inline_always void ct_touch(struct pc_ct *ct, const struct pc_packet *p, int for
 	if (READ_ONCE(ct->last_seen) != now)
 		WRITE_ONCE(ct->last_seen, now);
 	if (p->proto == PROTO_TCP || p->proto == PROTO_SCTP) {
-		__u32 ended = PC_CT_FIN_FORWARD | PC_CT_FIN_REPLY | PC_CT_RST;
-
 		/* The same ports again, after the end. */
-		if (packet_opens(p) && (ctflags & ended))
-			__sync_fetch_and_and(&ct->flags, ~ended);
+		if (packet_opens(p) && (ctflags & CT_ENDED))
+			__sync_fetch_and_and(&ct->flags, ~CT_ENDED);
 	}
 	if (bits & ~ctflags)
 		__sync_fetch_and_or(&ct->flags, bits);

@@ -28,6 +28,55 @@ inline_always __u64 events_wake(void)
 	return BPF_RB_NO_WAKEUP;
 }
 
+/* Nobody can choose an address whose sum is another's. */
+inline_always __u32 keyed_sum(const struct pc_addr *a, __u64 more)
+{
+	__u64 h = a->d[0] ^ hold_key;
+
+	h = (h ^ h >> 32) * 0xd6e8feb86659fd93ULL + a->d[1] + more;
+	h = (h ^ h >> 32 ^ hold_key) * 0xc2b2ae3d27d4eb4fULL;
+	return h >> 32;
+}
+
+/* One more record of the packet's source; 0: it has had its share, and that is
+ * counted (I6). Who scans, or is flooded with answers, must not push everybody else's
+ * records out of the ring. What a workload sends counts by its device, whatever
+ * source it writes there. (Two CPUs that begin at once may both get what is one's:
+ * no more than a record.) */
+inline_always int event_share(struct __sk_buff *skb, const struct pc_life *l)
+{
+	struct pc_event_source *source;
+	struct pc_addr from = {};
+	struct pc_state *st;
+	__u64 until, sender = 0;
+	__u32 index;
+
+	if (!event_cost)
+		return 1;
+	if (l->dir == PC_DIR_EGRESS)
+		sender = (__u64)skb->ifindex << 1 | 1;
+	else
+		from = l->p.src;
+	index = keyed_sum(&from, sender) % PC_EVENT_SOURCES;
+	source = bpf_map_lookup_elem(&event_sources, &index);
+	if (!source) /* cannot be */
+		return 1;
+	until = READ_ONCE(source->until);
+	if (until <= l->now) {
+		WRITE_ONCE(source->until, l->now + event_cost);
+		return 1;
+	}
+	if (until - l->now > event_burst) {
+		index = 0;
+		st = bpf_map_lookup_elem(&state, &index);
+		if (st)
+			__sync_fetch_and_add(&st->limited_events, 1);
+		return 0;
+	}
+	__sync_fetch_and_add(&source->until, event_cost);
+	return 1;
+}
+
 /* Which socket sent it, where that can be told. In a program of tcx only. */
 inline_always __u64 sent_by(struct __sk_buff *skb, const struct pc_life *l)
 {
@@ -43,6 +92,8 @@ separate int emit(struct __sk_buff *skb, struct pc_life *l, __u32 verdict, __u64
 	int called_b;
 
 	if (!skb || !l)
+		return 0;
+	if (!event_share(skb, l))
 		return 0;
 	/* For the record only: a verdict that needed no evidence did not look. */
 	if (l->id && (l->p.kind == KIND_FLOW || l->p.kind == KIND_FRAGMENT) && l->peer.kind == PEER_NOT_ASKED)
@@ -87,7 +138,8 @@ separate int emit(struct __sk_buff *skb, struct pc_life *l, __u32 verdict, __u64
 	e->tcp_flags = l->p.tcp_flags;
 	e->flags = (l->reinjected ? PC_EVENT_REINJECTED : 0) |
 		   (l->no_evidence ? PC_EVENT_NO_EVIDENCE : 0) |
-		   (l->p.kind == KIND_FRAGMENT ? PC_EVENT_FRAGMENT : 0);
+		   (l->p.kind == KIND_FRAGMENT ? PC_EVENT_FRAGMENT : 0) |
+		   (l->report == REPORT_LATER && verdict != PC_VERDICT_DROP && verdict != PC_VERDICT_HOLD ? PC_EVENT_LATER : 0);
 	e->service.d[0] = e->service.d[1] = 0;
 	e->service_port = 0;
 	if (l->p.translated) { /* the flow is named by what was called: of a reply, the source */

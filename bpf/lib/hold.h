@@ -65,14 +65,9 @@ inline_always int may_hold(const struct pc_life *l)
  * alone, and other workloads' calls to that address. */
 inline_always __u32 hold_source(const struct pc_life *l)
 {
-	const struct pc_addr *a = life_peer(l, l->dir);
-	__u64 h = a->d[0] ^ hold_key;
+	__u64 sender = l->dir == PC_DIR_EGRESS ? (__u64)l->id << 1 | 1 : 0;
 
-	h = (h ^ h >> 32) * 0xd6e8feb86659fd93ULL + a->d[1];
-	if (l->dir == PC_DIR_EGRESS)
-		h += (__u64)l->id << 1 | 1;
-	h = (h ^ h >> 32 ^ hold_key) * 0xc2b2ae3d27d4eb4fULL;
-	return 1 + (__u32)(h >> 32) % (PC_HOLD_SOURCES - 1);
+	return 1 + keyed_sum(life_peer(l, l->dir), sender) % (PC_HOLD_SOURCES - 1);
 }
 
 /* A hold's places in the quotas. */

@@ -7,6 +7,7 @@
 #include "conntrack.h"
 #include "policy.h"
 #include "steer.h"
+#include "tell.h"
 
 /* A known flow's packet towards the workload must come in where its peer's
  * packets did. The device may change (two uplinks), so a difference means:
@@ -49,14 +50,9 @@ inline_always void judgement_fill(struct __sk_buff *skb, struct pc_life *l, int 
 
 	if (begins) {
 		l->flow = PC_FLOW_NEW;
-		l->report = 1;
-		j->flags = 0;
+		l->report = REPORT_FIRST;
 	}
-	j->flags &= PC_JUDGED_REPLY_SEEN;
-	if (!forward && !j->flags) {
-		l->report = 1;
-		j->flags = PC_JUDGED_REPLY_SEEN;
-	}
+	j->flags = 0;
 	j->endpoint = l->id;
 	j->epoch = l->policy;
 	j->evidence = l->need;
@@ -138,7 +134,7 @@ separate int judge_anew(struct __sk_buff *skb, struct pc_life *l)
 	/* An echo reply that answers nothing opens nothing. */
 	if (!known && is_echo_reply(&l->p)) {
 		l->flow = PC_FLOW_NONE;
-		l->report = 0;
+		l->report = REPORT_NOT;
 		return reason;
 	}
 	l->how |= CT_REMEMBER | (restart ? CT_RESTART : 0);
@@ -172,7 +168,8 @@ inline_always int remember_new(struct pc_life *l, const struct pc_ct_key *key, _
 
 	l->j.seal = judgement_seal(l->f.sum, &l->j, jdir, opened_by_b);
 	*judgement_at(&fresh, jdir) = l->j;
-	fresh.created = fresh.last_seen = l->now;
+	fresh.last_seen = l->now;
+	told_begin(&fresh, &l->p, jdir, l->now);
 	fresh.flags = opened_by_b | ct_ends(&l->p, 1);
 	if (ct_per_endpoint) {
 		/* One endpoint's flood must not take the map from the others. An
@@ -216,8 +213,8 @@ separate int remember(struct pc_life *l)
 	opened_by_b = l->how & CT_OPENED_BY_B ? PC_CT_FORWARD_B : 0;
 	l->j.seal = judgement_seal(l->f.sum, &l->j, jdir, opened_by_b);
 	judgement_write(judgement_at(ct, jdir), &l->j);
-	if (l->how & CT_RESTART)
-		WRITE_ONCE(ct->created, l->now);
+	if (l->flow == PC_FLOW_NEW)
+		told_begin(ct, &l->p, jdir, l->now);
 	return PC_REASON_NONE;
 }
 
@@ -228,7 +225,7 @@ inline_always int judge_slow(struct __sk_buff *skb, struct pc_life *l)
 	int audit = judge_anew(skb, l), reason;
 
 	if (audited)
-		l->report = 1;
+		l->report = REPORT_FIRST;
 
 	if (!(l->how & CT_REMEMBER))
 		return audit;
@@ -242,7 +239,7 @@ inline_always int judge_slow(struct __sk_buff *skb, struct pc_life *l)
 	 * direction) needs no entry. */
 	if (reason && !(l->ep_flags & (PC_EP_ENFORCE_EGRESS | PC_EP_ENFORCE_INGRESS))) {
 		l->unremembered = 1;
-		l->report = 0; /* the counter tells; an event per packet would not */
+		l->report = REPORT_NOT; /* the counter tells; an event per packet would not */
 		return PC_REASON_NONE;
 	}
 	return reason;
@@ -293,16 +290,13 @@ inline_always int judge_flow(struct __sk_buff *skb, struct pc_life *l, int dir)
 		/* The second packet in a tick: others may follow. */
 		if (READ_ONCE(ct->last_seen) == l->now)
 			l->how |= CT_SETTLED;
+		if (unlikely(tell_due(l, ct, told_at(ct, forward ? dir : other, forward), flags)))
+			tell(l);
 		ct_touch(ct, &l->p, forward, flags, l->now);
 		if (unlikely(j->flags & PC_JUDGED_AUDIT)) {
 			/* The endpoint's flag decides whether it passes. */
 			l->audited = 1;
 			return j->evidence;
-		}
-		if (!forward && !(j->flags & PC_JUDGED_REPLY_SEEN)) {
-			WRITE_ONCE(judgement_at(ct, other)->flags, j->flags | PC_JUDGED_REPLY_SEEN);
-			l->no_evidence = !j->stamp && !(j->flags & PC_JUDGED_BY_RANGE);
-			l->report = 1;
 		}
 		return PC_REASON_NONE;
 	}
@@ -313,6 +307,8 @@ inline_always int judge_flow(struct __sk_buff *skb, struct pc_life *l, int dir)
 		 * still. What it has from there has come by here, and was asked. */
 		return l->p.proxied && judgement_fresh(j, life_peer(l, dir), l->now) ? PC_REASON_NONE : PC_REASON_SERVICE_UNTRANSLATED;
 	reason = judge_slow(skb, l);
+	if ((l->how & CT_KNOWN) && (!reason || (l->how & CT_REMEMBER)) && l->flow != PC_FLOW_NEW)
+		tell(l);
 	if (!reason && (l->how & CT_KEEP))
 		ct_touch(ct, &l->p, forward, flags, l->now);
 	return reason;

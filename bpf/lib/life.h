@@ -56,6 +56,10 @@ enum pc_how {
 	CT_SETTLED = 128,   /* its flow has passed in this tick before */
 };
 
+/* Has a packet that passes a record? And is it the first of its flow, in this
+ * direction? */
+enum pc_report { REPORT_NOT = 0, REPORT_FIRST, REPORT_LATER };
+
 /* All that is known about one packet between its arrival and its verdict. No
  * pointers: `separate` functions get it as plain memory. */
 struct pc_life {
@@ -77,7 +81,7 @@ struct pc_life {
 	__u8 reinjected;
 	__u8 reason;   /* enum pc_reason */
 	__u8 flow;     /* enum pc_flow_state */
-	__u8 report;   /* emit an event although it passes */
+	__u8 report;   /* enum pc_report */
 	__u8 no_evidence; /* the verdict is the same whoever the peer is */
 	__u8 how;      /* enum pc_how */
 	__u8 need;     /* least evidence asked for */

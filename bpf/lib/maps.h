@@ -181,6 +181,13 @@ struct {
 } events SEC(".maps");
 
 struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, PC_EVENT_SOURCES);
+	__type(key, __u32);
+	__type(value, struct pc_event_source);
+} event_sources SEC(".maps");
+
+struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 8 << 20);
 } held SEC(".maps");

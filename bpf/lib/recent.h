@@ -10,7 +10,7 @@
  *
  *  - is it like the first: the same hook, device and origin, source MAC, addresses,
  *    protocol and ports, a whole datagram without options, and not one that opens
- *    or ends a flow?
+ *    or ends a flow, or may have a record?
  *  - has no endpoint changed since (state.endpoint_epoch, before and after)? So
  *    state, policy epoch, flags and addresses are those that were read then.
  *  - the stamp in its slot, the lease before its deadline, the stamp again; the
@@ -41,7 +41,7 @@ enum {
 
 /* The transport header at h, with `room` bytes from there in the packet; so
  * many lie there in one piece. As parse_l4 would have it, and without anything
- * that opens or ends a flow. */
+ * that opens or ends a flow, or may have a record for its TCP flags. */
 inline_always int recent_l4(const void *at, __u8 proto, __u32 room)
 {
 	const struct wire_tcp *h = at;
@@ -49,7 +49,7 @@ inline_always int recent_l4(const void *at, __u8 proto, __u32 room)
 	if (proto == PROTO_UDP)
 		return room >= 8;
 	return proto == PROTO_TCP && room >= sizeof(*h) && h->offset >> 4 >= 5 &&
-	       !(h->flags & (TCP_FIN | TCP_SYN | TCP_RST));
+	       !(h->flags & (TCP_FIN | TCP_SYN | TCP_RST | tell_flags));
 }
 
 /* 0: the packet is not of the plain kind, or has its headers elsewhere. */

@@ -164,9 +164,10 @@ func TestClockCell(t *testing.T) {
 	if e := r.events[0]; e.Time < before || e.Time > after {
 		t.Errorf("time %d, not in [%d, %d]", e.Time, before, after)
 	}
+	_, first := g.oneFlow()
 	for deadline := after + uint64(10*time.Second); ; {
 		r = g.from(g.pod, udp(f.pod, 1, f.peer, 2))
-		if _, v := g.oneFlow(); v.LastSeen > v.Created {
+		if _, v := g.oneFlow(); v.LastSeen > first.LastSeen {
 			break
 		}
 		if boottime() > deadline {

@@ -24,7 +24,8 @@ func TestStack(t *testing.T) {
 	}
 	// Nothing that a constant switches off is left out.
 	for _, o := range []option{constant("endpoint_mark_mask", uint32(0xff00)), constant("endpoint_mark_shift", uint32(8)),
-		constant("hold_per_source", uint32(1)), constant("ct_per_endpoint", uint32(1)), constant("mark_mask", ^uint32(0))} {
+		constant("hold_per_source", uint32(1)), constant("ct_per_endpoint", uint32(1)), constant("mark_mask", ^uint32(0)),
+		constant("tell_every", uint32(3)), constant("tell_flags", uint32(0xff)), constant("tell_interval", uint32(16)), constant("tell_shift", uint32(28)), constant("event_cost", uint64(1)), constant("event_burst", uint64(1))} {
 		if err := o(spec); err != nil {
 			t.Fatal(err)
 		}

@@ -157,7 +157,7 @@ func (w *wire) Status(context.Context, *api.StatusRequest) (*api.StatusResponse,
 		s.Problems = []string{"the SVID has expired: see the Workload API at unix:///run/spire/agent.sock"}
 		s.CertificateExpiry = ago(60)
 		s.StartupWait = seconds(42.4)
-		s.LostEvents = 7
+		s.LostEvents, s.LimitedEvents = 7, 1200
 		s.Maps = append(s.Maps, &api.Map{Name: "leases"}) // no capacity: no division by it
 		s.Alarms = []*api.Alarm{{Name: "map-full", Since: ago(90), Count: 12, Text: "map conntrack is full: new flows are dropped: raise --conntrack"}}
 	}

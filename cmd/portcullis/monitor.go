@@ -163,6 +163,8 @@ func lostWhere(where string) string {
 	switch where {
 	case "kernel":
 		return "the kernel's ring was full"
+	case "source":
+		return "their source had had its share (--events-per-source)"
 	case "proxy":
 		return "the proxy judged more requests than it could tell of"
 	}

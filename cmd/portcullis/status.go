@@ -105,7 +105,11 @@ func statusLines(env *Env, tw *tabwriter.Writer, s *api.StatusResponse) {
 	h := s.GetHeld()
 	row(tw, "Held packets:", fmt.Sprintf("%d of %d; since the start %d held, %d re-injected, %d dropped, %d not taken back",
 		h.GetOutstanding(), h.GetLimit(), h.GetTotal(), h.GetReinjected(), h.GetDropped(), h.GetNotTaken()))
-	row(tw, "Lost events:", s.GetLostEvents())
+	lost := fmt.Sprint(s.GetLostEvents())
+	if n := s.GetLimitedEvents(); n > 0 {
+		lost += fmt.Sprintf("; not told of, for their sources had had their share: %d", n)
+	}
+	row(tw, "Lost events:", lost)
 }
 
 func printStatusTables(env *Env, s *api.StatusResponse) error {

@@ -91,6 +91,7 @@ type LostWhere string
 // Where events are lost.
 const (
 	LostKernel LostWhere = "kernel" // its ring was full
+	LostSource LostWhere = "source" // the kernel told of no more of one source
 	LostProxy  LostWhere = "proxy"  // its queue was full
 	LostRing   LostWhere = "ring"   // this reader was too slow for the agent's ring of records
 )

@@ -87,9 +87,10 @@ func (p *Printer) Print(resp *observerpb.GetFlowsResponse) error {
 }
 
 var lostText = map[flowpb.LostEventSource]string{
-	flowpb.LostEventSource_PERF_EVENT_RING_BUFFER: "the kernel's ring was full",
-	flowpb.LostEventSource_OBSERVER_EVENTS_QUEUE:  "a queue of the agent was full",
-	flowpb.LostEventSource_HUBBLE_RING_BUFFER:     "this reader was too slow; filters help",
+	flowpb.LostEventSource_UNKNOWN_LOST_EVENT_SOURCE: "their source had had its share, --events-per-source",
+	flowpb.LostEventSource_PERF_EVENT_RING_BUFFER:    "the kernel's ring was full",
+	flowpb.LostEventSource_OBSERVER_EVENTS_QUEUE:     "a queue of the agent was full",
+	flowpb.LostEventSource_HUBBLE_RING_BUFFER:        "this reader was too slow; filters help",
 }
 
 // after returns text behind a separator, "" for none.

@@ -166,12 +166,14 @@ func (r *reader) lost(n uint64) error {
 	return r.send(r.o.Place.Lost(&flow.Lost{Count: n, Where: flow.LostRing}, time.Now()))
 }
 
-// Lost tells of what nobody can know. Events of the proxy are lost in its queue.
+// Lost tells of what nobody can know. Events of the proxy are lost in its queue;
+// for those over a source's share Hubble has no word.
 func (p Place) Lost(l *flow.Lost, at time.Time) *observerpb.GetFlowsResponse {
 	source := map[flow.LostWhere]flowpb.LostEventSource{
 		flow.LostKernel: flowpb.LostEventSource_PERF_EVENT_RING_BUFFER,
 		flow.LostProxy:  flowpb.LostEventSource_OBSERVER_EVENTS_QUEUE,
 		flow.LostRing:   flowpb.LostEventSource_HUBBLE_RING_BUFFER,
+		flow.LostSource: flowpb.LostEventSource_UNKNOWN_LOST_EVENT_SOURCE,
 	}[l.Where]
 	return &observerpb.GetFlowsResponse{NodeName: p.Name(), Time: timestamppb.New(at),
 		ResponseTypes: &observerpb.GetFlowsResponse_LostEvents{LostEvents: &flowpb.LostEvent{Source: source, NumEventsLost: l.Count, Last: timestamppb.New(at)}}}

@@ -115,7 +115,10 @@ type fixture struct {
 	empty *ebpf.Program
 }
 
-func newFixture(t testing.TB, connections int) *fixture {
+// change changes the object before it is loaded.
+type change func(*ebpf.CollectionSpec) error
+
+func newFixture(t testing.TB, connections int, changes ...change) *fixture {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		if os.Getenv("CI") == "true" {
@@ -129,6 +132,11 @@ func newFixture(t testing.TB, connections int) *fixture {
 	spec, err := ebpf.LoadCollectionSpecFromReader(bytes.NewReader(bpf.Object))
 	if err != nil {
 		t.Fatal(err)
+	}
+	for _, c := range changes {
+		if err := c(spec); err != nil {
+			t.Fatal(err)
+		}
 	}
 	g := &fixture{t: t}
 	if g.coll, err = ebpf.NewCollection(spec); err != nil {

@@ -8,7 +8,8 @@
 // rounds, since machines differ and are noisy: compare the ratio (x-empty), not
 // the nanoseconds. BenchmarkRandom draws each packet from 100,000 flows, so that
 // their entries are seldom in the caches, and stands beside a program that only
-// parses and looks the flow up (x-reference). The tests of this package see to it
+// parses and looks the flow up (x-reference). BenchmarkTelling sets the levels of
+// --monitor-aggregation beside each other. The tests of this package see to it
 // that what is measured is the established path. It needs root, and touches no
 // network.
 //

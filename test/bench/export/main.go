@@ -59,6 +59,7 @@ func measure(ctx context.Context, export bool, t *table) error {
 		Nodes: []lab.Node{{Name: "one", Ranges: []netip.Prefix{netip.MustParsePrefix("10.1.0.0/16")}}},
 		Workloads: []lab.Workload{{Name: "victim", Node: "one", Labels: map[string]string{"app": "victim"}},
 			{Name: "caller", Node: "one", Labels: map[string]string{"app": "caller"}}}}
+	c.AgentFlags = append(c.AgentFlags, "--events-per-source=0") // there is one
 	if export {
 		c.AgentFlags = append(c.AgentFlags, "--export-config="+settings)
 	}
