@@ -40,11 +40,11 @@ func (l *loop) adoptSlots() error {
 		holders[holderOf(s)] = true
 	}
 	ports, err := l.store.loadPorts(func(of holder) bool { return holders[of] })
-	if err != nil {
+	if err := l.forgot(err); err != nil {
 		return err
 	}
 	known, err := l.store.loadIdentities(func(h identity.Hash) bool { return wanted[h] })
-	if err != nil {
+	if err := l.forgot(err); err != nil {
 		return err
 	}
 	for _, r := range []string{"host", "remote-node"} {
@@ -65,7 +65,7 @@ func (l *loop) adoptSlots() error {
 	for _, r := range there {
 		numbers[identity.Numeric(r.Identity)] = true
 	}
-	if err := l.store.loadRegions(func(n identity.Numeric) bool { return numbers[n] }); err != nil {
+	if err := l.forgot(l.store.loadRegions(func(n identity.Numeric) bool { return numbers[n] })); err != nil {
 		return err
 	}
 	for i, s := range l.dp.Slots() {

@@ -28,6 +28,8 @@ type cluster interface {
 	// Usable reports whether an agent can begin with what is known; else why not.
 	Usable() (bool, string)
 	Health() kube.Health
+	// Unwritten says why what is known could not be written to the disk; "": it was.
+	Unwritten() string
 }
 
 var _ cluster = (*kube.Source)(nil)

@@ -63,6 +63,20 @@ func (l *loop) alarmCluster(p *kube.Picture) {
 	}
 }
 
+// alarmSnapshot tells that a start without the API server would begin with what
+// was.
+func (l *loop) alarmSnapshot() {
+	if l.cluster == nil {
+		return
+	}
+	why := l.cluster.Unwritten()
+	if why == "" {
+		l.alarms.clear("snapshot")
+		return
+	}
+	l.alarms.raise("snapshot", fmt.Sprintf("what the API server says cannot be written: an agent that starts while that is away would go by older policies and ranges: %s: make room in %s", why, l.cfg.StateDir))
+}
+
 // alarmUnmanaged tells that the gate is not shut towards all nodes as it is meant
 // to be one day.
 func (l *loop) alarmUnmanaged(p *kube.Picture) {

@@ -22,14 +22,18 @@ import (
 )
 
 // told is a cluster that says what the test wants.
-type told struct{ picture *kube.Picture }
+type told struct {
+	picture   *kube.Picture
+	unwritten string
+}
 
 func (c *told) Run(ctx context.Context) error                        { <-ctx.Done(); return nil }
 func (c *told) Next() (*kube.Picture, <-chan struct{})               { return c.picture, nil }
 func (c *told) Usable() (bool, string)                               { return true, "" }
+func (c *told) Unwritten() string                                    { return c.unwritten }
 func (c *told) Health() kube.Health                                  { return kube.Health{} }
 func picture(nodes ...kube.Node) *kube.Picture                       { return &kube.Picture{Nodes: nodes, Listed: true} }
-func (n *node) clusterOf(p *kube.Picture)                            { n.cfg.cluster = &told{p} }
+func (n *node) clusterOf(p *kube.Picture)                            { n.cfg.cluster = &told{picture: p} }
 func with(p *kube.Picture, change func(*kube.Picture)) *kube.Picture { q := *p; change(&q); return &q }
 
 func aNode(name, address string, texts ...string) kube.Node {
@@ -435,4 +439,20 @@ func TestClassicBelievesTheWatch(t *testing.T) {
 	defer n.crash(l)
 	l.take(l.known.picture)
 	expect(l, "in mode lease", "")
+}
+
+// A snapshot that cannot be written is an alarm until it is.
+func TestSnapshotAlarm(t *testing.T) {
+	c := &told{picture: picture(), unwritten: "no space left on device"}
+	l := &loop{cluster: c, alarms: newAlarms(), cfg: Config{StateDir: "/state"}}
+	for range 2 {
+		l.alarmSnapshot()
+	}
+	if text := l.alarmText("snapshot"); !strings.Contains(text, "no space left on device: make room in /state") {
+		t.Errorf("alarm %q", text)
+	}
+	c.unwritten = ""
+	if l.alarmSnapshot(); l.alarmText("snapshot") != "" {
+		t.Error("the alarm stands although it was written")
+	}
 }

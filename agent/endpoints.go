@@ -186,7 +186,7 @@ func (l *loop) enforce(e *endpoint) error {
 		return err
 	}
 	// The record first: an agent that dies after the next step must find it.
-	if err := l.store.putWorkload(e); err != nil {
+	if err := l.kept(l.store.putWorkload(e)); err != nil {
 		l.uncompile(e)
 		l.release(numeric)
 		return err
@@ -473,7 +473,7 @@ func (l *loop) renamed(ifindex uint32, name string) {
 	if l.endpoints[e.uid] != e {
 		return // it ended
 	}
-	if err := l.store.putWorkload(e); err != nil {
+	if err := l.kept(l.store.putWorkload(e)); err != nil {
 		// The next agent finds it under another name than it was registered
 		// with, and shuts it.
 		l.log.Warn("note the new name of a device", zap.String("workload", e.fullName()), zap.Error(err))

@@ -56,7 +56,7 @@ func (l *loop) answer(a lease.Answer) {
 	why := unansweredReason(a.Why, a.Refusal)
 	switch a.Why {
 	case lease.UnansweredMapFull:
-		if l.unrecorded() {
+		if l.unrecorded() || l.unkept {
 			why = abi.ReasonRefused // by this agent, see install: no map is full
 			break
 		}

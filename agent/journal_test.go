@@ -2,6 +2,8 @@ package agent
 
 import (
 	"bytes"
+	"errors"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -11,6 +13,7 @@ import (
 
 	"portcullis/bpf/abi"
 	"portcullis/identity"
+	"portcullis/ipcache"
 	"portcullis/ipcache/lease"
 )
 
@@ -83,16 +86,46 @@ func TestFullJournal(t *testing.T) {
 		t.Errorf("alarm journal: %q", text)
 	}
 
-	// A registration is refused, for it could not be remembered.
-	if _, err := n.register(l, app("c0", "10.1.1.3")); err == nil {
-		t.Error("a workload is registered that a restart would forget")
+	// A registration is refused, for it could not be remembered; and so is a workload
+	// of another node.
+	if _, err := n.register(l, app("c0", "10.1.1.3")); !errors.Is(err, errNotKept) {
+		t.Errorf("a workload is registered that a restart would forget: %v", err)
 	}
+	far := identity.Binding{IP: netip.MustParseAddr("10.1.2.1"), Generation: 7, UID: identity.NewUID(), Owner: "n2",
+		Identity: identity.New("td", "ns", "far", map[string]string{"long": strings.Repeat("x", 4096)})}
+	if err := l.write(lease.Install{Stamp: l.table.NextStamp(), Slot: 9, Lease: ipcache.LeaseFirst, Binding: far, OwnerBoot: identity.BootID{7}, Evidence: identity.EvidenceLease}); !errors.Is(err, errNotKept) {
+		t.Errorf("a binding is installed that a restart would not know: %v", err)
+	}
+	if files, err := filepath.Glob(filepath.Join(n.cfg.JournalDir, "*", "*"+newSuffix)); err != nil || len(files) > 0 {
+		t.Errorf("half files are left: %v, %v", files, err)
+	}
+	l.retryKept()
+	if text := l.alarmText("journal"); !strings.Contains(text, "no space left") {
+		t.Errorf("alarm journal: %q", text)
+	}
+
+	// An agent that starts meanwhile knows what was before.
+	n.crash(l)
+	l = n.mustStart()
+	if e := l.endpoints[b.uid]; e == nil || e.state != abi.EPActive || l.grants.GrantCount() == 0 {
+		t.Errorf("a start on a full disk: %+v, %d grants", e, l.grants.GrantCount())
+	}
+	if _, err := n.register(l, app("c0", "10.1.1.3")); !errors.Is(err, errNotKept) {
+		t.Errorf("a workload is registered that a restart would forget: %v", err)
+	}
+	if text := l.alarmText("journal"); !strings.Contains(text, "no space left") {
+		t.Errorf("alarm journal after a start: %q", text)
+	}
+	n.connect(l)
+	v = &verifier{n: n, boot: identity.BootID{10}}
+	v.greet(l)
 
 	if err := os.Remove(full); err != nil {
 		t.Fatal(err)
 	}
 	f.Close()
 	l.compactJournal()
+	l.retryKept()
 	if text := l.alarmText("journal"); text != "" {
 		t.Errorf("with room again: %q", text)
 	}

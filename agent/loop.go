@@ -52,6 +52,7 @@ type loop struct {
 	trust         *svid.Bundles
 	journal       *journal.Journal
 	unwritten     bool // the journal could not be written
+	unkept        bool // what lies beside it could not be
 	store         *store
 	storeKept     int        // bytes that the store had when it was rewritten last
 	processes     *processes // safe for concurrent use
@@ -212,6 +213,7 @@ func (l *loop) retry() {
 	}
 	l.followSteered()
 	l.alarmWatch()
+	l.alarmSnapshot()
 	l.alarmNotices()
 	l.alarmSVID()
 	l.alarmWorkloadSVIDs()
@@ -222,6 +224,7 @@ func (l *loop) retry() {
 	l.tellStanding(time.Now())
 	l.compactJournal()
 	l.forgetStrangers()
+	l.retryKept()
 }
 
 // now is the node's CLOCK_BOOTTIME. A message's time is read after the

@@ -116,7 +116,7 @@ func (l *loop) carryOutVerifier(outs []lease.VerifierOutput) *lease.StoreFailed 
 		switch o := out.(type) {
 		case lease.Write:
 			err := l.write(o)
-			if errors.Is(err, errUnrecorded) { // the log's alarm says why
+			if errors.Is(err, errUnrecorded) || errors.Is(err, errNotKept) { // an alarm says why
 				return &lease.StoreFailed{Write: o}
 			}
 			if err != nil {
@@ -187,11 +187,11 @@ func (l *loop) install(w lease.Install) error {
 	if err != nil {
 		return err
 	}
-	if err := l.store.putIdentity(w.Binding.Identity); err != nil {
+	if err := l.kept(l.store.putIdentity(w.Binding.Identity)); err != nil {
 		l.release(n)
 		return fmt.Errorf("remember the identity of %s: %w", w.Binding.IP, err)
 	}
-	if err := l.store.putPorts(holder{w.Binding.Owner, w.Binding.UID}, w.Binding.Ports); err != nil {
+	if err := l.kept(l.store.putPorts(holder{w.Binding.Owner, w.Binding.UID}, w.Binding.Ports)); err != nil {
 		l.release(n)
 		return fmt.Errorf("remember the ports of %s: %w", w.Binding.IP, err)
 	}

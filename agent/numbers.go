@@ -33,7 +33,7 @@ func (l *loop) acquireIn(id identity.Identity, in identity.Region) (identity.Num
 		return n, nil
 	}
 	delete(l.unheard, n) // where it was on its way out
-	err := l.store.putRegion(n, id, in)
+	err := l.kept(l.store.putRegion(n, id, in))
 	if err == nil {
 		err = l.addPeer(n, authz.PeerIn(id, in))
 	}

@@ -53,7 +53,7 @@ func (l *loop) relabel(uid identity.UID, change func(*workload)) (*endpoint, err
 		// identity than the kernel, and is quarantined by the next agent.
 		l.uncompile(&next)
 		l.release(next.numeric)
-		return nil, errors.Join(fmt.Errorf("%w to close the gate of %s: %w", errKernelRefuse, e.fullName(), err), l.store.putWorkload(e))
+		return nil, errors.Join(fmt.Errorf("%w to close the gate of %s: %w", errKernelRefuse, e.fullName(), err), l.kept(l.store.putWorkload(e)))
 	}
 	// From here on nothing passes as the former one. The books say so at once:
 	// the end of its bindings can change policy, and what that switches must be
@@ -96,7 +96,7 @@ func (l *loop) prepare(next *endpoint) (err error) {
 	if err = l.compile(next); err == nil {
 		// The record first: an agent that dies after the switch must find it,
 		// one that dies before is found out by what the kernel says.
-		if err = l.store.putWorkload(next); err == nil {
+		if err = l.kept(l.store.putWorkload(next)); err == nil {
 			return nil
 		}
 		l.uncompile(next)

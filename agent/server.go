@@ -40,7 +40,7 @@ func asStatus(err error) error {
 		code = codes.AlreadyExists
 	case errors.Is(err, errNotMine), errors.Is(err, errNoDevice), errors.Is(err, errNoProcess), errors.Is(err, errNoIdentities), errors.Is(err, errOfCluster):
 		code = codes.FailedPrecondition
-	case errors.Is(err, errNoHoldIndex), errors.Is(err, errKernelRefuse), errors.Is(err, errNotStored):
+	case errors.Is(err, errNoHoldIndex), errors.Is(err, errKernelRefuse), errors.Is(err, errNotStored), errors.Is(err, errNotKept):
 		code = codes.ResourceExhausted
 	case errors.Is(err, errUnknownUID):
 		code = codes.Aborted

@@ -152,7 +152,7 @@ func (l *loop) compactJournal() {
 		return
 	}
 	l.unwritten = false
-	l.alarms.clear("journal")
+	l.clearJournalAlarm()
 }
 
 // restoreTable makes the table of slots, with those of an earlier agent.

@@ -116,6 +116,19 @@ func openStore(journalDir, stateDir string, boot identity.BootID) (*store, error
 	return s, nil
 }
 
+// errNotRewritten: a file stands as it was, and says all of what is wanted and more.
+var errNotRewritten = errors.New("what nobody needs any more could not be forgotten")
+
+// rewrite leaves what is kept of a file that was appended to. errNotRewritten is
+// no reason not to start, as on a full disk; what was read of the file counts
+// as known then, also what was not kept, for the last line on it counts.
+func rewrite(path string, kept []byte) error {
+	if err := writeFile(path, kept, false); err != nil {
+		return fmt.Errorf("%w: %w", errNotRewritten, err)
+	}
+	return nil
+}
+
 func (s *store) putWorkload(e *endpoint) error {
 	r := workloadRecord{Boot: s.boot, UID: e.uid, Namespace: e.namespace, Name: e.name, Identity: e.identity, IPs: e.ips,
 		Ifname: e.ifname, MAC: e.mac.String(), Ports: e.ports, Process: e.process, Sources: e.sources, Created: e.created, After: e.after, Attachment: e.attachment, ByUID: e.byUID}
@@ -191,15 +204,19 @@ func (s *store) putPorts(of holder, ports []identity.NamedPort) error {
 // loadPorts returns the named ports by workload, and keeps only those that
 // keep wants.
 func (s *store) loadPorts(keep func(holder) bool) (map[holder][]identity.NamedPort, error) {
-	out := map[holder][]identity.NamedPort{}
+	out, all := map[holder][]identity.NamedPort{}, map[holder][]identity.NamedPort{}
 	data, err := os.ReadFile(s.ports)
 	if err := ignoreMissing(err); err != nil {
 		return nil, fmt.Errorf("store: %w", err)
 	}
 	for _, line := range strings.Split(string(data), "\n") {
 		var r portsRecord
-		if json.Unmarshal([]byte(line), &r) == nil && keep(holder{r.Owner, r.UID}) {
-			out[holder{r.Owner, r.UID}] = r.Ports
+		if json.Unmarshal([]byte(line), &r) != nil {
+			continue
+		}
+		of := holder{r.Owner, r.UID}
+		if all[of] = r.Ports; keep(of) {
+			out[of] = r.Ports
 		}
 	}
 	var kept []byte
@@ -210,8 +227,9 @@ func (s *store) loadPorts(keep func(holder) bool) (map[holder][]identity.NamedPo
 		}
 		kept = append(append(kept, line...), '\n')
 	}
-	if err := writeFile(s.ports, kept, false); err != nil {
-		return nil, err
+	if err := rewrite(s.ports, kept); err != nil {
+		s.knownPorts = all
+		return out, err
 	}
 	s.knownPorts = maps.Clone(out)
 	return out, nil
@@ -257,10 +275,13 @@ func (s *store) loadRegions(keep func(identity.Numeric) bool) error {
 	if err := ignoreMissing(err); err != nil {
 		return fmt.Errorf("store: %w", err)
 	}
-	out := map[identity.Numeric]regionRecord{}
+	out, all := map[identity.Numeric]regionRecord{}, map[identity.Numeric]regionRecord{}
 	for _, line := range strings.Split(string(data), "\n") {
 		var r regionRecord
-		if json.Unmarshal([]byte(line), &r) == nil && r.Number != 0 && keep(r.Number) {
+		if json.Unmarshal([]byte(line), &r) != nil || r.Number == 0 {
+			continue
+		}
+		if all[r.Number] = r; keep(r.Number) {
 			out[r.Number] = r
 		}
 	}
@@ -272,7 +293,8 @@ func (s *store) loadRegions(keep func(identity.Numeric) bool) error {
 		}
 		kept = append(append(kept, line...), '\n')
 	}
-	if err := writeFile(s.regions, kept, false); err != nil {
+	if err := rewrite(s.regions, kept); err != nil {
+		s.knownIn = all
 		return err
 	}
 	s.knownIn = out
@@ -324,17 +346,22 @@ func (s *store) loadIdentities(keep func(identity.Hash) bool) (map[identity.Hash
 		return nil, fmt.Errorf("store: %w", err)
 	}
 	var kept strings.Builder
-	known := map[identity.Hash]bool{}
+	known, all := map[identity.Hash]bool{}, map[identity.Hash]bool{}
 	for _, line := range strings.Split(string(data), "\n") {
 		var id identity.Identity
-		if json.Unmarshal([]byte(line), &id) != nil || !keep(id.Hash()) || known[id.Hash()] {
+		if json.Unmarshal([]byte(line), &id) != nil {
 			continue
 		}
-		out[id.Hash()], known[id.Hash()] = id, true
+		h := id.Hash()
+		if all[h] = true; !keep(h) || known[h] {
+			continue
+		}
+		out[h], known[h] = id, true
 		kept.WriteString(line + "\n")
 	}
-	if err := writeFile(s.identities, []byte(kept.String()), false); err != nil {
-		return nil, err
+	if err := rewrite(s.identities, []byte(kept.String())); err != nil {
+		s.known = all
+		return out, err
 	}
 	s.known = known
 	return out, nil
@@ -366,6 +393,7 @@ func writeFile(path string, data []byte, durable bool) (err error) {
 		err = syncDir(filepath.Dir(path))
 	}
 	if err != nil {
+		_ = os.Remove(path + newSuffix) // on a full disk it would take what room there is
 		return fmt.Errorf("store: %w", err)
 	}
 	return nil

@@ -66,6 +66,22 @@ func TestStoreOfRemoteWorkloads(t *testing.T) {
 			t.Error(diff)
 		}
 	}
+	// On a full disk nothing is forgotten, and what is wanted is known.
+	s = open()
+	for _, path := range []string{s.ports, s.identities} {
+		must(os.Mkdir(path+newSuffix, 0o700)) // in the way
+	}
+	gotPorts, err := s.loadPorts(func(holder) bool { return false })
+	if !errors.Is(err, errNotRewritten) || len(gotPorts) != 0 || len(s.knownPorts) != 1 {
+		t.Errorf("%v, %v; known are %v", gotPorts, err, s.knownPorts)
+	}
+	ids, err := s.loadIdentities(func(h identity.Hash) bool { return h == a.Hash() })
+	if !errors.Is(err, errNotRewritten) || len(ids) != 1 || !s.known[a.Hash()] {
+		t.Errorf("%v, %v", ids, err)
+	}
+	for _, path := range []string{s.ports, s.identities} {
+		must(os.Remove(path + newSuffix))
+	}
 	all, err := open().loadPorts(func(holder) bool { return true })
 	must(err)
 	if len(all) != 1 {

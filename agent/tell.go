@@ -60,7 +60,7 @@ const (
 // should, or shuts what it should not.
 var tellAlarms = map[string]bool{"policy-not-applied": true, "policy-failed": true, "policies-lost": true, "map-full": true, "relabel-failed": true,
 	"attach": true, "journal": true, "proxy": true, "svid": true, "services": true, "uplink": true, "ranges": true, "conflict": true,
-	"pods-unenforced": true, "cni-plugin": true}
+	"pods-unenforced": true, "cni-plugin": true, "snapshot": true}
 
 func newTelling(to teller) *telling {
 	return &telling{to: to, pods: map[uint32]kube.About{}, quarantined: map[uint32]bool{}, standing: map[string]toldState{}}

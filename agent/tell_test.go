@@ -141,7 +141,7 @@ func TestStandingIsToldOnce(t *testing.T) {
 func TestRefusedRegistrationIsTold(t *testing.T) {
 	h := &heard{}
 	uid := identity.NewUID()
-	l := &loop{telling: newTelling(h), cluster: &told{&kube.Picture{Pods: map[identity.UID]*kube.Pod{uid: {UID: uid, Namespace: "shop", Name: "web"}}}}}
+	l := &loop{telling: newTelling(h), cluster: &told{picture: &kube.Picture{Pods: map[identity.UID]*kube.Pod{uid: {UID: uid, Namespace: "shop", Name: "web"}}}}}
 	refusal := status.Error(codes.FailedPrecondition, "10.9.9.9 is not an address of this node's ranges")
 	l.tellRefused(uid, nil)
 	l.tellRefused(identity.NewUID(), refusal)

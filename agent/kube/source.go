@@ -311,8 +311,20 @@ func (s *Source) Health() Health {
 	return h
 }
 
-// snapshotPause is the least time between two writes of the snapshot.
-const snapshotPause = time.Second
+// snapshotPause is the least time between two writes of the snapshot, and
+// snapshotRetry that after one that failed.
+const (
+	snapshotPause = time.Second
+	snapshotRetry = 5 * time.Second
+)
+
+// Unwritten says why the snapshot could not be written when that was tried last;
+// "": it could, or nothing was to be written yet.
+func (s *Source) Unwritten() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.writeErr
+}
 
 // keepSnapshot writes what is known, after it changed. Nothing is written
 // before everything was listed: the old snapshot says more than a part of the
@@ -329,8 +341,13 @@ func (s *Source) keepSnapshot(ctx context.Context) {
 		}
 		s.mu.Unlock()
 		if snap != nil {
-			s.wrote(snap, snap.write(s.path))
-			if wait(ctx, snapshotPause) != nil {
+			pause, err := snapshotPause, snap.write(s.path)
+			if s.wrote(snap, err); err != nil {
+				// Also if nothing changes: until then a start would take up what
+				// was, policies that are no more among it.
+				pause, written = snapshotRetry, 0
+			}
+			if wait(ctx, pause) != nil {
 				return
 			}
 			continue // with what changed meanwhile

@@ -385,3 +385,25 @@ func TestSourceOfAnotherCluster(t *testing.T) {
 		t.Errorf("after the cluster was told: %+v", p)
 	}
 }
+
+// TestSnapshotLater: what could not be written is written as soon as it can be,
+// also if nothing changes.
+func TestSnapshotLater(t *testing.T) {
+	s := newAPIServer(t)
+	s.put(nodesPath, nodeJSON("n1", "10.1.1.0/24", "192.0.2.1"))
+	s.put(namespacesPath, systemJSON)
+	src := s.source(t.TempDir())
+	inTheWay := src.path + ".new"
+	if err := os.Mkdir(inTheWay, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	run(t, src)
+	eventually(t, src, "that it cannot be written", func(*Picture) bool { return strings.Contains(src.Unwritten(), "is a directory") })
+	if err := os.Remove(inTheWay); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, src, "the snapshot", func(*Picture) bool {
+		_, _, err := readSnapshot(src.path, "n1", src.authority)
+		return err == nil && src.Unwritten() == ""
+	})
+}
