@@ -72,6 +72,9 @@ func (l *loop) followCluster(ctx context.Context) error {
 		if err := l.call(ctx, func() error { l.take(p); return nil }); err != nil {
 			return err
 		}
+		if err := l.cfg.moved(p); err != nil {
+			return err
+		}
 		select {
 		case <-ctx.Done():
 			return ctx.Err()

@@ -456,3 +456,28 @@ func TestSnapshotAlarm(t *testing.T) {
 		t.Error("the alarm stands although it was written")
 	}
 }
+
+// An agent that found its address in the cluster ends when the node has another: the
+// others would not find it. What it was told by a flag, or by a snapshot, stands.
+func TestNodeMoves(t *testing.T) {
+	at := func(addresses ...string) *kube.Picture {
+		var ips []netip.Addr
+		for _, a := range addresses {
+			ips = append(ips, netip.MustParseAddr(a))
+		}
+		return picture(kube.Node{Name: "n1", Addresses: ips})
+	}
+	c := Config{Node: "n1", Listen: netip.MustParseAddrPort("192.0.2.1:4260"), listenFound: true}
+	for _, p := range []*kube.Picture{nil, at(), picture(), at("2001:db8::1", "192.0.2.1"), with(at("192.0.2.9"), func(p *kube.Picture) { p.Listed = false })} {
+		if err := c.moved(p); err != nil {
+			t.Errorf("%+v: %v", p, err)
+		}
+	}
+	if err := c.moved(at("192.0.2.9", "2001:db8::1")); err == nil || !strings.Contains(err.Error(), "192.0.2.9") || !strings.Contains(err.Error(), "not 192.0.2.1 any more") {
+		t.Errorf("with another address: %v", err)
+	}
+	c.listenFound = false
+	if err := c.moved(at("192.0.2.9")); err != nil {
+		t.Errorf("told by a flag: %v", err)
+	}
+}

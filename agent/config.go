@@ -172,6 +172,8 @@ type Config struct {
 
 	cluster cluster // set by Run; nil without Kubernetes
 	teller  teller  // set by Run; nil without Kubernetes or Events
+	// listenFound: Listen is of the node's address in the cluster. Set by Run.
+	listenFound bool
 
 	// Bits of skb->mark: those of the agent's own marks (0: all that are not
 	// endpoint marks), and those in which a packet carries its sender through

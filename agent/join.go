@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -111,6 +112,7 @@ func (c *Config) missing() string {
 		ips = own.Addresses
 	}
 	if !c.Listen.IsValid() {
+		c.listenFound = true
 		c.Listen = netip.AddrPortFrom(ips[0], kube.AgentPort)
 		if own.Agent.IsValid() && len(c.NodeIPs) == 0 {
 			c.Listen = own.Agent
@@ -127,4 +129,18 @@ func (c *Config) missing() string {
 		}
 	}
 	return ""
+}
+
+// moved is an error when the node has other addresses than the one on which this
+// agent, told nothing else, listens: the others look for it at its new one. It
+// ends, for whoever started it to start it anew.
+func (c *Config) moved(p *kube.Picture) error {
+	if !c.listenFound || p == nil || !p.Listed {
+		return nil
+	}
+	own, _ := p.Node(c.Node)
+	if len(own.Addresses) == 0 || slices.Contains(own.Addresses, c.Listen.Addr()) {
+		return nil
+	}
+	return fmt.Errorf("node %s has the addresses %v now, and not %s any more, on which this agent listens: it must be started anew", c.Node, own.Addresses, c.Listen.Addr())
 }

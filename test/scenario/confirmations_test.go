@@ -12,8 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"portcullis/agent/api"
 	"portcullis/chaos/lab"
 )
@@ -146,30 +144,12 @@ func TestConfirmationLogs(t *testing.T) {
 // what fills that up, and what makes room again.
 func (w *world) onSmallDisk(node string) (fill, free func()) {
 	w.t.Helper()
-	disk := w.t.TempDir()
-	w.must(unix.Mount("tmpfs", disk, "tmpfs", 0, "size=1m"))
-	w.t.Cleanup(func() {
-		if err := unix.Unmount(disk, unix.MNT_DETACH); err != nil {
-			w.t.Error(err)
-		}
-	})
+	disk, fill, free := w.smallDisk()
 	w.must(w.StopAgent(w.t.Context(), node))
 	w.must(os.Rename(w.AuditLog(node), w.AuditLog(node)+".before"))
 	w.must(os.Symlink(filepath.Join(disk, "log"), w.AuditLog(node)))
 	w.start(node)
-	ballast := filepath.Join(disk, "ballast")
-	fill = func() {
-		f, err := os.Create(ballast)
-		w.must(err)
-		defer f.Close()
-		for {
-			if _, err := f.Write(make([]byte, 4096)); errors.Is(err, unix.ENOSPC) {
-				return
-			}
-			w.must(err)
-		}
-	}
-	return fill, func() { w.must(os.Remove(ballast)) }
+	return fill, free
 }
 
 func (w *world) alarm(node, name string) string {
