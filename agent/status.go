@@ -16,12 +16,19 @@ import (
 	"portcullis/ipcache/session"
 )
 
-// Version is the agent's version, from the build.
+// release is set by the linker: -X portcullis/agent.release=v1.2.3.
+var release string
+
+// Version is this program's: the release that it was built as, else what Go knows
+// of the module, else "devel".
 func Version() string {
-	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+	if release != "" {
+		return release
+	}
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" && info.Main.Version != "(devel)" {
 		return info.Main.Version
 	}
-	return "(devel)"
+	return "devel"
 }
 
 func (l *loop) status() (*api.StatusResponse, error) {

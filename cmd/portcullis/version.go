@@ -8,11 +8,9 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"portcullis/agent"
 	"portcullis/bpf/abi"
 )
-
-// version is set by the linker: -X main.version=v1.2.3.
-var version = ""
 
 type versionInfo struct {
 	Version  string `json:"version"`
@@ -24,15 +22,8 @@ type versionInfo struct {
 }
 
 func buildVersion() versionInfo {
-	v := versionInfo{Version: version, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH, ABI: uint32(abi.ABIVersion)}
-	info, ok := debug.ReadBuildInfo()
-	if v.Version == "" {
-		v.Version = "devel"
-		if ok && info.Main.Version != "" && info.Main.Version != "(devel)" {
-			v.Version = info.Main.Version
-		}
-	}
-	if ok {
+	v := versionInfo{Version: agent.Version(), Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH, ABI: uint32(abi.ABIVersion)}
+	if info, ok := debug.ReadBuildInfo(); ok {
 		for _, s := range info.Settings {
 			switch s.Key {
 			case "vcs.revision":
