@@ -156,14 +156,16 @@ func (l *loop) bindingMessage(e ipcache.Entry, now lease.Time, grants []*api.Gra
 }
 
 // policyMessage tells of a policy; of a group, as of the policies that name it;
-// of a namespace, as of the workloads in it.
+// of a namespace, as of the workloads in it. Services and their slices select nobody.
 func (l *loop) policyMessage(o api.Object, source bool) *api.Policy {
 	m := &api.Policy{Ref: api.FromRef(o.Ref), File: o.File}
 	if at := l.policyFiles[o.Ref].at; !at.IsZero() {
 		m.Imported = timestamppb.New(at)
 	}
-	policies := []*authz.Policy{o.Policy}
-	if o.Group != nil {
+	var policies []*authz.Policy
+	if o.Policy != nil {
+		policies = []*authz.Policy{o.Policy}
+	} else if o.Group != nil {
 		policies = slices.DeleteFunc(l.repo.List(), func(p *authz.Policy) bool { return !p.Names(o.Group) })
 	}
 	for _, e := range l.endpoints {

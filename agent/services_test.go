@@ -2,6 +2,7 @@ package agent
 
 import (
 	"net/netip"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -70,6 +71,12 @@ func TestImportedService(t *testing.T) {
 	named("10.96.0.5:80", authz.ProtoUDP, "")
 	named("10.96.0.5:0", 1, "default/b") // of ICMP the address is enough
 	named("10.1.1.3:8080", authz.ProtoTCP, "")
+	for _, ref := range l.objects() {
+		o, ok := l.object(ref)
+		if m := l.policyMessage(o, true); !ok || (m.Endpoints == 1) != (ref.Kind == "CiliumNetworkPolicy") || !strings.Contains(m.Source, "kind: "+ref.Kind) {
+			t.Errorf("%s is told as %v", ref, m)
+		}
+	}
 	a = n.restartWith(&l, a, func() {})
 	verify("after a restart", true, "10.96.0.5/32", "192.0.2.9/32")
 	n.importPolicy(l, service("app: c0"))
