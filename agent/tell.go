@@ -130,8 +130,11 @@ func dropEvent(about kube.About, r *flow.Record) kube.Event {
 		way = "from"
 	}
 	who := peer.IP.String()
-	if peer.Workload != "" {
+	switch { // names of workloads are their own node's: of others the identity is known
+	case peer.Workload != "":
 		who = peer.Workload + " (" + who + ")"
+	case peer.Text != "" && peer.Identity != identity.NumUnknown:
+		who = strings.TrimPrefix(peer.Text, "reserved:") + " (" + who + ")"
 	}
 	what := protocolName(r.Protocol)
 	if r.Protocol == unix.IPPROTO_TCP || r.Protocol == unix.IPPROTO_UDP || r.Protocol == unix.IPPROTO_SCTP {

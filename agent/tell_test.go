@@ -69,6 +69,15 @@ func TestWhichDropsAreTold(t *testing.T) {
 			r.Reason, r.Direction, r.Protocol = abi.ReasonStaleLease, abi.DirIngress, unix.IPPROTO_UDP
 			r.Source, r.Dest = flow.End{IP: r.Dest.IP}, r.Source
 		},
+		"PacketsDropped Pod shop/web: policy-denied: packets to shop/default[app=db] (10.1.2.2), TCP port 5432": func(r *flow.Record) {
+			r.Dest.Workload, r.Dest.Identity, r.Dest.Text = "", 70000, "shop/default[app=db]"
+		},
+		"PacketsDropped Pod shop/web: policy-denied: packets to remote-node (10.1.2.2), TCP port 5432": func(r *flow.Record) {
+			r.Dest.Workload, r.Dest.Identity, r.Dest.Text = "", identity.NumRemoteNode, "reserved:remote-node"
+		},
+		"PacketsDropped Pod shop/web: unbound: packets to 10.1.2.2, TCP port 5432": func(r *flow.Record) {
+			r.Reason, r.Dest.Workload, r.Dest.Text = abi.ReasonUnbound, "", "reserved:unknown"
+		},
 		"PacketsDropped Pod shop/web: unbound: packets to 169.254.169.254, ICMP": func(r *flow.Record) {
 			r.Reason, r.Protocol, r.Dest = abi.ReasonUnbound, unix.IPPROTO_ICMP, flow.End{IP: netip.MustParseAddr("169.254.169.254")}
 		},
