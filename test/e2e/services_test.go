@@ -175,12 +175,17 @@ func testBackends(t *testing.T) {
 
 // flow is one event of `portcullis monitor -o json`.
 type flow struct {
-	Verdict, Reason, Direction string
-	Destination                struct {
-		IP   string
-		Port int
-	}
-	L7 *struct{ Protocol, Method, Path, Verdict, Name string }
+	Verdict, Reason, Direction, Protocol, Evidence string
+	NoEvidenceNeeded                               bool
+	Source, Destination                            flowEnd
+	L7                                             *struct{ Protocol, Method, Path, Verdict, Name string }
+}
+
+type flowEnd struct {
+	IP       string
+	Port     int
+	Workload string
+	Labels   []string
 }
 
 // monitored runs do, and returns the drops that the node told of meanwhile,

@@ -18,6 +18,7 @@ func TestStory(t *testing.T) {
 	t.Run("star wars", testStarWars)
 	t.Run("pairs", testPairs)
 	t.Run("services", testServices)
+	t.Run("who is seen", testSides)
 	t.Run("requests", testShield)
 	t.Run("requests of 2017", testTree)
 	t.Run("requests to services", testShieldedEgress)

@@ -138,7 +138,7 @@ func sourceKey(ctx context.Context, source string) (string, error) {
 // packages are what a cluster needs of the distribution, each with a file by
 // which it is known to be there.
 var packages = []struct{ name, file string }{
-	{"containerd", "containerd"}, {"runc", "runc"}, {"nftables", "nft"}, {"busybox-static", "busybox"}, {"util-linux", "nsenter"}, {"curl", "curl"}, {"libc-bin", "getent"},
+	{"containerd", "containerd"}, {"runc", "runc"}, {"nftables", "nft"}, {"iptables", "iptables"}, {"busybox-static", "busybox"}, {"util-linux", "nsenter"}, {"curl", "curl"}, {"libc-bin", "getent"},
 	{"containernetworking-plugins", cniBinaries + "/ptp"},
 }
 

@@ -40,7 +40,7 @@ func configure(p plan, n Node) error {
 		"ipam": map[string]any{"type": "host-local",
 			"ranges": []any{[]any{map[string]any{"subnet": n.Pods4.String()}}, []any{map[string]any{"subnet": n.Pods6.String()}}},
 			"routes": []any{map[string]any{"dst": "0.0.0.0/0"}, map[string]any{"dst": "::/0"}}},
-	}}}
+	}, map[string]any{"type": "portmap", "capabilities": map[string]any{"portMappings": true}, "snat": true}}} // hostPort
 	kubelet := map[string]any{
 		"apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration",
 		"failCgroupV1": false, "cgroupDriver": "cgroupfs", "cgroupRoot": "/" + p.cgroup(n.Name), "enforceNodeAllocatable": []string{},

@@ -7,10 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Outcome is what became of one target.
@@ -23,14 +27,19 @@ type Outcome struct {
 }
 
 // check tries all targets at a time, so that those which time out cost one
-// timeout together.
-func check(ctx context.Context, targets []string, timeout time.Duration) error {
+// timeout together, by TCP and UDP from the address of a target's family in `list`,
+// if there is one.
+func check(ctx context.Context, targets []string, list string, timeout time.Duration) error {
+	from, err := addresses(list)
+	if err != nil {
+		return fmt.Errorf("-from: %w", err)
+	}
 	outcomes := make([]Outcome, len(targets))
 	var wg sync.WaitGroup
 	for i, target := range targets {
 		wg.Go(func() {
 			begin := time.Now()
-			name, err := ask(ctx, target, timeout)
+			name, err := askFrom(ctx, from, target, timeout)
 			outcomes[i] = Outcome{Target: target, OK: err == nil, Name: name, US: time.Since(begin).Microseconds()}
 			if err != nil {
 				outcomes[i].Error = err.Error()
@@ -47,11 +56,27 @@ func check(ctx context.Context, targets []string, timeout time.Duration) error {
 	return nil
 }
 
+// addresses reads a list with commas between.
+func addresses(list string) (out []netip.Addr, err error) {
+	for _, text := range split(list) {
+		a, err := netip.ParseAddr(text)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, a)
+	}
+	return out, nil
+}
+
 // ask returns the name of the server at PROTOCOL/HOST:PORT, where the protocol
 // is tcp, udp, sendto (UDP by a socket that is not connected), connect (TCP, and
 // nothing is read) or http (the answer to who asks to land). A datagram is sent again every quarter of the timeout,
 // as TCP would.
 func ask(ctx context.Context, target string, timeout time.Duration) (string, error) {
+	return askFrom(ctx, nil, target, timeout)
+}
+
+func askFrom(ctx context.Context, from []netip.Addr, target string, timeout time.Duration) (string, error) {
 	protocol, addr, ok := strings.Cut(target, "/")
 	if !ok {
 		protocol, addr = "tcp", target
@@ -74,7 +99,7 @@ func ask(ctx context.Context, target string, timeout time.Duration) (string, err
 		defer u.Close()
 		return exchange(ctx, u, deadline, timeout/4)
 	}
-	c, err := dialer(timeout).DialContext(ctx, protocol, addr)
+	c, err := dialerFrom(from, protocol, addr, timeout).DialContext(ctx, protocol, addr)
 	if err != nil {
 		return "", err
 	}
@@ -179,6 +204,31 @@ func talk(ctx context.Context, target string, until end) error {
 func dialer(timeout time.Duration) *net.Dialer {
 	d := &net.Dialer{Timeout: timeout}
 	d.SetMultipathTCP(false)
+	return d
+}
+
+// dialerFrom is one whose sockets have an address of the target's family, which
+// need not be on a device of this network: a route to itself is enough.
+func dialerFrom(from []netip.Addr, protocol, target string, timeout time.Duration) *net.Dialer {
+	d := dialer(timeout)
+	to, err := netip.ParseAddrPort(target)
+	if err != nil {
+		return d // a name
+	}
+	for _, a := range from {
+		if a.Is4() != to.Addr().Is4() {
+			continue
+		}
+		d.LocalAddr = &net.TCPAddr{IP: a.AsSlice()}
+		if protocol == "udp" {
+			d.LocalAddr = &net.UDPAddr{IP: a.AsSlice()}
+		}
+		d.Control = func(_, _ string, c syscall.RawConn) (err error) {
+			return errors.Join(c.Control(func(fd uintptr) {
+				err = unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_FREEBIND, 1)
+			}), err)
+		}
+	}
 	return d
 }
 

@@ -4,7 +4,9 @@
 //
 //	probe deathstar | helloworld -version v1 | sleep
 //	probe serve -tcp 80,81 -udp 80       answer with a name, then echo
+//	      -source                        and from which address it was asked
 //	probe check tcp/10.0.0.1:80 udp/...  each target once, as lines of JSON
+//	      -from 203.0.113.9,2001:db8::9  from these addresses of this network
 //	probe hold -for 30s 10.0.0.1:80      one connection, a message every 50 ms
 //	probe talk -for 30s udp/10.0.0.1:80  one UDP socket, a line whenever another answers
 //	probe hammer -for 30s 10.0.0.1:80    a new connection every 50 ms
@@ -67,6 +69,8 @@ func run(ctx context.Context, name string, args []string) error {
 	timeout := f.Duration("timeout", 2*time.Second, "of one attempt")
 	length := f.Duration("for", 10*time.Second, "how long at the most")
 	file := f.String("until", "", "file at whose appearance to end")
+	source := f.Bool("source", false, "serve: tell by which address it was asked")
+	from := f.String("from", "", "check: addresses that TCP and UDP are to come from, one of each family, with commas between")
 	server := f.String("server", "", "PROTOCOL/HOST:PORT that lookup asks; empty: as the system is configured")
 	interval := f.Duration("interval", 50*time.Millisecond, "between two")
 	if err := f.Parse(args[1:]); err != nil {
@@ -92,9 +96,9 @@ func run(ctx context.Context, name string, args []string) error {
 		probe.Sleep(ctx)
 		return nil
 	case "serve":
-		return serve(ctx, host, ports(*tcp), ports(*udp))
+		return serve(ctx, host, split(*tcp), split(*udp), *source)
 	case "check":
-		return check(ctx, f.Args(), *timeout)
+		return check(ctx, f.Args(), *from, *timeout)
 	case "talk":
 		return talk(ctx, f.Arg(0), until)
 	case "hold":
@@ -119,7 +123,7 @@ func run(ctx context.Context, name string, args []string) error {
 	return fmt.Errorf("no command %q", args[0])
 }
 
-func ports(list string) (out []string) {
+func split(list string) (out []string) {
 	for p := range strings.SplitSeq(list, ",") {
 		if p != "" {
 			out = append(out, p)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"sync"
 
@@ -14,12 +15,19 @@ import (
 
 // serve answers on all ports, of both families, until ctx ends: a TCP
 // connection with a line that has the name, then with what it sends; a
-// datagram with the name.
-func serve(ctx context.Context, name string, tcp, udp []string) error {
+// datagram with the name. source: behind the name stands from which address it
+// was asked.
+func serve(ctx context.Context, name string, tcp, udp []string, source bool) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var lc net.ListenConfig
 	lc.SetMultipathTCP(false)
+	says := func(from netip.Addr) string {
+		if source {
+			return name + " " + from.Unmap().String()
+		}
+		return name
+	}
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	var closers []io.Closer
@@ -34,7 +42,7 @@ func serve(ctx context.Context, name string, tcp, udp []string) error {
 			return err
 		}
 		closers = append(closers, l)
-		wg.Go(func() { accept(ctx, l, name) })
+		wg.Go(func() { accept(ctx, l, says) })
 	}
 	for _, port := range udp {
 		c, err := lc.ListenPacket(ctx, "udp", "[::]:"+port)
@@ -43,7 +51,7 @@ func serve(ctx context.Context, name string, tcp, udp []string) error {
 		}
 		closers = append(closers, c)
 		wg.Go(func() {
-			if err := answer(c.(*net.UDPConn), name); err != nil {
+			if err := answer(c.(*net.UDPConn), says); err != nil {
 				fmt.Fprintln(os.Stderr, err)
 			}
 		})
@@ -52,7 +60,7 @@ func serve(ctx context.Context, name string, tcp, udp []string) error {
 	return nil
 }
 
-func accept(ctx context.Context, l net.Listener, name string) {
+func accept(ctx context.Context, l net.Listener, says func(netip.Addr) string) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	for {
@@ -63,7 +71,7 @@ func accept(ctx context.Context, l net.Listener, name string) {
 		wg.Go(func() {
 			defer context.AfterFunc(ctx, func() { c.Close() })()
 			defer c.Close()
-			if _, err := fmt.Fprintln(c, name); err == nil {
+			if _, err := fmt.Fprintln(c, says(c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr())); err == nil {
 				_, _ = io.Copy(c, c) // until the client goes
 			}
 		})
@@ -72,7 +80,7 @@ func accept(ctx context.Context, l net.Listener, name string) {
 
 // answer answers from the address that was asked, which on a host with several
 // is not always the one that the kernel would choose.
-func answer(c *net.UDPConn, name string) error {
+func answer(c *net.UDPConn, says func(netip.Addr) string) error {
 	raw, err := c.SyscallConn()
 	if err != nil {
 		return err
@@ -92,6 +100,6 @@ func answer(c *net.UDPConn, name string) error {
 		if at := unix.SizeofCmsghdr + unix.SizeofInet6Pktinfo; n >= at {
 			copy(asked[at-4:at], []byte{0, 0, 0, 0}) // by any device
 		}
-		_, _, _ = c.WriteMsgUDPAddrPort([]byte(name+"\n"), asked, from) // a client that has gone
+		_, _, _ = c.WriteMsgUDPAddrPort([]byte(says(from.Addr())+"\n"), asked, from) // a client that has gone
 	}
 }
