@@ -28,6 +28,7 @@ func TestStory(t *testing.T) {
 	t.Run("rolling restart under traffic", testRollingRestart)
 	t.Run("outage of the API server", testOutage)
 	t.Run("lost network configuration", testRepair)
+	t.Run("events", testEvents)
 	t.Run("uninstall", testUninstall)
 }
 
@@ -51,6 +52,9 @@ func testInstall(t *testing.T) {
 	time.Sleep(80 * time.Second)
 	remote := background[held](t, "before", "client", "hold", "-for", "30m", "-until", "/tmp/stop", server.ip()+":80")
 	local := background[held](t, "before", "neighbour", "hold", "-for", "30m", "-until", "/tmp/stop", "["+server.ip6()+"]:80")
+	// Its wait is told of.
+	apply(t, newPod("before", "young", "n3", nil))
+	awaitReady(t, "before")
 	begin := time.Now()
 	install(t)
 	t.Logf("installed, and every pod enforced, after %.1f s", time.Since(begin).Seconds())
@@ -76,6 +80,8 @@ func testInstall(t *testing.T) {
 	for _, p := range former {
 		t.Errorf("pod %s is gone", p.name())
 	}
+	awaitEvent(t, "before", "Pod", "young", "Quarantined", "its packets are dropped until its address is free")
+	awaitEvent(t, "before", "Pod", "young", "QuarantineEnded", "it has its address")
 	// A pod that starts now comes by the plugin.
 	apply(t, newPod("before", "later", "n3", nil))
 	awaitReady(t, "before")

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -89,6 +90,12 @@ func (p pod) ip6() string  { return p.Status.PodIPs[1].IP }
 // container is the id of its only container, as containerd has it.
 func (p pod) container() string {
 	return strings.TrimPrefix(p.Status.ContainerStatuses[0].ContainerID, "containerd://")
+}
+
+// nodeNamed is a node of the cluster, by its name.
+func nodeNamed(name string) cluster.Node {
+	nodes := k8s.Nodes()
+	return nodes[slices.IndexFunc(nodes, func(n cluster.Node) bool { return n.Name == name })]
 }
 
 func pods(t *testing.T, args ...string) (list []pod) {
