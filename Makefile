@@ -23,7 +23,10 @@ endif
 # A checkout that belongs to another user must not stop the build.
 BUILDVCS := $(shell git rev-parse HEAD >/dev/null 2>&1 && echo auto || echo false)
 
-BUILD = $(GO) build -trimpath -buildvcs=$(BUILDVCS)
+# What `portcullis version` says: RELEASE=v1.2.3.
+RELEASE ?=
+STAMP = $(if $(RELEASE),-X portcullis/agent.release=$(RELEASE))
+BUILD = $(GO) build -trimpath -buildvcs=$(BUILDVCS) -ldflags='$(strip $(LINK) $(STAMP))'
 TEST_FLAGS ?= -count=1 -timeout=12m
 TEST_PACKAGES ?= ./...
 GENERATORS := $(wildcard */generate.sh */*/generate.sh */*/*/generate.sh)
@@ -44,8 +47,9 @@ build: need-go ## build bin/portcullis (no clang needed: the BPF object is commi
 
 IMAGE ?= portcullis:dev
 ARCHS ?= amd64 arm64
-image: need-go ## write out/portcullis-image.tar, the image that deploy/ names, for amd64 and arm64 (ARCHS=amd64 for one), without Docker (`ctr -n k8s.io images import` it on the nodes)
-	for a in $(ARCHS); do CGO_ENABLED=0 GOOS=linux GOARCH=$$a $(BUILD) -ldflags='-s -w' -o out/image/portcullis-$$a ./cmd/portcullis || exit 1; done
+image: LINK = -s -w
+image: need-go ## write out/portcullis-image.tar, the image that deploy/ names, for amd64 and arm64 (ARCHS=amd64 for one; RELEASE=v1.2.3 names it), without Docker (`ctr -n k8s.io images import` it on the nodes)
+	for a in $(ARCHS); do CGO_ENABLED=0 GOOS=linux GOARCH=$$a $(BUILD) -o out/image/portcullis-$$a ./cmd/portcullis || exit 1; done
 	$(GO) run ./deploy/image/pack -o out/portcullis-image.tar -tag $(IMAGE) -arch '$(ARCHS)' -entrypoint /portcullis 'out/image/portcullis-{arch}=portcullis'
 
 demo: build ## run the story, the stale-identity attack and the agent's faults in a lab on this machine (root, under a minute)
