@@ -49,6 +49,7 @@ type Record struct {
 	// ended so long ago.
 	LeaseLeft time.Duration
 
+	Later      bool          // its flow had been told of before, here and in this direction: it goes on, or ends
 	Reinjected bool          // had been held
 	Held       time.Duration // for so long, as far as it is known; also of one that was dropped then
 	Rule       uint32        // that decided, 0: none; its number is of this node and moment
@@ -236,7 +237,7 @@ func FromEvent(ev abi.Event, resolve Resolver) Record {
 		Endpoint: ev.Endpoint, Ifindex: ev.Ifindex,
 		Evidence: identity.Evidence(ev.Evidence), NoEvidenceNeeded: ev.Flags&uint8(abi.EventNoEvidence) != 0,
 		Generation: identity.Generation(ev.Generation), Stamp: ev.Stamp,
-		Reinjected: ev.Flags&uint8(abi.EventReinjected) != 0, Rule: ev.Rule,
+		Later: ev.Flags&uint8(abi.EventLater) != 0, Reinjected: ev.Flags&uint8(abi.EventReinjected) != 0, Rule: ev.Rule,
 	}
 	r.ICMP = icmpOf(&ev)
 	if ev.ServicePort != 0 || ev.Service != (abi.Addr{}) {

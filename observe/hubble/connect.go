@@ -71,7 +71,7 @@ func callerOf(p *flow.Process) *caller {
 // does not begin a connection, waits to be judged, or nobody knows its process.
 func ConnectJSON(f *flowpb.Flow) ([]byte, error) {
 	facts, err := FactsOf(f)
-	if err != nil || facts.Process == nil || f.GetIsReply().GetValue() || f.GetType() != flowpb.FlowType_L3_L4 || f.GetVerdict() == flowpb.Verdict_TRACED {
+	if err != nil || facts.Process == nil || facts.Later || f.GetIsReply().GetValue() || f.GetType() != flowpb.FlowType_L3_L4 || f.GetVerdict() == flowpb.Verdict_TRACED {
 		return nil, nil
 	}
 	p := callerOf(facts.Process)

@@ -97,11 +97,12 @@ func TestConnectOfOthers(t *testing.T) {
 		}
 	}
 	for what, change := range map[string]func(*flow.Record){
-		"no process":  func(r *flow.Record) { r.Process = nil },
-		"a reply":     func(r *flow.Record) { r.State = abi.FlowReply },
-		"a held one":  func(r *flow.Record) { r.Verdict = abi.VerdictHold },
-		"a ping":      func(r *flow.Record) { r.Protocol = 1 },
-		"one request": func(r *flow.Record) { r.L7 = &flow.L7{Protocol: "http", Method: "GET"} },
+		"no process":       func(r *flow.Record) { r.Process = nil },
+		"a reply":          func(r *flow.Record) { r.State = abi.FlowReply },
+		"a held one":       func(r *flow.Record) { r.Verdict = abi.VerdictHold },
+		"one that goes on": func(r *flow.Record) { r.State, r.Later = abi.FlowEstablished, true },
+		"a ping":           func(r *flow.Record) { r.Protocol = 1 },
+		"one request":      func(r *flow.Record) { r.L7 = &flow.L7{Protocol: "http", Method: "GET"} },
 	} {
 		r := called()
 		change(r)

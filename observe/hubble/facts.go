@@ -29,6 +29,7 @@ type Facts struct {
 	LeaseLeft        time.Duration  // "leaseLeft"; negative: it had ended so long ago
 	Held             time.Duration  // "held": for how long the packet was
 	Reinjected       bool           // "reinjected"
+	Later            bool           // "later": the flow had been told of before, here and in this direction
 	Policy           string         // "policy" that decided, KIND/NS/NAME
 	SourceSPIFFE     string         // "sourceSpiffeID"
 	DestSPIFFE       string         // "destinationSpiffeID"
@@ -38,7 +39,7 @@ type Facts struct {
 
 func facts(r *flow.Record) Facts {
 	f := Facts{Verdict: r.Verdict.String(), Reason: r.Reason.String(), Evidence: r.Evidence.String(), NoEvidenceNeeded: r.NoEvidenceNeeded,
-		LeaseLeft: r.LeaseLeft, Held: r.Held, Reinjected: r.Reinjected, Policy: r.Policy,
+		LeaseLeft: r.LeaseLeft, Held: r.Held, Reinjected: r.Reinjected, Later: r.Later, Policy: r.Policy,
 		SourceSPIFFE: r.Source.SPIFFE, DestSPIFFE: r.Dest.SPIFFE, Called: r.Called, Process: r.Process}
 	if r.L7 != nil {
 		f.Evidence = "" // that was looked at when the connection began: its record tells
@@ -80,6 +81,7 @@ func (f Facts) extension() *anypb.Any {
 	lasting("leaseLeft", f.LeaseLeft)
 	lasting("held", f.Held)
 	flag("reinjected", f.Reinjected)
+	flag("later", f.Later)
 	text("policy", f.Policy)
 	text("sourceSpiffeID", f.SourceSPIFFE)
 	text("destinationSpiffeID", f.DestSPIFFE)
@@ -141,7 +143,7 @@ func FactsOf(f *flowpb.Flow) (Facts, error) {
 		return Facts{}, ErrNoFacts
 	}
 	out := Facts{Verdict: text("verdict"), Reason: text("reason"), Evidence: text("evidence"), NoEvidenceNeeded: s.Fields["noEvidenceNeeded"].GetBoolValue(),
-		Reinjected: s.Fields["reinjected"].GetBoolValue(), Policy: text("policy"), SourceSPIFFE: text("sourceSpiffeID"), DestSPIFFE: text("destinationSpiffeID"),
+		Reinjected: s.Fields["reinjected"].GetBoolValue(), Later: s.Fields["later"].GetBoolValue(), Policy: text("policy"), SourceSPIFFE: text("sourceSpiffeID"), DestSPIFFE: text("destinationSpiffeID"),
 		Process: toProcess(s.Fields["process"].GetStructValue())}
 	if out.Reason == "" {
 		out.Reason = "none"
