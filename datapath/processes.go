@@ -225,12 +225,13 @@ func (p *Processes) Close() error {
 }
 
 // Read calls f for what the kernel has told until now, in its order, and does
-// not wait for more. What is passed to f is used again afterwards. f must not
-// call Read.
+// not wait for more: no more records than its ring holds, or who calls faster than
+// f is done would keep it from returning. What is passed to f is used again
+// afterwards. f must not call Read.
 func (p *Processes) Read(f func(*abi.ProcessEvent)) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for {
+	for range p.coll.Maps["processes"].MaxEntries()/uint32(unsafe.Sizeof(p.event)) + 1 {
 		if err := p.reader.ReadInto(&p.record); err != nil {
 			if errors.Is(err, os.ErrDeadlineExceeded) {
 				return nil
@@ -244,6 +245,7 @@ func (p *Processes) Read(f func(*abi.ProcessEvent)) error {
 		copy(unsafe.Slice((*byte)(unsafe.Pointer(&p.event)), size), p.record.RawSample)
 		f(&p.event)
 	}
+	return nil
 }
 
 // processWait is how long Wait waits at the longest before it looks whether ctx

@@ -2,11 +2,13 @@ package datapath_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
 	"path/filepath"
 	"testing"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -126,5 +128,44 @@ func TestProcessesFromBeforeAreFound(t *testing.T) {
 	t.Cleanup(func() { inner.Close() })
 	if got := scan(inner); len(got) > 0 {
 		t.Errorf("processes of another cgroup: %+v", got)
+	}
+}
+
+// Who calls without end keeps nobody from what is read: it ends with what the ring
+// holds, and the rest comes with the next one.
+func TestReadEndsWhileProcessesCall(t *testing.T) {
+	const ring = 64 << 10
+	s := newSeen(t, datapath.ProcessConfig{RingBytes: ring})
+	call := func() {
+		c, err := net.Dial("udp", "127.0.0.1:9")
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Close()
+	}
+	call()
+	most := ring / int(unsafe.Sizeof(abi.ProcessEvent{}))
+	read := 0
+	stop := errors.New("it does not end")
+	func() {
+		defer func() {
+			if r := recover(); r != nil && r != stop {
+				panic(r)
+			}
+		}()
+		if err := s.p.Read(func(*abi.ProcessEvent) {
+			if read++; read > 100*most {
+				panic(stop)
+			}
+			call()
+		}); err != nil {
+			t.Error(err)
+		}
+	}()
+	if read == 0 || read > 2*most {
+		t.Errorf("%d records were read of a ring that holds %d", read, most)
+	}
+	if len(s.read()) == 0 {
+		t.Error("what was told meanwhile is lost")
 	}
 }
