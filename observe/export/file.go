@@ -54,7 +54,27 @@ func (o *file) open() error {
 		return errors.Join(err, f.Close())
 	}
 	o.f, o.w, o.size = f, bufio.NewWriterSize(f, 64<<10), info.Size()
+	if torn(o.e.File, o.size) {
+		o.size++
+		return o.w.WriteByte('\n') // or it would spoil the next line, too
+	}
 	return nil
+}
+
+// torn reports whether a file ends within a line: the disk was full then, or the
+// agent ended.
+func torn(path string, size int64) bool {
+	if size == 0 {
+		return false // nor is it looked at: it may be no regular file
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	last := []byte{'\n'}
+	_, err = f.ReadAt(last, size-1)
+	return err == nil && last[0] != '\n'
 }
 
 func (o *file) write(line []byte) error {
@@ -101,12 +121,13 @@ func (o *file) rotate() error {
 	if err := os.Rename(o.e.File, full); err != nil {
 		return err
 	}
+	var failed error
 	if o.e.Compress {
 		if err := compress(full); err != nil {
-			return fmt.Errorf("compress %s: %w", full, err) // it stays as it is
+			failed = fmt.Errorf("compress %s: %w", full, err) // it stays as it is
 		}
 	}
-	if err := o.prune(); err != nil {
+	if err := errors.Join(failed, o.prune()); err != nil { // a full disk most of all needs what is old removed
 		return err
 	}
 	return o.open()
