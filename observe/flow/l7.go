@@ -106,7 +106,7 @@ func (x *L7) summary(b *strings.Builder) {
 // these bytes.
 func printable(s string) string {
 	return strings.Map(func(c rune) rune {
-		if c < ' ' || c == 0x7f {
+		if c < ' ' || c >= 0x7f && c < 0xa0 {
 			return '?'
 		}
 		return c

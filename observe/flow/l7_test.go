@@ -20,7 +20,7 @@ func TestL7Lines(t *testing.T) {
 		"-> Request dns from 24 (default/xwing [k8s:org=alliance]) to 0 (10.0.0.2:80), identity 5163->5163, verdict Forwarded DNS Query: a.example. A => 192.0.2.1, 192.0.2.2 TTL 30.0s, by P x": {
 			Protocol: "dns", Verdict: "forwarded", Name: "a.example", Type: 1, Addresses: []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("192.0.2.2")}, TTL: 30 * time.Second, Rule: "P x"},
 		"-> Request tls from 24 (default/xwing [k8s:org=alliance]) to 0 (10.0.0.2:80), identity 5163->5163, verdict Forwarded a.example":                    {Protocol: "tls", Verdict: "forwarded", Name: "a.example"},
-		"-> Request unknown from 24 (default/xwing [k8s:org=alliance]) to 0 (10.0.0.2:80), identity 5163->5163, verdict Malformed: not HTTP?":               {Verdict: "malformed", Reason: "not HTTP\x1b"},
+		"-> Request unknown from 24 (default/xwing [k8s:org=alliance]) to 0 (10.0.0.2:80), identity 5163->5163, verdict Malformed: not HTTP??":              {Verdict: "malformed", Reason: "not HTTP\x1b\u009b"},
 		"-> Request dns from 24 (default/xwing [k8s:org=alliance]) to 0 (10.0.0.2:80), identity 5163->5163, verdict Denied DNS Query: b. TYPE250 => code 5": {Protocol: "dns", Verdict: "denied", Name: "b", Type: 250, Code: 5},
 	} {
 		r := Record{Verdict: abi.VerdictPass, Protocol: 6, Source: end("10.0.0.1", 1024, 24, "default/xwing", "k8s:org=alliance"), Dest: end("10.0.0.2", 80, 0, ""), L7: &x}
