@@ -135,7 +135,7 @@ func (l *loop) serveHubble(ctx context.Context, source hubble.Source) error {
 	done := make(chan error, 2)
 	running := 0
 	start := func(ln net.Listener, opts ...grpc.ServerOption) {
-		g := grpc.NewServer(append(opts, grpc.MaxConcurrentStreams(128), grpc.ConnectionTimeout(hubbleHandshake))...)
+		g := grpc.NewServer(append(opts, grpc.MaxConcurrentStreams(128), grpc.MaxRecvMsgSize(hubble.MaxRequest), grpc.ConnectionTimeout(hubbleHandshake))...)
 		s.Register(g)
 		stop := context.AfterFunc(ctx, g.Stop)
 		running++

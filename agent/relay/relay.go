@@ -223,7 +223,7 @@ func (c *Config) dialPeers(td spiffeid.TrustDomain, source hubble.Source) (*grpc
 // serve starts the listeners in the group; they end with ctx.
 func (c *Config) serve(ctx context.Context, group *errgroup.Group, r *hubble.Relay, source hubble.Source, td spiffeid.TrustDomain) error {
 	start := func(ln net.Listener, opts ...grpc.ServerOption) {
-		g := grpc.NewServer(append(opts, grpc.MaxConcurrentStreams(128), grpc.ConnectionTimeout(handshake))...)
+		g := grpc.NewServer(append(opts, grpc.MaxConcurrentStreams(128), grpc.MaxRecvMsgSize(hubble.MaxRequest), grpc.ConnectionTimeout(handshake))...)
 		r.Register(g)
 		stop := context.AfterFunc(ctx, g.Stop)
 		group.Go(func() error {

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"net/url"
 	"regexp"
+	"regexp/syntax"
 	"slices"
 	"strconv"
 	"strings"
@@ -24,6 +25,9 @@ type Filter struct{ white, black []match }
 // malformed, or that this version does not know: a filter is never ignored, for
 // who asks for few flows must not get others.
 func Compile(whitelist, blacklist []*flowpb.FlowFilter) (*Filter, error) {
+	if err := checkPatterns(slices.Concat(whitelist, blacklist)); err != nil {
+		return nil, err
+	}
 	var f Filter
 	for _, list := range []struct {
 		from []*flowpb.FlowFilter
@@ -295,6 +299,39 @@ func matchPort(want []string, of func(*flowpb.Flow) string) (match, error) {
 		all = append(all, strconv.FormatUint(n, 10))
 	}
 	return oneOf(all, of), nil
+}
+
+// Bounds of a request, for who asks chooses what it costs: a few bytes of a
+// regular expression may be compiled to many megabytes.
+const (
+	MaxRequest      = 64 << 10 // bytes
+	maxPattern      = 1 << 10  // bytes of one regular expression
+	maxInstructions = 16 << 10 // of all of them, compiled
+)
+
+// checkPatterns reports whether the regular expressions of filters are too large.
+// Of a malformed one the field's own error tells.
+func checkPatterns(filters []*flowpb.FlowFilter) error {
+	total := 0
+	for _, ff := range filters {
+		for _, w := range slices.Concat(ff.GetHttpPath(), ff.GetHttpUrl(), ff.GetDnsQuery()) {
+			if len(w) > maxPattern {
+				return fmt.Errorf("a regular expression of %d bytes: want at most %d", len(w), maxPattern)
+			}
+			parsed, err := syntax.Parse(w, syntax.Perl)
+			if err != nil {
+				continue
+			}
+			prog, err := syntax.Compile(parsed.Simplify())
+			if err != nil {
+				return err
+			}
+			if total += len(prog.Inst); total > maxInstructions {
+				return fmt.Errorf("the regular expressions are too large (%d instructions): repeat less in them", maxInstructions)
+			}
+		}
+	}
+	return nil
 }
 
 func matchRegexp(want []string, of func(*flowpb.Flow) (string, bool)) (match, error) {

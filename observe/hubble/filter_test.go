@@ -1,6 +1,7 @@
 package hubble
 
 import (
+	"slices"
 	"strings"
 	"testing"
 
@@ -106,5 +107,30 @@ func TestMask(t *testing.T) {
 		if _, err := NewMask(&fieldmaskpb.FieldMask{Paths: []string{path}}); err == nil {
 			t.Errorf("path %q was taken", path)
 		}
+	}
+}
+
+// A few bytes may ask for a great deal of memory: that is refused before it is there.
+func TestLargePatternsAreRefused(t *testing.T) {
+	for what, words := range map[string][]string{
+		"one that repeats": {strings.Repeat("[a-z]{1000}", 50)},
+		"a long one":       {strings.Repeat("a", maxPattern+1)},
+		"many":             slices.Repeat([]string{"x{500}"}, 100),
+	} {
+		for field, ff := range map[string]*flowpb.FlowFilter{"path": {HttpPath: words}, "url": {HttpUrl: words}, "query": {DnsQuery: words}} {
+			if _, err := Compile(nil, []*flowpb.FlowFilter{ff}); err == nil {
+				t.Errorf("%s of %s is compiled", what, field)
+			}
+		}
+	}
+	var each []*flowpb.FlowFilter
+	for range 100 {
+		each = append(each, &flowpb.FlowFilter{DnsQuery: []string{"x{500}"}})
+	}
+	if _, err := Compile(each[:50], each[50:]); err == nil {
+		t.Error("many in a filter each are compiled")
+	}
+	if _, err := Compile([]*flowpb.FlowFilter{{HttpPath: []string{"/v1/.{0,200}", "(?i)^/a+$"}}}, nil); err != nil {
+		t.Error(err)
 	}
 }
