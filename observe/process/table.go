@@ -54,12 +54,12 @@ type Table struct {
 	gone       uint64                             // of them, those that had ended
 }
 
-// run names one run of a binary: a number may be given again, and exec changes
-// the binary.
+// run names one run of a binary by one user: a number may be given again, exec
+// changes the binary, and who listens as root goes on as somebody else.
 type run struct {
-	pid   uint32
-	exec  uint32
-	start uint64
+	pid, exec uint32
+	uid, auid uint32
+	start     uint64
 }
 
 type flowKey struct {
@@ -193,7 +193,7 @@ func (t *Table) learnAddresses(e *abi.ProcessEvent) {
 
 // process returns the process of an event, from /proc where it is new.
 func (t *Table) process(e *abi.ProcessEvent) *flow.Process {
-	key := run{e.Pid, e.Exec, e.Start}
+	key := run{e.Pid, e.Exec, e.UID, e.Auid, e.Start}
 	t.mu.Lock()
 	p, ok := t.processes.Get(key)
 	t.mu.Unlock()

@@ -430,3 +430,20 @@ func TestFoundSockets(t *testing.T) {
 		t.Errorf("the listener that was found has closed: process %q", got)
 	}
 }
+
+// Who listens as root and then gives that up is told of as who it is at each call.
+func TestUserOfEachCall(t *testing.T) {
+	f := newFakeProc(t)
+	f.put(9, 7, "/usr/sbin/nginx", "/")
+	table := newTable(f)
+	listens, calls := bind(told(abi.ProcessBind, 1, 9, 7, "usr", "sbin", "nginx"), "", 80), told(abi.ProcessConnect, 2, 9, 7, "usr", "sbin", "nginx")
+	listens.UID, calls.UID = 0, 33
+	table.Note(listens)
+	table.Note(calls)
+	if p := table.Of(sent(2, 40000, 443)); p == nil || p.UID != 33 {
+		t.Errorf("who calls: %+v", p)
+	}
+	if p := table.Of(got(local, 40001, 80)); p == nil || p.UID != 0 {
+		t.Errorf("who listens: %+v", p)
+	}
+}
