@@ -31,6 +31,7 @@ type observeFlags struct {
 	since, until      string
 	colour            func(*Env) (bool, error)
 	last, first       uint64
+	asked             func(flag string) bool // whether it was given
 	all, follow, node bool
 	evidence, reasons []string
 	extra             hubble.Extra
@@ -70,6 +71,7 @@ follows it.`,
 
 func (o *observeFlags) addTo(f *pflag.FlagSet) {
 	f.SortFlags = false
+	o.asked = f.Changed
 	f.StringVar(&o.server, "server", "", "unix socket of the Hubble API of an agent or a relay (default: hubble.sock beside --socket)")
 	f.Uint64Var(&o.last, "last", 20, "so many of the last flows")
 	f.Uint64Var(&o.first, "first", 0, "so many of the first flows that are kept")
@@ -147,7 +149,7 @@ func (o *observeFlags) request(now time.Time) (req *observerpb.GetFlowsRequest, 
 	switch {
 	case o.first > 0:
 		req.First, req.Number = true, o.first
-	case o.all || req.Since != nil || req.Until != nil:
+	case o.all || !o.asked("last") && (req.Since != nil || req.Until != nil):
 		req.Number = 1<<64 - 1
 	}
 	var errs []error

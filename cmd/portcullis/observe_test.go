@@ -50,6 +50,8 @@ func TestObserve(t *testing.T) {
 		"":                                        {dropped, passed},
 		"--last 1":                                {passed},
 		"--first 1":                               {dropped},
+		"--since 1h":                              {dropped, passed},
+		"--since 1h --last 1":                     {passed},
 		"--verdict DROPPED":                       {dropped},
 		"--not --verdict DROPPED":                 {passed},
 		"--not -l org=empire --since 1m":          nil,
