@@ -44,7 +44,7 @@ func Judge(f *Facts) []Check {
 	var out []Check
 	out = append(out, kernel(f), capabilities(f), memlock(f))
 	out = append(out, features(f)...)
-	out = append(out, clock(&f.Clock), clockSource(&f.Clock), bpffs(f), pins(f), cgroup2(f), journal(f), port(f))
+	out = append(out, clock(&f.Clock), clockSource(&f.Clock), bpffs(f), pins(f), cgroup2(f), processes(f), journal(f), port(f))
 	out = append(out, programs(f)...)
 	return append(out, bypass(f), forwarding(f), rpFilter(f), marks(f))
 }

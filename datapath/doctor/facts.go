@@ -26,6 +26,7 @@ type Facts struct {
 	BPFFSKnown bool       // the kernel has the file system
 	OwnMounts  bool       // this mount namespace is not that of process 1
 	Cgroup2    string     // where it is mounted; "": nowhere
+	Processes  Processes
 	Journal    FileSystem // of the journal's directory
 	Port       Port
 	Pins       datapath.Pins

@@ -36,6 +36,7 @@ func Gather(cfg Config) *Facts {
 	host, err2 := os.Readlink("/proc/1/ns/mnt")
 	f.OwnMounts = err1 == nil && err2 == nil && own != host
 	f.Cgroup2 = mountPoint("cgroup2")
+	f.Processes = tryProcesses()
 	f.Journal = fileSystem(cfg.JournalDir)
 	f.Port = whoListens(cfg.Port)
 	f.Pins, f.PinsErr = datapath.InspectPins(cfg.PinDir)
