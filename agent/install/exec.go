@@ -32,15 +32,23 @@ const maxExec = 16 << 20
 
 // run runs a command in a container and returns what it wrote. A command that
 // ended with another status than 0 is an error, beside its output.
+func (c *Cluster) run(ctx context.Context, pod, container string, command ...string) (stdout []byte, err error) {
+	s, err := c.stream(ctx, maxExec, pod, container, command...)
+	if err != nil {
+		return nil, err
+	}
+	defer s.Close()
+	return io.ReadAll(s)
+}
+
+// stream runs a command in a container; what it writes is read from the stream,
+// of all it says no more than so many bytes. The end of the stream is that of a
+// command that went well; else its error says what the command said.
 //
 // WebSocket is spoken here, and not by a library: nothing is sent after the
 // request, so reading frames is all there is.
-func (c *Cluster) run(ctx context.Context, pod, container string, command ...string) (stdout []byte, err error) {
-	u, err := url.Parse(c.config.Host)
-	if err != nil || u.Host == "" {
-		u = &url.URL{Scheme: "https", Host: c.config.Host}
-	}
-	u.Path = strings.TrimSuffix(u.Path, "/") + "/api/v1/namespaces/" + c.namespace + "/pods/" + pod + "/exec"
+func (c *Cluster) stream(ctx context.Context, most int64, pod, container string, command ...string) (*execStream, error) {
+	u := c.url("/api/v1/namespaces/" + c.namespace + "/pods/" + pod + "/exec")
 	u.RawQuery = url.Values{"container": {container}, "command": command, "stdout": {"true"}, "stderr": {"true"}}.Encode()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
 	if err != nil {
@@ -56,18 +64,27 @@ func (c *Cluster) run(ctx context.Context, pod, container string, command ...str
 	if err != nil {
 		return nil, err
 	}
-	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusSwitchingProtocols {
+		defer resp.Body.Close()
 		b, _ := io.ReadAll(io.LimitReader(resp.Body, maxSaid)) // for the message only
 		return nil, fmt.Errorf("%s: %s", resp.Status, said(b))
 	}
 	// The request's context does not end the connection any more.
-	defer context.AfterFunc(ctx, func() { _ = resp.Body.Close() })()
-	stdout, err = readExec(bufio.NewReader(resp.Body))
-	if ctx.Err() != nil {
-		err = ctx.Err()
+	stop := context.AfterFunc(ctx, func() { _ = resp.Body.Close() })
+	return &execStream{ctx: ctx, r: bufio.NewReader(resp.Body), most: most, left: most, end: func() {
+		stop()
+		_ = resp.Body.Close() // it was read, or is given up
+	}}, nil
+}
+
+// url is that of a path of the API server.
+func (c *Cluster) url(path string) *url.URL {
+	u, err := url.Parse(c.config.Host)
+	if err != nil || u.Host == "" {
+		u = &url.URL{Scheme: "https", Host: c.config.Host}
 	}
-	return stdout, err
+	u.Path = strings.TrimSuffix(u.Path, "/") + path
+	return u
 }
 
 // said is the message of a Status, or the text as it is.
@@ -79,45 +96,71 @@ func said(b []byte) string {
 	return strings.TrimSpace(string(b))
 }
 
-// readExec reads messages until the result of the command.
-func readExec(r io.Reader) (stdout []byte, err error) {
-	var stderr bytes.Buffer
-	var message []byte
-	for {
-		final, op, payload, err := readFrame(r)
-		if err != nil {
-			return stdout, fmt.Errorf("the answer breaks off: %w", err)
-		}
-		switch op {
-		case 0, 1, 2: // continued, text, binary
-			message = append(message, payload...)
-		case 8:
-			return stdout, errors.New("the answer breaks off: closed")
-		}
-		if len(message)+len(stdout)+stderr.Len() > maxExec {
-			return stdout, fmt.Errorf("the answer is longer than %d MiB", maxExec>>20)
-		}
-		if !final || op > 2 || len(message) == 0 {
-			continue
-		}
-		stream, text := message[0], message[1:]
-		message = nil
-		switch stream {
-		case stdoutStream:
-			stdout = append(stdout, text...)
-		case stderrStream:
-			stderr.Write(text)
-		case resultStream:
-			var s metav1.Status
-			if err := json.Unmarshal(text, &s); err != nil {
-				return stdout, fmt.Errorf("the result of the command: %w", err)
+// execStream is the standard output of a command.
+type execStream struct {
+	ctx        context.Context
+	r          io.Reader
+	end        func()
+	most, left int64 // bytes of all that it may say
+	stdout     []byte
+	stderr     bytes.Buffer
+	message    []byte // the begin of one
+}
+
+// Close gives the connection back; the command ends when it writes again.
+func (s *execStream) Close() { s.end() }
+
+// Read returns what the command writes. io.EOF: it ended with status 0.
+func (s *execStream) Read(p []byte) (int, error) {
+	for len(s.stdout) == 0 {
+		if err := s.next(); err != nil {
+			if s.ctx.Err() != nil {
+				err = s.ctx.Err()
 			}
-			if s.Status != metav1.StatusSuccess {
-				return stdout, fmt.Errorf("%s: %s", s.Message, strings.TrimSpace(stderr.String()))
-			}
-			return stdout, nil
+			return 0, err
 		}
 	}
+	n := copy(p, s.stdout)
+	s.stdout = s.stdout[n:]
+	return n, nil
+}
+
+// next reads one frame.
+func (s *execStream) next() error {
+	final, op, payload, err := readFrame(s.r)
+	if err != nil {
+		return fmt.Errorf("the answer breaks off: %w", err)
+	}
+	switch op {
+	case 0, 1, 2: // continued, text, binary
+		s.message = append(s.message, payload...)
+	case 8:
+		return errors.New("the answer breaks off: closed")
+	}
+	if s.left -= int64(len(payload)); s.left < 0 {
+		return fmt.Errorf("the answer is longer than %d MiB", s.most>>20)
+	}
+	if !final || op > 2 || len(s.message) == 0 {
+		return nil
+	}
+	stream, text := s.message[0], s.message[1:]
+	s.message = nil
+	switch stream {
+	case stdoutStream:
+		s.stdout = text
+	case stderrStream:
+		s.stderr.Write(text)
+	case resultStream:
+		var result metav1.Status
+		if err := json.Unmarshal(text, &result); err != nil {
+			return fmt.Errorf("the result of the command: %w", err)
+		}
+		if result.Status != metav1.StatusSuccess {
+			return fmt.Errorf("%s: %s", result.Message, strings.TrimSpace(s.stderr.String()))
+		}
+		return io.EOF
+	}
+	return nil
 }
 
 // readFrame reads one frame of WebSocket, as a server sends it: not masked.

@@ -169,18 +169,22 @@ func TestStatusOfACluster(t *testing.T) {
 	}
 }
 
+func readExec(t *testing.T, r io.Reader) ([]byte, error) {
+	return io.ReadAll(&execStream{ctx: t.Context(), r: r, most: maxExec, left: maxExec})
+}
+
 // What a server sends that is no answer ends with an error, and soon.
 func TestReadExecRefuses(t *testing.T) {
 	for name, text := range map[string]string{
 		"nothing": "", "half a head": "\x82", "half a frame": "\x82\x05\x01ab", "masked": "\x82\x85\x01abcdefgh", "closed": "\x88\x00",
 		"too long": "\x82\x7f\x7f\xff\xff\xff\xff\xff\xff\xff", "no JSON": "\x82\x02\x03{",
 	} {
-		if out, err := readExec(strings.NewReader(text)); err == nil {
+		if out, err := readExec(t, strings.NewReader(text)); err == nil {
 			t.Errorf("%s: %q", name, out)
 		}
 	}
 	endless := io.MultiReader(strings.NewReader(strings.Repeat("\x82\x7e\xff\xff"+strings.Repeat("\x01", 0xffff), maxExec/0xffff+2)))
-	if _, err := readExec(endless); err == nil || !strings.Contains(err.Error(), "longer than") {
+	if _, err := readExec(t, endless); err == nil || !strings.Contains(err.Error(), "longer than") {
 		t.Errorf("endless: %v", err)
 	}
 }
