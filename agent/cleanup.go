@@ -40,7 +40,7 @@ func Purge(ctx context.Context, cfg Config, log *zap.Logger) error {
 		if err := os.Remove(cfg.APISocket); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("purge: %w", err)
 		}
-		if path := cfg.hubblePath(); path != "" {
+		if path := cfg.HubblePath(); path != "" {
 			if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return fmt.Errorf("purge: %w", err)
 			}

@@ -117,8 +117,8 @@ func (c *Config) validateSeeing() (errs []error) {
 	return errs
 }
 
-// hubblePath returns where the Hubble API's socket is, "": nowhere.
-func (c *Config) hubblePath() string {
+// HubblePath returns where the Hubble API's socket is, "": nowhere.
+func (c *Config) HubblePath() string {
 	if c.HubbleSocket == "" || c.Flows == 0 || strings.Contains(c.HubbleSocket, "/") {
 		return c.HubbleSocket
 	}
@@ -141,7 +141,7 @@ func (l *loop) serveHubble(ctx context.Context, source hubble.Source) error {
 		running++
 		go func() { defer stop(); done <- g.Serve(ln) }()
 	}
-	if path := l.cfg.hubblePath(); path != "" {
+	if path := l.cfg.HubblePath(); path != "" {
 		ln, err := api.ListenUnix(path, "--hubble-socket")
 		if err != nil {
 			return err

@@ -84,20 +84,32 @@ func doctorConfig(env *Env, file string, named bool) (doctor.Config, doctor.Chec
 	if !flags.Changed("api-socket") {
 		set.override("api-socket", env.socket, false)
 	}
-	check := doctor.Check{Name: "settings", Status: doctor.OK, What: "none found; the defaults are looked at"}
-	if given := len(set.inFile) > 0 || raw.node != ""; given {
+	given := len(set.inFile) > 0 || raw.node != ""
+	if given {
 		errs = append(errs, raw.into(&cfg, set))
+	}
+	return doctor.Config{PinDir: cfg.PinDir, JournalDir: cfg.JournalDir, Port: raw.port()}, settingsCheck(given, errors.Join(errs...))
+}
+
+// settingsCheck says what came of reading an agent's settings.
+func settingsCheck(given bool, err error) doctor.Check {
+	check := doctor.Check{Name: "settings", Status: doctor.OK, What: "none found; the defaults are looked at"}
+	if given {
 		check.What = "an agent would start with them"
 	}
-	if err := errors.Join(errs...); err != nil {
+	if err != nil {
 		check = doctor.Check{Name: "settings", Status: doctor.Fail, What: err.Error(),
 			Why: "an agent does not start with such settings", Do: "mend them; `portcullis agent --print-config` says the same"}
 	}
-	port := uint16(defaultPort)
-	if a, err := netip.ParseAddrPort(raw.listen); err == nil {
-		port = a.Port()
+	return check
+}
+
+// port is that of agents.
+func (r *agentFlags) port() uint16 {
+	if a, err := netip.ParseAddrPort(r.listen); err == nil {
+		return a.Port()
 	}
-	return doctor.Config{PinDir: cfg.PinDir, JournalDir: cfg.JournalDir, Port: port}, check
+	return defaultPort
 }
 
 // printChecks writes a line for each check, and why and what to do below those

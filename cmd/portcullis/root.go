@@ -68,6 +68,7 @@ var commands = []func(*Env) *cobra.Command{
 	newRelayCmd,
 	newAuditCmd,
 	newDoctorCmd,
+	newSysdumpCmd,
 	newCNICmd,
 	newIssuerCmd,
 	newProxyCmd,

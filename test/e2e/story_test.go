@@ -24,6 +24,7 @@ func TestStory(t *testing.T) {
 	t.Run("requests to services", testShieldedEgress)
 	t.Run("names", testFQDNs)
 	t.Run("proxy killed under traffic", testProxyKilled)
+	t.Run("an archive for whoever is to help", testSysdump)
 	t.Run("how a pod starts", testStart)
 	t.Run("rolling restart under traffic", testRollingRestart)
 	t.Run("outage of the API server", testOutage)
