@@ -3,7 +3,7 @@
 # for what the programs need when they run.
 
 .DEFAULT_GOAL := help
-.PHONY: help build image demo helm hubble-cli clients test test-all chaos chaos-long chaos-found prometheus model schedules e2e e2e-up e2e-down e2e-measure measure-l7 generate lint floors race conformance bench measure prepare clean
+.PHONY: help build image demo helm hubble-cli clients test test-all chaos chaos-long chaos-found prometheus model schedules e2e e2e-change e2e-up e2e-down e2e-measure measure-l7 generate lint floors race conformance bench measure prepare clean
 
 # ---- the Go command ----------------------------------------------------
 
@@ -90,7 +90,11 @@ prometheus: build ## try dashboard and alerts of deploy/monitoring on a real Pro
 E2E_FLAGS ?= -count=1 -timeout=60m
 e2e: need-go ## install on a real Kubernetes that is made on this machine, and try it there; ends with a count (root)
 	@$(BUILD) -o out/summary ./test/summary
-	@out/summary -tags=e2e $(E2E_FLAGS) ./test/e2e ./test/e2e/install
+	@out/summary -tags=e2e -skip='^TestChange$$' $(E2E_FLAGS) ./test/e2e ./test/e2e/install
+
+e2e-change: need-go ## pods, agents, versions, disks and nodes that come, go, fill up and change on such a cluster, under traffic (root, half an hour)
+	@$(BUILD) -o out/summary ./test/summary
+	@out/summary -tags=e2e $(E2E_FLAGS) -run='^TestChange$$' ./test/e2e -e2e.podbits=27
 
 hubble-cli: build ## build the real hubble command and compare what it shows of a lab with `portcullis observe` (root; ten minutes the first time)
 	cd test/hubble && CGO_ENABLED=0 $(GO) build -ldflags='-s -w' -o ../../out/hubble github.com/cilium/cilium/hubble

@@ -20,6 +20,9 @@ import (
 var (
 	outageFlag = flag.Duration("e2e.outage", 2*time.Minute, "how long the API server is gone")
 	keepFlag   = flag.Bool("e2e.keep", false, "leave the cluster of a test that fails: `go run ./test/e2e/cluster/cmd -name NAME ...`")
+	bitsFlag   = flag.Int("e2e.podbits", 24, "length of each node's IPv4 range of pods: the longer, the sooner an address is another pod's")
+	podsFlag   = flag.Int("e2e.pods", 100, "how many pods TestChange makes and deletes in a row")
+	otherFlag  = flag.String("e2e.other", "", "archive of an image portcullis:other, in the place of another build of this tree, which TestChange goes to and comes back from")
 	onFlag     = flag.String("e2e.cluster", "", "NAME of a cluster that runs, made by test/e2e/cluster/cmd: try on it, and leave it; its images are as they are, and bin/portcullis is the command")
 )
 
@@ -93,6 +96,6 @@ func setUp(ctx context.Context, name, dir string) (err error) {
 		return err
 	}
 	program, images = filepath.Join(dir, "portcullis"), []string{base, image}
-	k8s, err = cluster.Up(ctx, cluster.Config{Name: name, Parts: parts, Images: images, Owned: !*keepFlag, Log: os.Stderr})
+	k8s, err = cluster.Up(ctx, cluster.Config{Name: name, Parts: parts, Images: images, PodBits: *bitsFlag, Owned: !*keepFlag, Log: os.Stderr})
 	return err
 }

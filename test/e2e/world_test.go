@@ -68,7 +68,7 @@ func must(t *testing.T, err error) {
 
 // pod is a pod as the API server has it.
 type pod struct {
-	Metadata struct{ Name, Namespace, UID string }
+	Metadata struct{ Name, Namespace, UID, DeletionTimestamp string }
 	Spec     struct {
 		NodeName    string
 		HostNetwork bool

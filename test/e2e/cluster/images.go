@@ -80,6 +80,31 @@ func Images(ctx context.Context, root, dir string, parts Parts) (base, portculli
 	return base, portcullis, err
 }
 
+// Release builds the product as another release of itself, and writes an archive of
+// its image, with that release as its tag.
+func Release(ctx context.Context, root, dir, version string) (archivePath string, err error) {
+	file := filepath.Join(dir, "portcullis-"+version)
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w -X portcullis/agent.release="+version, "-o", file, "./cmd/portcullis")
+	cmd.Dir = root
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build %s: %w: %s", version, err, out)
+	}
+	return Pack(file, dir, version)
+}
+
+// Pack writes an archive of the image of a program of the product, as make image
+// does.
+func Pack(program, dir, tag string) (archivePath string, err error) {
+	layer, err := pack(program, "portcullis")
+	if err != nil {
+		return "", err
+	}
+	archivePath = filepath.Join(dir, "portcullis-"+tag+".tar")
+	name := strings.TrimSuffix(PortcullisImage, "dev") + tag
+	return archivePath, archive(archivePath, image.Image{Tags: []string{name}, Architecture: goruntime.GOARCH, Config: image.Config{Entrypoint: []string{"/portcullis"}, Env: []string{"PATH=/usr/bin:/:/bin"}}, Layers: []image.Layer{layer}})
+}
+
 func pack(file, name string) (image.Layer, error) {
 	data, err := os.ReadFile(file)
 	if err != nil {

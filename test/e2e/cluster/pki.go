@@ -57,7 +57,7 @@ func writePKI(p plan) error {
 	clients := []string{"admin", "kcm", "scheduler", "proxy"}
 	for i, name := range p.Nodes {
 		n := p.node(i)
-		errs = append(errs, a.issue("kubelet-"+name, pkix.Name{CommonName: "system:node:" + name, Organization: []string{"system:nodes"}}, []string{name}, n.IP4.String(), n.IP6.String()))
+		errs = append(errs, a.issue("kubelet-"+name, pkix.Name{CommonName: "system:node:" + name, Organization: []string{"system:nodes"}}, []string{name}, n.IP4.String(), n.IP6.String(), n.spare().String()))
 		clients = append(clients, "kubelet-"+name)
 	}
 	for _, c := range clients {
