@@ -102,7 +102,8 @@ func Pack(program, dir, tag string) (archivePath string, err error) {
 	}
 	archivePath = filepath.Join(dir, "portcullis-"+tag+".tar")
 	name := strings.TrimSuffix(PortcullisImage, "dev") + tag
-	return archivePath, archive(archivePath, image.Image{Tags: []string{name}, Architecture: goruntime.GOARCH, Config: image.Config{Entrypoint: []string{"/portcullis"}, Env: []string{"PATH=/usr/bin:/:/bin"}}, Layers: []image.Layer{layer}})
+	return archivePath, archive(archivePath, image.Image{Tags: []string{name}, Platforms: []image.Platform{{Architecture: goruntime.GOARCH, Layers: []image.Layer{layer}}},
+		Config: image.Config{Entrypoint: []string{"/portcullis"}, Env: []string{"PATH=/usr/bin:/:/bin"}}})
 }
 
 func pack(file, name string) (image.Layer, error) {
