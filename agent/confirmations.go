@@ -151,7 +151,10 @@ func (l *loop) alarmAudit() {
 		l.alarms.raise("confirmation-log", "lines wait, and are lost when too many do: make room for --audit-log: "+writing)
 	case writing != "": // of its files
 		l.alarms.raise("confirmation-log", writing)
+	case l.unlogged: // not one that says that it could not be opened anew
+		l.alarms.clear("confirmation-log")
 	}
+	l.unlogged = writing != "" || !l.audit.Writable()
 	if signing == "" {
 		l.alarms.clear("confirmation-log-unsigned")
 	} else {

@@ -53,6 +53,7 @@ type loop struct {
 	journal       *journal.Journal
 	unwritten     bool // the journal could not be written
 	unkept        bool // what lies beside it could not be
+	unlogged      bool // alarmAudit has told of the confirmation log
 	store         *store
 	storeKept     int        // bytes that the store had when it was rewritten last
 	processes     *processes // safe for concurrent use

@@ -111,8 +111,8 @@ func alarm(t *testing.T, node, name string) (string, error) {
 	return "", err
 }
 
-// event waits for an Event in a namespace of an object, and returns what it says.
-func event(t *testing.T, namespace, object string, says ...string) string {
+// eventSays waits for an Event in a namespace of an object, and returns what it says.
+func eventSays(t *testing.T, namespace, object string, says ...string) string {
 	t.Helper()
 	var said string
 	must(t, eventually(t.Context(), func() error {

@@ -103,10 +103,10 @@ func metric(ctx context.Context, node, name string) (int, error) {
 	return 0, fmt.Errorf("no node %s", node)
 }
 
-// caller is a pod that calls two servers from its first moment on, and ends. Its
+// burst is a pod that calls two servers from its first moment on, and ends. Its
 // first container calls one that lets only friends in; its second one that lets
 // everybody in, from a pod that policy lets call nobody if it is a foe.
-func caller(namespace, name, node, is string, guarded, open pod) object {
+func burst(namespace, name, node, is string, guarded, open pod) object {
 	one := func(container string, to pod) object {
 		return object{"name": container, "image": cluster.ProbeImage, "imagePullPolicy": "Never",
 			"args": []string{"hammer", "-for", "2s", "-interval", "20ms", "-timeout", "20s", hostPort(to.ip())}}
@@ -147,7 +147,7 @@ func testChurn(t *testing.T) {
 		}
 		var objects []any
 		for i := range batch {
-			objects = append(objects, caller(ns, fmt.Sprintf("c%d", made+i), "n1", []string{"friend", "foe"}[(i+made/batch)%2], s.server, open))
+			objects = append(objects, burst(ns, fmt.Sprintf("c%d", made+i), "n1", []string{"friend", "foe"}[(i+made/batch)%2], s.server, open))
 		}
 		apply(t, objects...)
 		for _, p := range ended(t, ns, batch) {

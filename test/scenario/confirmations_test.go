@@ -223,6 +223,12 @@ func TestConfirmationLogOnAFullDisk(t *testing.T) {
 			}
 			free()
 			w.eventually("the newcomer gets in", func() error { return w.reach(late) })
+			w.eventually("the alarm is over", func() error {
+				if text := w.alarm(tc.node, "confirmation-log"); text != "" {
+					return errors.New(text)
+				}
+				return nil
+			})
 			w.must(w.StopAgent(t.Context(), tc.node))
 			if r := w.verify(0, "--sealed", w.AuditLog(tc.node))[tc.node]; r.Lost != 0 || r.Signed != r.Head.Seq {
 				t.Errorf("%+v", r)
