@@ -115,7 +115,7 @@ e2e-down: need-go ## remove it
 	$(GO) run ./test/e2e/cluster/cmd down
 
 e2e-measure: need-go ## memory, requests, pod starts and policy changes of agents on such a cluster, measured (root, half an hour)
-	$(GO) run ./test/e2e/measure
+	$(GO) run ./test/e2e/measure $(E2E_MEASURE_FLAGS)
 
 # ---- for those who change it -------------------------------------------
 

@@ -5,6 +5,11 @@
 // `kubectl apply` until it is enforced. It needs root.
 //
 //	go run ./test/e2e/measure
+//	go run ./test/e2e/measure -everything -pods 30 -idle 0
+//
+// With -everything the relay, metrics, processes and rules inside HTTP are on, a
+// thousand policies are there, and the memory and CPU time of the whole
+// installation are measured, at rest and while pods come and go.
 //
 // It prints JSON with the machine's load beside each result; it never fails for
 // being slow.
@@ -28,11 +33,16 @@ import (
 
 // Report is everything that was measured.
 type Report struct {
-	Machine  string   `json:"machine"`
-	Start    *Start   `json:"start,omitempty"`
-	Memory   []Memory `json:"memory,omitempty"`
-	Policy   *Policy  `json:"policy,omitempty"`
-	Requests *Idle    `json:"requests,omitempty"`
+	Machine   string   `json:"machine"`
+	Policies  int      `json:"policies"` // that are there beside those measured
+	Alarms    []string `json:"alarms,omitempty"`
+	Start     *Start   `json:"start,omitempty"`
+	Memory    []Memory `json:"memory,omitempty"`
+	Rest      *Whole   `json:"rest,omitempty"`
+	Churn     *Whole   `json:"churn,omitempty"`
+	Requests  *Idle    `json:"requests,omitempty"`
+	Policy    *Policy  `json:"policy,omitempty"`     // by kubectl
+	PolicyAPI *Policy  `json:"policy_api,omitempty"` // by a request to the API server
 }
 
 var (
@@ -41,6 +51,9 @@ var (
 	densities = flag.String("pods", "30,100", "pods per node at which memory is read, those of the system included; rising")
 	idle      = flag.Duration("idle", 5*time.Minute, "how long the requests of idle agents are counted")
 	settle    = flag.Duration("settle", time.Minute, "how long agents rest before their memory is read")
+	whole     = flag.Bool("everything", false, "relay, metrics, processes and rules inside HTTP are on, -present policies are there, and all of the installation is measured")
+	present   = flag.Int("present", 1000, "with -everything: policies that are there")
+	span      = flag.Duration("span", 3*time.Minute, "with -everything: for how long the installation is measured at rest, and under churn")
 	name      = flag.String("name", "", "of the cluster; empty: one of its own")
 )
 
@@ -87,18 +100,25 @@ func run(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, c.Down()) }()
 	b := &bench{c, filepath.Join(dir, "portcullis")}
 	r := &Report{Machine: rig.Machine()}
-	err = b.measure(ctx, root, r)
+	err = b.measure(ctx, r)
 	enc := json.NewEncoder(os.Stdout) // what there is, also of a run that ended early
 	enc.SetIndent("", "  ")
 	return errors.Join(err, enc.Encode(r))
 }
 
-func (b *bench) measure(ctx context.Context, root string, r *Report) error {
+func (b *bench) measure(ctx context.Context, r *Report) error {
 	say := func(format string, args ...any) {
 		fmt.Fprintf(os.Stderr, "%s  load %s  %s\n", time.Now().UTC().Format(time.TimeOnly), rig.Load(), fmt.Sprintf(format, args...))
 	}
-	if err := b.install(ctx, root, *pairs > 0); err != nil {
+	if err := b.install(ctx, *pairs > 0); err != nil {
 		return err
+	}
+	if *whole {
+		say("%d policies", *present)
+		if err := errors.Join(b.crowd(ctx, *present), b.landings(ctx)); err != nil {
+			return err
+		}
+		r.Policies = *present
 	}
 	if *pairs > 0 {
 		say("%d pairs of pods", *pairs)
@@ -123,6 +143,11 @@ func (b *bench) measure(ctx context.Context, root string, r *Report) error {
 		}
 		r.Memory = append(r.Memory, m)
 	}
+	if *whole {
+		if err := b.wholes(ctx, *span, r, say); err != nil {
+			return err
+		}
+	}
 	if *idle > 0 {
 		say("requests of idle agents")
 		requests, err := b.idle(ctx, *idle)
@@ -133,46 +158,50 @@ func (b *bench) measure(ctx context.Context, root string, r *Report) error {
 	}
 	if *samples > 0 {
 		say("%d changes of a policy", *samples)
-		p, err := b.policies(ctx, *samples)
-		if err != nil {
+		if err := b.policies(ctx, *samples, r); err != nil {
 			return err
 		}
-		r.Policy = p
 	}
 	say("done")
 	return nil
 }
 
-// install applies deploy/. The agents leave one node out where a node without
-// them is wanted.
-func (b *bench) install(ctx context.Context, root string, withoutOne bool) error {
-	if withoutOne {
-		if _, err := b.Kubectl(ctx, "label", "node", bareNode, bareLabel+"=yes"); err != nil {
+// install installs. The agents leave one node out where a node without them is
+// wanted.
+func (b *bench) install(ctx context.Context, withoutOne bool) error {
+	for _, n := range b.Nodes() {
+		if withoutOne && n.Name == bareNode {
+			continue
+		}
+		if _, err := b.Kubectl(ctx, "label", "node", n.Name, agentLabel+"="+agentHere); err != nil {
 			return err
 		}
 	}
-	if _, err := b.Kubectl(ctx, "apply", "-f", filepath.Join(root, "deploy")); err != nil {
-		return err
-	}
-	if withoutOne {
-		if _, err := b.Kubectl(ctx, "-n", "portcullis", "patch", "daemonset", "portcullis-agent", "--type=merge", "-p", notOnBare(true)); err != nil {
+	args := []string{b.program, "install", "--kubeconfig=" + filepath.Join(b.Dir(), "pki", "admin.kubeconfig"), "--timeout=10m", "--set", "agent.nodeSelector." + agentLabel + "=" + agentHere}
+	if *whole {
+		if err := b.cgroups(ctx); err != nil {
 			return err
 		}
+		for _, v := range []string{"hubble.listen.enabled=true", "relay.enabled=true", "metrics.enabled=true", "config.processes=true"} {
+			args = append(args, "--set", v)
+		}
 	}
-	return b.ready(ctx)
+	cmd := b.WorldCommand(ctx, args...)
+	cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
+	return cmd.Run()
 }
 
 // everywhere lets the agents onto the node that was left out.
 func (b *bench) everywhere(ctx context.Context) error {
-	if _, err := b.Kubectl(ctx, "label", "node", bareNode, bareLabel+"-"); err != nil {
+	if _, err := b.Kubectl(ctx, "label", "--overwrite", "node", bareNode, agentLabel+"="+agentHere); err != nil {
 		return err
 	}
-	return b.ready(ctx)
-}
-
-func (b *bench) ready(ctx context.Context) error {
-	for _, what := range []string{"deployment/portcullis-issuer", "daemonset/portcullis-agent"} {
-		if _, err := b.Kubectl(ctx, "-n", "portcullis", "rollout", "status", what, "--timeout=5m"); err != nil {
+	what := []string{"deployment/portcullis-issuer", "daemonset/portcullis-agent"}
+	if *whole {
+		what = append(what, "deployment/portcullis-relay")
+	}
+	for _, w := range what {
+		if _, err := b.Kubectl(ctx, "-n", "portcullis", "rollout", "status", w, "--timeout=5m"); err != nil {
 			return err
 		}
 	}

@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"context"
-	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -18,21 +17,9 @@ import (
 // node without, so that both bear the same noise.
 const (
 	agentNode, bareNode = "n2", "n3"
-	bareLabel           = "bare"
+	agentLabel          = "agent" // of nodes that are to have one,
+	agentHere           = "here"  // with this value
 )
-
-func notOnBare(on bool) string {
-	var terms []any
-	if on {
-		terms = []any{map[string]any{"matchExpressions": []any{map[string]any{"key": bareLabel, "operator": "DoesNotExist"}}}}
-	}
-	patch, err := json.Marshal(map[string]any{"spec": map[string]any{"template": map[string]any{"spec": map[string]any{
-		"affinity": map[string]any{"nodeAffinity": map[string]any{"requiredDuringSchedulingIgnoredDuringExecution": map[string]any{"nodeSelectorTerms": terms}}}}}}})
-	if err != nil {
-		panic(err) // constants
-	}
-	return string(patch)
-}
 
 // Start is how long the runtime takes to make a pod's sandbox, network and all:
 // by its log, from the kubelet's call to the answer. In ms.
