@@ -87,7 +87,7 @@ prometheus: build ## try dashboard and alerts of deploy/monitoring on a real Pro
 
 # A real Kubernetes: three nodes on this machine. The first time it is built
 # from source, for minutes; see test/e2e.
-E2E_FLAGS ?= -count=1 -timeout=60m
+E2E_FLAGS ?= -count=1 -timeout=90m
 e2e: need-go ## install on a real Kubernetes that is made on this machine, and try it there; ends with a count (root)
 	@$(BUILD) -o out/summary ./test/summary
 	@out/summary -tags=e2e -skip='^TestChange$$' $(E2E_FLAGS) ./test/e2e ./test/e2e/install
