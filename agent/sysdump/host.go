@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"maps"
 	"os"
@@ -120,9 +121,10 @@ func tail(out *archive.Files, name, path string, most int64) error {
 	from := max(0, info.Size()-most)
 	b := make([]byte, info.Size()-from)
 	n, err := f.ReadAt(b, from)
-	if b = b[:n]; n == 0 && err != nil && len(b) > 0 {
+	if err != nil && !errors.Is(err, io.EOF) { // it may have been cut off meanwhile
 		return err
 	}
+	b = b[:n]
 	if from > 0 {
 		// What begins in the middle of a line, or of a key, is not shown.
 		_, b, _ = bytes.Cut(b, []byte("\n"))
