@@ -49,7 +49,7 @@ func testSysdump(t *testing.T) {
 		"cluster/all-pods.jsonl": "deathstar", "errors.txt": "",
 	}
 	for _, node := range []string{"n1", "n2", "n3"} {
-		for name, text := range map[string]string{"agent/status.json": `"node": "` + node + `"`, "agent/sessions.json": "verifier", "bpf/pinned.json": "maps/bindings",
+		for name, text := range map[string]string{"agent/status.json": `"node": "` + node + `"`, "agent/sessions.json": `"sessions"`, "bpf/pinned.json": "maps/bindings",
 			"bpf/maps/endpoints.json": "Identity", "network/devices.json": "from_workload", "doctor.json": `"tcx"`, "cni/10-pods.conflist": "portcullis-cni",
 			"journal.json": `"bound"`, "config/settings.yaml": "kubernetes: true", "manifest.json": `"format": 1`} {
 			want["nodes/"+node+"/"+name] = text
