@@ -80,9 +80,32 @@ func runningPods(proc string) (found []running, doubtful map[identity.UID]error,
 	if err != nil {
 		return nil, nil, err
 	}
-	entries, err := os.ReadDir(proc)
+	spaces, err := podSpaces(proc, own)
 	if err != nil {
 		return nil, nil, err
+	}
+	if len(spaces) == 0 {
+		return nil, nil, nil
+	}
+	peers, err := netdev.Peers()
+	if err != nil {
+		return nil, nil, err
+	}
+	found, doubtful = match(spaces, peers)
+	return found, doubtful, nil
+}
+
+// podSpaces finds the network namespaces other than own that pods' processes are
+// in. The agent's own pod is in the host's: what it starts in another, as the L7
+// proxy, is no workload.
+func podSpaces(proc, own string) ([]*spaceOf, error) {
+	entries, err := os.ReadDir(proc)
+	if err != nil {
+		return nil, err
+	}
+	var agent identity.UID // zero: in no pod, or in a namespace of control groups in which the proxy's says as little
+	if cgroups, err := os.ReadFile(filepath.Join(proc, "self", "cgroup")); err == nil {
+		agent, _ = podOf(string(cgroups))
 	}
 	spaces := map[string]*spaceOf{}
 	for _, e := range entries {
@@ -95,7 +118,7 @@ func runningPods(proc string) (found []running, doubtful map[identity.UID]error,
 			continue // it has ended
 		}
 		uid, ok := podOf(string(cgroups))
-		if !ok {
+		if !ok || uid == agent {
 			continue
 		}
 		inode, err := os.Readlink(filepath.Join(dir, "ns", "net"))
@@ -112,15 +135,7 @@ func runningPods(proc string) (found []running, doubtful map[identity.UID]error,
 			s.oldest = max(s.oldest, age)
 		}
 	}
-	if len(spaces) == 0 {
-		return nil, nil, nil
-	}
-	peers, err := netdev.Peers()
-	if err != nil {
-		return nil, nil, err
-	}
-	found, doubtful = match(slices.Collect(maps.Values(spaces)), peers)
-	return found, doubtful, nil
+	return slices.Collect(maps.Values(spaces)), nil
 }
 
 // ageOf is for how long a process has run, by CLOCK_BOOTTIME, rounded down.

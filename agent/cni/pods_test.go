@@ -1,7 +1,10 @@
 package cni
 
 import (
+	"errors"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"testing"
 
@@ -33,6 +36,30 @@ func TestPodOf(t *testing.T) {
 				t.Errorf("%v, %v, want %q", got, ok, c.want)
 			}
 		})
+	}
+}
+
+// TestPodSpaces: pods' processes in namespaces of their own are found; not those in
+// the host's, nor what the agent starts itself.
+func TestPodSpaces(t *testing.T) {
+	agent, pod := identity.NewUID(), identity.NewUID()
+	proc := t.TempDir()
+	add := func(pid string, uid identity.UID, space string) {
+		t.Helper()
+		dir := filepath.Join(proc, pid)
+		if err := errors.Join(os.MkdirAll(filepath.Join(dir, "ns"), 0o755), os.WriteFile(filepath.Join(dir, "cgroup"), []byte("4:memory:/kubepods/besteffort/pod"+uid.String()+"/c\n"), 0o600),
+			os.Symlink(space, filepath.Join(dir, "ns", "net"))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	add("self", agent, "net:[1]")
+	add("10", agent, "net:[1]")
+	add("11", agent, "net:[2]") // the proxy
+	add("20", pod, "net:[3]")
+	add("21", pod, "net:[1]")
+	spaces, err := podSpaces(proc, "net:[1]")
+	if err != nil || len(spaces) != 1 || len(spaces[0].pods) != 1 || !spaces[0].pods[pod] {
+		t.Errorf("%+v, %v", spaces, err)
 	}
 }
 
