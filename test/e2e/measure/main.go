@@ -53,7 +53,7 @@ var (
 	settle    = flag.Duration("settle", time.Minute, "how long agents rest before their memory is read")
 	whole     = flag.Bool("everything", false, "relay, metrics, processes and rules inside HTTP are on, -present policies are there, and all of the installation is measured")
 	present   = flag.Int("present", 1000, "with -everything: policies that are there")
-	span      = flag.Duration("span", 3*time.Minute, "with -everything: for how long the installation is measured at rest, and under churn")
+	span      = flag.Duration("span", 3*time.Minute, "with -everything: for how long the installation is measured at rest, and under churn; 0: not measured")
 	name      = flag.String("name", "", "of the cluster; empty: one of its own")
 )
 
@@ -143,7 +143,7 @@ func (b *bench) measure(ctx context.Context, r *Report) error {
 		}
 		r.Memory = append(r.Memory, m)
 	}
-	if *whole {
+	if *whole && *span > 0 {
 		if err := b.wholes(ctx, *span, r, say); err != nil {
 			return err
 		}

@@ -170,7 +170,7 @@ func (b *bench) api(ctx context.Context) (func(context.Context, []byte) error, e
 		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
 	}}}
 	do := func(ctx context.Context, method, path, kind string, body []byte) error {
-		req, err := http.NewRequestWithContext(ctx, method, "http://api"+path, bytes.NewReader(body))
+		req, err := http.NewRequestWithContext(ctx, method, "http://localhost"+path, bytes.NewReader(body))
 		if err != nil {
 			return err
 		}
