@@ -127,30 +127,35 @@ func mend(t *testing.T) {
 }
 
 // testVersions goes to another release, whose maps have other sizes, and back, under
-// traffic.
+// traffic; and to the image of --e2e.given, if there is one.
 func testVersions(t *testing.T) {
 	const other = "other"
-	archive := *otherFlag
-	if archive == "" {
-		var err error
-		archive, err = cluster.Release(t.Context(), root, t.TempDir(), other)
-		must(t, err)
+	archive, err := cluster.Release(t.Context(), root, t.TempDir(), other)
+	must(t, err)
+	t.Run(other, func(t *testing.T) {
+		toVersionAndBack(t, archive, other, other, "config.conntrack=65536", "config.policy-entries=131072")
+	})
+	if *givenFlag != "" {
+		t.Run("given", func(t *testing.T) { toVersionAndBack(t, *givenFlag, "given", "") })
 	}
+}
+
+// toVersionAndBack: version is what its agents say; "": anything.
+func toVersionAndBack(t *testing.T, archive, tag, version string, set ...string) {
 	must(t, k8s.Load(t.Context(), archive))
 	s, shielded := newStage(t, "versions"), newShield(t, "versions-shield")
 	flow, landings := s.traffic(t), shielded.landings(t)
 	for _, x := range []struct {
 		version string
 		set     []string
-	}{{other, []string{"image.tag=" + other, "config.conntrack=65536", "config.policy-entries=131072", "metrics.enabled=true"}},
-		{"devel", []string{"metrics.enabled=true"}}} {
+	}{{version, append(set, "image.tag="+tag, "metrics.enabled=true")}, {"devel", []string{"metrics.enabled=true"}}} {
 		begin := time.Now()
 		installWith(t, x.set...)
-		t.Logf("all nodes have version %s after %.0f s", x.version, time.Since(begin).Seconds())
+		t.Logf("all nodes have %q after %.0f s", x.set, time.Since(begin).Seconds())
 		for _, n := range k8s.Nodes() {
 			status, err := statusOf(t, n.Name)
 			must(t, err)
-			if status.Version != x.version && *otherFlag == "" || !status.Healthy {
+			if x.version != "" && status.Version != x.version || !status.Healthy {
 				t.Errorf("%s: version %q, want %q; %v", n.Name, status.Version, x.version, status.Problems)
 			}
 			for _, a := range status.Alarms {

@@ -22,7 +22,7 @@ var (
 	keepFlag   = flag.Bool("e2e.keep", false, "leave the cluster of a test that fails: `go run ./test/e2e/cluster/cmd -name NAME ...`")
 	bitsFlag   = flag.Int("e2e.podbits", 24, "length of each node's IPv4 range of pods: the longer, the sooner an address is another pod's")
 	podsFlag   = flag.Int("e2e.pods", 100, "how many pods TestChange makes and deletes in a row")
-	otherFlag  = flag.String("e2e.other", "", "archive of an image portcullis:other, in the place of another build of this tree, which TestChange goes to and comes back from")
+	givenFlag  = flag.String("e2e.given", "", "archive of an image portcullis:given, of another release, which TestChange goes to and comes back from, beside another build of this tree")
 	onFlag     = flag.String("e2e.cluster", "", "NAME of a cluster that runs, made by test/e2e/cluster/cmd: try on it, and leave it; its images are as they are, and bin/portcullis is the command")
 )
 
