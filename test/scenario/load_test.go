@@ -273,7 +273,13 @@ type loaded struct {
 
 func newLoaded(t *testing.T, ttl time.Duration) *loaded {
 	t.Helper()
-	w := newWorld(t, func(c *lab.Config) { c.TTL = ttl })
+	return newLoadedOf(t, program, ttl)
+}
+
+// newLoadedOf makes one whose agents are of a binary.
+func newLoadedOf(t *testing.T, binary string, ttl time.Duration) *loaded {
+	t.Helper()
+	w := newWorldOf(t, binary, func(c *lab.Config) { c.TTL = ttl })
 	x := &loaded{world: w, web: w.serveWeb()}
 	x.names = w.serveNames(map[string]netip.Addr{"api.example.com.": inBlock.Addr()})
 	w.must(w.ImportPoliciesAt(t.Context(), verifier, &api.PolicyFile{Name: "server.yaml", Content: []byte(mayCall)}))

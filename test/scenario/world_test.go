@@ -91,6 +91,12 @@ type world struct {
 // that call it run in parallel.
 func newWorld(t *testing.T, changes ...func(*lab.Config)) *world {
 	t.Helper()
+	return newWorldOf(t, program, changes...)
+}
+
+// newWorldOf makes one whose agents are of a binary.
+func newWorldOf(t *testing.T, binary string, changes ...func(*lab.Config)) *world {
+	t.Helper()
 	needRoot(t)
 	t.Parallel()
 	c := lab.DefaultConfig()
@@ -107,7 +113,7 @@ func newWorld(t *testing.T, changes ...func(*lab.Config)) *world {
 		change(&c)
 	}
 	var progress bytes.Buffer
-	l, err := lab.Up(t.Context(), c, lab.Options{Name: fmt.Sprintf("sc%d-%d", os.Getpid(), serial.Add(1)), Binary: program, Progress: &progress})
+	l, err := lab.Up(t.Context(), c, lab.Options{Name: fmt.Sprintf("sc%d-%d", os.Getpid(), serial.Add(1)), Binary: binary, Progress: &progress})
 	if err != nil {
 		t.Fatalf("%v\n%s", err, &progress)
 	}
