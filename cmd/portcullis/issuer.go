@@ -1,12 +1,10 @@
 package main
 
 import (
-	"errors"
-	"os/signal"
-	"syscall"
+	"context"
 
 	"github.com/spf13/cobra"
-	"go.uber.org/zap/zapcore"
+	"go.uber.org/zap"
 
 	"portcullis/agent/issue"
 )
@@ -45,24 +43,6 @@ policy stands between it and the agents that have no SVID yet. It serves /health
 	f.StringVar(&cfg.Audience, "audience", cfg.Audience, "audience that agents' tokens are made for")
 	f.DurationVar(&cfg.SVIDLife, "svid-ttl", cfg.SVIDLife, "how long an SVID lives; agents renew it before the half: longer bridges a longer outage, shorter ends a stolen one sooner")
 	f.DurationVar(&cfg.AuthorityLife, "authority-ttl", cfg.AuthorityLife, "how long an authority's certificate lives; it is replaced from the half on")
-	level := f.String("log-level", "info", "debug, info, warn or error")
-	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		set := newSettings(f, cmd.LocalNonPersistentFlags())
-		if err := flagsFromEnv(f, env.Getenv, set.names...); err != nil {
-			return usageError{err}
-		}
-		_, badLevel := zapcore.ParseLevel(*level)
-		if err := errors.Join(badLevel, cfg.Validate()); err != nil {
-			return usageError{err}
-		}
-		log, err := newLogger(env, *level)
-		if err != nil {
-			return err
-		}
-		defer log.Sync() //nolint:errcheck // stderr cannot be synced on Linux
-		ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM)
-		defer stop()
-		return issue.Run(ctx, cfg, log)
-	}
+	service(cmd, env, cfg.Validate, func(ctx context.Context, log *zap.Logger) error { return issue.Run(ctx, cfg, log) })
 	return cmd
 }

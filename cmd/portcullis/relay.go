@@ -1,12 +1,10 @@
 package main
 
 import (
-	"errors"
-	"os/signal"
-	"syscall"
+	"context"
 
 	"github.com/spf13/cobra"
-	"go.uber.org/zap/zapcore"
+	"go.uber.org/zap"
 
 	"portcullis/agent"
 	"portcullis/agent/relay"
@@ -45,24 +43,6 @@ the agent at --peers knows. Every flag can also be set as PORTCULLIS_<FLAG>.`,
 	f.StringVar(&cfg.Listen, "listen", "", "ADDRESS:PORT to serve on over mTLS (empty: none)")
 	f.StringArrayVar(&cfg.Clients, "hubble-client", nil, "SPIFFE ID that may read flows there, beside agents (repeat)")
 	f.DurationVar(&cfg.Patience, "patience", cfg.Patience, "how long a node's next answer is waited for")
-	level := f.String("log-level", "info", "debug, info, warn or error")
-	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		set := newSettings(f, cmd.LocalNonPersistentFlags())
-		if err := flagsFromEnv(f, env.Getenv, set.names...); err != nil {
-			return usageError{err}
-		}
-		_, badLevel := zapcore.ParseLevel(*level)
-		if err := errors.Join(badLevel, cfg.Validate()); err != nil {
-			return usageError{err}
-		}
-		log, err := newLogger(env, *level)
-		if err != nil {
-			return err
-		}
-		defer log.Sync() //nolint:errcheck // stderr cannot be synced on Linux
-		ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM)
-		defer stop()
-		return relay.Run(ctx, cfg, log)
-	}
+	service(cmd, env, cfg.Validate, func(ctx context.Context, log *zap.Logger) error { return relay.Run(ctx, cfg, log) })
 	return cmd
 }

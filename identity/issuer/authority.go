@@ -4,21 +4,19 @@ import (
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/x509"
-	"crypto/x509/pkix"
 	"errors"
 	"fmt"
-	"math/big"
-	"net/url"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"portcullis/identity/certs"
 )
 
-// backdate is how far before its making a certificate's life begins: clocks of
-// nodes differ, and a certificate that is not valid yet opens no session.
-const backdate = time.Minute
+// making is backdated: clocks of nodes differ, and a certificate that is not valid yet
+// opens no session.
+var making = certs.Authority{Organization: "Portcullis", Backdate: time.Minute}
 
 // authority is a certificate that signs SVIDs, with its key and its times. A
 // value once made is never changed; the keyring replaces it.
@@ -43,26 +41,7 @@ func (a authority) state() string {
 
 // newAuthority makes a key and a certificate that lives for life from now.
 func newAuthority(td spiffeid.TrustDomain, life time.Duration, now time.Time) (authority, error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return authority{}, err
-	}
-	template := &x509.Certificate{
-		SerialNumber:          serial(),
-		Subject:               pkix.Name{Organization: []string{"Portcullis"}, CommonName: td.Name() + " node SVIDs"},
-		NotBefore:             now.Add(-backdate),
-		NotAfter:              now.Add(life),
-		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
-		BasicConstraintsValid: true,
-		IsCA:                  true,
-		MaxPathLenZero:        true,
-		URIs:                  []*url.URL{td.ID().URL()},
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		return authority{}, err
-	}
-	cert, err := x509.ParseCertificate(der)
+	cert, key, err := making.New(td, td.Name()+" node SVIDs", life, now)
 	if err != nil {
 		return authority{}, err
 	}
@@ -92,26 +71,6 @@ func (a authority) check(td spiffeid.TrustDomain) error {
 // sign makes a certificate for a key, that ends after life, or with the
 // authority if that is sooner.
 func (a authority) sign(public crypto.PublicKey, id spiffeid.ID, life time.Duration, now time.Time) ([]byte, error) {
-	end := now.Add(life)
-	if end.After(a.cert.NotAfter) {
-		end = a.cert.NotAfter
-	}
-	return x509.CreateCertificate(rand.Reader, &x509.Certificate{
-		SerialNumber:          serial(),
-		Subject:               pkix.Name{Organization: []string{"Portcullis"}},
-		NotBefore:             now.Add(-backdate),
-		NotAfter:              end,
-		KeyUsage:              x509.KeyUsageDigitalSignature,
-		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-		BasicConstraintsValid: true,
-		URIs:                  []*url.URL{id.URL()},
-	}, a.cert, public, a.key)
-}
-
-func serial() *big.Int {
-	n, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 127))
-	if err != nil {
-		panic(err) // crypto/rand does not fail
-	}
-	return n.Add(n, big.NewInt(1))
+	der, _, err := making.Sign(a.cert, a.key, public, id, life, now)
+	return der, err
 }

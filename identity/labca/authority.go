@@ -6,12 +6,10 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"io/fs"
-	"math/big"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -19,14 +17,15 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"portcullis/identity/certs"
 )
 
-const (
-	authorityLife = 365 * 24 * time.Hour
-	// backdate allows for the whole seconds in certificates. The lab is one
-	// machine: there is no difference between clocks to allow for.
-	backdate = time.Second
-)
+const authorityLife = 365 * 24 * time.Hour
+
+// making allows for the whole seconds in certificates. The lab is one machine: there
+// is no difference between clocks to allow for.
+var making = certs.Authority{Organization: "Portcullis lab", Backdate: time.Second}
 
 // authority is the key that signs, and every certificate that is trusted.
 // Immutable.
@@ -39,27 +38,7 @@ type authority struct {
 
 // newAuthority makes a key. older stay trusted beside it.
 func newAuthority(td spiffeid.TrustDomain, older []*x509.Certificate) (*authority, error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return nil, err
-	}
-	now := time.Now()
-	template := &x509.Certificate{
-		SerialNumber:          serial(),
-		Subject:               pkix.Name{Organization: []string{"Portcullis lab"}, CommonName: td.Name() + " (a lab: trust it nowhere else)"},
-		NotBefore:             now.Add(-backdate),
-		NotAfter:              now.Add(authorityLife),
-		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
-		BasicConstraintsValid: true,
-		IsCA:                  true,
-		MaxPathLenZero:        true,
-		URIs:                  []*url.URL{td.ID().URL()},
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		return nil, err
-	}
-	cert, err := x509.ParseCertificate(der)
+	cert, key, err := making.New(td, td.Name()+" (a lab: trust it nowhere else)", authorityLife, time.Now())
 	if err != nil {
 		return nil, err
 	}
@@ -81,21 +60,7 @@ func (a *authority) issue(id spiffeid.ID, ttl time.Duration) (*issued, error) {
 		return nil, err
 	}
 	now := time.Now()
-	end := now.Add(ttl)
-	if end.After(a.cert.NotAfter) {
-		end = a.cert.NotAfter
-	}
-	template := &x509.Certificate{
-		SerialNumber:          serial(),
-		Subject:               pkix.Name{Organization: []string{"Portcullis lab"}},
-		NotBefore:             now.Add(-backdate),
-		NotAfter:              end,
-		KeyUsage:              x509.KeyUsageDigitalSignature,
-		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-		BasicConstraintsValid: true,
-		URIs:                  []*url.URL{id.URL()},
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, a.cert, key.Public(), a.key)
+	der, end, err := making.Sign(a.cert, a.key, key.Public(), id, ttl, now)
 	if err != nil {
 		return nil, err
 	}
@@ -116,14 +81,6 @@ func (a *authority) bundle() []byte {
 		der = append(der, c.Raw...)
 	}
 	return der
-}
-
-func serial() *big.Int {
-	n, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 127))
-	if err != nil {
-		panic(err) // crypto/rand does not fail
-	}
-	return n.Add(n, big.NewInt(1))
 }
 
 // authorityFile holds the key and all trusted certificates.

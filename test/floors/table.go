@@ -29,6 +29,7 @@ var Table = []Row{
 	{Path: "bpf/internal/gen", Kind: Tool, Holds: "writes bpf/abi from BTF"},
 	{Path: "bpf/tests", Kind: Tests, Holds: "packet-life tests by program test-run"},
 	{Path: "identity", Floor: 0, Leaf: []string{"bpf/abi"}, Holds: "labels, identities, bindings"},
+	{Path: "identity/certs", Floor: 0, Leaf: nothing, Holds: "making of certificates"},
 
 	{Path: "deploy/helm", Floor: 0, Leaf: nothing, Holds: "the Helm chart, embedded"},
 	{Path: "deploy/image", Floor: 0, Leaf: nothing, Holds: "writes archives of container images"},
