@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"maps"
@@ -19,7 +18,6 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/net/netutil"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials"
 	"google.golang.org/protobuf/types/known/timestamppb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
@@ -150,7 +148,7 @@ func (l *loop) serveHubble(ctx context.Context, source hubble.Source) error {
 		start(ln)
 	}
 	if l.cfg.HubbleListen != "" {
-		cfg, err := l.hubbleTLS(source)
+		secure, err := l.hubbleTLS(source)
 		if err != nil {
 			return err
 		}
@@ -159,7 +157,7 @@ func (l *loop) serveHubble(ctx context.Context, source hubble.Source) error {
 			return fmt.Errorf("--hubble-listen: %w", err)
 		}
 		defer ln.Close()
-		start(netutil.LimitListener(ln, hubbleConnections), grpc.Creds(credentials.NewTLS(cfg)))
+		start(netutil.LimitListener(ln, hubbleConnections), secure...)
 		l.log.Info("flows are served to other nodes", zap.String("address", l.cfg.HubbleListen))
 	}
 	var errs []error
@@ -204,12 +202,12 @@ func (l *loop) exportFlows(ctx context.Context) error {
 
 // hubbleTLS asks every client for an SVID of this trust domain: of an agent, of a
 // relay, or one that --hubble-client names.
-func (l *loop) hubbleTLS(source hubble.Source) (*tls.Config, error) {
+func (l *loop) hubbleTLS(source hubble.Source) ([]grpc.ServerOption, error) {
 	td, err := spiffeid.TrustDomainFromString(l.cfg.TrustDomain)
 	if err != nil {
 		return nil, err
 	}
-	return hubble.ServerTLS(source, func(id spiffeid.ID) error {
+	return hubble.ServeTLS(source, func(id spiffeid.ID) error {
 		if slices.Contains(l.cfg.HubbleClients, id.String()) {
 			return nil
 		}

@@ -248,13 +248,13 @@ func (c *Config) serve(ctx context.Context, group *errgroup.Group, r *hubble.Rel
 	if ln, err = (&net.ListenConfig{}).Listen(ctx, "tcp", c.Listen); err != nil {
 		return fmt.Errorf("--listen: %w", err)
 	}
-	start(netutil.LimitListener(ln, connections), grpc.Creds(credentials.NewTLS(hubble.ServerTLS(source, func(id spiffeid.ID) error {
+	start(netutil.LimitListener(ln, connections), hubble.ServeTLS(source, func(id spiffeid.ID) error {
 		if slices.Contains(c.Clients, id.String()) {
 			return nil
 		}
 		_, err := session.NodeOf(td, id)
 		return err
-	}))))
+	})...)
 	return nil
 }
 

@@ -18,7 +18,6 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 
 	observerpb "github.com/cilium/cilium/api/v1/observer"
@@ -103,12 +102,12 @@ func (w *world) serve(name string, i int) {
 		w.t.Fatal(err)
 	}
 	w.addr[name] = ln.Addr().String()
-	g := grpc.NewServer(grpc.Creds(credentials.NewTLS(hubble.ServerTLS(source, func(id spiffeid.ID) error {
+	g := grpc.NewServer(hubble.ServeTLS(source, func(id spiffeid.ID) error {
 		if node, err := session.NodeOf(domain, id); err != nil || node == "c" {
 			return fmt.Errorf("%s may not read flows: %w", id, err)
 		}
 		return nil
-	}))))
+	})...)
 	hubble.NewServer(hubble.Options{Place: hubble.Place{Node: name}, Ring: ring, Started: time.Now(),
 		Peers: func() []hubble.Peer {
 			return []hubble.Peer{{Name: "a", Address: w.addr["a"]}, {Name: "b", Address: w.addr["b"]}}

@@ -1,7 +1,6 @@
 package hubble
 
 import (
-	"context"
 	"sync"
 	"time"
 
@@ -68,7 +67,7 @@ func (e *Events) read(from uint64) (out []agentEvent, next uint64, more <-chan s
 
 // GetAgentEvents implements observer.ObserverServer.
 func (s *Server) GetAgentEvents(req *observerpb.GetAgentEventsRequest, stream grpc.ServerStreamingServer[observerpb.GetAgentEventsResponse]) error {
-	leave, err := s.enter()
+	leave, err := s.streams.enter(stream.Context())
 	if err != nil {
 		return err
 	}
@@ -81,6 +80,8 @@ func (s *Server) GetAgentEvents(req *observerpb.GetAgentEventsRequest, stream gr
 	if req.GetFirst() && req.GetFollow() {
 		return status.Error(codes.InvalidArgument, "first and follow do not go together")
 	}
+	over, stop := passed(req.GetFollow(), untilOf(req.GetUntil()))
+	defer stop()
 	events, next, more := s.o.Events.read(0)
 	for {
 		for _, e := range chosen(req, events) {
@@ -93,20 +94,22 @@ func (s *Server) GetAgentEvents(req *observerpb.GetAgentEventsRequest, stream gr
 			return nil
 		}
 		req = &observerpb.GetAgentEventsRequest{Follow: true, Since: req.Since, Until: req.Until, Number: keptEvents} // all that is new
-		if err := awaitEvent(stream.Context(), more); err != nil {
-			return err
+		select {
+		case <-over: // what came until now is the rest
+			req.Follow, over = false, nil
+		case <-more:
+		case <-stream.Context().Done():
+			return status.FromContextError(stream.Context().Err()).Err()
 		}
 		events, next, more = s.o.Events.read(next)
 	}
 }
 
-func awaitEvent(ctx context.Context, more <-chan struct{}) error {
-	select {
-	case <-more:
-		return nil
-	case <-ctx.Done():
-		return status.FromContextError(ctx.Err()).Err()
+func untilOf(t *timestamppb.Timestamp) time.Time {
+	if t == nil {
+		return time.Time{}
 	}
+	return t.AsTime()
 }
 
 // chosen returns the events that a request asks for, of those that are there.

@@ -37,7 +37,8 @@ type said struct {
 
 type merger struct {
 	patience time.Duration
-	follow   bool
+	follow   bool      // until the time until has passed, if it is not zero
+	until    time.Time // not changed
 	sources  []*source
 	in       chan said
 	send     sender
@@ -67,19 +68,29 @@ func (m *merger) listen(ctx context.Context, s *source, c observerpb.ObserverCli
 			return false
 		}
 	}
+	since, follow := timestamppb.Now(), req.GetFollow()
 	for {
 		stream, err := c.GetFlows(ctx, req)
+		heard := false
 		for err == nil {
 			var resp *observerpb.GetFlowsResponse
-			if resp, err = stream.Recv(); err == nil && !say(said{s, resp, nil}) {
+			if resp, err = stream.Recv(); err != nil {
+				break
+			}
+			if heard = true; !say(said{s, resp, nil}) {
 				return
 			}
 		}
-		if !say(said{s, nil, err}) || !m.follow {
+		if !say(said{s, nil, err}) || !follow || m.said(err) {
 			return
 		}
-		req = proto.CloneOf(req)
-		req.Number, req.Since = 0, timestamppb.Now()
+		if heard { // else it is asked for what it was asked for
+			since = timestamppb.Now()
+		}
+		if heard || req.GetNumber() == 0 && req.GetSince() == nil {
+			req = proto.CloneOf(req)
+			req.Number, req.Since = 0, since
+		}
 		select {
 		case <-time.After(retryEvery):
 		case <-ctx.Done():
@@ -96,6 +107,8 @@ const followWindow = 100 * time.Millisecond
 func (m *merger) run(ctx context.Context) error {
 	timer := time.NewTimer(m.patience)
 	defer timer.Stop()
+	over, stop := passed(m.follow, m.until)
+	defer stop()
 	for {
 		wait, err := m.step(time.Now())
 		if errors.Is(err, errEnough) {
@@ -111,6 +124,9 @@ func (m *merger) run(ctx context.Context) error {
 		select {
 		case x := <-m.in:
 			m.hear(x, time.Now())
+		case <-over:
+			over = nil
+			m.end(time.Now())
 		case <-timer.C:
 		case <-ctx.Done():
 			return ctx.Err()
@@ -134,6 +150,9 @@ func (m *merger) done() bool {
 func (m *merger) hear(x said, now time.Time) {
 	s := x.from
 	switch {
+	case m.follow && m.said(x.err): // its clock may be ahead of this one
+		s.over = true
+		return
 	case x.err == nil:
 		if s.head, s.came = x.resp, now; s.late {
 			s.late = false
@@ -144,6 +163,18 @@ func (m *merger) hear(x said, now time.Time) {
 		m.report(s, relaypb.NodeState_NODE_UNAVAILABLE, status.Convert(x.err).Message())
 	}
 	s.late, s.over = m.follow, !m.follow
+}
+
+// said reports whether a node that is followed has told all until the time until.
+func (m *merger) said(err error) bool { return !m.until.IsZero() && errors.Is(err, io.EOF) }
+
+// end is called when the time until which nodes are followed has passed: they say
+// the rest, and who takes longer than patience is not waited for.
+func (m *merger) end(now time.Time) {
+	m.follow = false
+	for _, s := range m.sources {
+		s.began = now
+	}
 }
 
 // report tells the caller of a node that went, or came back.

@@ -56,12 +56,13 @@ func newQuery(req *observerpb.GetFlowsRequest) (q query, err error) {
 	return q, nil
 }
 
-// choose returns the flow that the query shows of a record, nil: none.
-func (q *query) choose(p Place, r *flow.Record, number uint64) *flowpb.Flow {
+// choose returns the flow that the query shows of a record, nil: none. It is
+// shared with other queries, and not to be changed.
+func (q *query) choose(o *Options, r *flow.Record, number uint64) *flowpb.Flow {
 	if r.Lost != nil || !q.since.IsZero() && r.Time.Before(q.since) || !q.until.IsZero() && r.Time.After(q.until) || !q.extra.Match(r) {
 		return nil
 	}
-	for _, f := range p.From(r, number) {
+	for _, f := range o.converted.from(o.Place, r, number) {
 		if q.filter.Match(f) {
 			return f
 		}
@@ -77,13 +78,35 @@ type reader struct {
 	buf  []flow.Record
 }
 
+// tellsLate is for how long after its packet a record may come into the ring.
+const tellsLate = time.Second
+
+// passed returns a channel that is closed when nothing more comes of the time
+// until then, nil: that is never, and stop, for who does not wait for it any more.
+func passed(follow bool, until time.Time) (over <-chan struct{}, stop func()) {
+	if !follow || until.IsZero() {
+		return nil, func() {}
+	}
+	c := make(chan struct{})
+	t := time.AfterFunc(time.Until(until.Add(tellsLate)), func() { close(c) })
+	return c, func() { t.Stop() }
+}
+
 // run sends what the query asks for: to the end of the ring, or with follow
-// until ctx ends. A record that was overwritten before it could be read is
-// told of as lost (I6).
+// until ctx ends or until has passed. A record that was overwritten before it
+// could be read is told of as lost (I6).
 func (r *reader) run(ctx context.Context) error {
 	from, end := r.start()
+	over, stop := passed(r.q.follow, r.q.until)
+	defer stop()
 	var sent uint64
 	for {
+		select {
+		case <-over: // what is there now is the rest
+			_, end = r.o.Ring.Bounds()
+			r.q.follow, over = false, nil
+		default:
+		}
 		if err := ctx.Err(); err != nil {
 			return err
 		}
@@ -116,6 +139,7 @@ func (r *reader) run(ctx context.Context) error {
 		}
 		select {
 		case <-r.o.Ring.Wait(from):
+		case <-over:
 		case <-ctx.Done():
 			return ctx.Err()
 		}
@@ -136,7 +160,7 @@ func (r *reader) start() (from, end uint64) {
 	from = end
 	var found uint64
 	backwards(r.o.Ring, func(rec *flow.Record, number uint64) bool {
-		if number >= end || r.q.choose(r.o.Place, rec, number) == nil {
+		if number >= end || r.q.choose(r.o, rec, number) == nil {
 			return true
 		}
 		from, found = number, found+1
@@ -150,7 +174,7 @@ func (r *reader) one(rec *flow.Record, number uint64) (sent bool, err error) {
 	if rec.Lost != nil {
 		return false, r.send(r.o.Place.Lost(rec.Lost, rec.Time))
 	}
-	f := r.q.choose(r.o.Place, rec, number)
+	f := r.q.choose(r.o, rec, number)
 	if f == nil {
 		return false, nil
 	}

@@ -6,7 +6,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -35,7 +34,7 @@ type RelayOptions struct {
 type Relay struct {
 	observerpb.UnimplementedObserverServer
 	o       RelayOptions
-	streams atomic.Int64
+	streams streams
 
 	mu    sync.Mutex
 	conns map[Peer]*grpc.ClientConn // guarded by mu
@@ -108,11 +107,11 @@ const mostLast = 16384
 
 // GetFlows implements observer.ObserverServer.
 func (r *Relay) GetFlows(req *observerpb.GetFlowsRequest, stream grpc.ServerStreamingServer[observerpb.GetFlowsResponse]) error {
-	if r.streams.Add(1) > maxStreams {
-		r.streams.Add(-1)
-		return status.Errorf(codes.ResourceExhausted, "%d streams are open already: end one of them", maxStreams)
+	leave, err := r.streams.enter(stream.Context())
+	if err != nil {
+		return err
 	}
-	defer r.streams.Add(-1)
+	defer leave()
 	if _, err := newQuery(req); err != nil {
 		return status.Error(codes.InvalidArgument, err.Error()) // each node would say so
 	}
@@ -120,7 +119,7 @@ func (r *Relay) GetFlows(req *observerpb.GetFlowsRequest, stream grpc.ServerStre
 	var workers sync.WaitGroup
 	defer workers.Wait()
 	defer cancel()
-	m := &merger{patience: r.o.Patience, follow: req.GetFollow(), in: make(chan said), send: r.sender(req, stream), place: r.o.Place}
+	m := &merger{patience: r.o.Patience, follow: req.GetFollow(), until: untilOf(req.GetUntil()), in: make(chan said), send: r.sender(req, stream), place: r.o.Place}
 	for _, n := range r.nodes() {
 		s := &source{name: n.peer.Name, began: time.Now(), next: make(chan struct{}, 1)}
 		m.sources = append(m.sources, s)

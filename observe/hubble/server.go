@@ -3,10 +3,8 @@ package hubble
 import (
 	"context"
 	"errors"
-
 	"slices"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -25,10 +23,6 @@ import (
 // HealthName is the name under which Hubble's clients ask for a server's health.
 const HealthName = "hubble.server.Observer"
 
-// maxStreams bounds the streams of one server: each has a goroutine and a batch
-// of records.
-const maxStreams = 128
-
 // Options are what a server tells of. All are required, but where it says so.
 type Options struct {
 	Place   Place
@@ -43,6 +37,8 @@ type Options struct {
 	// Follow is called when somebody begins to follow the flows, and what it returns
 	// when that ends. nil: nothing is done.
 	Follow func(context.Context) (stop func())
+
+	converted *conversions // nil: each reader converts for itself
 }
 
 // Peer is a node that serves the API.
@@ -56,7 +52,7 @@ type Server struct {
 	observerpb.UnimplementedObserverServer
 	peerpb.UnimplementedPeerServer
 	o       Options
-	streams atomic.Int64
+	streams streams
 }
 
 // NewServer returns a server of the node's records.
@@ -64,6 +60,7 @@ func NewServer(o Options) *Server {
 	if o.Peers == nil {
 		o.Peers = func() []Peer { return []Peer{{o.Place.Name(), o.Address}} }
 	}
+	o.converted = &conversions{}
 	return &Server{o: o}
 }
 
@@ -82,18 +79,9 @@ func registerCommon(g *grpc.Server) {
 	reflection.Register(g)
 }
 
-// enter takes the place of a stream; the caller gives it back.
-func (s *Server) enter() (leave func(), err error) {
-	if s.streams.Add(1) > maxStreams {
-		s.streams.Add(-1)
-		return nil, status.Errorf(codes.ResourceExhausted, "%d streams are open already: end one of them", maxStreams)
-	}
-	return func() { s.streams.Add(-1) }, nil
-}
-
 // GetFlows implements observer.ObserverServer.
 func (s *Server) GetFlows(req *observerpb.GetFlowsRequest, stream grpc.ServerStreamingServer[observerpb.GetFlowsResponse]) error {
-	leave, err := s.enter()
+	leave, err := s.streams.enter(stream.Context())
 	if err != nil {
 		return err
 	}
@@ -205,7 +193,7 @@ const peersEvery = 5 * time.Second
 
 // Notify implements peer.PeerServer: all nodes, then what changes.
 func (s *Server) Notify(_ *peerpb.NotifyRequest, stream grpc.ServerStreamingServer[peerpb.ChangeNotification]) error {
-	leave, err := s.enter()
+	leave, err := s.streams.enter(stream.Context())
 	if err != nil {
 		return err
 	}

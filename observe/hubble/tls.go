@@ -16,9 +16,9 @@ type Source interface {
 	x509bundle.Source
 }
 
-// ServerTLS asks every client for an SVID that may returns nil for. Flow records
+// serverTLS asks every client for an SVID that may returns nil for. Flow records
 // tell who talks to whom: nobody else reads them.
-func ServerTLS(source Source, may func(spiffeid.ID) error) *tls.Config {
+func serverTLS(source Source, may func(spiffeid.ID) error) *tls.Config {
 	return harden(tlsconfig.MTLSServerConfig(source, source, tlsconfig.AdaptMatcher(spiffeid.Matcher(may))))
 }
 
