@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"strings"
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -159,6 +160,22 @@ func (c *Cluster) remove(ctx context.Context, k kind, name string) (was bool, er
 		return false, fmt.Errorf("remove %s %s: %w", k.name, name, err)
 	}
 	return true, nil
+}
+
+// awaitGone waits until an object that is being removed is gone.
+func (c *Cluster) awaitGone(ctx context.Context, k kind, was *unstructured.Unstructured) error {
+	what := k.name + " " + was.GetName()
+	return c.until(ctx, what+" to end", func() (bool, string, error) {
+		o, err := c.get(ctx, k, was.GetName())
+		if err != nil {
+			return false, "", err
+		}
+		missing := "it is being removed"
+		if o != nil && len(o.GetFinalizers()) > 0 {
+			missing += "; it has the finalizers " + strings.Join(o.GetFinalizers(), ", ")
+		}
+		return o == nil || o.GetUID() != was.GetUID(), missing, nil
+	})
 }
 
 // until asks again and again until done, an error that asking again does not

@@ -83,6 +83,10 @@ func (c *Cluster) removeCRDs(ctx context.Context, withPolicies bool, say func(st
 		if _, err := c.remove(ctx, k, name); err != nil {
 			return stay, err
 		}
+		// Who installs again at once must not find one that is about to go.
+		if err := c.awaitGone(ctx, k, o); err != nil {
+			return stay, err
+		}
 		say("%s %s removed", crdKind, name)
 	}
 	return stay, nil

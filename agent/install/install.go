@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 )
 
@@ -96,17 +97,50 @@ func (c *Cluster) mayInstall(ctx context.Context) error {
 	}
 	// One cluster has one authority on each node: a second installation
 	// elsewhere would put a second agent beside the first.
-	binding, err := c.get(ctx, kindNamed("ClusterRoleBinding"), agentName)
-	if err != nil || binding == nil {
+	other, err := c.elsewhere(ctx)
+	if err != nil {
 		return err
 	}
-	subjects, _, _ := unstructured.NestedSlice(binding.Object, "subjects")
-	for _, s := range subjects {
-		if m, ok := s.(map[string]any); ok && m["namespace"] != c.namespace {
-			return fmt.Errorf("there is an installation in namespace %v: a node can have one agent only: use --namespace %[1]v, or uninstall that one", m["namespace"])
-		}
+	if other != "" {
+		return fmt.Errorf("there is an installation in namespace %s: a node can have one agent only: use --namespace %[1]s, or uninstall that one", other)
+	}
+	ns, err := c.get(ctx, kindNamed("Namespace"), c.namespace)
+	if err != nil {
+		return err
+	}
+	if ns != nil && ns.GetDeletionTimestamp() != nil {
+		return fmt.Errorf("namespace %s is being removed, and with it would go what is made in it now: wait until `kubectl get namespace %[1]s` finds none; what holds it is in its status", c.namespace)
 	}
 	return nil
+}
+
+// elsewhere is another namespace with an installation, "" if there is none. It
+// is known by its agents, and by whom the rights of agents are given to: some of
+// what an installation has is of the whole cluster, and there once.
+func (c *Cluster) elsewhere(ctx context.Context) (string, error) {
+	binding, err := c.get(ctx, kindNamed("ClusterRoleBinding"), agentName)
+	if err != nil {
+		return "", err
+	}
+	if binding != nil {
+		subjects, _, _ := unstructured.NestedSlice(binding.Object, "subjects")
+		for _, s := range subjects {
+			if m, ok := s.(map[string]any); ok && m["namespace"] != c.namespace {
+				return fmt.Sprint(m["namespace"]), nil
+			}
+		}
+	}
+	other := ""
+	err = each(ctx, c.dynamic.Resource(kindNamed("DaemonSet").resource), metav1.ListOptions{LabelSelector: partOf + "=" + product}, func(o *unstructured.Unstructured) bool {
+		if o.GetName() == agentName && o.GetNamespace() != c.namespace {
+			other = o.GetNamespace()
+		}
+		return other == ""
+	})
+	if err != nil {
+		return "", fmt.Errorf("list daemonsets of all namespaces: %w", err)
+	}
+	return other, nil
 }
 
 func (c *Cluster) applyOne(ctx context.Context, o *unstructured.Unstructured, say func(string, ...any)) error {
@@ -114,6 +148,14 @@ func (c *Cluster) applyOne(ctx context.Context, o *unstructured.Unstructured, sa
 		there, err := c.get(ctx, kindNamed(crdKind), o.GetName())
 		if err != nil {
 			return err
+		}
+		if there != nil && there.GetDeletionTimestamp() != nil {
+			// Its objects go, then it does: what were applied to it now would go too.
+			say("%s %s is being removed: it is made anew when it is gone", o.GetKind(), o.GetName())
+			if err := c.awaitGone(ctx, kindNamed(crdKind), there); err != nil {
+				return err
+			}
+			there = nil
 		}
 		if there != nil && !ownCRD(there) {
 			say("%s %s kept: somebody else has made it", o.GetKind(), o.GetName())

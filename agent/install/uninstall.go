@@ -18,6 +18,7 @@ type UninstallOptions struct {
 	// Release says how nodes are cleaned where no agents are found that say it.
 	Release        Release
 	RemovePolicies bool     // remove the definitions of policies although there are some, and them
+	CleanNodes     bool     // clean the nodes also where nothing of an installation is found
 	SkipNodes      []string // are not waited for: what is on them stays
 	// Say tells what is done, a line at a time. Not nil.
 	Say func(format string, args ...any)
@@ -30,26 +31,17 @@ type UninstallOptions struct {
 // It can be stopped anywhere and called again: what is still to be known when
 // the agents are gone is in a ConfigMap, which goes last but the namespace.
 func (c *Cluster) Uninstall(ctx context.Context, o UninstallOptions) (stay []string, err error) {
-	r, err := c.readRecord(ctx)
-	if err != nil {
-		return nil, err
-	}
-	agents, err := c.get(ctx, kindNamed("DaemonSet"), agentName)
-	if err != nil {
-		return nil, err
-	}
-	account, err := c.get(ctx, kindNamed("ServiceAccount"), agentName)
-	if err != nil {
-		return nil, err
-	}
-	switch {
-	case agents != nil:
-		if r, err = recordOf(agents, o.Release); err != nil {
-			return nil, err
+	// What is of the whole cluster is that of one installation only: agents
+	// elsewhere would lose their rights, and the policies their definitions.
+	if other, err := c.elsewhere(ctx); err != nil || other != "" {
+		if err == nil {
+			err = fmt.Errorf("the installation is in namespace %s: nothing was changed: use --namespace %[1]s", other)
 		}
-	case r == nil && account != nil: // somebody has removed the agents alone
-		o.Say("there is no DaemonSet %s: the nodes are cleaned by the values given, or the usual ones", agentName)
-		r = &record{Release: o.Release}
+		return nil, err
+	}
+	agents, r, err := c.toClean(ctx, o)
+	if err != nil {
+		return nil, err
 	}
 	if r != nil && !r.Cleaned {
 		if err := c.clean(ctx, agents, r, o); err != nil {
@@ -80,6 +72,40 @@ func (c *Cluster) Uninstall(ctx context.Context, o UninstallOptions) (stay []str
 		stay = append(stay, "Helm's record of release "+agents.GetAnnotations()["meta.helm.sh/release-name"]+", if its namespace stays: helm uninstall")
 	}
 	return append(stay, c.labelled(ctx)...), nil
+}
+
+// toClean finds the agents, nil if there are none, and how nodes are to be
+// cleaned, nil if nothing says that anything was ever installed.
+func (c *Cluster) toClean(ctx context.Context, o UninstallOptions) (agents *unstructured.Unstructured, r *record, err error) {
+	if r, err = c.readRecord(ctx); err != nil {
+		return nil, nil, err
+	}
+	if agents, err = c.get(ctx, kindNamed("DaemonSet"), agentName); err != nil {
+		return nil, nil, err
+	}
+	if agents != nil {
+		r, err = recordOf(agents, o.Release)
+		return agents, r, err
+	}
+	if r != nil {
+		return nil, r, nil
+	}
+	// Somebody has removed the agents alone, or with their namespace: no pod can
+	// start on the nodes, where the plugin is left.
+	found := o.CleanNodes
+	for _, k := range []string{"ServiceAccount", "ClusterRoleBinding"} {
+		there, err := c.get(ctx, kindNamed(k), agentName)
+		if err != nil {
+			return nil, nil, err
+		}
+		found = found || there != nil
+	}
+	if !found {
+		o.Say("there are no agents, and no rights of agents: if they were removed by something else than this command, pods do not start any more: --clean-nodes takes the plugin off the nodes")
+		return nil, nil, nil
+	}
+	o.Say("there is no DaemonSet %s: the nodes are cleaned by the values given, or the usual ones: by image %s, plugin in %s", agentName, o.Release.image(), o.Release.Values.CNI.BinDir)
+	return nil, &record{Release: o.Release}, nil
 }
 
 // record is what must be known when the agents are gone.
@@ -168,6 +194,9 @@ func (c *Cluster) clean(ctx context.Context, agents *unstructured.Unstructured, 
 	if err != nil {
 		return err
 	}
+	if err := c.ensureNamespace(ctx, r.Release); err != nil {
+		return err
+	}
 	if err := c.writeRecord(ctx, r); err != nil {
 		return err
 	}
@@ -199,6 +228,36 @@ func (c *Cluster) clean(ctx context.Context, agents *unstructured.Unstructured, 
 		return err
 	}
 	return c.until(ctx, "DaemonSet "+cleanupName+" to end", func() (bool, string, error) { return c.gone(ctx, cleanupName, o.SkipNodes) })
+}
+
+// ensureNamespace makes the namespace where somebody has removed it, for the
+// nodes are cleaned by pods in it.
+func (c *Cluster) ensureNamespace(ctx context.Context, r Release) error {
+	k := kindNamed("Namespace")
+	ns, err := c.get(ctx, k, c.namespace)
+	if err != nil || ns != nil && ns.GetDeletionTimestamp() == nil {
+		return err
+	}
+	if ns != nil {
+		if err := c.awaitGone(ctx, k, ns); err != nil {
+			return err
+		}
+	}
+	r.Values.Namespace.Create = true
+	files, err := r.Render()
+	if err != nil {
+		return err
+	}
+	objects, err := Objects(files...)
+	if err != nil {
+		return err
+	}
+	for _, o := range objects {
+		if o.GetKind() == k.name {
+			_, err = c.apply(ctx, o)
+		}
+	}
+	return err
 }
 
 // gone reports whether a DaemonSet and its pods are gone, but for pods of nodes

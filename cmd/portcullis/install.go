@@ -148,9 +148,14 @@ then the objects go. Pods and their connections go on, and nobody judges them an
 What it leaves, it names: the confirmation logs; definitions of policies that somebody
 else made, or of which there are policies (--remove-policies removes both); the
 namespace, if something else is in it. It can be interrupted anywhere: the same command
-goes on. It works whether the installation was made by this program, Helm or kubectl.`,
+goes on. It works whether the installation was made by this program, Helm or kubectl.
+
+Where somebody has removed the agents in another way (their namespace, helm uninstall),
+their plugin is left on the nodes, and no pod starts there: this command cleans them, by
+the values given. Where nothing at all is left of the installation, --clean-nodes does.`,
 		Example: `  portcullis uninstall
-  portcullis uninstall --remove-policies --skip-node gone-for-good`,
+  portcullis uninstall --remove-policies --skip-node gone-for-good
+  portcullis uninstall --clean-nodes --set image.tag=v1`,
 		Args: usageArgs(noArgs),
 	}
 	f := cmd.Flags()
@@ -161,6 +166,7 @@ goes on. It works whether the installation was made by this program, Helm or kub
 		f.Lookup(name).Usage += "; read only where no agents are found, which say it otherwise"
 	}
 	remove := f.Bool("remove-policies", false, "remove definitions of policies although there are policies, and these with them")
+	clean := f.Bool("clean-nodes", false, "clean the nodes also where no agents and nothing of theirs are found")
 	skip := f.StringArray("skip-node", nil, "a node that is not waited for: what is on it stays (repeat)")
 	timeout := f.Duration("timeout", 10*time.Minute, "longest time for all of it")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
@@ -175,7 +181,7 @@ goes on. It works whether the installation was made by this program, Helm or kub
 		ctx, cancel := within(cmd, *timeout)
 		defer cancel()
 		stay, err := c.Uninstall(ctx, install.UninstallOptions{Release: install.Release{Namespace: cluster.namespace, Values: v},
-			RemovePolicies: *remove, SkipNodes: *skip, Say: progress(env)})
+			RemovePolicies: *remove, CleanNodes: *clean, SkipNodes: *skip, Say: progress(env)})
 		if err != nil {
 			return err
 		}
