@@ -1,7 +1,7 @@
 package install
 
 import (
-	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -268,31 +268,11 @@ func (c *Cluster) log(ctx context.Context, f *archive.Files, name, pod, containe
 	}
 	defer r.Close()
 	// The API's limit counts from the first of these lines; ours from the last.
-	var kept [][]byte
-	size := int64(0)
-	lines := bufio.NewReader(r)
-	for {
-		line, err := lines.ReadBytes('\n')
-		kept, size = append(kept, line), size+int64(len(line))
-		for size > most && len(kept) > 1 {
-			size -= int64(len(kept[0]))
-			kept = kept[1:]
-		}
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			return err
-		}
+	end, err := archive.End(r, most)
+	if err != nil {
+		return err
 	}
-	return f.Write(name, func(w io.Writer) error {
-		for _, line := range kept {
-			if _, err := w.Write(line); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
+	return f.Copy(name, bytes.NewReader(end))
 }
 
 // open asks the API server for what client-go has no type for.

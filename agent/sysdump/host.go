@@ -168,17 +168,16 @@ func command(ctx context.Context, most int64, name string, args ...string) ([]by
 	}
 	cmd := exec.CommandContext(ctx, path, args...)
 	cmd.WaitDelay = time.Second
-	var said, complaint bytes.Buffer
+	said, complaint := archive.Tail{Most: most}, archive.Tail{Most: mostComplaint}
 	cmd.Stdout, cmd.Stderr = &said, &complaint
 	if err := cmd.Run(); err != nil {
-		return nil, fmt.Errorf("%s %s: %w: %.300s", name, strings.Join(args, " "), err, strings.TrimSpace(complaint.String()))
+		return nil, fmt.Errorf("%s %s: %w: %.300s", name, strings.Join(args, " "), err, bytes.TrimSpace(complaint.Bytes()))
 	}
-	b := said.Bytes()
-	if int64(len(b)) > most {
-		_, b, _ = bytes.Cut(b[int64(len(b))-most:], []byte("\n"))
-	}
-	return b, nil
+	return said.Bytes(), nil
 }
+
+// mostComplaint bounds what a program's errors take, in bytes.
+const mostComplaint = 4096
 
 // process is what the kernel says of the agent's process.
 func (c *Config) process(_ context.Context, out *archive.Files) error {

@@ -100,7 +100,7 @@ func (l *lines) words(s string) string {
 func wholeLine(v string) bool { return !strings.HasPrefix(v, "{") && !strings.HasPrefix(v, "[") }
 
 func (l *lines) form(s string, f form) string {
-	if !f.of.MatchString(s) {
+	if !strings.Contains(s, f.has) || !f.of.MatchString(s) {
 		return s
 	}
 	return f.of.ReplaceAllStringFunc(s, func(found string) string {
@@ -132,15 +132,11 @@ func certificate(s string) bool {
 
 // pairs removes the values of names of secrets.
 func (l *lines) pairs(s string) string {
+	if !hint.MatchString(s) {
+		return s
+	}
 	s = l.replace(s, func(m []string) string {
-		quote := ""
-		switch v := m[3]; {
-		case strings.HasPrefix(v, `\"`):
-			quote = `\"`
-		case v[0] == '"' || v[0] == '\'':
-			quote = v[:1]
-		}
-		return m[1] + m[2] + quote + Removed + quote
+		return m[1] + m[2] + inQuotes(m[3])
 	})
 	if !strings.Contains(s, "-") {
 		return s
@@ -151,8 +147,20 @@ func (l *lines) pairs(s string) string {
 			return found
 		}
 		l.removed++
-		return m[1] + m[2] + Removed
+		return m[1] + m[2] + inQuotes(m[3])
 	})
+}
+
+// inQuotes is Removed in the quotes that a value has, if any.
+func inQuotes(v string) string {
+	quote := ""
+	switch {
+	case strings.HasPrefix(v, `\"`):
+		quote = `\"`
+	case v[0] == '"' || v[0] == '\'':
+		quote = v[:1]
+	}
+	return quote + Removed + quote
 }
 
 // replace looks for pairs one after the other: where one is kept, the next may

@@ -28,13 +28,13 @@ func (w *walker) value(name string, v any, headers bool, depth int) any {
 	}
 	switch v := v.(type) {
 	case map[string]any:
-		return w.object(v, headers, depth)
+		return w.object(name, v, headers, depth)
 	case map[any]any: // YAML with names that are no words
 		m := make(map[string]any, len(v))
 		for k, x := range v {
 			m[fmt.Sprint(k)] = x
 		}
-		return w.object(m, headers, depth)
+		return w.object(name, m, headers, depth)
 	case []any:
 		out := make([]any, len(v))
 		for i, x := range v {
@@ -73,22 +73,29 @@ func (w *walker) element(name string, v any, headers bool, depth int) any {
 	return w.text("", header, false, depth) + ": " + Removed
 }
 
-func (w *walker) object(m map[string]any, headers bool, depth int) any {
+// object returns an object without secrets; name is what it is called. Below
+// the name of a secret all texts are one, but what refers to where it is.
+func (w *walker) object(name string, m map[string]any, headers bool, depth int) any {
 	out := make(map[string]any, len(m))
-	called := first(m, "name", "key")
+	called := first(m, "name", "key", "variable")
 	kind, _ := m["kind"].(string)
+	_, jwk := m["kty"].(string)
 	for _, k := range slices.Sorted(maps.Keys(m)) {
 		v := m[k]
 		_, valued := v.(string)
 		switch {
-		case kind == "Secret" && (k == "data" || k == "stringData"):
+		case kind == "Secret" && (k == "data" || k == "stringData"), k == "binaryData", jwk && privateOfJWK[k]:
 			v = w.all(v)
-		case strings.EqualFold(k, "value") && valued && (headers || secretName(called)):
+		case kind == "SecretList" && k == "items":
+			v = w.value(k, ofKind("Secret", v), headers, depth+1)
+		case (strings.EqualFold(k, "value") || strings.EqualFold(k, "val")) && valued && (headers || secretName(called)):
 			v = w.remove(v.(string))
 		case headers && k != "name" && k != "key" && called == "":
 			v = w.all(v) // {Name: value} or {Name: [value]}
 		case queryName.MatchString(k) && valued && strings.Contains(v.(string), "="):
 			v = w.remove(v.(string))
+		case secretName(name) && !reference.MatchString(k):
+			v = w.value(name+"."+k, v, headersName.MatchString(k), depth+1)
 		default:
 			v = w.value(k, v, headersName.MatchString(k), depth+1)
 		}
@@ -97,11 +104,34 @@ func (w *walker) object(m map[string]any, headers bool, depth int) any {
 	return out
 }
 
-// first returns the first of these that is a text.
+// privateOfJWK are the private members of a JSON Web Key.
+var privateOfJWK = map[string]bool{"d": true, "k": true, "p": true, "q": true, "dp": true, "dq": true, "qi": true, "oth": true}
+
+// ofKind says of what kind a list's elements are that do not say it themselves.
+func ofKind(kind string, v any) any {
+	list, _ := v.([]any)
+	out := make([]any, len(list))
+	for i, e := range list {
+		out[i] = e
+		if m, is := e.(map[string]any); is && m["kind"] == nil {
+			m = maps.Clone(m)
+			m["kind"] = kind
+			out[i] = m
+		}
+	}
+	return out
+}
+
+// first returns the first of these that is a text, however it is capitalized.
 func first(m map[string]any, names ...string) string {
 	for _, n := range names {
 		if s, ok := m[n].(string); ok {
 			return s
+		}
+		for _, k := range slices.Sorted(maps.Keys(m)) {
+			if s, ok := m[k].(string); ok && strings.EqualFold(k, n) {
+				return s
+			}
 		}
 	}
 	return ""
