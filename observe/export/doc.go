@@ -9,5 +9,6 @@
 //
 // Each export reads the ring at its own speed: the agent waits for none, and what
 // one was too slow for is a line of its own in it. Run owns all goroutines and
-// waits for them.
+// waits for them, but for one whose file hangs: that ends when the file does
+// not hang any more, and writes nothing beside one that came after it.
 package export

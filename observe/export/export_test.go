@@ -323,7 +323,7 @@ func BenchmarkExport(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
-			w := &writer{o: &Options{Place: hubble.Place{Node: "n1"}, Problem: func(string, error) {}}, x: exports[0], out: stream{bufio.NewWriter(io.Discard)}}
+			w := &writer{o: &Options{Place: hubble.Place{Node: "n1"}, Problem: func(string, error) {}}, x: exports[0], told: &told{problem: func(string, error) {}}, out: stream{bufio.NewWriter(io.Discard)}}
 			r := record(1)
 			b.ReportAllocs()
 			for i := range b.N {

@@ -34,6 +34,7 @@ type file struct {
 	e    *Export
 	f    *os.File // nil: it could not be opened, or is not yet
 	w    *bufio.Writer
+	pipe bool // or a device: it is never full
 	size int64
 	now  func() time.Time
 }
@@ -53,7 +54,7 @@ func (o *file) open() error {
 	if err != nil {
 		return errors.Join(err, f.Close())
 	}
-	o.f, o.w, o.size = f, bufio.NewWriterSize(f, 64<<10), info.Size()
+	o.f, o.w, o.size, o.pipe = f, bufio.NewWriterSize(f, 64<<10), info.Size(), !info.Mode().IsRegular()
 	if torn(o.e.File, o.size) {
 		o.size++
 		return o.w.WriteByte('\n') // or it would spoil the next line, too
@@ -83,7 +84,7 @@ func (o *file) write(line []byte) error {
 			return err
 		}
 	}
-	if o.size > 0 && o.size+int64(len(line)) > o.e.MaxBytes {
+	if !o.pipe && o.size > 0 && o.size+int64(len(line)) > o.e.MaxBytes {
 		if err := o.rotate(); err != nil {
 			return err
 		}

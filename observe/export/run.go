@@ -1,12 +1,10 @@
 package export
 
 import (
-	"bufio"
 	"context"
-	"errors"
 	"fmt"
 	"io"
-	"os"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/protobuf/encoding/protojson"
@@ -34,13 +32,13 @@ const (
 	batch     = 128             // records that are read at a time
 )
 
-// Run exports until ctx ends. It returns nil then; what is wrong with an export is
-// no error of it.
+// Run exports until ctx ends. It returns nil then, at the latest some seconds
+// later: a file that hangs is left. What is wrong with an export is no error of it.
 func Run(ctx context.Context, o Options) error {
 	if o.Problem == nil {
 		o.Problem = func(string, error) {}
 	}
-	r := &runner{o: o, running: map[string]*task{}}
+	r := &runner{o: o, running: map[string]*task{}, stuck: map[string]*task{}}
 	defer r.stopAll()
 	r.reload(ctx, 0) // the first exports get what is there already
 	look := time.NewTicker(lookEvery)
@@ -52,94 +50,9 @@ func Run(ctx context.Context, o Options) error {
 		case <-look.C:
 			_, next := o.Ring.Bounds()
 			r.reload(ctx, next)
+			r.watch(time.Now())
 		}
 	}
-}
-
-// runner is the exports that run. Owned by Run.
-type runner struct {
-	o       Options
-	last    string // text of the file that was looked at
-	looked  bool
-	running map[string]*task // by name
-}
-
-// task is a running export.
-type task struct {
-	key    string
-	cancel context.CancelFunc
-	done   chan struct{}
-	next   uint64 // number of the record that it would read next; of done
-}
-
-// end stops a task and returns where it was.
-func (t *task) end() uint64 {
-	t.cancel()
-	<-t.done
-	return t.next
-}
-
-func (r *runner) stopAll() {
-	for _, t := range r.running {
-		t.end()
-	}
-}
-
-// reload does what the file says, if it says something new. With a file that is
-// wrong all goes on as it was.
-func (r *runner) reload(ctx context.Context, from uint64) {
-	text, err := os.ReadFile(r.o.File)
-	if errors.Is(err, os.ErrNotExist) {
-		text, err = nil, nil
-	}
-	if err == nil && r.looked && string(text) == r.last {
-		return
-	}
-	exports, perr := parse(text)
-	if err = errors.Join(err, perr); err != nil {
-		r.o.Problem("", fmt.Errorf("%s: %w: exports go on as they were", r.o.File, err))
-		return
-	}
-	r.last, r.looked = string(text), true
-	r.o.Problem("", nil)
-	wanted, at := map[string]bool{}, map[string]uint64{}
-	for _, x := range exports {
-		if t := r.running[x.Name]; t != nil && t.key == x.key {
-			wanted[x.Name] = true
-		}
-	}
-	for name, t := range r.running { // before a new one opens the same file
-		if !wanted[name] {
-			at[name] = t.end()
-			r.o.Problem(name, nil)
-			delete(r.running, name)
-		}
-	}
-	for _, x := range exports {
-		if r.running[x.Name] == nil {
-			begin, known := at[x.Name]
-			if !known {
-				begin = from
-			}
-			r.running[x.Name] = r.start(ctx, x, begin)
-		}
-	}
-}
-
-func (r *runner) start(ctx context.Context, x export, from uint64) *task {
-	ctx, cancel := context.WithCancel(ctx)
-	t := &task{key: x.key, cancel: cancel, done: make(chan struct{}), next: from}
-	w := &writer{o: &r.o, x: x}
-	if x.File == Stdout {
-		w.out = stream{bufio.NewWriterSize(r.o.Stdout, 64<<10)}
-	} else {
-		w.out = &file{e: &w.x.Export, now: time.Now}
-	}
-	go func() {
-		defer close(t.done)
-		t.next = w.run(ctx, from)
-	}()
-	return t
 }
 
 // writer is one export at work.
@@ -149,15 +62,20 @@ type writer struct {
 	out    output
 	failed uint64 // records that the file does not tell of
 	unsure uint64 // records that lines since the last flush tell of
-	bad    bool   // Problem was told of a failure
+	told   *told
+	// For who watches it:
+	at        atomic.Uint64 // number of the record that it would read next
+	busy      busy
+	unwritten atomic.Uint64 // records that were read, and are not in the file for sure
 }
 
-// run writes records from a number on, until ctx ends; it returns the number that
-// would be next.
-func (w *writer) run(ctx context.Context, from uint64) uint64 {
-	buf := make([]flow.Record, batch)
+// run writes records from number at on, until ctx ends.
+func (w *writer) run(ctx context.Context) {
+	buf, from := make([]flow.Record, batch), w.at.Load()
 	for ctx.Err() == nil {
 		n, after, lost := w.o.Ring.Read(from, buf)
+		w.at.Store(after)
+		w.unwritten.Store(uint64(n) + w.failed)
 		if lost > 0 {
 			w.line(w.lost(lost), lost)
 		}
@@ -167,6 +85,7 @@ func (w *writer) run(ctx context.Context, from uint64) uint64 {
 		from = after
 		if n > 0 {
 			w.flush()
+			w.unwritten.Store(w.failed)
 			continue
 		}
 		select {
@@ -174,15 +93,14 @@ func (w *writer) run(ctx context.Context, from uint64) uint64 {
 		case <-ctx.Done():
 		}
 	}
-	w.note(w.out.close())
-	return from
+	w.note(w.busy.during(w.out.close))
 }
 
 func (w *writer) flush() {
 	if w.unsure == 0 {
 		return // nothing was written: whether it works is not known
 	}
-	err := w.out.flush()
+	err := w.busy.during(w.out.flush)
 	if err != nil {
 		w.failed += w.unsure
 	}
@@ -246,7 +164,7 @@ func (w *writer) text(tells uint64, make func() ([]byte, error)) {
 func (w *writer) put(make func() ([]byte, error)) error {
 	b, err := make()
 	if err == nil {
-		err = w.out.write(append(b, '\n'))
+		err = w.busy.during(func() error { return w.out.write(append(b, '\n')) })
 	}
 	if err != nil { // with it goes what was in the buffer
 		w.failed, w.unsure = w.failed+w.unsure, 0
@@ -258,13 +176,8 @@ func (w *writer) put(make func() ([]byte, error)) error {
 // note tells of a failure, and of its end. A file that failed is opened again.
 func (w *writer) note(err error) {
 	if err != nil {
-		w.out.close() //nolint:errcheck // it failed already
-		w.bad = true
-		w.o.Problem(w.x.Name, fmt.Errorf("export %s: %w", w.x.Name, err))
-		return
+		w.busy.during(w.out.close) //nolint:errcheck // it failed already
+		err = fmt.Errorf("export %s: %w", w.x.Name, err)
 	}
-	if w.bad {
-		w.bad = false
-		w.o.Problem(w.x.Name, nil)
-	}
+	w.told.fails(err)
 }
