@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -45,6 +46,40 @@ func (c *Callers) validate() (errs []error) {
 type callers struct {
 	kernel *datapath.Processes
 	table  *proc.Table
+	alarm  callersAlarm
+}
+
+// callersAlarm is the alarm processes: of what cannot be seen for as long as the
+// agent runs, and of what just fails. Used by one goroutine at a time.
+type callersAlarm struct {
+	alarms  *alarms
+	lacking []string // that lasts
+	failing bool
+}
+
+// lacks tells of what lasts.
+func (a *callersAlarm) lacks(text string) {
+	a.lacking = append(a.lacking, text)
+	a.stand()
+}
+
+func (a *callersAlarm) stand() { a.alarms.raise("processes", strings.Join(a.lacking, "; ")) }
+
+func (a *callersAlarm) fails(err error) {
+	a.failing = true
+	a.alarms.raise("processes", strings.Join(append(slices.Clone(a.lacking), fmt.Sprintf("flow records do not tell of processes: %v", err)), "; "))
+}
+
+// works ends what failed; what is lacking stands.
+func (a *callersAlarm) works() {
+	if !a.failing {
+		return
+	}
+	if a.failing = false; len(a.lacking) > 0 {
+		a.stand()
+		return
+	}
+	a.alarms.clear("processes")
 }
 
 // openCallers begins to look at processes. A node where that cannot be seen is
@@ -59,10 +94,10 @@ func (l *loop) openCallers() {
 		l.log.Warn("flow records do not tell of processes", zap.Error(err))
 		return
 	}
+	c := &callers{kernel: kernel, alarm: callersAlarm{alarms: l.alarms}}
 	if missing := kernel.Missing(); len(missing) > 0 {
-		l.alarms.raise("processes", "flow records do not tell "+strings.Join(missing, ", nor "))
+		c.alarm.lacks("flow records do not tell " + strings.Join(missing, ", nor "))
 	}
-	c := &callers{kernel: kernel}
 	c.table = proc.New(proc.Options{Node: string(l.cfg.Node), Wall: l.wall, Arguments: l.cfg.Callers.Arguments,
 		CatchUp: func() { _ = c.kernel.Read(c.table.Note) }}) // an error comes to watchCallers, too
 	l.callers = c
@@ -76,7 +111,7 @@ func (l *loop) watchCallers(ctx context.Context) error {
 		return nil
 	}
 	if err := l.callers.kernel.Scan(l.callers.table.Note); err != nil {
-		l.alarms.raise("processes", fmt.Sprintf("flow records do not tell of processes whose connections began before the agent: %v", err))
+		l.callers.alarm.lacks(fmt.Sprintf("flow records do not tell of processes whose connections began before the agent: %v", err))
 	}
 	for {
 		err := l.callers.kernel.Wait(ctx)
@@ -86,12 +121,14 @@ func (l *loop) watchCallers(ctx context.Context) error {
 		if err == nil {
 			err = l.callers.kernel.Read(l.callers.table.Note)
 		}
-		if err != nil {
-			l.alarms.raise("processes", fmt.Sprintf("flow records do not tell of processes: %v", err))
-			select {
-			case <-time.After(time.Second):
-			case <-ctx.Done():
-			}
+		if err == nil {
+			l.callers.alarm.works()
+			continue
+		}
+		l.callers.alarm.fails(err)
+		select {
+		case <-time.After(time.Second):
+		case <-ctx.Done():
 		}
 	}
 }
