@@ -4,13 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"net"
 	"net/netip"
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -22,7 +20,6 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 
-	peerpb "github.com/cilium/cilium/api/v1/peer"
 	"portcullis/agent/api"
 	"portcullis/identity"
 	"portcullis/identity/issuer/client"
@@ -142,13 +139,13 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 	if err != nil {
 		return err
 	}
-	known := &peers{list: map[string]hubble.Peer{}}
+	nodes := &peers{list: map[string]known{}}
 	configured, _ := cfg.nodes() // Validate has looked at them
 	for _, p := range configured {
-		known.list[p.Name] = p
+		nodes.list[p.Name] = known{Peer: p}
 	}
 	td := spiffeid.RequireTrustDomainFromString(cfg.TrustDomain)
-	r := hubble.NewRelay(hubble.RelayOptions{Place: hubble.Place{Node: "relay", Version: cfg.Version}, Nodes: known.all, Patience: cfg.Patience,
+	r := hubble.NewRelay(hubble.RelayOptions{Place: hubble.Place{Node: "relay", Version: cfg.Version}, Nodes: nodes.all, Patience: cfg.Patience,
 		Dial: func(p hubble.Peer) (*grpc.ClientConn, error) { return dial(td, source, p) }})
 	defer r.Close()
 	group, ctx := errgroup.WithContext(ctx)
@@ -159,7 +156,7 @@ func Run(ctx context.Context, cfg Config, log *zap.Logger) error {
 			return err
 		}
 		defer conn.Close()
-		group.Go(func() error { return known.follow(ctx, conn, log) })
+		group.Go(func() error { return nodes.follow(ctx, conn, log) })
 	}
 	if err := cfg.serve(ctx, group, r, source, td); err != nil {
 		return err
@@ -206,7 +203,8 @@ func dial(td spiffeid.TrustDomain, source hubble.Source, p hubble.Peer) (*grpc.C
 	if err != nil {
 		return nil, err
 	}
-	return grpc.NewClient("passthrough:///"+p.Address, grpc.WithTransportCredentials(credentials.NewTLS(hubble.ClientTLS(source, spiffeid.MatchID(id)))),
+	return grpc.NewClient("passthrough:///"+p.Address, grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(hubble.MaxAnswer)),
+		grpc.WithTransportCredentials(credentials.NewTLS(hubble.ClientTLS(source, spiffeid.MatchID(id)))),
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second}, MinConnectTimeout: handshake}))
 }
 
@@ -256,65 +254,4 @@ func (c *Config) serve(ctx context.Context, group *errgroup.Group, r *hubble.Rel
 		return err
 	})...)
 	return nil
-}
-
-// peers are the nodes that are known. Safe for concurrent use.
-type peers struct {
-	mu   sync.Mutex
-	list map[string]hubble.Peer // by name; guarded by mu
-}
-
-// all returns them in the order of names.
-func (p *peers) all() (out []hubble.Peer) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for _, name := range slices.Sorted(maps.Keys(p.list)) {
-		out = append(out, p.list[name])
-	}
-	return out
-}
-
-// retryEvery is how often an agent that does not tell of its peers is asked again.
-const retryEvery = time.Second
-
-// follow keeps the nodes as the agent at a connection knows them, until ctx ends.
-// While it does not answer, the nodes stay as they were.
-func (p *peers) follow(ctx context.Context, conn *grpc.ClientConn, log *zap.Logger) error {
-	for told := ""; ; {
-		err := p.notices(ctx, peerpb.NewPeerClient(conn))
-		if ctx.Err() != nil {
-			return ctx.Err()
-		}
-		if text := fmt.Sprint(err); text != told {
-			log.Warn("the agent does not tell of its peers; asked again", zap.String("agent", conn.Target()), zap.Error(err))
-			told = text
-		}
-		select {
-		case <-time.After(retryEvery):
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-}
-
-// notices takes in one stream of notices. It begins with all peers: who is not
-// among the first of a new stream goes at the next change of it.
-func (p *peers) notices(ctx context.Context, c peerpb.PeerClient) error {
-	stream, err := c.Notify(ctx, &peerpb.NotifyRequest{})
-	if err != nil {
-		return err
-	}
-	for {
-		n, err := stream.Recv()
-		if err != nil {
-			return err
-		}
-		p.mu.Lock()
-		if n.GetType() == peerpb.ChangeNotificationType_PEER_DELETED {
-			delete(p.list, n.GetName())
-		} else {
-			p.list[n.GetName()] = hubble.Peer{Name: n.GetName(), Address: n.GetAddress()}
-		}
-		p.mu.Unlock()
-	}
 }

@@ -35,13 +35,16 @@ type Relay struct {
 	observerpb.UnimplementedObserverServer
 	o       RelayOptions
 	streams streams
+	room    room
 
 	mu    sync.Mutex
 	conns map[Peer]*grpc.ClientConn // guarded by mu
 }
 
 // NewRelay returns a relay. Close it when no request is under way any more.
-func NewRelay(o RelayOptions) *Relay { return &Relay{o: o, conns: map[Peer]*grpc.ClientConn{}} }
+func NewRelay(o RelayOptions) *Relay {
+	return &Relay{o: o, conns: map[Peer]*grpc.ClientConn{}, room: room{most: mostKept}}
+}
 
 // Register adds the services to a gRPC server: observer, health, reflection.
 func (r *Relay) Register(g *grpc.Server) {
@@ -101,6 +104,10 @@ func (r *Relay) nodes() []node {
 	return out
 }
 
+// MaxAnswer bounds one answer of a node, bytes: a relay holds one of each node for
+// each of its streams.
+const MaxAnswer = 1 << 20
+
 // mostLast is how many flows of a request for the last ones are put in order at a
 // time. Of more, each node's last ones are sent.
 const mostLast = 16384
@@ -120,6 +127,7 @@ func (r *Relay) GetFlows(req *observerpb.GetFlowsRequest, stream grpc.ServerStre
 	defer workers.Wait()
 	defer cancel()
 	m := &merger{patience: r.o.Patience, follow: req.GetFollow(), until: untilOf(req.GetUntil()), in: make(chan said), send: r.sender(req, stream), place: r.o.Place}
+	defer m.send.end()
 	for _, n := range r.nodes() {
 		s := &source{name: n.peer.Name, began: time.Now(), next: make(chan struct{}, 1)}
 		m.sources = append(m.sources, s)
@@ -147,7 +155,7 @@ func (r *Relay) sender(req *observerpb.GetFlowsRequest, stream grpc.ServerStream
 	case req.GetFirst() && most > 0:
 		return &firstSender{send: stream.Send, left: most}
 	case most > 0 && most <= mostLast && !req.GetFollow():
-		return &lastSender{send: stream.Send, most: int(most)}
+		return &lastSender{send: stream.Send, most: int(most), room: &r.room}
 	}
 	return &plainSender{stream.Send}
 }

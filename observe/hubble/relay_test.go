@@ -10,8 +10,11 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/proto"
 
 	flowpb "github.com/cilium/cilium/api/v1/flow"
 	observerpb "github.com/cilium/cilium/api/v1/observer"
@@ -22,6 +25,7 @@ import (
 // relayed is a relay over nodes that run here, and over one that never answers.
 type relayed struct {
 	*world
+	relay *Relay
 	rings []*flow.Ring
 	nodes []*grpc.Server
 }
@@ -61,6 +65,7 @@ func newRelayed(t *testing.T, count, most int, silent bool) *relayed {
 			t.Error(err)
 		}
 	})
+	w.relay = r
 	w.world = &world{t: t, conn: conn, ObserverClient: observerpb.NewObserverClient(conn)}
 	return w
 }
@@ -141,5 +146,29 @@ func TestRelayFollows(t *testing.T) {
 	cancel()
 	if _, err := stream.Recv(); err == nil || errors.Is(err, io.EOF) {
 		t.Errorf("after the caller went: %v", err)
+	}
+}
+
+// What requests for the last flows keep is bounded, all of them together, and given
+// back when they end.
+func TestRelayKeepsNoMoreThanItHasRoomFor(t *testing.T) {
+	w := newRelayed(t, 2, 400, false)
+	last := &observerpb.GetFlowsRequest{Number: 200}
+	got, err := w.flows(last, 1000)
+	if err != nil || !slices.Equal(numbers(got), upTo(200, 399, 1)) {
+		t.Errorf("%v, %v", numbers(got), err)
+	}
+	w.relay.room.most = int64(100 * proto.Size(got[0]))
+	if _, err := w.flows(last, 1000); status.Code(err) != codes.ResourceExhausted {
+		t.Errorf("more than there is room for: %v", err)
+	}
+	got, err = w.flows(&observerpb.GetFlowsRequest{Number: 20}, 1000)
+	if err != nil || !slices.Equal(numbers(got), upTo(380, 399, 1)) {
+		t.Errorf("fewer: %v, %v", numbers(got), err)
+	}
+	for deadline := time.Now().Add(time.Minute); w.relay.room.used.Load() != 0; time.Sleep(time.Millisecond) { // who asked may hear of the end first
+		if time.Now().After(deadline) {
+			t.Fatalf("%d bytes are kept when all have ended", w.relay.room.used.Load())
+		}
 	}
 }
