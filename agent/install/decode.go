@@ -188,21 +188,44 @@ func checkStruct(at string, t reflect.Type, values map[string]any) (errs []error
 	return errs
 }
 
-// meant names the values that there are at a place, or the one that was
-// probably meant.
+// meant names the value that was probably meant, or those that there are at a
+// place.
 func meant(at string, t reflect.Type, key string) string {
-	plain := func(s string) string {
-		return strings.ToLower(strings.NewReplacer("-", "", "_", "").Replace(s))
-	}
-	var names []string
+	var names, close []string
 	for f := range fields(t) {
-		name := f.Tag.Get("json")
-		if plain(name) == plain(key) {
-			return fmt.Sprintf(": did you mean %s?", at+name)
+		name := at + f.Tag.Get("json")
+		if plain(name) == plain(at+key) {
+			return fmt.Sprintf(": did you mean %s?", name)
 		}
-		names = append(names, at+name)
+		names = append(names, name)
+	}
+	for _, name := range paths("", reflect.TypeFor[Values]()) {
+		last := name[strings.LastIndex(name, ".")+1:]
+		if plain(last) == plain(key) || plain(name) == plain(key) {
+			close = append(close, name)
+		}
+	}
+	if len(close) > 0 {
+		return fmt.Sprintf(": did you mean %s?", strings.Join(close, " or "))
 	}
 	return ": want " + strings.Join(names, ", ") + " (docs/values.md)"
+}
+
+// plain is a name without what people get wrong in one.
+func plain(s string) string {
+	return strings.ToLower(strings.NewReplacer("-", "", "_", "", ".", "").Replace(s))
+}
+
+// paths are the names of all values, with those that they are in.
+func paths(at string, t reflect.Type) (out []string) {
+	for f := range fields(t) {
+		name := at + f.Tag.Get("json")
+		out = append(out, name)
+		if f.Type.Kind() == reflect.Struct {
+			out = append(out, paths(name+".", f.Type)...)
+		}
+	}
+	return out
 }
 
 func checkField(at string, f reflect.StructField, value any) []error {
@@ -215,7 +238,7 @@ func checkField(at string, f reflect.StructField, value any) []error {
 		return bad("has no value: give one, or remove the key")
 	case kind == reflect.Interface:
 		if !isNumber(value) && !isShare(value) {
-			return bad("%v: want a number, or a share like 10%%", value)
+			return bad("%v: want a number from 1 on, or a share like 10%%", value)
 		}
 	case kind == reflect.Struct || kind == reflect.Map:
 		m, ok := value.(map[string]any)
@@ -251,7 +274,7 @@ func isNumber(v any) bool {
 	return ok && n == float64(int(n)) && n >= 1
 }
 
-var share = regexp.MustCompile(`^[1-9][0-9]{0,2}%$`)
+var share = regexp.MustCompile(`^([1-9][0-9]?|100)%$`)
 
 func isShare(v any) bool {
 	s, ok := v.(string)

@@ -57,6 +57,7 @@ var helmCases = map[string]string{
 	"relay":      "hubble: {listen: {enabled: true, port: 5244}}\nrelay: {enabled: true}\nimage: {pullSecrets: [{name: one}]}\n",
 	"spirerelay": "issuer: {enabled: false}\nspire: {socketPath: /run/spire/a.sock}\nhubble: {listen: {enabled: true}}\nrelay: {enabled: true}\n",
 	"namespace":  "namespace: {create: false}\n",
+	"digest":     "image: {repository: r.example.com/p, tag: v1, digest: 'sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef'}\nagent: {priorityClassName: ''}\nissuer: {priorityClassName: ''}\n",
 	"noevents":   "events: {enabled: false}\n",
 }
 
@@ -123,6 +124,8 @@ func TestHelmRefusesTheSame(t *testing.T) {
 		"issuer: {enabled: false}", "spire: {socketPath: /run/spire/a.sock}", "relay: {enabled: true}",
 		"spire: {adminSocketPath: admin.sock}", "config: {delegated-socket: 'unix:///run/spire/admin/admin.sock'}",
 		"issuer: {enabled: false}\nspire: {socketPath: /run/spire/a.sock, adminSocketPath: /run/spire/admin.sock}",
+		"image: {digest: 'sha256:12'}", "agent: {maxUnavailable: 200%}", "agent: {priorityClassName: 'a: b'}", "metrics: {enabled: true, port: 4260}",
+		"hubble: {listen: {enabled: true, port: 4261}}", "metrics: {enabled: true, port: 4244}\nhubble: {listen: {enabled: true}}",
 	} {
 		v, err := Merge(layer(t, text))
 		if err == nil {

@@ -45,7 +45,11 @@ func (r Release) image() string {
 	if r.Image != "" {
 		return r.Image
 	}
-	return r.Values.Image.Repository + ":" + r.Values.Image.Tag
+	name := r.Values.Image.Repository + ":" + r.Values.Image.Tag
+	if r.Values.Image.Digest != "" {
+		name += "@" + r.Values.Image.Digest
+	}
+	return name
 }
 
 // Render renders the chart: definitions first, then the templates in the order

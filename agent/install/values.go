@@ -26,8 +26,9 @@ type Values struct {
 
 // Image is where nodes have the product from.
 type Image struct {
-	Repository  string           `json:"repository" pattern:"^[^\\s:@]+(:[0-9]+/[^\\s:@]+)?$" doc:"Image of agents and issuer, without the tag"`
+	Repository  string           `json:"repository" pattern:"^[A-Za-z0-9][A-Za-z0-9._/-]*(:[0-9]+/[A-Za-z0-9._/-]+)?$" doc:"Image of agents and issuer, without the tag"`
 	Tag         string           `json:"tag" pattern:"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$" doc:"Its tag"`
+	Digest      string           `json:"digest" pattern:"^(sha256:[0-9a-f]{64})?$" doc:"Its digest, sha256:...: nodes run this and nothing else, whatever the tag comes to mean. Empty: what the tag means"`
 	PullPolicy  string           `json:"pullPolicy" enum:"Always,IfNotPresent,Never" doc:"When a node fetches it"`
 	PullSecrets []map[string]any `json:"pullSecrets" free:"kubernetes" doc:"Secrets of the registry: [{name: ...}]"`
 }
@@ -41,7 +42,7 @@ type Namespace struct {
 type Issuer struct {
 	Enabled           bool             `json:"enabled" doc:"Agents have their SVIDs from portcullis issuer; needs no SPIRE"`
 	Replicas          int              `json:"replicas" min:"1" max:"9" doc:"How many, each on another node"`
-	PriorityClassName string           `json:"priorityClassName" doc:"Priority of its pods"`
+	PriorityClassName string           `json:"priorityClassName" pattern:"^[a-z0-9.-]*$" doc:"PriorityClass of its pods; empty: that of the cluster"`
 	NodeSelector      map[string]any   `json:"nodeSelector" free:"kubernetes" doc:"Labels of the nodes that may have one"`
 	Tolerations       []map[string]any `json:"tolerations" free:"kubernetes" doc:"Taints that it tolerates"`
 	Resources         map[string]any   `json:"resources" free:"kubernetes" doc:"What it asks for and may have"`
@@ -62,7 +63,7 @@ type CNI struct {
 // Agent is what is said of the agents' pods.
 type Agent struct {
 	MaxUnavailable    any              `json:"maxUnavailable" free:"kubernetes" doc:"How many nodes may be without an agent while agents are replaced: a number, or a share like 10%. Each node's programs go on meanwhile"`
-	PriorityClassName string           `json:"priorityClassName" doc:"Priority of its pods"`
+	PriorityClassName string           `json:"priorityClassName" pattern:"^[a-z0-9.-]*$" doc:"PriorityClass of its pods; empty: that of the cluster"`
 	NodeSelector      map[string]any   `json:"nodeSelector" free:"kubernetes" doc:"Labels of the nodes that have an agent; empty: all. What others need to know of the pods of a node without one is dropped (docs/kubernetes.md, Node by node)"`
 	Tolerations       []map[string]any `json:"tolerations" free:"kubernetes" doc:"Taints that they tolerate; by default all, for a node without an agent is a hole in what others know"`
 	Resources         map[string]any   `json:"resources" free:"kubernetes" doc:"What an agent asks for and may have. Its maps in the kernel count too"`

@@ -71,13 +71,20 @@ func TestMergeRefuses(t *testing.T) {
 		"metrics: {port: 70000}":              "metrics.port: 70000: want a number from 1 to 65535",
 		"agent: {tolerations: {}}":            "agent.tolerations: map[]: want a list",
 		"agent: {tolerations: [x]}":           "agent.tolerations: [x]: want a list",
-		"agent: {maxUnavailable: some}":       "agent.maxUnavailable: some: want a number, or a share",
-		"agent: {maxUnavailable: 0}":          "agent.maxUnavailable: 0: want a number, or a share",
+		"agent: {maxUnavailable: some}":       "agent.maxUnavailable: some: want a number from 1 on, or a share",
+		"agent: {maxUnavailable: 0}":          "agent.maxUnavailable: 0: want a number from 1 on, or a share",
 		"config: [ttl]":                       "config: [ttl]: want keys and values",
 		"config: {trust-domain: x}":           "config.trust-domain: is not set here: trustDomain",
 		"config: {metrics-address: ':1'}":     "config.metrics-address: is not set here: metrics.enabled",
 		"trustDomain: spiffe://x":             "trustDomain: ",
 		"spire: {socketPath: run/agent.sock}": "spire.socketPath: ",
+		"tolerations: []":                     "tolerations: there is no such value: did you mean issuer.tolerations or agent.tolerations?",
+		"imagePullSecrets: []":                "imagePullSecrets: there is no such value: did you mean image.pullSecrets?",
+		"agent: {node_selector: {}}":          "agent.node_selector: there is no such value: did you mean agent.nodeSelector?",
+		"image: {digest: 'sha256:12'}":        "image.digest: ",
+		"image: {repository: 'a\"b'}":         "image.repository: ",
+		"agent: {maxUnavailable: 200%}":       "agent.maxUnavailable: 200%: want a number",
+		"agent: {priorityClassName: 'a: b'}":  "agent.priorityClassName: ",
 	} {
 		_, err := Merge(layer(t, text))
 		if err == nil || !strings.Contains(err.Error(), want) {

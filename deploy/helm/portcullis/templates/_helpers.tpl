@@ -2,6 +2,7 @@
 
 {{- define "portcullis.image" -}}
 {{ .Values.image.repository }}:{{ .Values.image.tag }}
+{{- if .Values.image.digest }}@{{ .Values.image.digest }}{{ end }}
 {{- end }}
 
 {{- define "portcullis.labels" -}}
@@ -24,6 +25,17 @@
 
 {{- /* The settings of all agents. */ -}}
 {{- define "portcullis.settings" -}}
+{{- $metrics := print .Values.metrics.port }}
+{{- $hubble := print .Values.hubble.listen.port }}
+{{- if and .Values.metrics.enabled (or (eq $metrics "4260") (eq $metrics "4261")) }}
+{{- fail "metrics.port: 4260 is that of agents among themselves, 4261 that of the issuer: choose another one" }}
+{{- end }}
+{{- if and .Values.hubble.listen.enabled (or (eq $hubble "4260") (eq $hubble "4261")) }}
+{{- fail "hubble.listen.port: 4260 is that of agents among themselves, 4261 that of the issuer: choose another one" }}
+{{- end }}
+{{- if and .Values.metrics.enabled .Values.hubble.listen.enabled (eq $metrics $hubble) }}
+{{- fail "metrics.port and hubble.listen.port are the same, and both are to be served: choose another one" }}
+{{- end -}}
 trust-domain: {{ .Values.trustDomain | quote }}
 {{- if include "portcullis.issued" . }}
 issuer: https://portcullis-issuer.{{ .Release.Namespace }}.svc.cluster.local:4261
