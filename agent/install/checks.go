@@ -2,7 +2,10 @@ package install
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"net/netip"
 	"regexp"
 	"slices"
@@ -12,6 +15,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/version"
 
 	"portcullis/agent/kube"
 	"portcullis/datapath/doctor"
@@ -27,7 +31,7 @@ func (c *Cluster) Checks(ctx context.Context) ([]doctor.Check, error) {
 	if err != nil {
 		return nil, err
 	}
-	out := []doctor.Check{checkNodes(nodes), checkRanges(nodes), checkKernels(nodes)}
+	out := []doctor.Check{c.checkVersion(ctx), checkNodes(nodes), checkRanges(nodes), checkKernels(nodes)}
 	engines, err := c.checkEngines(ctx)
 	if err != nil {
 		return nil, err
@@ -46,6 +50,35 @@ func some(names []string) string {
 		return strings.Join(names[:few], ", ") + fmt.Sprintf(" and %d more", n)
 	}
 	return strings.Join(names, ", ")
+}
+
+// oldestServer is the oldest minor version of Kubernetes 1 that the manifests
+// are written for; the chart says the same.
+const oldestServer = 28
+
+func (c *Cluster) checkVersion(ctx context.Context) doctor.Check {
+	var v version.Info
+	r, err := c.open(ctx, "/version", nil)
+	if err == nil {
+		err = json.NewDecoder(io.LimitReader(r, maxExec)).Decode(&v)
+		r.Close()
+	}
+	return checkServer(v, err)
+}
+
+func checkServer(v version.Info, err error) doctor.Check {
+	check := doctor.Check{Name: "kubernetes", Status: doctor.OK, What: v.GitVersion}
+	major, errMajor := strconv.Atoi(v.Major)
+	minor, errMinor := strconv.Atoi(strings.TrimRight(v.Minor, "+")) // of clouds: 28+
+	switch {
+	case errors.Join(err, errMajor, errMinor) != nil:
+		check.Status, check.What = doctor.Warn, "the API server's version is not told"
+		check.Why, check.Do = fmt.Sprintf("manifests and agents are of Kubernetes 1.%d or newer", oldestServer), "see `kubectl version`"
+	case major < 1 || major == 1 && minor < oldestServer:
+		check.Status = doctor.Fail
+		check.Why, check.Do = fmt.Sprintf("manifests and agents are of Kubernetes 1.%d or newer", oldestServer), "upgrade the cluster"
+	}
+	return check
 }
 
 func checkNodes(nodes []corev1.Node) doctor.Check {
@@ -123,11 +156,11 @@ var release = regexp.MustCompile(`^([0-9]+)\.([0-9]+)`)
 
 func checkKernels(nodes []corev1.Node) doctor.Check {
 	check := doctor.Check{Name: "kernels", Status: doctor.OK}
-	var old, unknown []string
+	var old, left, unknown []string // left: old ones that are said to have no agent
 	seen := map[string]bool{}
 	for _, n := range nodes {
-		version := n.Status.NodeInfo.KernelVersion
-		m := release.FindStringSubmatch(version)
+		running := n.Status.NodeInfo.KernelVersion
+		m := release.FindStringSubmatch(running)
 		if m == nil {
 			unknown = append(unknown, n.Name)
 			continue
@@ -136,14 +169,21 @@ func checkKernels(nodes []corev1.Node) doctor.Check {
 		major, _ := strconv.Atoi(m[1]) // of so many digits that it fails: 0, which is old
 		minor, _ := strconv.Atoi(m[2])
 		if major < oldestKernel[0] || major == oldestKernel[0] && minor < oldestKernel[1] {
-			old = append(old, n.Name+" ("+version+")")
+			if n.Labels[kube.UnmanagedLabel] == "true" {
+				left = append(left, n.Name+" ("+running+")")
+				continue
+			}
+			old = append(old, n.Name+" ("+running+")")
 		}
 	}
 	check.What = "Linux " + strings.Join(sortedKeys(seen), ", ")
 	switch {
 	case len(old) > 0:
 		check.Status, check.What = doctor.Fail, fmt.Sprintf("older than Linux %d.%d: %s", oldestKernel[0], oldestKernel[1], some(old))
-		check.Why, check.Do = "agents attach by tcx, and do not start without it; and no pod starts where the agent does not", "upgrade these nodes, or leave them out: agent.nodeSelector, and the label "+kube.UnmanagedLabel
+		check.Why, check.Do = "agents attach by tcx, and do not start without it; and no pod starts where the agent does not", "upgrade these nodes, or leave them out: agent.nodeSelector, and the label "+kube.UnmanagedLabel+"=true"
+	case len(left) > 0:
+		check.Status, check.What = doctor.Warn, fmt.Sprintf("older than Linux %d.%d, and labelled as unmanaged: %s", oldestKernel[0], oldestKernel[1], some(left))
+		check.Why, check.Do = "an agent that comes there all the same does not start, and no pod does", "leave them out by agent.nodeSelector, if that is not done"
 	case len(unknown) > 0:
 		check.Status, check.What = doctor.Warn, "the kernel's version is not told: "+some(unknown)
 		check.Why, check.Do = "agents need Linux 6.6 or newer", "run `portcullis doctor` there"

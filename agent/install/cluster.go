@@ -198,16 +198,32 @@ func (c *Cluster) until(ctx context.Context, what string, f func() (done bool, m
 		case <-timer.C:
 		case <-ctx.Done():
 			timer.Stop()
-			why := "was stopped"
-			if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-				why = "took longer than --timeout"
-			}
 			if missing != "" {
 				missing = ": " + missing
 			}
-			return fmt.Errorf("waiting for %s %s%s: the same command goes on from here", what, why, missing)
+			return fmt.Errorf("waiting for %s %s%s%s", what, ending(ctx), missing, goesOn)
 		}
 	}
+}
+
+// goesOn ends an error of what was stopped.
+const goesOn = ": the same command goes on from here"
+
+// ending says how a context ended.
+func ending(ctx context.Context) string {
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		return "took longer than --timeout"
+	}
+	return "was stopped"
+}
+
+// stopped says of an error that came of the end of the context, wherever that
+// was, what to do.
+func stopped(ctx context.Context, err error) error {
+	if err == nil || ctx.Err() == nil || strings.Contains(err.Error(), goesOn) {
+		return err
+	}
+	return fmt.Errorf("it %s%s (%w)", ending(ctx), goesOn, err)
 }
 
 // passing reports whether an error may be another one soon: an API server that

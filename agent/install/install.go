@@ -35,6 +35,10 @@ type Options struct {
 // all of the others. The definitions of policies' kinds that somebody else made
 // are left as they are.
 func (c *Cluster) Install(ctx context.Context, o Options) error {
+	return stopped(ctx, c.install(ctx, o))
+}
+
+func (c *Cluster) install(ctx context.Context, o Options) error {
 	files, err := o.Release.Render()
 	if err != nil {
 		return err
@@ -258,6 +262,9 @@ func (c *Cluster) because(ctx context.Context, err error) error {
 		return err
 	}
 	var lines []string
+	for _, why := range c.unmade(ctx) {
+		lines = append(lines, "\n  "+why)
+	}
 	for _, p := range pods {
 		if why := p.trouble(); why != "" {
 			lines = append(lines, fmt.Sprintf("\n  %s on %s: %s", p.Name, p.Spec.NodeName, why))

@@ -236,6 +236,9 @@ func TestUninstallInOrderFromAnywhere(t *testing.T) {
 		_, err := c.Uninstall(ctx, options)
 		all = append(all, s.written()...)
 		ended := err == nil
+		if !ended && !strings.Contains(err.Error(), goesOn) {
+			t.Errorf("stopped after %d writes it does not say that it can go on: %v", stop, err)
+		}
 		if _, err := c.Uninstall(t.Context(), options); err != nil {
 			t.Fatalf("stopped after %d writes: %v", stop, err)
 		}

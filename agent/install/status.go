@@ -85,6 +85,7 @@ func (c *Cluster) Status(ctx context.Context) (Status, error) {
 	} else if agents == nil {
 		s.Problems = append(s.Problems, fmt.Sprintf("there is no DaemonSet %s in namespace %s: `portcullis install`, or name its namespace by --namespace", agentName, c.namespace))
 	}
+	s.Problems = append(s.Problems, c.unmade(ctx)...)
 	if text := issuerTrouble(pods); text != "" {
 		s.Problems = append(s.Problems, text)
 	}

@@ -3,6 +3,7 @@ package install
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -15,6 +16,7 @@ import (
 
 	"google.golang.org/protobuf/encoding/protojson"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/version"
 
 	"portcullis/agent/api"
 	"portcullis/agent/kube"
@@ -197,6 +199,8 @@ func TestChecksOfNodes(t *testing.T) {
 	away.Status.Conditions = nil
 	windows := aNode("n5", "10.0.5.0/24", "10.0.17763.1")
 	windows.Status.NodeInfo.OperatingSystem = "windows"
+	old := aNode("n6", "", "5.15.0")
+	old.Labels = unmanaged.Labels
 	good := aNode("n1", "10.0.1.0/24 fd00:1::/64", "6.6.0-generic")
 	for name, c := range map[string]struct {
 		check doctor.Check
@@ -210,6 +214,10 @@ func TestChecksOfNodes(t *testing.T) {
 		"no prefix":       {checkRanges([]corev1.Node{aNode("n9", "10.0.0.0", "6.6")}), doctor.Fail, "n9: 10.0.0.0"},
 		"kernels":         {checkKernels([]corev1.Node{good, aNode("n9", "", "7.0")}), doctor.OK, "Linux 6.6, 7.0"},
 		"old kernel":      {checkKernels([]corev1.Node{good, aNode("n9", "", "6.5.13-xyz"), aNode("n8", "", "5.15")}), doctor.Fail, "n9 (6.5.13-xyz), n8 (5.15)"},
+		"old, left out":   {checkKernels([]corev1.Node{good, old}), doctor.Warn, "n6 (5.15.0)"},
+		"server":          {checkServer(version.Info{Major: "1", Minor: "28+", GitVersion: "v1.28.3-gke.1"}, nil), doctor.OK, "v1.28.3-gke.1"},
+		"old server":      {checkServer(version.Info{Major: "1", Minor: "27", GitVersion: "v1.27.1"}, nil), doctor.Fail, "v1.27.1"},
+		"silent server":   {checkServer(version.Info{}, errors.New("no")), doctor.Warn, "not told"},
 		"unknown kernel":  {checkKernels([]corev1.Node{aNode("n9", "", "")}), doctor.Warn, "n9"},
 		"nodes":           {checkNodes([]corev1.Node{good}), doctor.OK, "1 nodes"},
 		"no nodes":        {checkNodes(nil), doctor.Warn, "no nodes"},

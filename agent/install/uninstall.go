@@ -31,6 +31,11 @@ type UninstallOptions struct {
 // It can be stopped anywhere and called again: what is still to be known when
 // the agents are gone is in a ConfigMap, which goes last but the namespace.
 func (c *Cluster) Uninstall(ctx context.Context, o UninstallOptions) (stay []string, err error) {
+	stay, err = c.uninstall(ctx, o)
+	return stay, stopped(ctx, err)
+}
+
+func (c *Cluster) uninstall(ctx context.Context, o UninstallOptions) (stay []string, err error) {
 	// What is of the whole cluster is that of one installation only: agents
 	// elsewhere would lose their rights, and the policies their definitions.
 	if other, err := c.elsewhere(ctx); err != nil || other != "" {

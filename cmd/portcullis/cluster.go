@@ -111,6 +111,14 @@ func progress(env *Env) func(string, ...any) {
 	return func(format string, args ...any) { fmt.Fprintf(env.Stderr, format+"\n", args...) }
 }
 
+// longEnough refuses a time in which nothing can be done.
+func longEnough(timeout time.Duration) error {
+	if timeout <= 0 {
+		return usagef("--timeout %s: want more than 0, e.g. 10m", timeout)
+	}
+	return nil
+}
+
 // within bounds what a command does on a cluster.
 func within(cmd *cobra.Command, timeout time.Duration) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(cmd.Context(), timeout)

@@ -48,6 +48,9 @@ the order presets, files, --set.`,
 	cmd.Flags().Lookup("output").Usage = "form of --dry-run: yaml (also for table) or json (PORTCULLIS_OUTPUT)"
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		v, err := values.merge(env)
+		if err == nil {
+			err = longEnough(*timeout)
+		}
 		if err != nil {
 			return err
 		}
@@ -171,6 +174,9 @@ the values given. Where nothing at all is left of the installation, --clean-node
 	timeout := f.Duration("timeout", 10*time.Minute, "longest time for all of it")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		v, err := values.merge(env)
+		if err == nil {
+			err = longEnough(*timeout)
+		}
 		if err != nil {
 			return err
 		}

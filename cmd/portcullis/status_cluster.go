@@ -31,6 +31,9 @@ func (s *clusterStatus) add(cmd *cobra.Command) {
 
 // run asks the cluster. The exit status is 1 if something is not well.
 func (s *clusterStatus) run(cmd *cobra.Command, env *Env, o output) error {
+	if err := longEnough(s.timeout); err != nil {
+		return err
+	}
 	c, err := s.cluster.connect()
 	if err != nil {
 		return err
