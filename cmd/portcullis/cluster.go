@@ -108,7 +108,7 @@ func checkSettings(objects []*unstructured.Unstructured) error {
 // progress writes a line for each thing that is done, as it is done. It goes to
 // the standard error, so that the standard output is the result.
 func progress(env *Env) func(string, ...any) {
-	return func(format string, args ...any) { fmt.Fprintf(env.Stderr, format+"\n", args...) }
+	return func(format string, args ...any) { fmt.Fprintln(env.Stderr, harmless(fmt.Sprintf(format, args...))) }
 }
 
 // longEnough refuses a time in which nothing can be done.

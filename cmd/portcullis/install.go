@@ -195,7 +195,7 @@ the values given. Where nothing at all is left of the installation, --clean-node
 			fmt.Fprintln(env.Stdout, "what stays:")
 		}
 		for _, s := range stay {
-			fmt.Fprintln(env.Stdout, "  "+s)
+			fmt.Fprintln(env.Stdout, "  "+harmless(s))
 		}
 		return nil
 	}

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode"
 
 	"github.com/spf13/cobra"
 	"go.yaml.in/yaml/v3"
@@ -198,7 +199,7 @@ func plain(n *yaml.Node) {
 func row(tw *tabwriter.Writer, cells ...any) {
 	s := make([]string, len(cells))
 	for i, c := range cells {
-		if s[i] = fmt.Sprint(c); s[i] == "" {
+		if s[i] = harmless(fmt.Sprint(c)); s[i] == "" {
 			s[i] = "-"
 		}
 	}
@@ -246,4 +247,16 @@ func plural(n int, one, many string) string {
 }
 
 // oneLine keeps a text of several lines within a row of a table.
-func oneLine(s string) string { return strings.ReplaceAll(s, "\n", "; ") }
+func oneLine(s string) string { return harmless(strings.ReplaceAll(strings.TrimSpace(s), "\n", "; ")) }
+
+// harmless keeps from a terminal what would command it: control characters, but
+// newlines and tabs, and letters that turn the direction of writing. What a node,
+// a pod or an API server says need not be meant well.
+func harmless(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r != '\n' && r != '\t' && (unicode.IsControl(r) || unicode.Is(unicode.Bidi_Control, r)) {
+			return unicode.ReplacementChar
+		}
+		return r
+	}, s)
+}

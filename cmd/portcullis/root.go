@@ -88,10 +88,10 @@ func run(ctx context.Context, env *Env) int {
 	case errors.As(err, &exit):
 		return exit.code
 	case errors.As(err, &usage):
-		fmt.Fprintf(env.Stderr, "portcullis: %v\n", err)
+		fmt.Fprintf(env.Stderr, "portcullis: %s\n", harmless(err.Error()))
 		return exitUsage
 	}
-	fmt.Fprintf(env.Stderr, "portcullis: %v\n", explain(err))
+	fmt.Fprintf(env.Stderr, "portcullis: %s\n", harmless(explain(err).Error()))
 	return exitFailed
 }
 

@@ -105,7 +105,7 @@ func printClusterStatus(env *Env, s install.Status) error {
 			tell("! "+oneLine(p), n.Name)
 		}
 		for _, a := range n.Alarms {
-			tell(a.Name+": "+oneLine(a.Text), n.Name)
+			tell(oneLine(a.Name+": "+a.Text), n.Name)
 		}
 	}
 	if len(order) > 0 {

@@ -209,7 +209,7 @@ func (d *sysdumpFlags) tell(env *Env, file string, m archive.Manifest) error {
 	if len(m.Failed) > 0 {
 		text += fmt.Sprintf("; %s could not be gathered whole: %s (errors.txt in it says why)", plural(len(m.Failed), "part", "parts"), strings.Join(m.Failed, ", "))
 	}
-	_, err := fmt.Fprintln(env.Stdout, text)
+	_, err := fmt.Fprintln(env.Stdout, harmless(text))
 	return err
 }
 

@@ -57,8 +57,8 @@ type Archive struct {
 	// left is what still fits, without what parts that run have claimed.
 	left  int64
 	parts []Entry
-	names map[string]bool
-	err   error // writing has failed; nothing more is written
+	names map[string]int // in use; the last number that was put behind each
+	err   error          // writing has failed; nothing more is written
 }
 
 // New begins an archive on w.
@@ -67,7 +67,7 @@ func New(w io.Writer, o Options) *Archive {
 		o.Say = func(string, ...any) {}
 	}
 	gz := gzip.NewWriter(w)
-	return &Archive{o: o, gz: gz, tar: tar.NewWriter(gz), left: o.Limit, names: map[string]bool{}}
+	return &Archive{o: o, gz: gz, tar: tar.NewWriter(gz), left: o.Limit, names: map[string]int{}}
 }
 
 // Run gathers parts, so many at once, and returns when all are in the archive.
@@ -204,12 +204,13 @@ func (a *Archive) say(e *Entry) {
 
 // unused is the name, or one beside it if two parts have chosen the same.
 func (a *Archive) unused(name string) string {
-	for n, free := 2, name; ; n++ {
-		if !a.names[free] {
-			a.names[free] = true
+	for free := name; ; {
+		if a.names[free] == 0 {
+			a.names[free] = 1
 			return free
 		}
-		free = fmt.Sprintf("%s.%d", name, n)
+		a.names[name]++ // of so many that are the same each is looked for once
+		free = fmt.Sprintf("%s.%d", name, a.names[name])
 	}
 }
 

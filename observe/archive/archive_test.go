@@ -232,3 +232,18 @@ func TestInclude(t *testing.T) {
 		}
 	}
 }
+
+// Who sends ever more empty files fills nobody's memory.
+func TestTooManyFiles(t *testing.T) {
+	_, m := made(t, t.Context(), options(), Part{Name: "many", Gather: func(_ context.Context, f *Files) error {
+		for range mostFiles + 1 {
+			if err := f.Text("empty", ""); err != nil {
+				return err
+			}
+		}
+		return nil
+	}})
+	if e := entry(t, m, "many"); len(e.Files) != mostFiles || !strings.Contains(e.Error, "no more than 10000 files") {
+		t.Errorf("%d files, %s", len(e.Files), e.Error)
+	}
+}

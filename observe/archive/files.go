@@ -31,6 +31,10 @@ type held struct {
 	data  []byte
 }
 
+// mostFiles bounds the files of one part: who sends an archive could send ever
+// more empty ones.
+const mostFiles = 10000
+
 // errFull says that no more fits; it ends a copy, and is told in the manifest as
 // a file that was cut.
 var errFull = errors.New("no more fits")
@@ -79,6 +83,9 @@ func (f *Files) add(name string, take func(w io.Writer) (removed int, err error)
 	defer f.mu.Unlock()
 	if f.ended {
 		return os.ErrDeadlineExceeded
+	}
+	if len(f.held) == mostFiles {
+		return fmt.Errorf("%s and what comes after it: one part has no more than %d files", clean(name), mostFiles)
 	}
 	f.left -= int64(b.buf.Len())
 	f.held = append(f.held, held{File{Name: clean(name), Bytes: int64(b.buf.Len()), Removed: removed, Cut: b.cut}, b.buf.Bytes()})
