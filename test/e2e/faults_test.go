@@ -54,23 +54,10 @@ func (s stage) judge(t *testing.T, ips ...string) (err error) {
 	return err
 }
 
-// ask tries a target from a pod. What a command that runs but shortly says is lost
-// at times on its way out of the container, with status 0: then it is asked again.
-func (s stage) ask(t *testing.T, from pod, target string) (o outcome) {
+// ask tries a target from a pod.
+func (s stage) ask(t *testing.T, from pod, target string) outcome {
 	t.Helper()
-	must(t, eventually(t.Context(), func() error {
-		id := fmt.Sprintf("e2e-%d", time.Now().UnixNano())
-		out, err := k8s.Exec(t.Context(), from.Spec.NodeName, "ctr", "-n", "k8s.io", "tasks", "exec", "--exec-id", id, from.container(), "/probe", "check", "-timeout", "3s", target)
-		if err != nil {
-			t.Fatal(err)
-		}
-		all, err := outcomes(out, 1)
-		if err == nil {
-			o = all[0]
-		}
-		return err
-	}))
-	return o
+	return onNode[outcome](t, from, "check", "-timeout", "3s", target)()
 }
 
 func hostPort(ip string) string {

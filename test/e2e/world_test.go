@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os/exec"
 	"path/filepath"
@@ -194,10 +195,47 @@ func background[T any](t *testing.T, namespace, name string, args ...string) (wa
 // onNode does so by the node's runtime, which needs no API server.
 func onNode[T any](t *testing.T, p pod, args ...string) (wait func() T) {
 	t.Helper()
+	said := probing(t, p, args...)
+	return func() (out T) {
+		t.Helper()
+		text, err := said()
+		if err == nil {
+			err = json.Unmarshal([]byte(text), &out)
+		}
+		if err != nil {
+			t.Fatalf("in %s: probe %s: %v: %s", p.name(), strings.Join(args, " "), err, text)
+		}
+		return out
+	}
+}
+
+// probing runs the probe in a pod by the node's runtime; wait returns what it said.
+// The runtime's shim writes that to a file on the node. It does not come by ctr's
+// pipes: ctr opens each in a thread of its own, and one that it has not opened when
+// the command has ended, as happens on a busy machine, it closes unread, and ends
+// with the command's status.
+func probing(t *testing.T, p pod, args ...string) (wait func() (string, error)) {
+	t.Helper()
 	id := fmt.Sprintf("e2e-%d", time.Now().UnixNano())
-	cmd, err := nodeCommand(t.Context(), p.Spec.NodeName, append([]string{"ctr", "-n", "k8s.io", "tasks", "exec", "--exec-id", id, p.container(), "/probe"}, args...)...)
+	file := "/run/e2e/" + id
+	cmd, err := nodeCommand(t.Context(), p.Spec.NodeName, append([]string{"ctr", "-n", "k8s.io", "tasks", "exec", "--exec-id", id, "--log-uri", "file://" + file, p.container(), "/probe"}, args...)...)
 	must(t, err)
-	return start[T](t, cmd)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	must(t, cmd.Start())
+	return func() (text string, err error) {
+		if err := cmd.Wait(); err != nil {
+			text, _ := k8s.Exec(t.Context(), p.Spec.NodeName, "cat", file)
+			return text, fmt.Errorf("%w: %s", err, strings.TrimSpace(stderr.String()))
+		}
+		err = eventually(t.Context(), func() (err error) { // on a busy machine the shim writes after ctr has ended
+			if text, err = k8s.Exec(t.Context(), p.Spec.NodeName, "cat", file); err == nil && !strings.HasSuffix(text, "\n") {
+				err = errors.New("it ended with status 0, and what it said has no end")
+			}
+			return err
+		})
+		return text, err
+	}
 }
 
 // nodeCommand is a command on a node that ends with ctx, and all that it
