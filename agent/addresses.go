@@ -11,8 +11,13 @@ import (
 	"portcullis/datapath/netdev"
 )
 
-// addressSweep is how often it is looked which addresses this machine has.
-const addressSweep = 10 * time.Second
+// addressSweep is how often it is looked which addresses this machine has, and
+// addressDoubt is how long its own must be gone to be gone: who renews one may take
+// it away first.
+const (
+	addressSweep = 10 * time.Second
+	addressDoubt = 2 * time.Second
+)
 
 // ownAddresses returns those of this machine's addresses that lie in its ranges:
 // gateways of workloads, tunnel devices. The kubelet's probes come from them. No
@@ -35,18 +40,25 @@ func isOwn(ip netip.Addr, ranges []netip.Prefix) bool {
 	return ip.IsLinkLocalUnicast() || slices.ContainsFunc(ranges, func(p netip.Prefix) bool { return p.Contains(ip) })
 }
 
-// followAddresses has the loop take up addresses that come, until ctx ends.
+// followAddresses has the loop take up addresses that come, until ctx ends or the
+// one is gone on which this agent listens.
 func (l *loop) followAddresses(ctx context.Context) error {
-	tick := time.NewTicker(addressSweep)
-	defer tick.Stop()
+	doubt := false
 	for {
 		if err := l.findAddresses(ctx, nil); err != nil {
 			return err
 		}
+		next, err := addressSweep, l.cfg.stranded()
+		if err != nil && doubt {
+			return err
+		}
+		if doubt = err != nil; doubt {
+			next = addressDoubt
+		}
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-tick.C:
+		case <-time.After(next):
 		}
 	}
 }

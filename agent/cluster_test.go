@@ -476,8 +476,17 @@ func TestNodeMoves(t *testing.T) {
 	if err := c.moved(at("192.0.2.9", "2001:db8::1")); err == nil || !strings.Contains(err.Error(), "192.0.2.9") || !strings.Contains(err.Error(), "not 192.0.2.1 any more") {
 		t.Errorf("with another address: %v", err)
 	}
+	// It need not wait until it hears of that: the address is not this machine's.
+	if err := c.stranded(); err == nil || !strings.Contains(err.Error(), "does not have 192.0.2.1 any more") {
+		t.Errorf("on another machine: %v", err)
+	}
 	c.listenFound = false
-	if err := c.moved(at("192.0.2.9")); err != nil {
+	if err := errors.Join(c.moved(at("192.0.2.9")), c.stranded()); err != nil {
 		t.Errorf("told by a flag: %v", err)
+	}
+	// The next one does not go by what is remembered of before.
+	c = Config{Node: "n1", cluster: &told{picture: with(at("192.0.2.1"), func(p *kube.Picture) { p.Nodes[0].Ranges = []netip.Prefix{netip.MustParsePrefix("10.1.1.0/24")} })}}
+	if why := c.missing(); !strings.Contains(why, "this machine does not have 192.0.2.1") || c.Listen.IsValid() {
+		t.Errorf("an address of before: %q, listens on %s", why, c.Listen)
 	}
 }

@@ -112,11 +112,15 @@ func (c *Config) missing() string {
 		ips = own.Addresses
 	}
 	if !c.Listen.IsValid() {
-		c.listenFound = true
-		c.Listen = netip.AddrPortFrom(ips[0], kube.AgentPort)
+		listen := netip.AddrPortFrom(ips[0], kube.AgentPort)
 		if own.Agent.IsValid() && len(c.NodeIPs) == 0 {
-			c.Listen = own.Agent
+			listen = own.Agent
 		}
+		// What is known may be of before the node got another address.
+		if why := absent(listen.Addr()); why != "" && len(c.NodeIPs) == 0 {
+			return fmt.Sprintf("node %s has the addresses %v, and %s: its kubelet tells the one that it has", c.Node, own.Addresses, why)
+		}
+		c.Listen, c.listenFound = listen, len(c.NodeIPs) == 0
 	}
 	if len(c.Uplinks) == 0 {
 		devices, err := netdev.Uplinks(ips)
@@ -143,4 +147,27 @@ func (c *Config) moved(p *kube.Picture) error {
 		return nil
 	}
 	return fmt.Errorf("node %s has the addresses %v now, and not %s any more, on which this agent listens: it must be started anew", c.Node, own.Addresses, c.Listen.Addr())
+}
+
+// stranded is the same error when this machine does not have the address any more:
+// then nobody reaches the agent, and it may not hear of the node's new one for a
+// while, for its connection to the API server came from the old one.
+func (c *Config) stranded() error {
+	if !c.listenFound {
+		return nil
+	}
+	if why := absent(c.Listen.Addr()); why != "" {
+		return fmt.Errorf("%s any more, on which this agent listens: it must be started anew", why)
+	}
+	return nil
+}
+
+// absent says that this machine does not have an address; "" if it does, or if that
+// cannot be known.
+func absent(ip netip.Addr) string {
+	present, err := netdev.Addresses()
+	if err != nil || slices.Contains(present, ip) {
+		return ""
+	}
+	return fmt.Sprintf("this machine does not have %s", ip)
 }
