@@ -23,7 +23,7 @@ const leasesOver = 60*time.Second + patience
 // starts there. Then it is mended.
 func testCannotStart(t *testing.T) {
 	for name, broken := range map[string]struct{ patch, event, says string }{
-		"no such image": {`[{"op":"replace","path":"/spec/template/spec/containers/0/image","value":"portcullis:none"},{"op":"replace","path":"/spec/template/spec/containers/0/imagePullPolicy","value":"Never"}]`, "ErrImageNeverPull", "portcullis:none"},
+		"no such image": {`[{"op":"replace","path":"/spec/template/spec/containers/0/image","value":"portcullis:none"}]`, "Failed", "portcullis:none"},
 		"a bad flag":    {`[{"op":"add","path":"/spec/template/spec/containers/0/args/-","value":"--no-such-flag"}]`, "BackOff", "unknown flag: --no-such-flag"},
 	} {
 		t.Run(name, func(t *testing.T) {
