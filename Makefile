@@ -47,10 +47,12 @@ build: need-go ## build bin/portcullis (no clang needed: the BPF object is commi
 
 IMAGE ?= portcullis:dev
 ARCHS ?= amd64 arm64
+LABELS = org.opencontainers.image.title=portcullis org.opencontainers.image.licenses=Apache-2.0 org.opencontainers.image.version=$(RELEASE) arm64:portcullis.io/not-tried=true
 image: LINK = -s -w
 image: need-go ## write out/portcullis-image.tar, the image that deploy/ names, for amd64 and arm64 (ARCHS=amd64 for one; RELEASE=v1.2.3 names it), without Docker (`ctr -n k8s.io images import` it on the nodes)
 	for a in $(ARCHS); do CGO_ENABLED=0 GOOS=linux GOARCH=$$a $(BUILD) -o out/image/portcullis-$$a ./cmd/portcullis || exit 1; done
-	$(GO) run ./deploy/image/pack -o out/portcullis-image.tar -tag $(IMAGE) -arch '$(ARCHS)' -entrypoint /portcullis 'out/image/portcullis-{arch}=portcullis'
+	$(GO) run ./deploy/image/pack -o out/portcullis-image.tar -tag $(IMAGE) -arch '$(ARCHS)' -entrypoint /portcullis $(foreach l,$(LABELS),-label '$(l)') \
+		-label 'org.opencontainers.image.description=Network policy that knows who holds an IP, and falls shut when it does not' 'out/image/portcullis-{arch}=portcullis'
 
 demo: build ## run the story, the stale-identity attack and the agent's faults in a lab on this machine (root, under a minute)
 	@test/prepare strict

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"strings"
 )
 
@@ -141,6 +142,11 @@ func (w *writer) platform(p Platform, c Config) (descriptor, saved, error) {
 		m.Layers = append(m.Layers, d)
 		s.Layers = append(s.Layers, blobPath(l.digest))
 		ids = append(ids, d.Digest)
+	}
+	if len(p.Labels) > 0 {
+		labels := maps.Clone(p.Labels)
+		maps.Copy(labels, c.Labels)
+		c.Labels = labels
 	}
 	config, err := w.json(typeConfig, map[string]any{
 		"architecture": p.Architecture, "os": "linux", "config": c,

@@ -47,6 +47,7 @@ type Image struct {
 type Platform struct {
 	Architecture string // Go's name of it
 	Layers       []Layer
+	Labels       map[string]string // beside those of the Config; nil: none
 }
 
 // Pack makes a layer. Order does not matter: files are sorted by path.

@@ -5,6 +5,8 @@
 package main
 
 import (
+	"bytes"
+	"debug/buildinfo"
 	"errors"
 	"flag"
 	"fmt"
@@ -22,6 +24,10 @@ func main() {
 	flag.StringVar(&j.tag, "tag", "", "name of the image")
 	flag.StringVar(&j.archs, "arch", runtime.GOARCH, "architectures, by Go's names, separated by commas or spaces")
 	flag.StringVar(&j.entrypoint, "entrypoint", "", "program to run, and its arguments, separated by spaces")
+	flag.Func("label", "a label, NAME=VALUE; ARCH:NAME=VALUE of one architecture (repeat)", func(l string) error {
+		j.labels = append(j.labels, l)
+		return nil
+	})
 	flag.Parse()
 	j.files = flag.Args()
 	if err := j.run(); err != nil {
@@ -34,6 +40,7 @@ func main() {
 type job struct {
 	out, tag, archs, entrypoint string
 	files                       []string // FILE=PATH
+	labels                      []string // [ARCH:]NAME=VALUE
 }
 
 func (j job) run() error {
@@ -43,11 +50,15 @@ func (j job) run() error {
 	}
 	i := image.Image{Tags: []string{j.tag}, Config: image.Config{Entrypoint: strings.Fields(j.entrypoint), Env: []string{"PATH=/"}}}
 	for _, arch := range archs {
-		layer, err := j.layer(arch)
+		layer, revision, err := j.layer(arch)
 		if err != nil {
 			return err
 		}
-		i.Platforms = append(i.Platforms, image.Platform{Architecture: arch, Layers: []image.Layer{layer}})
+		labels, err := j.labelsOf(arch, revision)
+		if err != nil {
+			return err
+		}
+		i.Platforms = append(i.Platforms, image.Platform{Architecture: arch, Layers: []image.Layer{layer}, Labels: labels})
 	}
 	// Written beside and renamed, so that a half one is never imported.
 	f, err := os.CreateTemp(filepath.Dir(j.out), ".image-*")
@@ -62,25 +73,77 @@ func (j job) run() error {
 	return os.Rename(f.Name(), j.out)
 }
 
-// layer packs the files as one architecture has them.
-func (j job) layer(arch string) (image.Layer, error) {
+// labelsOf are the labels of one architecture, with the commit that its program
+// was built of; "": it does not tell one.
+func (j job) labelsOf(arch, revision string) (map[string]string, error) {
+	out := map[string]string{}
+	if revision != "" {
+		out["org.opencontainers.image.revision"] = revision
+	}
+	for _, l := range j.labels {
+		name, value, ok := strings.Cut(l, "=")
+		if of, rest, one := strings.Cut(name, ":"); one {
+			if of != arch {
+				continue
+			}
+			name = rest
+		}
+		if !ok || name == "" {
+			return nil, fmt.Errorf("-label %q: want [ARCH:]NAME=VALUE", l)
+		}
+		if value != "" {
+			out[name] = value
+		}
+	}
+	return out, nil
+}
+
+// revisionOf is the commit that a program of Go was built of, with "-dirty" if
+// not only of that; "": it tells none.
+func revisionOf(data []byte) string {
+	info, err := buildinfo.Read(bytes.NewReader(data))
+	if err != nil {
+		return ""
+	}
+	revision, changed := "", ""
+	for _, s := range info.Settings {
+		switch {
+		case s.Key == "vcs.revision":
+			revision = s.Value
+		case s.Key == "vcs.modified" && s.Value == "true":
+			changed = "-dirty"
+		}
+	}
+	if revision == "" {
+		return ""
+	}
+	return revision + changed
+}
+
+// layer packs the files as one architecture has them, and tells of which commit
+// they are.
+func (j job) layer(arch string) (l image.Layer, revision string, err error) {
 	var files []image.File
 	for _, a := range j.files {
 		from, to, ok := strings.Cut(a, "=")
 		if !ok {
-			return image.Layer{}, fmt.Errorf("%q: want FILE=PATH, PATH that in the image", a)
+			return l, "", fmt.Errorf("%q: want FILE=PATH, PATH that in the image", a)
 		}
 		from = strings.ReplaceAll(from, "{arch}", arch)
 		data, err := os.ReadFile(from)
 		if err != nil {
-			return image.Layer{}, err
+			return l, "", err
 		}
 		if err := checkProgram(data, arch); err != nil {
-			return image.Layer{}, fmt.Errorf("%s: %w", from, err)
+			return l, "", fmt.Errorf("%s: %w", from, err)
+		}
+		if revision == "" {
+			revision = revisionOf(data)
 		}
 		files = append(files, image.File{Path: to, Data: data})
 	}
 	// What runs as root without a shell still wants a place for what it writes.
 	files = append(files, image.File{Path: "tmp", Dir: true, Mode: 0o1777})
-	return image.Pack(files)
+	l, err = image.Pack(files)
+	return l, revision, err
 }

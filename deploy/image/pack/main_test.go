@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -106,7 +107,8 @@ func TestRun(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	j := job{out: filepath.Join(dir, "image.tar"), tag: "app:1", archs: "amd64 arm64", entrypoint: "/app run", files: []string{filepath.Join(dir, "app-{arch}=app")}}
+	j := job{out: filepath.Join(dir, "image.tar"), tag: "app:1", archs: "amd64 arm64", entrypoint: "/app run", files: []string{filepath.Join(dir, "app-{arch}=app")},
+		labels: []string{"title=app=1", "arm64:tried=no", "version="}}
 	if err := j.run(); err != nil {
 		t.Fatal(err)
 	}
@@ -115,7 +117,10 @@ func TestRun(t *testing.T) {
 	for name, data := range both {
 		var c struct {
 			Architecture string
-			Config       struct{ Entrypoint []string }
+			Config       struct {
+				Entrypoint []string
+				Labels     map[string]string
+			}
 		}
 		if !strings.HasPrefix(name, "blobs/") || json.Unmarshal(data, &c) != nil || c.Architecture == "" {
 			continue
@@ -123,6 +128,13 @@ func TestRun(t *testing.T) {
 		found = append(found, c.Architecture)
 		if strings.Join(c.Config.Entrypoint, " ") != "/app run" {
 			t.Errorf("%s: entrypoint %q", c.Architecture, c.Config.Entrypoint)
+		}
+		want := map[string]string{"title": "app=1"}
+		if c.Architecture == "arm64" {
+			want["tried"] = "no"
+		}
+		if !maps.Equal(c.Config.Labels, want) {
+			t.Errorf("%s: labels %q", c.Architecture, c.Config.Labels)
 		}
 	}
 	if len(found) != 2 || found[0] == found[1] {
@@ -153,6 +165,7 @@ func TestRunRefuses(t *testing.T) {
 		"no such file":   {out: out, tag: "app:1", archs: "amd64", entrypoint: "/app", files: []string{app + "-{arch}=app"}},
 		"GOARCH=arm64":   {out: out, tag: "app:1", archs: "amd64,arm64", entrypoint: "/app", files: []string{app + "=app"}},
 		"named twice":    {out: out, tag: "app:1", archs: "amd64,amd64", entrypoint: "/app", files: []string{app + "=app"}},
+		"-label \"x\"":   {out: out, tag: "app:1", archs: "amd64", entrypoint: "/app", files: []string{app + "=app"}, labels: []string{"x"}},
 		"app: twice":     {out: out, tag: "app:1", archs: "amd64", entrypoint: "/app", files: []string{app + "=app", app + "=app"}},
 	} {
 		if err := j.run(); err == nil || !strings.Contains(err.Error(), want) {
