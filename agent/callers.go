@@ -14,6 +14,7 @@ import (
 
 	"portcullis/bpf/abi"
 	"portcullis/datapath"
+	"portcullis/datapath/netdev"
 	"portcullis/observe/flow"
 	"portcullis/observe/metrics"
 	proc "portcullis/observe/process" // process is a word of this package
@@ -99,6 +100,14 @@ func (l *loop) openCallers() {
 		c.alarm.lacks("flow records do not tell " + strings.Join(missing, ", nor "))
 	}
 	c.table = proc.New(proc.Options{Node: string(l.cfg.Node), Wall: l.wall, Arguments: l.cfg.Callers.Arguments,
+		Namespace: func(pid uint32) (uint64, int, bool) {
+			cookie, number, err := netdev.NamespaceOf(pid)
+			return cookie, number, err == nil
+		},
+		Behind: func(endpoint uint32) (int, bool) {
+			number, err := netdev.NamespaceBehind(l.names.Endpoint(endpoint).Ifindex)
+			return number, err == nil
+		},
 		CatchUp: func() { _ = c.kernel.Read(c.table.Note) }}) // an error comes to watchCallers, too
 	l.callers = c
 }
@@ -164,7 +173,7 @@ func (c *callers) ofRequest(r *flow.Record) *flow.Process {
 		return nil
 	}
 	local, peer := r.Local(), r.Peer()
-	return c.table.OfRequest(netip.AddrPortFrom(local.IP, local.Port), netip.AddrPortFrom(peer.IP, peer.Port), r.Protocol, r.Direction)
+	return c.table.OfRequest(r.Endpoint, netip.AddrPortFrom(local.IP, local.Port), netip.AddrPortFrom(peer.IP, peer.Port), r.Protocol, r.Direction)
 }
 
 // collect gives the numbers of /metrics; zeros where nobody looks.

@@ -78,7 +78,7 @@ func (d *directory) addEndpoint(e *endpoint) {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.endpoints[e.id] = named{Workload: e.fullName(), SPIFFE: spiffe, Device: e.ifname, Owner: e.owner}
+	d.endpoints[e.id] = named{Workload: e.fullName(), SPIFFE: spiffe, Device: e.ifname, Ifindex: e.ifindex, Owner: e.owner}
 	d.rules[e.id] = e.policy.set.Rules
 	for _, ip := range e.ips {
 		d.workloads[ip] = &copied

@@ -217,6 +217,7 @@ type Known struct {
 // LocalEnd is what is known of an endpoint of this node; "" for what is not.
 type LocalEnd struct {
 	Workload, SPIFFE, Device string
+	Ifindex                  uint32 // of the device
 	Owner                    Owner
 }
 

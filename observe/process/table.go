@@ -24,6 +24,7 @@ const (
 	maxPorts      = 8192
 	maxHolders    = 64 // of one port
 	maxAddresses  = 16384
+	maxSpaces     = 16384 // and endpoints
 	maxContainers = 1024
 )
 
@@ -33,6 +34,12 @@ type Options struct {
 	Wall      func(boottime uint64) time.Time // turns ns of CLOCK_BOOTTIME into the wall clock
 	Arguments bool                            // are kept
 	Proc      FS                              // "": /proc
+	// Namespace returns which network namespace a process is in: its cookie, and this
+	// one's number for it.
+	Namespace func(pid uint32) (cookie uint64, number int, ok bool)
+	// Behind returns this network namespace's number for the one that the device of an
+	// endpoint leads into.
+	Behind func(endpoint uint32) (number int, ok bool)
 	// CatchUp hands to Note all that the kernel has told until now. Of calls it
 	// where it does not know an answer. nil: nothing is waited for.
 	CatchUp func()
@@ -44,14 +51,18 @@ type Table struct {
 
 	mu         sync.Mutex
 	processes  *lru.Cache[run, *flow.Process]
-	sockets    *lru.Cache[uint64, *flow.Process]  // by cookie
-	flows      *lru.Cache[flowKey, *flow.Process] // what was answered
-	ports      *lru.Cache[port, []holder]         // who accepts
-	namespaces *lru.Cache[netip.Addr, uint64]     // whose address it is
-	containers *lru.Cache[uint64, string]         // by id of the cgroup
-	read       map[uint64]uint64                  // network namespace -> when its addresses were read
-	known      uint64                             // processes that were read
-	gone       uint64                             // of them, those that had ended
+	sockets    *lru.Cache[uint64, *flow.Process]   // by cookie
+	flows      *lru.Cache[flowKey, *flow.Process]  // what was answered
+	found      *lru.Cache[foundKey, *flow.Process] // what a scan found
+	ports      *lru.Cache[port, []holder]          // who accepts
+	addresses  *lru.Cache[place, struct{}]         // that namespaces have
+	behind     *lru.Cache[uint32, behind]          // by endpoint
+	numbers    *lru.Cache[int, uint64]             // of namespaces: their cookies
+	spaces     *lru.Cache[uint64, space]           // by cookie
+	containers *lru.Cache[uint64, string]          // by id of the cgroup
+	read       map[uint64]uint64                   // network namespace -> when its addresses were read
+	known      uint64                              // processes that were read
+	gone       uint64                              // of them, those that had ended
 }
 
 // run names one run of a binary by one user: a number may be given again, exec
@@ -62,7 +73,16 @@ type run struct {
 	start     uint64
 }
 
+// flowKey names a flow of an endpoint, which is one for good.
 type flowKey struct {
+	endpoint      uint32
+	local, remote netip.AddrPort
+	proto         uint8
+}
+
+// foundKey names a flow of a network namespace.
+type foundKey struct {
+	netns         uint64
 	local, remote netip.AddrPort
 	proto         uint8
 }
@@ -95,7 +115,11 @@ func New(o Options) *Table {
 	t.sockets, _ = lru.New[uint64, *flow.Process](maxSockets)
 	t.flows, _ = lru.New[flowKey, *flow.Process](maxFlows)
 	t.ports, _ = lru.New[port, []holder](maxPorts)
-	t.namespaces, _ = lru.New[netip.Addr, uint64](maxAddresses)
+	t.found, _ = lru.New[foundKey, *flow.Process](maxFlows)
+	t.addresses, _ = lru.New[place, struct{}](maxAddresses)
+	t.behind, _ = lru.New[uint32, behind](maxSpaces)
+	t.numbers, _ = lru.New[int, uint64](maxSpaces)
+	t.spaces, _ = lru.New[uint64, space](maxSpaces)
 	t.containers, _ = lru.New[uint64, string](maxContainers)
 	return t
 }
@@ -124,6 +148,7 @@ func (t *Table) Note(e *abi.ProcessEvent) {
 	if found && t.sockets.Contains(e.Cookie) {
 		return // what the call told goes before; of several that share it the first one is named
 	}
+	t.learnSpace(e)
 	who := t.process(e)
 	holds := kind == abi.ProcessBind || found && e.Dport == 0
 	if holds {
@@ -133,11 +158,11 @@ func (t *Table) Note(e *abi.ProcessEvent) {
 	defer t.mu.Unlock()
 	t.sockets.Add(e.Cookie, who)
 	if local.Addr().IsValid() {
-		t.namespaces.Add(local.Addr(), e.Netns)
+		t.addresses.Add(place{e.Netns, local.Addr()}, struct{}{})
 	}
 	if found && !holds {
 		// By its ends, too: packets of an MPTCP socket have another one's cookie.
-		t.flows.Add(flowKey{local, netip.AddrPortFrom(address(e.Dst), e.Dport), e.Proto}, who)
+		t.found.Add(foundKey{e.Netns, local, netip.AddrPortFrom(address(e.Dst), e.Dport), e.Proto}, who)
 	}
 	if !holds || e.Sport == 0 {
 		return
@@ -186,7 +211,7 @@ func (t *Table) learnAddresses(e *abi.ProcessEvent) {
 	defer t.mu.Unlock()
 	for _, ip := range list {
 		if !ip.IsLoopback() && !ip.IsLinkLocalUnicast() { // those are in every namespace
-			t.namespaces.Add(ip, e.Netns)
+			t.addresses.Add(place{e.Netns, ip}, struct{}{})
 		}
 	}
 }
@@ -298,21 +323,26 @@ func (t *Table) of(ev *abi.Event, ask bool) *flow.Process {
 	if abi.Direction(ev.Direction) == abi.DirIngress {
 		local, remote = remote, local
 	}
-	key, dir, state := flowKey{local, remote, ev.Proto}, abi.Direction(ev.Direction), abi.FlowState(ev.State)
-	if p := t.find(key, ev.Cookie, ev.Time, dir, state); p != nil || !ask || t.o.CatchUp == nil {
+	key, dir, state := flowKey{ev.Endpoint, local, remote, ev.Proto}, abi.Direction(ev.Direction), abi.FlowState(ev.State)
+	if p := t.find(key, t.spaceOf(ev.Endpoint, ask), ev.Cookie, ev.Time, dir, state); p != nil || !ask || t.o.CatchUp == nil {
 		return p
 	}
 	// What the kernel told before this packet is in its ring by now.
 	t.o.CatchUp()
-	return t.find(key, ev.Cookie, ev.Time, dir, state)
+	return t.find(key, t.spaceOf(ev.Endpoint, ask), ev.Cookie, ev.Time, dir, state)
 }
 
-// OfRequest does so for a request that the node's proxy has judged.
-func (t *Table) OfRequest(local, remote netip.AddrPort, proto uint8, dir abi.Direction) *flow.Process {
-	return t.find(flowKey{local, remote, proto}, 0, 1<<64-1, dir, abi.FlowEstablished)
+// OfRequest does so for a request of an endpoint that the node's proxy has judged.
+func (t *Table) OfRequest(endpoint uint32, local, remote netip.AddrPort, proto uint8, dir abi.Direction) *flow.Process {
+	return t.find(flowKey{endpoint, local, remote, proto}, t.spaceOf(endpoint, true), 0, 1<<64-1, dir, abi.FlowEstablished)
 }
 
-func (t *Table) find(key flowKey, cookie, now uint64, dir abi.Direction, state abi.FlowState) (p *flow.Process) {
+// find looks for who has a flow; netns is the namespace behind its endpoint, 0: not
+// known.
+func (t *Table) find(key flowKey, netns, cookie, now uint64, dir abi.Direction, state abi.FlowState) (p *flow.Process) {
+	if key.endpoint == 0 {
+		return nil // of nobody here
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	called := dir == abi.DirIngress && state != abi.FlowReply || dir == abi.DirEgress && state == abi.FlowReply
@@ -321,13 +351,15 @@ func (t *Table) find(key flowKey, cookie, now uint64, dir abi.Direction, state a
 		p, _ = t.sockets.Get(cookie)
 	}
 	if p == nil && called && begins { // not what an earlier flow of the same ports was
-		p = t.holderOf(key, now)
+		p = t.holderOf(netns, key, now)
 	}
 	if p == nil && (!begins || cookie == 0) {
-		p, _ = t.flows.Get(key)
+		if p, _ = t.flows.Get(key); p == nil && netns != 0 {
+			p, _ = t.found.Get(foundKey{netns, key.local, key.remote, key.proto})
+		}
 	}
 	if p == nil && called {
-		p = t.holderOf(key, now)
+		p = t.holderOf(netns, key, now)
 	}
 	if p != nil {
 		t.flows.Add(key, p)
@@ -338,10 +370,9 @@ func (t *Table) find(key flowKey, cookie, now uint64, dir abi.Direction, state a
 // holderOf returns who accepts what comes for an address and port: who holds
 // just that, else who holds it for any address; of several the last. now is the
 // BOOTTIME of the packet.
-func (t *Table) holderOf(key flowKey, now uint64) (p *flow.Process) {
-	netns, ok := t.namespaces.Get(key.local.Addr())
-	if !ok {
-		return nil
+func (t *Table) holderOf(netns uint64, key flowKey, now uint64) (p *flow.Process) {
+	if _, ok := t.addresses.Get(place{netns, key.local.Addr()}); !ok || netns == 0 {
+		return nil // it forwards to that address
 	}
 	list, _ := t.ports.Get(port{netns, key.local.Port(), key.proto})
 	for _, h := range slices.Backward(list) {

@@ -60,7 +60,8 @@ func (f fakeProc) end(pid uint32) {
 var boot = time.Date(2026, 11, 23, 0, 0, 0, 0, time.UTC)
 
 func newTable(f fakeProc) *Table {
-	return New(Options{Node: "n1", Wall: func(ns uint64) time.Time { return boot.Add(time.Duration(ns)) }, Proc: FS(f.dir)})
+	return New(Options{Node: "n1", Wall: func(ns uint64) time.Time { return boot.Add(time.Duration(ns)) }, Proc: FS(f.dir),
+		Namespace: func(uint32) (uint64, int, bool) { return 77, 7, true }, Behind: func(uint32) (int, bool) { return 7, true }})
 }
 
 const (
@@ -95,11 +96,11 @@ func bind(e *abi.ProcessEvent, ip string, port uint16) *abi.ProcessEvent {
 
 // sent and got are events of a new flow that the endpoint opens, or is called by.
 func sent(cookie uint64, sport, dport uint16) *abi.Event {
-	return &abi.Event{Src: addr(local), Dst: addr(remote), Sport: sport, Dport: dport, Proto: unix.IPPROTO_TCP, Direction: uint8(abi.DirEgress), State: uint8(abi.FlowNew), Cookie: cookie}
+	return &abi.Event{Endpoint: 24, Src: addr(local), Dst: addr(remote), Sport: sport, Dport: dport, Proto: unix.IPPROTO_TCP, Direction: uint8(abi.DirEgress), State: uint8(abi.FlowNew), Cookie: cookie}
 }
 
 func got(ip string, sport, dport uint16) *abi.Event {
-	return &abi.Event{Src: addr(remote), Dst: addr(ip), Sport: sport, Dport: dport, Proto: unix.IPPROTO_TCP, Direction: uint8(abi.DirIngress), State: uint8(abi.FlowNew), Time: 200 * second}
+	return &abi.Event{Endpoint: 24, Src: addr(remote), Dst: addr(ip), Sport: sport, Dport: dport, Proto: unix.IPPROTO_TCP, Direction: uint8(abi.DirIngress), State: uint8(abi.FlowNew), Time: 200 * second}
 }
 
 func answer(ev *abi.Event) *abi.Event {
@@ -234,7 +235,7 @@ func TestWhoOpened(t *testing.T) {
 	if got := table.pid(sent(9, 40000, 80)); got != 0 {
 		t.Errorf("a socket that is not known is %d's", got)
 	}
-	if p := table.OfRequest(netip.MustParseAddrPort(local+":40001"), netip.MustParseAddrPort(remote+":80"), unix.IPPROTO_TCP, abi.DirEgress); p == nil || p.PID != 42 {
+	if p := table.OfRequest(24, netip.MustParseAddrPort(local+":40001"), netip.MustParseAddrPort(remote+":80"), unix.IPPROTO_TCP, abi.DirEgress); p == nil || p.PID != 42 {
 		t.Errorf("a request of it: %+v", p)
 	}
 }
@@ -385,7 +386,7 @@ func TestFoundSockets(t *testing.T) {
 		table.Note(e)
 	}
 	ask := func(dir abi.Direction, state abi.FlowState, cookie uint64, sport, dport uint16) string {
-		e := &abi.Event{Src: addr(local), Dst: addr(remote), Sport: sport, Dport: dport, Proto: unix.IPPROTO_TCP, Direction: uint8(dir), State: uint8(state), Cookie: cookie, Time: 1 << 62}
+		e := &abi.Event{Endpoint: 24, Src: addr(local), Dst: addr(remote), Sport: sport, Dport: dport, Proto: unix.IPPROTO_TCP, Direction: uint8(dir), State: uint8(state), Cookie: cookie, Time: 1 << 62}
 		if dir == abi.DirIngress {
 			e.Src, e.Dst, e.Sport, e.Dport = e.Dst, e.Src, dport, sport
 		}

@@ -6,12 +6,20 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 
 	"portcullis/agent/api"
 	"portcullis/chaos/lab"
@@ -135,6 +143,55 @@ func named(t *testing.T, name string) string {
 	return path
 }
 
+// impostor runs a server in a network namespace of its own that has the addresses
+// of a workload, until the test ends; it listens when this returns.
+func (c *callers) impostor(t *testing.T, binary string, port uint16, ips ...netip.Addr) {
+	t.Helper()
+	cgroup, err := os.Open(c.cgroup)
+	c.w.must(err)
+	defer cgroup.Close()
+	cmd := exec.Command(binary, "probe", "helloworld", "--addr", fmt.Sprint(":", port))
+	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(cgroup.Fd())}
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+		done <- func() error {
+			ns, err := netns.New()
+			if err != nil {
+				return err
+			}
+			defer ns.Close()
+			lo, err := netlink.LinkByName("lo")
+			if err != nil {
+				return err
+			}
+			for _, ip := range ips {
+				err = errors.Join(err, netlink.AddrAdd(lo, &netlink.Addr{IPNet: &net.IPNet{IP: ip.AsSlice(), Mask: net.CIDRMask(ip.BitLen(), ip.BitLen())}, Flags: unix.IFA_F_NODAD}))
+			}
+			if err := errors.Join(err, netlink.LinkSetUp(lo), cmd.Start()); err != nil {
+				return err
+			}
+			for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+				conn, err := net.Dial("tcp", netip.AddrPortFrom(ips[0], port).String()) // a socket of this thread
+				if err == nil {
+					return conn.Close()
+				}
+				if time.Now().After(deadline) {
+					return err
+				}
+			}
+		}()
+	}()
+	err = <-done
+	t.Cleanup(func() {
+		if cmd.Process != nil {
+			cmd.Process.Kill() //nolint:errcheck // it may have ended
+			cmd.Wait()         //nolint:errcheck // it was killed
+		}
+	})
+	c.w.must(err)
+}
+
 // TestWhichProcess: of the real packets of real processes, who opened and who
 // accepted is told at either end: by TCP and UDP, by both families, of two
 // processes in one namespace, and of ones that have ended.
@@ -198,6 +255,23 @@ func TestWhichProcess(t *testing.T) {
 		}
 	}
 
+	// Another process listens on the same addresses and port, in a namespace of its
+	// own: it has accepted none of this, and accepts none of what follows.
+	impostor := named(t, "impostor")
+	c.impostor(t, impostor, 5000, w.server.IP4(), w.server.IP6())
+	notThe := func(when string) {
+		all, err := w.observed(verifier)
+		w.must(err)
+		for _, x := range all {
+			if a := x.Accept; a != nil && a.Process.Binary == impostor {
+				t.Errorf("%s: accepted by %s: %+v", when, impostor, a)
+			}
+		}
+	}
+	_, err = c.run(t.Context(), "client", first, "probe", "get", "--timeout", "20s", "http://"+to["4"]+"/hello")
+	w.must(err)
+	notThe("with another one of these addresses")
+
 	// An agent that comes after the server finds it.
 	w.kill(verifier)
 	w.start(verifier)
@@ -216,4 +290,5 @@ func TestWhichProcess(t *testing.T) {
 			return errors.Join(err, fmt.Errorf("%s is not in %s", server, written(all)))
 		})
 	}
+	notThe("after the agent's restart")
 }
