@@ -231,6 +231,9 @@ func (c *Cluster) AwaitHealthy(ctx context.Context, say func(string, ...any)) (l
 			}
 		}
 		text := fmt.Sprintf("%d of %d nodes are well", good, len(s.Nodes))
+		if len(s.Problems) > 0 {
+			text += "; " + s.Problems[0]
+		}
 		if text != told {
 			say("%s", text)
 			told = text

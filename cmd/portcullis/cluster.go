@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"regexp"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -28,7 +29,20 @@ func (c *clusterFlags) add(f *pflag.FlagSet, suffix string) {
 	f.StringVarP(&c.namespace, "namespace", "n", install.DefaultNamespace, "namespace of the installation"+suffix)
 }
 
+var namespaceName = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
+
+// valid refuses what is no name of a namespace; "" would mean all of them.
+func (c *clusterFlags) valid() error {
+	if !namespaceName.MatchString(c.namespace) {
+		return usagef("--namespace %q: want small letters, digits and dashes, at most 63, e.g. %s", c.namespace, install.DefaultNamespace)
+	}
+	return nil
+}
+
 func (c *clusterFlags) connect() (*install.Cluster, error) {
+	if err := c.valid(); err != nil {
+		return nil, err
+	}
 	c.access.UserAgent = "portcullis"
 	return install.Connect(c.access, c.namespace)
 }

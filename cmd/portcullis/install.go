@@ -49,7 +49,7 @@ the order presets, files, --set.`,
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		v, err := values.merge(env)
 		if err == nil {
-			err = longEnough(*timeout)
+			err = errors.Join(longEnough(*timeout), cluster.valid())
 		}
 		if err != nil {
 			return err

@@ -35,17 +35,26 @@ func TestInstallPrintsTheManifests(t *testing.T) {
 // What is wrong is found before a cluster is asked, all at once.
 func TestInstallRefuses(t *testing.T) {
 	for args, want := range map[string]string{
-		"--set config.tttl=3s":                     "config:8: tttl: unknown key",
-		"--set config.ttl=soon":                    `ttl: "soon"`,
-		"--set x=1 --set image.pullPolicy=No":      "image.pullPolicy: \"No\": want one of",
-		"--preset kind":                            `there is no preset "kind": want k3s`,
-		"--set issuer.enabled=false":               "nobody would give agents their SVIDs",
-		"-f /nonexistent/values.yaml":              "/nonexistent/values.yaml",
-		"extra":                                    "takes no arguments",
-		"--set config.trust-domain=x -o json -n n": "is not set here: trustDomain",
+		"--set config.tttl=3s":                "config:8: tttl: unknown key",
+		"--set config.ttl=soon":               `ttl: "soon"`,
+		"--set x=1 --set image.pullPolicy=No": "image.pullPolicy: \"No\": want one of",
+		"--preset kind":                       `there is no preset "kind": want k3s`,
+		"--set issuer.enabled=false":          "nobody would give agents their SVIDs",
+		"-f /nonexistent/values.yaml":         "/nonexistent/values.yaml",
+		"extra":                               "takes no arguments",
+		"--timeout 0s":                        "--timeout 0s: want more than 0",
+		"--namespace=":                        `--namespace "": want small letters`,
+		"--dry-run -n ../x":                   `--namespace "../x": want small letters`,
+		"--set metrics.enabled=true --set metrics.port=4260": "metrics.port: 4260 is that of agents",
+		"--set config.trust-domain=x -o json -n n":           "is not set here: trustDomain",
 	} {
 		got := command(t.Context(), "/nonexistent", "", append([]string{"install", "--kubeconfig", "/nonexistent"}, strings.Fields(args)...)...)
 		if got.code != exitUsage || !strings.Contains(got.stderr, want) || got.stdout != "" {
+			t.Errorf("%s: %+v", args, got)
+		}
+	}
+	for _, args := range []string{"uninstall -n A", "uninstall --timeout -1s", "status --cluster --timeout 0s", "status --cluster -n .", "doctor --cluster -n A", "sysdump --cluster -n A"} {
+		if got := command(t.Context(), "/nonexistent", "", append(strings.Fields(args), "--kubeconfig", "/nonexistent/config")...); got.code != exitUsage {
 			t.Errorf("%s: %+v", args, got)
 		}
 	}
