@@ -62,9 +62,13 @@ func (r *runner) end(tasks []*task) {
 			t.w.told.leave()
 			r.stuck[t.file] = t
 			r.o.Problem(t.w.x.Name, nil)
-			r.o.Problem(former(t.file), fmt.Errorf("export %s: %s takes nothing: it was left, with some %d records that it may not have", t.w.x.Name, t.file, t.w.unwritten.Load()))
+			r.tellLeft(t)
 		}
 	}
+}
+
+func (r *runner) tellLeft(t *task) {
+	r.o.Problem(former(t.file), fmt.Errorf("export %s: %s takes nothing: it was left, with some %d records that it may not have", t.w.x.Name, t.file, t.w.unwritten.Load()))
 }
 
 // former is the name under which Problem is told of a file that was left.
@@ -78,7 +82,8 @@ func (r *runner) stopAll() {
 	r.end(all)
 }
 
-// watch tells of tasks that hang, and of those that do not any more.
+// watch tells of tasks that hang, for as long as they do, and when they do not any
+// more.
 func (r *runner) watch(now time.Time) {
 	for file, t := range r.stuck {
 		select {
@@ -86,6 +91,7 @@ func (r *runner) watch(now time.Time) {
 			delete(r.stuck, file)
 			r.o.Problem(former(file), nil)
 		default:
+			r.tellLeft(t)
 		}
 	}
 	oldest, next := r.o.Ring.Bounds()
