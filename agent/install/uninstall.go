@@ -324,7 +324,9 @@ func (c *Cluster) cleaned(ctx context.Context, o UninstallOptions, told map[stri
 			left = append(left, node)
 		}
 	}
-	return observed(set) && want > 0 && done >= want, fmt.Sprintf("%d of %d nodes are clean; not yet: %s", done, want, strings.Join(left, ", ")), nil
+	// Of none there is nothing to wait for, when the controller has looked.
+	looked := observed(set) && (want > 0 || set.GetGeneration() > 0)
+	return looked && done >= want, fmt.Sprintf("%d of %d nodes are clean; not yet: %s", done, want, strings.Join(left, ", ")), nil
 }
 
 // removeObjects removes everything of the installation but definitions, the

@@ -85,3 +85,17 @@ func tryEndingNamespace(ctx context.Context, t *testing.T, s *server, c *install
 		t.Error("it is not there again")
 	}
 }
+
+// TestNoNodes: where no node has an agent there is none to clean.
+func TestNoNodes(t *testing.T) {
+	s := startServer(t)
+	c := connect(t, s, "portcullis")
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	must(t, c.Install(ctx, install.Options{Release: release(t, "portcullis"), Say: t.Logf}))
+	_, err := c.Uninstall(ctx, install.UninstallOptions{Release: release(t, "portcullis"), Say: t.Logf})
+	must(t, err)
+	if s.there(t, "/api/v1/namespaces/portcullis") || s.there(t, policyCRD) {
+		t.Error("something is left")
+	}
+}
