@@ -125,7 +125,7 @@ func (c *Cluster) objectParts() []archive.Part {
 // objects lists objects into one document; namespace "": of all.
 func (c *Cluster) objects(name string, of schema.GroupVersionResource, namespace, selector string) func(context.Context, *archive.Files) error {
 	return func(ctx context.Context, f *archive.Files) error {
-		var items []map[string]any
+		items := []map[string]any{} // none is a list too
 		more := false
 		err := each(ctx, c.dynamic.Resource(of).Namespace(namespace), metav1.ListOptions{LabelSelector: selector}, func(o *unstructured.Unstructured) bool {
 			if more = len(items) == mostObjects; !more {
@@ -184,7 +184,7 @@ func (c *Cluster) allPods(ctx context.Context, f *archive.Files) error {
 // events are those of the installation's namespace, and those that agents wrote
 // elsewhere.
 func (c *Cluster) events(ctx context.Context, f *archive.Files) error {
-	var kept []map[string]any
+	kept := []map[string]any{}
 	seen := 0
 	err := each(ctx, c.dynamic.Resource(at("", "v1", "events")), metav1.ListOptions{}, func(o *unstructured.Unstructured) bool {
 		by, _, _ := unstructured.NestedString(o.Object, "reportingComponent")
@@ -210,7 +210,7 @@ func (c *Cluster) definitions(ctx context.Context, f *archive.Files) error {
 		return err
 	}
 	var errs []error
-	var found []map[string]any
+	found := []map[string]any{}
 	for _, name := range names {
 		o, err := c.get(ctx, kindNamed(crdKind), name)
 		if err != nil {
