@@ -54,6 +54,9 @@ func (c *Cluster) install(ctx context.Context, o Options) error {
 	if err := c.mayInstall(ctx); err != nil {
 		return err
 	}
+	if err := c.fitIssuer(ctx, objects, o.Say); err != nil {
+		return err
+	}
 	for i, obj := range objects {
 		if err := c.applyOne(ctx, obj, o.Say); err != nil {
 			return err
@@ -71,6 +74,28 @@ func (c *Cluster) install(ctx context.Context, o Options) error {
 		return nil
 	}
 	return c.AwaitReady(ctx, o.Say)
+}
+
+// fitIssuer lets the issuer have no more pods than the cluster has nodes, each of
+// which has room for one: of two on one node the second would wait for ever, and
+// at an upgrade the first, which then is the only one, would never be replaced.
+func (c *Cluster) fitIssuer(ctx context.Context, objects []*unstructured.Unstructured, say func(string, ...any)) error {
+	nodes, err := c.nodes(ctx)
+	if err != nil {
+		return err
+	}
+	for _, o := range objects {
+		want, _, _ := unstructured.NestedFloat64(o.Object, "spec", "replicas") // as YAML and JSON have numbers
+		most := float64(len(nodes))
+		if o.GetName() != issuerName || o.GetKind() != "Deployment" || want <= most || most == 0 {
+			continue
+		}
+		if err := unstructured.SetNestedField(o.Object, most, "spec", "replicas"); err != nil {
+			return err
+		}
+		say("issuer: %v in the place of %v, for the cluster has no more nodes; install again when it has", most, want)
+	}
+	return nil
 }
 
 // mayInstall refuses where the installation would fight with somebody.
@@ -222,11 +247,15 @@ func (c *Cluster) AwaitReady(ctx context.Context, say func(string, ...any)) erro
 		if err != nil || o == nil {
 			return err == nil, "", err
 		}
-		want, ready := count(o, "spec", "replicas"), count(o, "status", "readyReplicas")
+		want, ready, updated := count(o, "spec", "replicas"), count(o, "status", "readyReplicas"), count(o, "status", "updatedReplicas")
 		text := fmt.Sprintf("issuer: %d of %d ready", ready, want)
+		former := count(o, "status", "replicas") - updated
+		if former > 0 {
+			text += fmt.Sprintf(", %d to be replaced", former)
+		}
 		tell(text)
-		// One is enough: a cluster of one node has no place for a second.
-		return ready > 0 && observed(o), text, nil
+		// One is enough, of this release.
+		return ready > 0 && observed(o) && former <= 0, text, nil
 	}); err != nil {
 		return c.because(ctx, err)
 	}

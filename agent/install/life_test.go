@@ -305,3 +305,24 @@ func TestUninstallLeavesWhatIsNotItsOwn(t *testing.T) {
 		t.Errorf("%q, %v", stay, err)
 	}
 }
+
+// The issuer has no more pods than there are nodes.
+func TestInstallFitsTheIssuer(t *testing.T) {
+	for nodes, want := range []float64{2, 1, 2, 2} {
+		s, c := newStore(t)
+		s.after = lives
+		for i := range nodes {
+			name := fmt.Sprint("n", i)
+			s.put("/api/v1/nodes/"+name, map[string]any{"kind": "Node", "metadata": map[string]any{"name": name}})
+		}
+		installed(t, c)
+		got, _, err := unstructured.NestedFieldNoCopy(s.objects["/apis/apps/v1/namespaces/net/deployments/portcullis-issuer"].Object, "spec", "replicas")
+		if fmt.Sprint(got) != fmt.Sprint(want) || err != nil {
+			t.Errorf("with %d nodes %v, %v", nodes, got, err)
+		}
+		s.written()
+		if installed(t, c); len(s.written()) != 0 {
+			t.Errorf("with %d nodes the second time changes something", nodes)
+		}
+	}
+}

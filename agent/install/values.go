@@ -41,7 +41,7 @@ type Namespace struct {
 // Issuer gives agents their SVIDs where no SPIRE runs.
 type Issuer struct {
 	Enabled           bool             `json:"enabled" doc:"Agents have their SVIDs from portcullis issuer; needs no SPIRE"`
-	Replicas          int              `json:"replicas" min:"1" max:"9" doc:"How many, each on another node"`
+	Replicas          int              `json:"replicas" min:"1" max:"9" doc:"How many, each on another node. With more than there are nodes an upgrade never replaces the last one: portcullis install makes no more, for Helm and kubectl set 1 where there is one node"`
 	PriorityClassName string           `json:"priorityClassName" pattern:"^[a-z0-9.-]*$" doc:"PriorityClass of its pods; empty: that of the cluster"`
 	NodeSelector      map[string]any   `json:"nodeSelector" free:"kubernetes" doc:"Labels of the nodes that may have one"`
 	Tolerations       []map[string]any `json:"tolerations" free:"kubernetes" doc:"Taints that it tolerates"`

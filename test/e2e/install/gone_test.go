@@ -99,3 +99,31 @@ func TestNoNodes(t *testing.T) {
 		t.Error("something is left")
 	}
 }
+
+// TestOneNode: where there is room for one issuer only, an upgrade replaces it
+// all the same.
+func TestOneNode(t *testing.T) {
+	s := startServer(t)
+	s.addNode(t, "n1", "10.244.1.0/24", "6.18.5")
+	s.kubelets(t)
+	c := connect(t, s, "portcullis")
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	for _, tag := range []string{"v1", "v2"} {
+		w := do(ctx, t, c, release(t, "portcullis", "image.tag="+tag))
+		if !strings.Contains(w.text(), "issuer: 1 in the place of 2") || !strings.Contains(w.text(), "issuer: 1 of 1 ready\n") {
+			t.Errorf("said %s", w.text())
+		}
+		var pods struct {
+			Items []struct {
+				Spec struct{ Containers []struct{ Image string } }
+			}
+		}
+		must(t, s.ask(http.MethodGet, "/api/v1/namespaces/portcullis/pods?labelSelector=app.kubernetes.io%2Fname%3Dportcullis-issuer", nil, &pods))
+		for _, p := range pods.Items {
+			if p.Spec.Containers[0].Image != "portcullis:"+tag {
+				t.Errorf("with %s there is an issuer of %s", tag, p.Spec.Containers[0].Image)
+			}
+		}
+	}
+}

@@ -34,7 +34,7 @@ func TestUnmade(t *testing.T) {
 	}()
 	s.eventually(t, func() error {
 		status, err := c.Status(ctx)
-		if text := strings.Join(status.Problems, "\n"); err != nil || !refused(text) || status.Healthy || !strings.Contains(w.text(), "issuer: 0 of 2 ready") {
+		if text := strings.Join(status.Problems, "\n"); err != nil || !refused(text) || status.Healthy || !strings.Contains(w.text(), "issuer: 0 of 1 ready") {
 			return fmt.Errorf("%s, %v", text, err)
 		}
 		return nil
