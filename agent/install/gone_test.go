@@ -60,3 +60,20 @@ func TestUninstallAfterSomebodyElse(t *testing.T) {
 		}
 	}
 }
+
+// An issuer that is never replaced is told of.
+func TestFormerIssuer(t *testing.T) {
+	s, c := newStore(t)
+	deployment := func(replicas, updated int64) {
+		s.put("/apis/apps/v1/namespaces/net/deployments/"+issuerName, map[string]any{"kind": "Deployment", "metadata": map[string]any{"name": issuerName},
+			"spec": map[string]any{"replicas": int64(2)}, "status": map[string]any{"replicas": replicas, "updatedReplicas": updated}})
+	}
+	deployment(2, 1)
+	if got := c.unmade(t.Context()); len(got) != 1 || !strings.Contains(got[0], "1 of the issuer's pods are of a former release") {
+		t.Errorf("%q", got)
+	}
+	deployment(2, 2)
+	if got := c.unmade(t.Context()); len(got) != 0 {
+		t.Errorf("%q", got)
+	}
+}

@@ -11,9 +11,10 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 )
 
-// unmade says why pods of the installation cannot be made, a line for each
-// component: a quota, a policy for pods or a webhook forbids them. Nothing but
-// Events tells that. No line: all are there, or nobody has said why not.
+// unmade says which pods of the installation are not those that it wants, and why
+// they cannot be made, a line for each: a quota, a policy for pods or a webhook
+// forbids them. Nothing but Events tells that. No line: all are there, or nobody
+// has said why not.
 func (c *Cluster) unmade(ctx context.Context) (out []string) {
 	for _, name := range []string{agentName, cleanupName} {
 		set, err := c.get(ctx, kindNamed("DaemonSet"), name)
@@ -22,7 +23,13 @@ func (c *Cluster) unmade(ctx context.Context) (out []string) {
 		}
 	}
 	issuer, err := c.get(ctx, kindNamed("Deployment"), issuerName)
-	if err == nil && issuer != nil && count(issuer, "status", "replicas") < count(issuer, "spec", "replicas") {
+	if err != nil || issuer == nil {
+		return out // who asks has asked for others with the same rights, and says so
+	}
+	if former := count(issuer, "status", "replicas") - count(issuer, "status", "updatedReplicas"); former > 0 {
+		out = append(out, fmt.Sprintf("%d of the issuer's pods are of a former release, as while they are replaced; for ever where there is no other node for one: issuer.replicas=1 then", former))
+	}
+	if count(issuer, "status", "replicas") < count(issuer, "spec", "replicas") {
 		out = append(out, c.failedCreate(ctx, "ReplicaSet", issuerName+"-", "pods of "+issuerName)...)
 	}
 	return out
