@@ -78,7 +78,7 @@ func Up(ctx context.Context, cfg Config) (_ *Cluster, err error) {
 		if err == nil {
 			return
 		}
-		if logs, kept := c.keepLogs(); kept == nil {
+		if logs, kept := c.KeepLogs(); kept == nil {
 			err = fmt.Errorf("%w (logs: %s)", err, logs)
 		}
 		err = errors.Join(err, c.Down())
@@ -316,18 +316,21 @@ func (c *Cluster) Nodes() (nodes []Node) {
 // Dir is the cluster's directory; logs are in its log/.
 func (c *Cluster) Dir() string { return c.plan.Dir }
 
-// keepLogs copies the logs beside the cluster's directory.
-func (c *Cluster) keepLogs() (string, error) {
+// KeepLogs copies the logs of control plane, nodes and of the pods that are on them
+// to where they outlive the cluster, and says where that is.
+func (c *Cluster) KeepLogs() (dir string, err error) {
 	to := filepath.Join(os.TempDir(), "portcullis-e2e-logs-"+c.plan.Name)
 	if err := os.RemoveAll(to); err != nil {
 		return "", err
 	}
-	return to, os.CopyFS(to, os.DirFS(c.plan.path("log")))
+	errs := []error{os.CopyFS(to, os.DirFS(c.plan.path("log")))}
+	for _, node := range c.plan.Nodes {
+		if pods := c.plan.path("nodes", node, "upper", "var", "log", "pods"); exists(pods) {
+			errs = append(errs, os.CopyFS(filepath.Join(to, node, "pods"), os.DirFS(pods)))
+		}
+	}
+	return to, errors.Join(errs...)
 }
-
-// KeepLogs copies the logs of control plane and nodes to where they outlive
-// the cluster, and says where that is.
-func (c *Cluster) KeepLogs() (dir string, err error) { return c.keepLogs() }
 
 // Kill kills a process of the control plane; Start starts it again.
 func (c *Cluster) Kill(name string) error {
