@@ -51,7 +51,7 @@ func Purge(ctx context.Context, cfg Config, log *zap.Logger) error {
 			}
 		}
 		for _, dir := range []string{filepath.Dir(cfg.JournalDir), filepath.Dir(cfg.APISocket)} {
-			if err := os.Remove(dir); err != nil {
+			if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				log.Info("the directory stays", zap.Error(err)) // somebody else's
 			}
 		}
