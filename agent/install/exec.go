@@ -60,14 +60,9 @@ func (c *Cluster) stream(ctx context.Context, most int64, pod, container string,
 		"Sec-WebSocket-Key": base64.StdEncoding.EncodeToString(key), "Sec-WebSocket-Protocol": execProtocol} {
 		req.Header.Set(name, value)
 	}
-	resp, err := c.exec.Do(req)
+	resp, err := c.ask(req, http.StatusSwitchingProtocols)
 	if err != nil {
 		return nil, err
-	}
-	if resp.StatusCode != http.StatusSwitchingProtocols {
-		defer resp.Body.Close()
-		b, _ := io.ReadAll(io.LimitReader(resp.Body, maxSaid)) // for the message only
-		return nil, fmt.Errorf("%s: %s", resp.Status, said(b))
 	}
 	// The request's context does not end the connection any more.
 	stop := context.AfterFunc(ctx, func() { _ = resp.Body.Close() })
@@ -75,6 +70,21 @@ func (c *Cluster) stream(ctx context.Context, most int64, pod, container string,
 		stop()
 		_ = resp.Body.Close() // it was read, or is given up
 	}}, nil
+}
+
+// ask sends a request. An answer of another status than wanted is an error, with what
+// the API server says of it; else the caller closes the body.
+func (c *Cluster) ask(req *http.Request, wanted int) (*http.Response, error) {
+	resp, err := c.exec.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	if resp.StatusCode != wanted {
+		defer resp.Body.Close()
+		b, _ := io.ReadAll(io.LimitReader(resp.Body, maxSaid)) // for the message only
+		return nil, fmt.Errorf("%s: %s", resp.Status, said(b))
+	}
+	return resp, nil
 }
 
 // url is that of a path of the API server.

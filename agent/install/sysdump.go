@@ -283,14 +283,9 @@ func (c *Cluster) open(ctx context.Context, path string, query url.Values) (io.R
 	if err != nil {
 		return nil, err
 	}
-	resp, err := c.exec.Do(req)
+	resp, err := c.ask(req, http.StatusOK)
 	if err != nil {
 		return nil, err
-	}
-	if resp.StatusCode != http.StatusOK {
-		defer resp.Body.Close()
-		b, _ := io.ReadAll(io.LimitReader(resp.Body, maxSaid)) // for the message only
-		return nil, fmt.Errorf("%s: %s", resp.Status, said(b))
 	}
 	return resp.Body, nil
 }
