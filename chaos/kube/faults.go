@@ -21,7 +21,7 @@ import (
 func (w *world) breakThings(ctx context.Context, background context.Context, r *rand.Rand) error {
 	kind := 0
 	for n := 0; len(w.plan.faults) > 0; n++ {
-		if !sleep(ctx, 5*time.Second+time.Duration(r.Int64N(int64(5*time.Second)))) {
+		if !talk.Sleep(ctx, 5*time.Second+time.Duration(r.Int64N(int64(5*time.Second)))) {
 			return nil
 		}
 		f := w.plan.faults[kind%len(w.plan.faults)]
@@ -35,7 +35,7 @@ func (w *world) breakThings(ctx context.Context, background context.Context, r *
 		if void {
 			continue // the same again
 		}
-		if kind++; kind <= len(w.plan.faults) && sleep(ctx, 5*time.Second) { // to see what comes after
+		if kind++; kind <= len(w.plan.faults) && talk.Sleep(ctx, 5*time.Second) { // to see what comes after
 			w.mended.Add(1)
 		}
 	}
@@ -138,10 +138,10 @@ func (t *turn) over(ctx context.Context, u *uses) {
 		return
 	}
 	// Nobody's IP can be believed wrongly where nobody has one.
-	if t.deaf || t.known == 0 || !sleep(ctx, t.least) {
+	if t.deaf || t.known == 0 || !talk.Sleep(ctx, t.least) {
 		return
 	}
-	for u.turns() < enoughTurns && sleep(ctx, time.Second/2) {
+	for u.turns() < enoughTurns && talk.Sleep(ctx, time.Second/2) {
 	}
 }
 

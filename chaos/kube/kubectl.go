@@ -11,6 +11,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"portcullis/chaos/kube/talk"
 )
 
 // kubectl runs the program. It is immutable.
@@ -63,7 +65,7 @@ const (
 // answered is made again: it must not matter whether it was carried out.
 func (k kubectl) run(ctx context.Context, stdin []byte, args ...string) (out []byte, err error) {
 	for try := range callTries {
-		if try > 0 && !sleep(ctx, callPause) {
+		if try > 0 && !talk.Sleep(ctx, callPause) {
 			break
 		}
 		var late bool
@@ -144,18 +146,6 @@ func said(b *bytes.Buffer) string {
 	return s[max(0, len(s)-500):]
 }
 
-// sleep waits, and reports whether ctx still stands.
-func sleep(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return true
-	case <-ctx.Done():
-		return false
-	}
-}
-
 // poll repeats f until it returns nil or ctx ends, and then returns its last
 // error.
 func poll(ctx context.Context, every time.Duration, f func() error) error {
@@ -164,7 +154,7 @@ func poll(ctx context.Context, every time.Duration, f func() error) error {
 		if err == nil {
 			return nil
 		}
-		if !sleep(ctx, every) {
+		if !talk.Sleep(ctx, every) {
 			return errors.Join(err, ctx.Err())
 		}
 	}

@@ -30,7 +30,7 @@ func (p *pods) watch(ctx context.Context, k kubectl) {
 	for ctx.Err() == nil {
 		// It ends now and then, and when the API server is away: then again.
 		_ = k.stream(ctx, p.read, "get", "pods", "--watch", "--output-watch-events", "-o", "json")
-		sleep(ctx, time.Second)
+		talk.Sleep(ctx, time.Second)
 	}
 }
 
@@ -120,7 +120,7 @@ func (w *world) follow(ctx context.Context, f *follower, ordered int64) {
 		}
 		// Its node may be cut off for a while: then again. A gap stays one.
 		if f.over() || fruitless < 5 || !gone && fruitless < 90 && s.Status.Phase == "Running" {
-			sleep(ctx, time.Second)
+			talk.Sleep(ctx, time.Second)
 			continue
 		}
 		f.fail(fmt.Errorf("pod %s: its lines end with number %d: %w", f.log.name, last, errors.Join(err, errors.New("the last is not there"))))
@@ -297,6 +297,6 @@ func (w *world) aim(ctx context.Context, caller string) {
 		cancel()
 		in.Close()
 		<-told
-		sleep(ctx, time.Second)
+		talk.Sleep(ctx, time.Second)
 	}
 }

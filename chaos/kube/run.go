@@ -357,7 +357,7 @@ func (w *world) slot(ctx, background context.Context, i int, r *rand.Rand, reade
 // progress says every few seconds how far it is.
 func (w *world) progress(ctx context.Context) {
 	begin := time.Now()
-	for sleep(ctx, 5*time.Second) {
+	for talk.Sleep(ctx, 5*time.Second) {
 		fmt.Fprintf(w.Progress, "chaos: %3ds  %d of %d reuses by another identity, %d pods made, %d of %d kinds of faults mended\n",
 			int(time.Since(begin).Seconds()), w.uses.count(), w.Events, w.made.Load(), w.mended.Load(), len(w.plan.faults))
 	}

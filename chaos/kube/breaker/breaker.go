@@ -53,7 +53,7 @@ func Run(ctx context.Context, o Options, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	if !sleep(ctx, o.After) {
+	if !talk.Sleep(ctx, o.After) {
 		return ctx.Err()
 	}
 	w := talk.NewWriter(out)
@@ -63,25 +63,13 @@ func Run(ctx context.Context, o Options, out io.Writer) error {
 		return errors.Join(err, restore(), w.Err())
 	}
 	w.Write(talk.Record{Kind: talk.Broken, At: talk.Now()})
-	sleep(ctx, o.For)
+	talk.Sleep(ctx, o.For)
 	w.Write(talk.Record{Kind: talk.Restoring, At: talk.Now()})
 	if err := restore(); err != nil {
 		return errors.Join(err, w.Err())
 	}
 	w.Write(talk.Record{Kind: talk.Restored, At: talk.Now()})
 	return w.Err()
-}
-
-// sleep waits, and reports whether ctx still stands.
-func sleep(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return true
-	case <-ctx.Done():
-		return false
-	}
 }
 
 // begin returns what ends it, never nil.

@@ -20,7 +20,7 @@ const gatewayLimit = 5 * time.Second
 func awaitGateways(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, gatewayLimit)
 	defer cancel()
-	for !gatewaysAnswer() && sleep(ctx, 50*time.Millisecond) {
+	for !gatewaysAnswer() && Sleep(ctx, 50*time.Millisecond) {
 	}
 }
 

@@ -299,7 +299,7 @@ func (t *talker) call(own []netip.Addr) {
 				t.converses(ip, false)
 			}
 		}
-		if !sleep(t.ctx, t.Every/2+time.Duration(r.Int64N(int64(t.Every)))) {
+		if !Sleep(t.ctx, t.Every/2+time.Duration(r.Int64N(int64(t.Every)))) {
 			return
 		}
 	}
@@ -375,7 +375,7 @@ func (t *talker) tcp(from netip.Addr, to netip.AddrPort, every time.Duration) {
 	for {
 		ok := t.segment(c, in, &r)
 		t.out.Write(r)
-		if !ok || every == 0 || !sleep(t.ctx, every) {
+		if !ok || every == 0 || !Sleep(t.ctx, every) {
 			return
 		}
 		r = Record{Kind: Tried, ID: t.number(), Flow: r.Flow, Protocol: "tcp", From: r.From, To: to, Sent: Now()}
@@ -414,8 +414,8 @@ func endpoints(c *net.TCPConn) (local, peer netip.AddrPort) {
 
 func unmap(a netip.AddrPort) netip.AddrPort { return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()) }
 
-// sleep waits, and reports whether ctx still stands.
-func sleep(ctx context.Context, d time.Duration) bool {
+// Sleep waits, and reports whether ctx still stands.
+func Sleep(ctx context.Context, d time.Duration) bool {
 	t := time.NewTimer(d)
 	defer t.Stop()
 	select {
