@@ -3,7 +3,10 @@
 package install
 
 import (
+	"encoding/json"
 	"flag"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -140,4 +143,75 @@ func TestHelmRefusesTheSame(t *testing.T) {
 			t.Errorf("%s: helm says %s", text, out)
 		}
 	}
+}
+
+// What Helm asks the cluster for is found there: an upgrade that changes what an
+// installation keeps is refused, as `portcullis install` refuses it.
+func TestHelmKeepsWhatItIsKnownBy(t *testing.T) {
+	s, c := newStore(t)
+	s.after = lives
+	installed(t, c, layer(t, "trustDomain: mine.example"))
+	for _, o := range s.objects { // as Helm itself has installed them
+		labels := o.GetLabels()
+		labels["app.kubernetes.io/managed-by"] = "Helm"
+		o.SetLabels(labels)
+		o.SetAnnotations(map[string]string{"meta.helm.sh/release-name": "release", "meta.helm.sh/release-namespace": "net"})
+	}
+	server := httptest.NewServer(discovered(s))
+	defer server.Close()
+	for text, want := range map[string]string{
+		"{trustDomain: mine.example, image: {tag: v2}}":                     "",
+		"{trustDomain: other.example}":                                      `trustDomain: is "mine.example"`,
+		"{trustDomain: mine.example, cni: {binDir: /b}}":                    "has --cni-bin-dir=/opt/cni/bin,",
+		"{trustDomain: mine.example, cni: {confDir: /b}}":                   "has --cni-conf-dir=/etc/cni/net.d,",
+		"{trustDomain: mine.example, cni: {confDir: /b, move: true}}":       "",
+		"{trustDomain: other.example, cni: {confDir: /b, move: true}}":      `trustDomain: is "mine.example"`,
+		"{trustDomain: mine.example, cni: {binDir: /opt/cni/bin/./../bin}}": "",
+	} {
+		out, err := runHelm(t, "template", "release", chartPath, "--namespace", "net", "--dry-run=server", "--disable-openapi-validation", "--kube-apiserver", server.URL, "-f", valuesFile(t, text))
+		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(out, want)) {
+			t.Errorf("%s: %v\n%s", text, err, out)
+		}
+	}
+}
+
+// discovered answers what kinds there are, too.
+func discovered(s *store) http.Handler {
+	kindsOf := func(group string) (out []map[string]any) {
+		for _, k := range kinds {
+			if k.resource.Group == group {
+				out = append(out, map[string]any{"name": k.resource.Resource, "kind": k.name, "namespaced": k.namespaced, "verbs": []string{"get"}})
+			}
+		}
+		return out
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		var answer any
+		switch group := strings.TrimSuffix(strings.TrimPrefix(r.URL.Path, "/apis/"), "/v1"); {
+		case r.URL.Path == "/version":
+			answer = map[string]any{"major": "1", "minor": "36", "gitVersion": "v1.36.0"}
+		case r.URL.Path == "/api":
+			answer = map[string]any{"kind": "APIVersions", "versions": []string{"v1"}}
+		case r.URL.Path == "/apis":
+			groups, seen := []any{}, map[string]bool{"": true}
+			for _, k := range kinds {
+				if g := k.resource.Group; !seen[g] {
+					v := map[string]any{"groupVersion": g + "/v1", "version": "v1"}
+					groups, seen[g] = append(groups, map[string]any{"name": g, "versions": []any{v}, "preferredVersion": v}), true
+				}
+			}
+			answer = map[string]any{"kind": "APIGroupList", "apiVersion": "v1", "groups": groups}
+		case r.URL.Path == "/api/v1":
+			answer = map[string]any{"kind": "APIResourceList", "groupVersion": "v1", "resources": kindsOf("")}
+		case strings.HasPrefix(r.URL.Path, "/apis/") && strings.Count(r.URL.Path, "/") == 3:
+			answer = map[string]any{"kind": "APIResourceList", "groupVersion": group + "/v1", "resources": kindsOf(group)}
+		default:
+			s.ServeHTTP(w, r)
+			return
+		}
+		w.Header().Set("Content-Type", "application/json")
+		if err := json.NewEncoder(w).Encode(answer); err != nil {
+			s.t.Error(err)
+		}
+	})
 }

@@ -29,7 +29,8 @@ type Options struct {
 
 // Install makes the cluster hold what the release says, and removes what a
 // former release had and this one has not. Done twice it changes nothing. It
-// begins only if nothing that Checks finds forbids it.
+// begins only if nothing that Checks finds forbids it, and refuses to give an
+// installation another trust domain, or its nodes' CNI another place.
 //
 // The objects are made in the order of their kinds. Agents come last: they need
 // all of the others. The definitions of policies' kinds that somebody else made
@@ -54,6 +55,10 @@ func (c *Cluster) install(ctx context.Context, o Options) error {
 	if err := c.mayInstall(ctx); err != nil {
 		return err
 	}
+	moved, err := c.sameInstallation(ctx, o)
+	if err != nil {
+		return err
+	}
 	if err := c.fitIssuer(ctx, objects, o.Say); err != nil {
 		return err
 	}
@@ -70,6 +75,7 @@ func (c *Cluster) install(ctx context.Context, o Options) error {
 	if err := c.prune(ctx, objects, o.Say); err != nil {
 		return err
 	}
+	sayLeft(moved, o.Say)
 	if !o.Wait {
 		return nil
 	}

@@ -28,6 +28,8 @@ type store struct {
 	version int                                   // guarded by mu
 	done    []string                              // guarded by mu; what was written, in order
 	after   func(s *store, what string)           // called with mu held, after each write
+
+	forbidden string // what nobody may read; set while nobody asks
 }
 
 func newStore(t *testing.T) (*store, *Cluster) {
@@ -47,6 +49,10 @@ func (s *store) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	parts := strings.Split(path, "/")
 	what := parts[len(parts)-2] + "/" + parts[len(parts)-1]
 	switch {
+	case path == s.forbidden:
+		w.WriteHeader(http.StatusForbidden)
+		fmt.Fprintf(w, `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"Forbidden","code":403,"message":"you may not read %s"}`, path)
+		return
 	case r.Method == http.MethodPatch:
 		s.apply(r, path, what)
 		o = s.objects[path]

@@ -146,7 +146,7 @@ func (r Release) templates() (*template.Template, map[string]any, error) {
 }
 
 // functions are those of Helm that the chart's templates use, with Helm's
-// meaning. text/template has and, or, not, eq and print of its own.
+// meaning. text/template has and, or, not, eq, ne, index and print of its own.
 func functions(t *template.Template) template.FuncMap {
 	return template.FuncMap{
 		"include": func(name string, data any) (string, error) {
@@ -168,7 +168,18 @@ func functions(t *template.Template) template.FuncMap {
 			sum := sha256.Sum256([]byte(text))
 			return hex.EncodeToString(sum[:])
 		},
-		"dir": path.Dir,
+		"dir":       path.Dir,
+		"clean":     path.Clean,
+		"hasPrefix": func(prefix, text string) bool { return strings.HasPrefix(text, prefix) },
+		"fromYaml": func(text string) map[string]any {
+			m := map[string]any{}
+			if err := yaml.Unmarshal([]byte(text), &m); err != nil {
+				return map[string]any{"Error": err.Error()} // as Helm has it
+			}
+			return m
+		},
+		// What is installed is compared by Install, which says more of it.
+		"lookup": func(_, _, _, _ string) map[string]any { return nil },
 	}
 }
 

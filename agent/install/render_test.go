@@ -155,7 +155,7 @@ func TestSettingsAreInTheTemplate(t *testing.T) {
 // TestTemplatesUseWhatIsThere: a template that Helm alone could render would
 // break `portcullis install`, and no function is kept that none uses.
 func TestTemplatesUseWhatIsThere(t *testing.T) {
-	builtin := []string{"and", "or", "not", "eq", "print"}
+	builtin := []string{"and", "or", "not", "eq", "ne", "index", "print"}
 	here := functions(nil)
 	used := map[string]bool{}
 	names, err := fs.Glob(helm.Chart, chartDir+"/templates/*")

@@ -12,7 +12,7 @@ import "fmt"
 type Values struct {
 	Image       Image          `json:"image"`
 	Namespace   Namespace      `json:"namespace"`
-	TrustDomain string         `json:"trustDomain" pattern:"^[a-z0-9._-]{1,255}$" doc:"SPIFFE trust domain of agents and workloads. Choose it before the first installation"`
+	TrustDomain string         `json:"trustDomain" pattern:"^[a-z0-9._-]{1,255}$" doc:"SPIFFE trust domain of agents and workloads. Choose it before the first installation: it stays (docs/upgrade.md)"`
 	Issuer      Issuer         `json:"issuer"`
 	SPIRE       SPIRE          `json:"spire"`
 	CNI         CNI            `json:"cni"`
@@ -58,6 +58,7 @@ type SPIRE struct {
 type CNI struct {
 	BinDir  string `json:"binDir" pattern:"^/.+$" doc:"Directory of the nodes' CNI plugins"`
 	ConfDir string `json:"confDir" pattern:"^/.+$" doc:"Directory of the nodes' network configurations"`
+	Move    bool   `json:"move" doc:"Let both differ from those of the installation that is there: for the one upgrade after the nodes' runtime has moved. What agents put into the former directories stays on the nodes (docs/upgrade.md)"`
 }
 
 // Agent is what is said of the agents' pods.

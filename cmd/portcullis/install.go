@@ -28,6 +28,9 @@ waits until every agent is ready. Done again it changes nothing; with other valu
 changes what they change, and removes what is not part of it any more. Definitions of
 Cilium's policies that somebody else has made stay as they are.
 
+It refuses to change the trust domain of an installation that is there, and, without
+cni.move, the directories of the nodes' CNI (docs/upgrade.md).
+
 Values are those of the chart: docs/values.md. Files and --set go over each other in
 the order presets, files, --set.`,
 		Example: `  portcullis install --set image.repository=registry.example.com/portcullis --set image.tag=v1

@@ -143,6 +143,7 @@ func tryUpgrade(ctx context.Context, t *testing.T, s *server, c *install.Cluster
 	if got.Data["keyring.json"] != "a2V5" {
 		t.Error("the issuer's key is gone")
 	}
+	tryOtherInstallation(ctx, t, s, c)
 	// With SPIRE the issuer is not part of it any more.
 	w = do(ctx, t, c, release(t, "portcullis", "issuer.enabled=false", "spire.socketPath=/run/spire/agent-sockets/a.sock"))
 	if s.there(t, namespaced+"deployments/portcullis-issuer") && !strings.Contains(w.text(), "Deployment portcullis-issuer removed") {
@@ -157,6 +158,38 @@ func tryUpgrade(ctx context.Context, t *testing.T, s *server, c *install.Cluster
 	must(t, s.ask(http.MethodPost, "/apis/cilium.io/v2/namespaces/default/ciliumnetworkpolicies", object{"apiVersion": "cilium.io/v2", "kind": "CiliumNetworkPolicy",
 		"metadata": object{"name": "mine"}, "spec": object{}}, nil))
 	do(ctx, t, c, release(t, "portcullis"))
+}
+
+// tryOtherInstallation wants what an installation is known by to be left alone,
+// as the API server has it, and the directories to be moved when that is asked for.
+func tryOtherInstallation(ctx context.Context, t *testing.T, s *server, c *install.Cluster) {
+	generation := func() (n float64) {
+		var got struct{ Metadata struct{ Generation float64 } }
+		must(t, s.ask(http.MethodGet, namespaced+"daemonsets/portcullis-agent", nil, &got))
+		return got.Metadata.Generation
+	}
+	before := generation()
+	w := &words{}
+	err := c.Install(ctx, install.Options{Release: release(t, "portcullis", "trustDomain=other.example", "cni.binDir=/other/bin", "image.tag=v3"), Say: w.say})
+	for _, want := range []string{"nothing was changed", `trustDomain: is "cluster.local" by ConfigMap portcullis-agent, would become "other.example"`, `cni.binDir: is "/opt/cni/bin" by DaemonSet portcullis-agent`} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("no %q in: %v", want, err)
+		}
+	}
+	if generation() != before || w.text() != "" {
+		t.Errorf("it was changed: %s", w.text())
+	}
+	settings := "/api/v1/namespaces/portcullis/configmaps/portcullis-agent"
+	must(t, s.ask(http.MethodPatch, settings, object{"data": object{"agent.yaml": "trust-domain: other.example\n"}}, nil))
+	err = c.Install(ctx, install.Options{Release: release(t, "portcullis", "trustDomain=other.example"), Say: w.say})
+	if err == nil || !strings.Contains(err.Error(), `is "cluster.local" by Deployment portcullis-issuer`) {
+		t.Errorf("with settings that somebody has edited: %v", err)
+	}
+	must(t, s.ask(http.MethodPatch, settings, object{"data": object{"agent.yaml": "trust-domain: cluster.local\n"}}, nil))
+	if w := do(ctx, t, c, release(t, "portcullis", "cni.binDir=/other/bin", "cni.move=true")); !strings.Contains(w.text(), "portcullis-cni in /opt/cni/bin") {
+		t.Errorf("a move says %s", w.text())
+	}
+	do(ctx, t, c, release(t, "portcullis", "cni.move=true"))
 }
 
 func tryStatus(ctx context.Context, t *testing.T, s *server, c *install.Cluster, k *kubelets) {

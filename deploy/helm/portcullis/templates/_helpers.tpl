@@ -23,6 +23,31 @@
 {{- if .Values.issuer.enabled }}true{{ end }}
 {{- end }}
 
+{{- /* What an installation keeps for its life, as `portcullis install` says better.
+lookup finds nothing where no cluster is asked. */ -}}
+{{- define "portcullis.kept" -}}
+{{- with lookup "v1" "ConfigMap" .Release.Namespace "portcullis-agent" }}
+{{- $was := "" }}
+{{- with index . "data" }}{{ with index . "agent.yaml" }}{{ with index (fromYaml .) "trust-domain" }}{{ $was = . }}{{ end }}{{ end }}{{ end }}
+{{- if ne (print $was) $.Values.trustDomain }}
+{{- fail (print "trustDomain: is " (quote $was) " by ConfigMap portcullis-agent, would become " (quote $.Values.trustDomain) ": agents of two trust domains do not believe each other, and an issuer does not start on the keys of another: give the former one, or portcullis uninstall first (docs/upgrade.md)") }}
+{{- end }}
+{{- end }}
+{{- if not .Values.cni.move }}
+{{- with lookup "apps/v1" "DaemonSet" .Release.Namespace "portcullis-agent" }}
+{{- range .spec.template.spec.containers }}
+{{- range index . "args" }}
+{{- $bin := print "--cni-bin-dir=" $.Values.cni.binDir }}
+{{- $conf := print "--cni-conf-dir=" $.Values.cni.confDir }}
+{{- if or (and (hasPrefix "--cni-bin-dir=" .) (ne (clean .) (clean $bin))) (and (hasPrefix "--cni-conf-dir=" .) (ne (clean .) (clean $conf))) }}
+{{- fail (print "cni.binDir and cni.confDir: DaemonSet portcullis-agent has " . ", where the plugin would stay on every node: give the former directory, or portcullis uninstall first; where the nodes' runtime has moved, --set cni.move=true goes on (docs/upgrade.md)") }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{- /* The settings of all agents. */ -}}
 {{- define "portcullis.settings" -}}
 {{- $metrics := print .Values.metrics.port }}
