@@ -3,16 +3,20 @@ package lab
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
+	"portcullis/agent"
 	"portcullis/agent/api"
+	"portcullis/agent/privilege"
 )
 
 // realLab makes a lab with real agents of a binary built for the test.
@@ -62,6 +66,38 @@ spec:
     toPorts: [{ports: [{port: "80", protocol: TCP}]}]
 `
 
+// limited checks that no thread of an agent has, or can get, more capabilities than
+// agents are said to need.
+func limited(t *testing.T, l *Lab) {
+	t.Helper()
+	s, err := l.load()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range s.Nodes {
+		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", n.Agent.PID))
+		if err != nil || len(threads) == 0 {
+			t.Fatalf("no threads of the agent of %s: %v", n.Name, err)
+		}
+		for _, file := range threads {
+			b, err := os.ReadFile(file)
+			if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ESRCH) {
+				continue // it has ended
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, set := range []string{"CapEff", "CapPrm", "CapBnd"} {
+				_, rest, _ := strings.Cut(string(b), set+":")
+				var have privilege.Set
+				if _, err := fmt.Sscanf(strings.TrimSpace(rest), "%x", &have); err != nil || have == 0 || have&^agent.Capabilities != 0 {
+					t.Errorf("%s: %s %#x (%v), want some of %#x alone", file, set, uint64(have), err, uint64(agent.Capabilities))
+				}
+			}
+		}
+	}
+}
+
 // What the lab makes of agents: registration, quarantine and its end, a cut, a
 // crash and the return of an agent, the end of the trust domain.
 func TestRealAgents(t *testing.T) {
@@ -77,6 +113,7 @@ func TestRealAgents(t *testing.T) {
 	if err != nil || !s.Healthy || len(s.Workloads) != 2 || s.Workloads[0].Endpoint != "active" || s.Workloads[1].Process != "running" {
 		t.Fatalf("status: %v %+v", err, s)
 	}
+	limited(t, l)
 	if err := l.ImportPolicies(ctx, &api.PolicyFile{Name: "p", Content: []byte(onlyClients)}); err != nil {
 		t.Fatal(err)
 	}

@@ -54,6 +54,11 @@ run out, and the gate falls shut.`,
 				return err
 			}
 			defer log.Sync() //nolint:errcheck // stderr cannot be synced on Linux
+			if env.Limit != nil {
+				if err := env.Limit(agent.Capabilities); err != nil {
+					log.Warn("the agent keeps capabilities that it does not need", zap.Error(err))
+				}
+			}
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM)
 			defer stop()
 			place := raw.plugin

@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"portcullis/agent/api"
+	"portcullis/agent/privilege"
 )
 
 // Env is the world as a command sees it.
@@ -21,6 +22,7 @@ type Env struct {
 	Stdout, Stderr io.Writer
 	Getenv         func(string) string
 	Now            func() time.Time
+	Limit          func(privilege.Set) error // gives up capabilities but these; nil: keeps them
 
 	socket string // of the agent, by the global flag
 }

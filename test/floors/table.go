@@ -64,6 +64,7 @@ var Table = []Row{
 	{Path: "identity/labca", Floor: 2, Holds: "the lab's trust domain"},
 	{Path: "identity/issuer", Floor: 2, Holds: "node SVIDs by token review"},
 	{Path: "identity/issuer/client", Floor: 2, Holds: "the agents' side of it"},
+	{Path: "agent/privilege", Floor: 2, Leaf: nothing, Holds: "giving up capabilities"},
 	{Path: "agent/kube", Floor: 2, Holds: "Kubernetes sources"},
 	{Path: "agent/api", Floor: 2, Holds: "the local API, generated"},
 	{Path: "proxy", Floor: 2, Holds: "L7 forwarding"},
