@@ -13,9 +13,9 @@ import (
 	"portcullis/agent/privilege"
 )
 
-// The first thread runs main. When the agent executes itself again, with fewer
-// capabilities, that thread takes along what another would not: the signal that is
-// sent when its parent dies.
+// The first thread is kept for main, which gives up capabilities on it: when the agent
+// executes itself again with fewer of them, that thread takes along what another
+// would not, the signal that is sent when its parent dies.
 func init() { runtime.LockOSThread() }
 
 func main() {
@@ -25,11 +25,23 @@ func main() {
 	if filepath.Base(os.Args[0]) == cni.BinaryName {
 		os.Exit(cni.Main(ctx))
 	}
-	os.Exit(run(ctx, &Env{
-		Args: os.Args[1:], Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr, Getenv: os.Getenv, Now: time.Now,
-		Limit: func(keep privilege.Set) error {
-			defer runtime.UnlockOSThread()
-			return privilege.Limit(keep)
-		},
-	}))
+	first, exit := make(chan func()), make(chan int)
+	go func() {
+		exit <- run(ctx, &Env{
+			Args: os.Args[1:], Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr, Getenv: os.Getenv, Now: time.Now,
+			Limit: func(keep privilege.Set) error {
+				err := make(chan error)
+				first <- func() { err <- privilege.Limit(keep) }
+				return <-err
+			},
+		})
+	}()
+	for {
+		select {
+		case do := <-first:
+			do()
+		case code := <-exit:
+			os.Exit(code)
+		}
+	}
 }
