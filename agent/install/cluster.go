@@ -135,9 +135,9 @@ func (c *Cluster) apply(ctx context.Context, o *unstructured.Unstructured) (resu
 	if err != nil {
 		return "", err
 	}
-	after, err := c.in(k).Apply(ctx, o.GetName(), o, metav1.ApplyOptions{FieldManager: FieldManager, Force: true})
+	after, err := c.put(ctx, k, o)
 	if err != nil {
-		return "", fmt.Errorf("apply %s %s: %w", o.GetKind(), o.GetName(), err)
+		return "", err
 	}
 	switch {
 	case before == nil:
@@ -146,6 +146,16 @@ func (c *Cluster) apply(ctx context.Context, o *unstructured.Unstructured) (resu
 		return "unchanged", nil
 	}
 	return "configured", nil
+}
+
+// put is the request that makes an object; with "All", as dryRun, it only tells what would
+// come of it.
+func (c *Cluster) put(ctx context.Context, k kind, o *unstructured.Unstructured, dryRun ...string) (*unstructured.Unstructured, error) {
+	after, err := c.in(k).Apply(ctx, o.GetName(), o, metav1.ApplyOptions{FieldManager: FieldManager, Force: true, DryRun: dryRun})
+	if err != nil {
+		return nil, fmt.Errorf("apply %s %s: %w", o.GetKind(), o.GetName(), err)
+	}
+	return after, nil
 }
 
 // remove asks for the end of an object and reports whether there was one. It

@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 
+	corev1 "k8s.io/api/core/v1"
 	"sigs.k8s.io/yaml"
 
 	"portcullis/deploy/helm"
@@ -248,11 +249,13 @@ func checkField(at string, f reflect.StructField, value any) []error {
 		if !free {
 			return checkStruct(at+".", f.Type, m)
 		}
+		return checkFree(at, f, value)
 	case kind == reflect.Slice:
 		list, ok := value.([]any)
 		if !ok || slices.ContainsFunc(list, func(e any) bool { _, ok := e.(map[string]any); return !ok }) {
 			return bad("%v: want a list of keys and values", value)
 		}
+		return checkFree(at, f, value)
 	case kind == reflect.Bool:
 		if _, ok := value.(bool); !ok {
 			return bad("%v: want true or false", value)
@@ -265,6 +268,37 @@ func checkField(at string, f reflect.StructField, value any) []error {
 		}
 	case kind == reflect.String:
 		return checkText(at, f, value)
+	}
+	return nil
+}
+
+// checkFree checks a value whose form Kubernetes gives, by what it calls it (a type of
+// its API); that of others is checked elsewhere.
+func checkFree(at string, f reflect.StructField, value any) []error {
+	var into any
+	switch f.Tag.Get("free") {
+	case "ResourceRequirements":
+		into = &corev1.ResourceRequirements{}
+	case "Toleration":
+		into = &[]corev1.Toleration{}
+	case "LocalObjectReference":
+		into = &[]corev1.LocalObjectReference{}
+	case "labels":
+		for k, v := range value.(map[string]any) {
+			if _, ok := v.(string); !ok {
+				return []error{fmt.Errorf("%s.%s: %v: want a text: put it in quotes", at, k, v)}
+			}
+		}
+		return nil
+	default:
+		return nil
+	}
+	text, err := yaml.Marshal(value)
+	if err == nil {
+		err = yaml.UnmarshalStrict(text, into)
+	}
+	if err != nil {
+		return []error{fmt.Errorf("%s: %v: %s", at, value, strings.NewReplacer("error unmarshaling JSON: ", "", "while decoding JSON: ", "", "json: ", "").Replace(err.Error()))}
 	}
 	return nil
 }

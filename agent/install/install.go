@@ -62,6 +62,9 @@ func (c *Cluster) install(ctx context.Context, o Options) error {
 	if err := c.fitIssuer(ctx, objects, o.Say); err != nil {
 		return err
 	}
+	if err := c.rehearse(ctx, objects, o.Say); err != nil {
+		return err
+	}
 	for i, obj := range objects {
 		if err := c.applyOne(ctx, obj, o.Say); err != nil {
 			return err

@@ -27,6 +27,8 @@ type store struct {
 	objects map[string]*unstructured.Unstructured // guarded by mu; by path
 	version int                                   // guarded by mu
 	done    []string                              // guarded by mu; what was written, in order
+	tried   []string                              // guarded by mu; what it was only asked about, in order
+	refuse  map[string]string                     // why, by what; a try alone is refused
 	after   func(s *store, what string)           // called with mu held, after each write
 
 	forbidden string // what nobody may read; set while nobody asks
@@ -53,6 +55,14 @@ func (s *store) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusForbidden)
 		fmt.Fprintf(w, `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"Forbidden","code":403,"message":"you may not read %s"}`, path)
 		return
+	case r.URL.Query().Has("dryRun"):
+		s.tried = append(s.tried, what)
+		if why := s.refuse[what]; why != "" {
+			w.WriteHeader(http.StatusBadRequest)
+			fmt.Fprintf(w, `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"BadRequest","code":400,"message":%q}`, why)
+			return
+		}
+		o = &unstructured.Unstructured{Object: map[string]any{"kind": "Tried"}}
 	case r.Method == http.MethodPatch:
 		s.apply(r, path, what)
 		o = s.objects[path]
@@ -211,6 +221,39 @@ func TestInstallRefusesToFight(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), want) || len(s.written()) != 0 {
 			t.Errorf("%s: %v", want, err)
 		}
+	}
+}
+
+// What the API server would refuse of an upgrade keeps all of it from being done; what it
+// cannot tell does not.
+func TestInstallIsRehearsed(t *testing.T) {
+	s, c := newStore(t)
+	s.after = lives
+	installed(t, c)
+	s.mu.Lock()
+	for _, what := range s.tried {
+		if strings.HasPrefix(what, "daemonsets/") || strings.HasPrefix(what, "customresourcedefinitions/") {
+			t.Errorf("%s was tried before its namespace was there, or has rules of its own", what)
+		}
+	}
+	s.tried, s.refuse = nil, map[string]string{"daemonsets/portcullis-agent": "not this one", "services/portcullis-issuer": "nor this"}
+	s.mu.Unlock()
+	s.written()
+	v, err := Merge(layer(t, "config: {ttl: 40s}"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	o := Options{Release: Release{Namespace: "net", Values: v}, Say: t.Logf}
+	err = c.Install(t.Context(), o)
+	if err == nil || !strings.Contains(err.Error(), "nothing was changed") || !strings.Contains(err.Error(), "not this one") || !strings.Contains(err.Error(), "nor this") {
+		t.Errorf("a part is refused: %v", err)
+	}
+	if did := s.written(); len(did) != 0 {
+		t.Errorf("changed all the same: %q", did)
+	}
+	s.refuse = map[string]string{"daemonsets/portcullis-agent": `admission webhook "w" does not support dry run`}
+	if err := c.Install(t.Context(), o); err != nil || len(s.written()) == 0 {
+		t.Errorf("a webhook that cannot be tried: %v", err)
 	}
 }
 

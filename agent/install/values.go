@@ -30,7 +30,7 @@ type Image struct {
 	Tag         string           `json:"tag" pattern:"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$" doc:"Its tag"`
 	Digest      string           `json:"digest" pattern:"^(sha256:[0-9a-f]{64})?$" doc:"Its digest, sha256:...: nodes run this and nothing else, whatever the tag comes to mean. Empty: what the tag means"`
 	PullPolicy  string           `json:"pullPolicy" enum:"Always,IfNotPresent,Never" doc:"When a node fetches it"`
-	PullSecrets []map[string]any `json:"pullSecrets" free:"kubernetes" doc:"Secrets of the registry: [{name: ...}]"`
+	PullSecrets []map[string]any `json:"pullSecrets" free:"LocalObjectReference" doc:"Secrets of the registry: [{name: ...}]"`
 }
 
 // Namespace is that of the installation; its name is that of the release.
@@ -43,9 +43,9 @@ type Issuer struct {
 	Enabled           bool             `json:"enabled" doc:"Agents have their SVIDs from portcullis issuer; needs no SPIRE"`
 	Replicas          int              `json:"replicas" min:"1" max:"9" doc:"How many, each on another node. With more than there are nodes an upgrade never replaces the last one: portcullis install makes no more, for Helm and kubectl set 1 where there is one node"`
 	PriorityClassName string           `json:"priorityClassName" pattern:"^[a-z0-9.-]*$" doc:"PriorityClass of its pods; empty: that of the cluster"`
-	NodeSelector      map[string]any   `json:"nodeSelector" free:"kubernetes" doc:"Labels of the nodes that may have one"`
-	Tolerations       []map[string]any `json:"tolerations" free:"kubernetes" doc:"Taints that it tolerates"`
-	Resources         map[string]any   `json:"resources" free:"kubernetes" doc:"What it asks for and may have"`
+	NodeSelector      map[string]any   `json:"nodeSelector" free:"labels" doc:"Labels of the nodes that may have one"`
+	Tolerations       []map[string]any `json:"tolerations" free:"Toleration" doc:"Taints that it tolerates"`
+	Resources         map[string]any   `json:"resources" free:"ResourceRequirements" doc:"What it asks for and may have"`
 }
 
 // SPIRE is that of the cluster.
@@ -65,9 +65,9 @@ type CNI struct {
 type Agent struct {
 	MaxUnavailable    any              `json:"maxUnavailable" free:"kubernetes" doc:"How many nodes may be without an agent while agents are replaced: a number, or a share like 10%. Each node's programs go on meanwhile"`
 	PriorityClassName string           `json:"priorityClassName" pattern:"^[a-z0-9.-]*$" doc:"PriorityClass of its pods; empty: that of the cluster"`
-	NodeSelector      map[string]any   `json:"nodeSelector" free:"kubernetes" doc:"Labels of the nodes that have an agent; empty: all. What others need to know of the pods of a node without one is dropped (docs/kubernetes.md, Node by node)"`
-	Tolerations       []map[string]any `json:"tolerations" free:"kubernetes" doc:"Taints that they tolerate; by default all, for a node without an agent is a hole in what others know"`
-	Resources         map[string]any   `json:"resources" free:"kubernetes" doc:"What an agent asks for and may have. Its maps in the kernel count too"`
+	NodeSelector      map[string]any   `json:"nodeSelector" free:"labels" doc:"Labels of the nodes that have an agent; empty: all. What others need to know of the pods of a node without one is dropped (docs/kubernetes.md, Node by node)"`
+	Tolerations       []map[string]any `json:"tolerations" free:"Toleration" doc:"Taints that they tolerate; by default all, for a node without an agent is a hole in what others know"`
+	Resources         map[string]any   `json:"resources" free:"ResourceRequirements" doc:"What an agent asks for and may have. Its maps in the kernel count too"`
 }
 
 // Metrics are those of the agents, for Prometheus.
@@ -90,7 +90,7 @@ type HubbleListen struct {
 // Relay is one flow API for all nodes.
 type Relay struct {
 	Enabled   bool           `json:"enabled" doc:"One flow API for all nodes (docs/seeing.md). It tells who talks to whom in the whole cluster; it needs hubble.listen.enabled"`
-	Resources map[string]any `json:"resources" free:"kubernetes" doc:"What it asks for and may have"`
+	Resources map[string]any `json:"resources" free:"ResourceRequirements" doc:"What it asks for and may have"`
 }
 
 // Events are those of Kubernetes.

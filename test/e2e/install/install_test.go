@@ -5,6 +5,7 @@ package install
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net/http"
 	"slices"
 	"strings"
@@ -131,6 +132,19 @@ func tryInstall(ctx context.Context, t *testing.T, s *server, c *install.Cluster
 }
 
 func tryUpgrade(ctx context.Context, t *testing.T, s *server, c *install.Cluster) {
+	// What the server refuses in part changes nothing.
+	settings := func() (o struct{ Data map[string]string }) {
+		must(t, s.ask(http.MethodGet, "/api/v1/namespaces/portcullis/configmaps/portcullis-agent", nil, &o))
+		return o
+	}
+	before := settings()
+	bad := install.Options{Release: release(t, "portcullis", "config.ttl=50s", `agent.tolerations=[{operator: Perhaps}]`), Say: t.Logf}
+	if err := c.Install(ctx, bad); err == nil || !strings.Contains(err.Error(), "nothing was changed") || !strings.Contains(err.Error(), "Perhaps") {
+		t.Errorf("an upgrade that the server refuses: %v", err)
+	}
+	if after := settings(); len(before.Data) == 0 || !maps.Equal(before.Data, after.Data) {
+		t.Errorf("it has changed %v to %v", before.Data, after.Data)
+	}
 	// What others have written into our objects stays.
 	secret := "/api/v1/namespaces/portcullis/secrets/portcullis-issuer"
 	must(t, s.ask(http.MethodPatch, secret, object{"data": object{"keyring.json": "a2V5"}}, nil))
