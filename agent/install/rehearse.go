@@ -28,6 +28,7 @@ func (c *Cluster) rehearse(ctx context.Context, objects []*unstructured.Unstruct
 		}
 		switch _, err := c.put(ctx, k, o, metav1.DryRunAll); {
 		case err == nil:
+		case apierrors.IsNotFound(err): // a binding's role, for those whose own rights are looked at: it comes before the binding
 		case unrehearsed(err):
 			say("%s %s could not be tried: %v", o.GetKind(), o.GetName(), err)
 		case ctx.Err() != nil, passing(err):
