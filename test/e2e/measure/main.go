@@ -157,8 +157,7 @@ func (b *bench) measure(ctx context.Context, r *Report) error {
 		r.Requests = requests
 	}
 	if *samples > 0 {
-		say("%d changes of a policy", *samples)
-		if err := b.policies(ctx, *samples, r); err != nil {
+		if err := b.policies(ctx, *samples, r, say); err != nil {
 			return err
 		}
 	}

@@ -37,7 +37,7 @@ const probeInterval = 5 * time.Millisecond
 
 // policies changes one policy again and again, so that a client on another node
 // may call a server or may not: by kubectl, and by requests.
-func (b *bench) policies(ctx context.Context, n int, r *Report) error {
+func (b *bench) policies(ctx context.Context, n int, r *Report, say func(string, ...any)) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	if err := b.Apply(ctx, pod("server", "n1", "server", cluster.ProbeImage, "serve", "-udp", "80"), pod("client", "n2", "client", cluster.ProbeImage, "sleep")); err != nil {
@@ -54,6 +54,14 @@ func (b *bench) policies(ctx context.Context, n int, r *Report) error {
 	if err != nil {
 		return err
 	}
+	// Where other policies select the server, too, it takes this one to be called.
+	text, err := friends(true)
+	if err != nil {
+		return err
+	}
+	if err := b.byKubectl(ctx, text); err != nil {
+		return err
+	}
 	cmd := b.KubectlCommand(ctx, "exec", "client", "--", "/probe", "changes", "-for", "2h", "-interval", probeInterval.String(), "-timeout", "2s", ip+":80")
 	out, err := cmd.StdoutPipe()
 	if err != nil {
@@ -67,9 +75,11 @@ func (b *bench) policies(ctx context.Context, n int, r *Report) error {
 	if err := w.d.Decode(&w.now); err != nil || !w.now.OK {
 		return errors.Join(errors.New("the client does not reach the server at first"), err)
 	}
+	say("%d changes of a policy by kubectl", n)
 	if r.Policy, err = b.changes(ctx, n, w, b.byKubectl); err != nil {
 		return err
 	}
+	say("%d changes of a policy by requests", n)
 	r.PolicyAPI, err = b.changes(ctx, n, w, api)
 	return err
 }
