@@ -40,7 +40,21 @@ func Held() (permitted, bounding Set, err error) {
 	return Set(data[0].Permitted) | Set(data[1].Permitted)<<32, bounding, nil
 }
 
-// Drop gives up the calling thread's capabilities but those of keep.
+// ambient returns the capabilities that a program keeps when the calling thread executes
+// it, though its user is not root and its file gives none.
+func ambient() (s Set) {
+	for c := range 64 {
+		in, err := unix.PrctlRetInt(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_IS_SET, uintptr(c), 0, 0)
+		if err != nil { // EINVAL: the kernel knows no more of them
+			break
+		}
+		s |= Set(in) << c
+	}
+	return s
+}
+
+// Drop gives up the calling thread's capabilities but those of keep. What is kept of ambient
+// ones stays ambient: it is all that a user who is not root has after Exec.
 func Drop(keep Set) error {
 	permitted, bounding, err := Held()
 	if err != nil {
@@ -54,14 +68,11 @@ func Drop(keep Set) error {
 			return fmt.Errorf("give up capability %d: %w", c, err)
 		}
 	}
-	if err := unix.Prctl(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0); err != nil {
-		return fmt.Errorf("give up ambient capabilities: %w", err)
-	}
-	have := permitted & keep
+	have, pass := permitted&keep, ambient()&keep
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	data := [2]unix.CapUserData{
-		{Effective: uint32(have), Permitted: uint32(have)},
-		{Effective: uint32(have >> 32), Permitted: uint32(have >> 32)},
+	data := [2]unix.CapUserData{ // what is not inheritable is not ambient any more
+		{Effective: uint32(have), Permitted: uint32(have), Inheritable: uint32(pass)},
+		{Effective: uint32(have >> 32), Permitted: uint32(have >> 32), Inheritable: uint32(pass >> 32)},
 	}
 	if err := unix.Capset(&header, &data[0]); err != nil {
 		return fmt.Errorf("give up capabilities: %w", err)

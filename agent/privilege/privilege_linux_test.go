@@ -67,7 +67,7 @@ func TestMain(m *testing.M) {
 	os.Exit(0)
 }
 
-func try(t *testing.T, how string) (lines []string) {
+func try(t *testing.T, how string, as *syscall.SysProcAttr) (lines []string) {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		if os.Getenv("CI") != "" {
@@ -79,7 +79,8 @@ func try(t *testing.T, how string) (lines []string) {
 	defer runtime.UnlockOSThread()
 	cmd := exec.Command("/proc/self/exe", "one", "two words")
 	cmd.Env = append(os.Environ(), mode+"="+how)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGUSR1}
+	cmd.SysProcAttr = as
+	as.Pdeathsig = syscall.SIGUSR1
 	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {
@@ -101,14 +102,26 @@ func try(t *testing.T, how string) (lines []string) {
 // nothing else, and can get nothing else; it is the same program, called in the same
 // way, by the same parent.
 func TestLimit(t *testing.T) {
-	lines := try(t, "limit")
+	limited(t, try(t, "limit", &syscall.SysProcAttr{}),
+		map[string]Set{"CapInh": 0, "CapPrm": keep, "CapEff": keep, "CapBnd": keep, "CapAmb": 0})
+}
+
+// A user who is not root keeps those of them that a service manager gave, too.
+func TestLimitOfAnotherUser(t *testing.T) {
+	given := []uintptr{unix.CAP_NET_RAW, unix.CAP_SETPCAP, unix.CAP_SYS_TIME}
+	have := Of(unix.CAP_NET_RAW, unix.CAP_SETPCAP)
+	limited(t, try(t, "limit", &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}, AmbientCaps: given}),
+		map[string]Set{"CapInh": have, "CapPrm": have, "CapEff": have, "CapBnd": keep, "CapAmb": have})
+}
+
+func limited(t *testing.T, lines []string, want map[string]Set) {
+	t.Helper()
 	text := strings.Join(lines, "\n")
 	for _, want := range []string{`args ["one" "two words"]`, fmt.Sprintf("death %d", syscall.SIGUSR1), "error <nil>"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("no %s", want)
 		}
 	}
-	want := map[string]Set{"CapInh": 0, "CapPrm": keep, "CapEff": keep, "CapBnd": keep, "CapAmb": 0}
 	seen := map[string]int{}
 	for _, l := range lines {
 		var have Set
@@ -130,7 +143,7 @@ func TestLimit(t *testing.T) {
 }
 
 func TestLimitThatCannot(t *testing.T) {
-	lines := try(t, "cannot")
+	lines := try(t, "cannot", &syscall.SysProcAttr{})
 	if text := strings.Join(lines, "\n"); !strings.Contains(text, "error give up capability 0: operation not permitted") {
 		t.Error(text)
 	}

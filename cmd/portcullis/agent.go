@@ -42,6 +42,11 @@ run out, and the gate falls shut.`,
     --trust-domain example.org --workload-api unix:///run/spire/agent.sock`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			// Before anything is read: what is executed again cannot read a pipe again.
+			var kept error
+			if env.Limit != nil && !*instead.printConfig {
+				kept = env.Limit(agent.Capabilities)
+			}
 			set := newSettings(cmd.Flags(), cmd.LocalNonPersistentFlags())
 			if err := loadAgent(env, set, &raw, &cfg); err != nil {
 				return usageError{err}
@@ -54,10 +59,8 @@ run out, and the gate falls shut.`,
 				return err
 			}
 			defer log.Sync() //nolint:errcheck // stderr cannot be synced on Linux
-			if env.Limit != nil {
-				if err := env.Limit(agent.Capabilities); err != nil {
-					log.Warn("the agent keeps capabilities that it does not need", zap.Error(err))
-				}
+			if kept != nil && cmd.Context().Err() == nil {
+				log.Warn("the agent keeps capabilities that it does not need", zap.Error(kept))
 			}
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM)
 			defer stop()
