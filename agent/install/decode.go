@@ -1,6 +1,7 @@
 package install
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -285,7 +286,7 @@ func checkFree(at string, f reflect.StructField, value any) []error {
 		into = &[]corev1.LocalObjectReference{}
 	case "labels":
 		for k, v := range value.(map[string]any) {
-			if _, ok := v.(string); !ok {
+			if _, ok := v.(string); !ok && v != nil { // null: without the one of a layer below
 				return []error{fmt.Errorf("%s.%s: %v: want a text: put it in quotes", at, k, v)}
 			}
 		}
@@ -293,12 +294,14 @@ func checkFree(at string, f reflect.StructField, value any) []error {
 	default:
 		return nil
 	}
-	text, err := yaml.Marshal(value)
-	if err == nil {
-		err = yaml.UnmarshalStrict(text, into)
+	text, err := json.Marshal(value)
+	if err == nil { // not as YAML, which would take true for a text: the API server does not
+		d := json.NewDecoder(bytes.NewReader(text))
+		d.DisallowUnknownFields()
+		err = d.Decode(into)
 	}
 	if err != nil {
-		return []error{fmt.Errorf("%s: %v: %s", at, value, strings.NewReplacer("error unmarshaling JSON: ", "", "while decoding JSON: ", "", "json: ", "").Replace(err.Error()))}
+		return []error{fmt.Errorf("%s: %v: %s", at, value, strings.TrimPrefix(err.Error(), "json: "))}
 	}
 	return nil
 }

@@ -31,6 +31,7 @@ type store struct {
 	refuse  map[string]string                     // why, by what; a try alone is refused; "": something is not found
 	after   func(s *store, what string)           // called with mu held, after each write
 
+	down      string // what no try has an answer for; set while nobody asks
 	forbidden string // what nobody may read; set while nobody asks
 }
 
@@ -57,6 +58,11 @@ func (s *store) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	case r.URL.Query().Has("dryRun"):
 		s.tried = append(s.tried, what)
+		if what == s.down {
+			w.WriteHeader(http.StatusInternalServerError)
+			fmt.Fprint(w, `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"InternalError","code":500,"message":"failed calling webhook"}`)
+			return
+		}
 		why, refused := s.refuse[what]
 		if refused && why == "" {
 			o = nil
@@ -259,6 +265,28 @@ func TestInstallIsRehearsed(t *testing.T) {
 	s.refuse = map[string]string{"daemonsets/portcullis-agent": `admission webhook "w" does not support dry run`, "rolebindings/portcullis-issuer": ""}
 	if err := c.Install(t.Context(), o); err != nil || len(s.written()) == 0 {
 		t.Errorf("a webhook that cannot be tried: %v", err)
+	}
+}
+
+// In a namespace that has its labels by this installation only, what goes by them may
+// refuse what it will not refuse then.
+func TestInstallIsRehearsedBeforeLabels(t *testing.T) {
+	s, c := newStore(t)
+	s.after = lives
+	s.put("/api/v1/namespaces/net", map[string]any{"kind": "Namespace", "metadata": map[string]any{"name": "net", "labels": map[string]any{"mine": "yes"}}})
+	s.refuse = map[string]string{"daemonsets/portcullis-agent": "no privileged pods here"}
+	said, wrote, err := tryInstall(t, s, c)
+	if err != nil || !slices.Contains(wrote, "+daemonsets/portcullis-agent") || !strings.Contains(said, "DaemonSet portcullis-agent could not be tried: ") {
+		t.Errorf("%v, wrote %q, said %s", err, wrote, said)
+	}
+	s.refuse["clusterroles/portcullis-agent"] = "you may not"
+	s.put("/api/v1/namespaces/net", map[string]any{"kind": "Namespace", "metadata": map[string]any{"name": "net"}})
+	if _, wrote, err := tryInstall(t, s, c, layer(t, "config: {ttl: 40s}")); err == nil || len(wrote) != 0 || !strings.Contains(err.Error(), "you may not") {
+		t.Errorf("what is in no namespace is refused: %v, wrote %q", err, wrote)
+	}
+	s.refuse, s.down = nil, "daemonsets/portcullis-agent"
+	if _, wrote, err := tryInstall(t, s, c, layer(t, "config: {ttl: 41s}")); err == nil || len(wrote) != 0 || !strings.Contains(err.Error(), "nothing was changed") {
+		t.Errorf("a server that cannot try it now: %v, wrote %q", err, wrote)
 	}
 }
 

@@ -82,7 +82,7 @@ func (c *Cluster) otherDomains(ctx context.Context, agents *unstructured.Unstruc
 		add(was, "ConfigMap "+agentName)
 	}
 	if issuer != nil {
-		if was := argument(issuer, "--trust-domain="); was != "" {
+		if was := argument(issuer, "issuer", "--trust-domain="); was != "" {
 			add(was, "Deployment "+issuerName)
 		}
 	}
@@ -109,12 +109,15 @@ func domainOf(settings *unstructured.Unstructured) (string, error) {
 	return domain, nil
 }
 
-// argument is what follows a prefix among the arguments of an object's
-// containers; "": nothing does.
-func argument(o *unstructured.Unstructured, prefix string) (found string) {
+// argument is what follows a prefix among the arguments of a container of an
+// object's pods, others in which may have been put there by somebody else; "": nothing does.
+func argument(o *unstructured.Unstructured, container, prefix string) (found string) {
 	containers, _, _ := unstructured.NestedSlice(o.Object, "spec", "template", "spec", "containers")
 	for _, c := range containers {
 		m, _ := c.(map[string]any)
+		if m["name"] != container {
+			continue
+		}
 		args, _, _ := unstructured.NestedStringSlice(m, "args")
 		for _, a := range args {
 			if value, ok := strings.CutPrefix(a, prefix); ok {

@@ -56,12 +56,20 @@ func TestInstallKeepsWhatItIsKnownBy(t *testing.T) {
 		"from SPIRE":           {first: spire, then: mine},
 		"forgotten": {first: mine, then: "{}", want: []string{`trustDomain: is "mine.example" by ConfigMap portcullis-agent, would become "cluster.local": `,
 			`cni.binDir: is "/a/bin" by DaemonSet portcullis-agent, would become "/opt/cni/bin": `, `cni.confDir: is "/a/conf"`, "the defaults again", "portcullis uninstall --namespace net", "--set cni.move=true"}},
-		"domain":           {first: mine, then: strings.Replace(mine, "mine", "other", 1), want: []string{`would become "other.example"`, "no longer verified"}},
-		"domain, SPIRE":    {first: spire, then: strings.Replace(spire, "mine", "other", 1), want: []string{`is "mine.example"`}},
-		"directory":        {first: mine, then: strings.Replace(mine, "/a/bin", "/b/bin", 1), want: []string{`cni.binDir: is "/a/bin"`, "no uninstall finds it"}},
-		"no agents yet":    {first: mine, then: "{}", between: func(s *store) { delete(s.objects, storeAgents) }, want: []string{`trustDomain: is "mine.example"`}},
-		"edited to it":     {first: mine, then: strings.Replace(mine, "mine", "other", 1), between: setting("trust-domain: other.example\n"), want: []string{`is "mine.example" by Deployment portcullis-issuer`}},
-		"edited away":      {first: mine, then: mine, between: setting("trust-domain: other.example\n"), want: []string{`is "other.example" by ConfigMap portcullis-agent`}},
+		"domain":        {first: mine, then: strings.Replace(mine, "mine", "other", 1), want: []string{`would become "other.example"`, "no longer verified"}},
+		"domain, SPIRE": {first: spire, then: strings.Replace(spire, "mine", "other", 1), want: []string{`is "mine.example"`}},
+		"directory":     {first: mine, then: strings.Replace(mine, "/a/bin", "/b/bin", 1), want: []string{`cni.binDir: is "/a/bin"`, "no uninstall finds it"}},
+		"no agents yet": {first: mine, then: "{}", between: func(s *store) { delete(s.objects, storeAgents) }, want: []string{`trustDomain: is "mine.example"`}},
+		"edited to it":  {first: mine, then: strings.Replace(mine, "mine", "other", 1), between: setting("trust-domain: other.example\n"), want: []string{`is "mine.example" by Deployment portcullis-issuer`}},
+		"edited away":   {first: mine, then: mine, between: setting("trust-domain: other.example\n"), want: []string{`is "other.example" by ConfigMap portcullis-agent`}},
+		"a sidecar": {first: mine, then: mine, between: func(s *store) {
+			at := []string{"spec", "template", "spec", "containers"}
+			list, _, _ := unstructured.NestedSlice(s.objects[storeIssuer].Object, at...)
+			list = append(list, map[string]any{"name": "mesh", "args": []any{"--trust-domain=mesh.example"}})
+			if err := unstructured.SetNestedSlice(s.objects[storeIssuer].Object, list, at...); err != nil {
+				s.t.Fatal(err)
+			}
+		}},
 		"no YAML":          {first: mine, then: mine, between: setting("trust-domain: [\n"), want: []string{"nothing was changed", "is no YAML", "kubectl -n net edit configmap portcullis-agent"}},
 		"no trust domain":  {first: mine, then: mine, between: setting("ttl: 30s\n"), want: []string{"has no trust-domain"}},
 		"a number":         {first: mine, then: mine, between: setting("trust-domain: 7\n"), want: []string{"has no trust-domain"}},
@@ -152,6 +160,7 @@ func TestChartKeepsWhatItIsKnownBy(t *testing.T) {
 		"the same":    {then: mine},
 		"written so":  {then: "trustDomain: mine.example\ncni: {binDir: /a//bin/, confDir: /a/conf/}"},
 		"domain":      {then: strings.Replace(mine, "mine", "other", 1), want: `trustDomain: is "mine.example" by ConfigMap portcullis-agent, would become "other.example"`},
+		"edited":      {then: strings.Replace(mine, "mine", "other", 1), settings: "trust-domain: other.example\n", want: "trustDomain: Deployment portcullis-issuer has --trust-domain=mine.example,"},
 		"bin":         {then: strings.Replace(mine, "/a/bin", "/b/bin", 1), want: "DaemonSet portcullis-agent has --cni-bin-dir=/a/bin,"},
 		"conf":        {then: strings.Replace(mine, "/a/conf", "/b/conf", 1), want: "DaemonSet portcullis-agent has --cni-conf-dir=/a/conf,"},
 		"moved":       {then: "trustDomain: mine.example\ncni: {binDir: /b/bin, confDir: /b/conf, move: true}"},

@@ -28,7 +28,8 @@ func set(t *testing.T, text string) Layer {
 
 func TestMergeLaysLayersOverDefaults(t *testing.T) {
 	got, err := Merge(
-		layer(t, "image: {repository: registry.example.com:5000/portcullis}\nconfig: {ttl: 60s, log-level: debug, heartbeat: null}\nagent: {tolerations: []}\n"),
+		layer(t, "image: {repository: registry.example.com:5000/portcullis}\nconfig: {ttl: 60s, log-level: debug, heartbeat: null}\nagent: {tolerations: [], nodeSelector: {a: b, c: d}}\n"),
+		layer(t, "agent: {nodeSelector: {a: null}, resources: {limits: {memory: null, cpu: 2}}}"),
 		set(t, "image.tag=1.10"), set(t, "issuer.replicas=3"), set(t, "config.ttl=90s"), set(t, "agent.maxUnavailable=20%"), set(t, "metrics.enabled=true"))
 	if err != nil {
 		t.Fatal(err)
@@ -37,6 +38,8 @@ func TestMergeLaysLayersOverDefaults(t *testing.T) {
 	want.Image.Repository, want.Image.Tag = "registry.example.com:5000/portcullis", "1.10"
 	want.Config = map[string]any{"ttl": "90s", "log-level": "debug", "reuse-margin": "1s"}
 	want.Agent.Tolerations = []map[string]any{}
+	want.Agent.NodeSelector = map[string]any{"c": "d"}
+	want.Agent.Resources = map[string]any{"limits": map[string]any{"cpu": 2.0}, "requests": want.Agent.Resources["requests"]}
 	want.Agent.MaxUnavailable = "20%"
 	want.Issuer.Replicas = 3
 	want.Metrics.Enabled = true
@@ -57,39 +60,40 @@ func TestMergeLaysLayersOverDefaults(t *testing.T) {
 // Every error says which value, what is wrong and what is taken.
 func TestMergeRefuses(t *testing.T) {
 	for text, want := range map[string]string{
-		"agent: {resurces: {}}":                        "my.yaml: agent.resurces: there is no such value: want agent.maxUnavailable, ",
-		"trust_domain: a.example":                      "trust_domain: there is no such value: did you mean trustDomain?",
-		"issuer: {replicas: many}":                     "issuer.replicas: many: want a number from 1 to 9",
-		"issuer: {replicas: 1.5}":                      "issuer.replicas: 1.5: want a number from 1 to 9",
-		"image: {tag: 1.10}":                           "image.tag: 1.1: want a text: put it in quotes",
-		"image: {pullPolicy: Sometimes}":               `image.pullPolicy: "Sometimes": want one of Always, IfNotPresent, Never`,
-		"image: {repository: 'x:y'}":                   "image.repository: ",
-		"image: portcullis":                            "image: portcullis: want keys and values",
-		"image: null":                                  "image: has no value",
-		"cni: {binDir: opt/cni/bin}":                   `cni.binDir: "opt/cni/bin" does not match`,
-		"metrics: {enabled: 'yes'}":                    "metrics.enabled: yes: want true or false",
-		"metrics: {port: 70000}":                       "metrics.port: 70000: want a number from 1 to 65535",
-		"agent: {tolerations: {}}":                     "agent.tolerations: map[]: want a list",
-		"agent: {tolerations: [x]}":                    "agent.tolerations: [x]: want a list",
-		"agent: {tolerations: [{opertor: x}]}":         `agent.tolerations: [map[opertor:x]]: `,
-		"agent: {resources: {limits: {memory: lots}}}": "agent.resources: map[limits:map[memory:lots]]: quantities must match the regular expression",
-		"relay: {resources: {memory: 1Gi}}":            `relay.resources: map[memory:1Gi]: unknown field "memory"`,
-		"issuer: {nodeSelector: {a: true}}":            "issuer.nodeSelector.a: true: want a text: put it in quotes",
-		"image: {pullSecrets: [{nam: x}]}":             `image.pullSecrets: [map[nam:x]]: unknown field "nam"`,
-		"agent: {maxUnavailable: some}":                "agent.maxUnavailable: some: want a number from 1 on, or a share",
-		"agent: {maxUnavailable: 0}":                   "agent.maxUnavailable: 0: want a number from 1 on, or a share",
-		"config: [ttl]":                                "config: [ttl]: want keys and values",
-		"config: {trust-domain: x}":                    "config.trust-domain: is not set here: trustDomain",
-		"config: {metrics-address: ':1'}":              "config.metrics-address: is not set here: metrics.enabled",
-		"trustDomain: spiffe://x":                      "trustDomain: ",
-		"spire: {socketPath: run/agent.sock}":          "spire.socketPath: ",
-		"tolerations: []":                              "tolerations: there is no such value: did you mean issuer.tolerations or agent.tolerations?",
-		"imagePullSecrets: []":                         "imagePullSecrets: there is no such value: did you mean image.pullSecrets?",
-		"agent: {node_selector: {}}":                   "agent.node_selector: there is no such value: did you mean agent.nodeSelector?",
-		"image: {digest: 'sha256:12'}":                 "image.digest: ",
-		"image: {repository: 'a\"b'}":                  "image.repository: ",
-		"agent: {maxUnavailable: 200%}":                "agent.maxUnavailable: 200%: want a number",
-		"agent: {priorityClassName: 'a: b'}":           "agent.priorityClassName: ",
+		"agent: {resurces: {}}":                         "my.yaml: agent.resurces: there is no such value: want agent.maxUnavailable, ",
+		"trust_domain: a.example":                       "trust_domain: there is no such value: did you mean trustDomain?",
+		"issuer: {replicas: many}":                      "issuer.replicas: many: want a number from 1 to 9",
+		"issuer: {replicas: 1.5}":                       "issuer.replicas: 1.5: want a number from 1 to 9",
+		"image: {tag: 1.10}":                            "image.tag: 1.1: want a text: put it in quotes",
+		"image: {pullPolicy: Sometimes}":                `image.pullPolicy: "Sometimes": want one of Always, IfNotPresent, Never`,
+		"image: {repository: 'x:y'}":                    "image.repository: ",
+		"image: portcullis":                             "image: portcullis: want keys and values",
+		"image: null":                                   "image: has no value",
+		"cni: {binDir: opt/cni/bin}":                    `cni.binDir: "opt/cni/bin" does not match`,
+		"metrics: {enabled: 'yes'}":                     "metrics.enabled: yes: want true or false",
+		"metrics: {port: 70000}":                        "metrics.port: 70000: want a number from 1 to 65535",
+		"agent: {tolerations: {}}":                      "agent.tolerations: map[]: want a list",
+		"agent: {tolerations: [x]}":                     "agent.tolerations: [x]: want a list",
+		"agent: {tolerations: [{opertor: x}]}":          `agent.tolerations: [map[opertor:x]]: `,
+		"agent: {tolerations: [{key: a, value: true}]}": `agent.tolerations: [map[key:a value:true]]: cannot unmarshal bool into`,
+		"agent: {resources: {limits: {memory: lots}}}":  "agent.resources: map[limits:map[memory:lots]]: quantities must match the regular expression",
+		"relay: {resources: {memory: 1Gi}}":             `relay.resources: map[memory:1Gi]: unknown field "memory"`,
+		"issuer: {nodeSelector: {a: true}}":             "issuer.nodeSelector.a: true: want a text: put it in quotes",
+		"image: {pullSecrets: [{nam: x}]}":              `image.pullSecrets: [map[nam:x]]: unknown field "nam"`,
+		"agent: {maxUnavailable: some}":                 "agent.maxUnavailable: some: want a number from 1 on, or a share",
+		"agent: {maxUnavailable: 0}":                    "agent.maxUnavailable: 0: want a number from 1 on, or a share",
+		"config: [ttl]":                                 "config: [ttl]: want keys and values",
+		"config: {trust-domain: x}":                     "config.trust-domain: is not set here: trustDomain",
+		"config: {metrics-address: ':1'}":               "config.metrics-address: is not set here: metrics.enabled",
+		"trustDomain: spiffe://x":                       "trustDomain: ",
+		"spire: {socketPath: run/agent.sock}":           "spire.socketPath: ",
+		"tolerations: []":                               "tolerations: there is no such value: did you mean issuer.tolerations or agent.tolerations?",
+		"imagePullSecrets: []":                          "imagePullSecrets: there is no such value: did you mean image.pullSecrets?",
+		"agent: {node_selector: {}}":                    "agent.node_selector: there is no such value: did you mean agent.nodeSelector?",
+		"image: {digest: 'sha256:12'}":                  "image.digest: ",
+		"image: {repository: 'a\"b'}":                   "image.repository: ",
+		"agent: {maxUnavailable: 200%}":                 "agent.maxUnavailable: 200%: want a number",
+		"agent: {priorityClassName: 'a: b'}":            "agent.priorityClassName: ",
 	} {
 		_, err := Merge(layer(t, text))
 		if err == nil || !strings.Contains(err.Error(), want) {

@@ -33,6 +33,16 @@ lookup finds nothing where no cluster is asked. */ -}}
 {{- fail (print "trustDomain: is " (quote $was) " by ConfigMap portcullis-agent, would become " (quote $.Values.trustDomain) ": agents of two trust domains do not believe each other, and an issuer does not start on the keys of another: give the former one, or portcullis uninstall first (docs/upgrade.md)") }}
 {{- end }}
 {{- end }}
+{{- with lookup "apps/v1" "Deployment" .Release.Namespace "portcullis-issuer" }}
+{{- range .spec.template.spec.containers }}
+{{- $issuer := eq (print (index . "name")) "issuer" }}
+{{- range index . "args" }}
+{{- if and $issuer (hasPrefix "--trust-domain=" .) (ne . (print "--trust-domain=" $.Values.trustDomain)) }}
+{{- fail (print "trustDomain: Deployment portcullis-issuer has " . ", whose keys it has; would become " (quote $.Values.trustDomain) ": give the former one, or portcullis uninstall first (docs/upgrade.md)") }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- if not .Values.cni.move }}
 {{- with lookup "apps/v1" "DaemonSet" .Release.Namespace "portcullis-agent" }}
 {{- range .spec.template.spec.containers }}
