@@ -82,7 +82,7 @@ func (c *Cluster) otherDomains(ctx context.Context, agents *unstructured.Unstruc
 		add(was, "ConfigMap "+agentName)
 	}
 	if issuer != nil {
-		if was := argument(issuer, "issuer", "--trust-domain="); was != "" {
+		if was := argument(issuer, "issuer", "--trust-domain"); was != "" {
 			add(was, "Deployment "+issuerName)
 		}
 	}
@@ -109,23 +109,30 @@ func domainOf(settings *unstructured.Unstructured) (string, error) {
 	return domain, nil
 }
 
-// argument is what follows a prefix among the arguments of a container of an
-// object's pods, others in which may have been put there by somebody else; "": nothing does.
-func argument(o *unstructured.Unstructured, container, prefix string) (found string) {
+// argument is the value of a flag of a container of an object's pods, others in which
+// may have been put there by somebody else; "": it has none.
+func argument(o *unstructured.Unstructured, container, flag string) (found string) {
 	containers, _, _ := unstructured.NestedSlice(o.Object, "spec", "template", "spec", "containers")
 	for _, c := range containers {
-		m, _ := c.(map[string]any)
-		if m["name"] != container {
-			continue
-		}
-		args, _, _ := unstructured.NestedStringSlice(m, "args")
-		for _, a := range args {
-			if value, ok := strings.CutPrefix(a, prefix); ok {
-				found = value
-			}
+		if m, _ := c.(map[string]any); m["name"] == container {
+			args, _, _ := unstructured.NestedStringSlice(m, "args")
+			found = flagOf(args, flag)
 		}
 	}
 	return found
+}
+
+// flagOf is the value of a flag among arguments, the last one as the command has it: --flag=VALUE,
+// as this package writes it, or --flag VALUE, as somebody may have; "": there is none.
+func flagOf(args []string, flag string) (value string) {
+	for i, a := range args {
+		if v, ok := strings.CutPrefix(a, flag+"="); ok {
+			value = v
+		} else if a == flag && i+1 < len(args) {
+			value = args[i+1]
+		}
+	}
+	return value
 }
 
 // otherPlaces compares the directories of the nodes' CNI with those of the

@@ -70,6 +70,14 @@ func TestInstallKeepsWhatItIsKnownBy(t *testing.T) {
 				s.t.Fatal(err)
 			}
 		}},
+		"edited arguments": {first: mine, then: strings.Replace(mine, "/a/bin", "/b/bin", 1), between: func(s *store) {
+			at := []string{"spec", "template", "spec", "containers"}
+			list, _, _ := unstructured.NestedSlice(s.objects[storeAgents].Object, at...)
+			list[0].(map[string]any)["args"] = []any{"agent", "--kubernetes", "--cni-bin-dir", "/a/bin", "--cni-conf-dir", "/a/conf"}
+			if err := unstructured.SetNestedSlice(s.objects[storeAgents].Object, list, at...); err != nil {
+				s.t.Fatal(err)
+			}
+		}, want: []string{`cni.binDir: is "/a/bin"`}},
 		"no YAML":          {first: mine, then: mine, between: setting("trust-domain: [\n"), want: []string{"nothing was changed", "is no YAML", "kubectl -n net edit configmap portcullis-agent"}},
 		"no trust domain":  {first: mine, then: mine, between: setting("ttl: 30s\n"), want: []string{"has no trust-domain"}},
 		"a number":         {first: mine, then: mine, between: setting("trust-domain: 7\n"), want: []string{"has no trust-domain"}},

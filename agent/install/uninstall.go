@@ -1,6 +1,7 @@
 package install
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -178,14 +179,8 @@ func recordOf(agents *unstructured.Unstructured, base Release) (*record, error) 
 	for key, value := range pod.NodeSelector {
 		v.Agent.NodeSelector[key] = value
 	}
-	for _, arg := range agent.Args {
-		if dir, ok := strings.CutPrefix(arg, "--cni-bin-dir="); ok {
-			v.CNI.BinDir = dir
-		}
-		if dir, ok := strings.CutPrefix(arg, "--cni-conf-dir="); ok {
-			v.CNI.ConfDir = dir
-		}
-	}
+	v.CNI.BinDir = cmp.Or(flagOf(agent.Args, "--cni-bin-dir"), v.CNI.BinDir)
+	v.CNI.ConfDir = cmp.Or(flagOf(agent.Args, "--cni-conf-dir"), v.CNI.ConfDir)
 	return r, nil
 }
 
