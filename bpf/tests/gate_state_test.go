@@ -225,13 +225,9 @@ func TestSecondRead(t *testing.T) {
 			g.pass(g.to(g.pod, g.uplink, p))
 		}
 		lease.Store(0)
-		opts := runOptions(p, skBuff{Ifindex: g.pod, IngressIfindex: g.uplink})
-		opts.Repeat = 1000
 		before := g.counters()[counterKey{dir: ingress, verdict: pass}].Packets
 		start <- 500 + i*50%10000
-		if _, err := g.coll.Programs["to_workload"].Run(opts); err != nil {
-			t.Fatal(err)
-		}
+		g.runMany("to_workload", p, skBuff{Ifindex: g.pod, IngressIfindex: g.uplink}, 1000)
 		<-done
 		drain(t, g.events, decodeEvent)
 		if n := g.counters()[counterKey{dir: ingress, verdict: pass}].Packets - before; n != 0 {

@@ -51,11 +51,7 @@ func TestNumberTakenAway(t *testing.T) {
 			}()
 			packet := tcp(f.peer, 40000, f.pod, 80, syn)
 			for range rounds {
-				opts := runOptions(packet, skBuff{Ifindex: g.pod, IngressIfindex: g.uplink})
-				opts.Repeat = packets
-				if _, err := g.coll.Programs["to_workload"].Run(opts); err != nil {
-					t.Fatal(err)
-				}
+				g.runMany("to_workload", packet, skBuff{Ifindex: g.pod, IngressIfindex: g.uplink}, packets)
 			}
 			close(stop)
 			if err := <-done; err != nil {

@@ -5,11 +5,13 @@ import (
 	"encoding/binary"
 	"errors"
 	"os"
+	"runtime"
 	"testing"
 	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/ringbuf"
+	"golang.org/x/sys/unix"
 
 	"portcullis/bpf/abi"
 )
@@ -32,6 +34,32 @@ type skBuff struct {
 
 func runOptions(packet []byte, ctx skBuff) *ebpf.RunOptions {
 	return &ebpf.RunOptions{Data: packet, Context: ctx}
+}
+
+// runMany runs the packet so often, each of them once. A signal ends the system
+// call before all are through, and the library then begins again with the first:
+// those that were, would count twice (BPF_PROG_RUN in the kernel's documentation).
+// So none comes to this thread meanwhile.
+func (g *gate) runMany(program string, packet []byte, ctx skBuff, times uint32) {
+	g.t.Helper()
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var all, before unix.Sigset_t
+	for i := range all.Val {
+		all.Val[i] = ^all.Val[i]
+	}
+	if err := unix.PthreadSigmask(unix.SIG_SETMASK, &all, &before); err != nil {
+		g.t.Fatal(err)
+	}
+	opts := runOptions(packet, ctx)
+	opts.Repeat = times
+	_, err := g.coll.Programs[program].Run(opts)
+	if e := unix.PthreadSigmask(unix.SIG_SETMASK, &before, nil); e != nil {
+		panic(e) // the thread is of no use any more
+	}
+	if err != nil {
+		g.t.Fatal(err)
+	}
 }
 
 // result is all that one packet left behind.
