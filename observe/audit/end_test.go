@@ -2,6 +2,7 @@ package audit
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -10,6 +11,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
 
@@ -80,6 +82,62 @@ func TestIdleStopIsNoCrash(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Nothing follows the end of an agent that stops: no new file where the end fills
+// one, and no word of records that come too late.
+func TestNothingFollowsTheEnd(t *testing.T) {
+	for name, end := range map[string]func(*testing.T, *Log, *knocker){
+		"the end fills the file": func(t *testing.T, l *Log, _ *knocker) {
+			time.Sleep(rotateEvery)
+			must(t, l.ask(func(w *writer) { w.cfg.MaxBytes = w.size + 1 }))
+		},
+		"late records": func(t *testing.T, l *Log, k *knocker) {
+			n := 0
+			k.knock = func() { // at each signature, the end's too
+				for n < 10 && !errors.Is(l.Append(full, peer), ErrClosed) {
+					n++
+					time.Sleep(time.Second)
+				}
+				n++
+			}
+			must(t, l.Append(full, peer))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				a := newAuthority(t)
+				k := &knocker{Signer: a.agent("n1")}
+				cfg := Config{Path: filepath.Join(t.TempDir(), "audit.log"), Node: "n1", Signer: k, Records: 1}
+				for range 2 {
+					l, err := Open(cfg)
+					must(t, err)
+					synctest.Wait()
+					end(t, l, k)
+					must(t, l.Close())
+					k.knock = nil
+				}
+				o := a.options()
+				o.Sealed = true
+				if r := whole(t, o, filepath.Dir(cfg.Path)); r.Unclean != 0 || r.Starts != 2 {
+					t.Errorf("%s", show(r))
+				}
+			})
+		})
+	}
+}
+
+// knocker does something when it is to sign.
+type knocker struct {
+	Signer
+	knock func()
+}
+
+func (k *knocker) GetX509SVID() (*x509svid.SVID, error) {
+	if k.knock != nil {
+		k.knock()
+	}
+	return k.Signer.GetX509SVID()
 }
 
 // Between the start after a crash and the first checkpoint the log is not called

@@ -121,8 +121,16 @@ func (w *writer) finish() {
 		}
 	}
 	w.flush()
-	w.checkpoint(whyStop)
+	// The end is told whatever was signed before, and nothing follows it: no new
+	// file, and nothing of what is lost from now on. Else the next agent takes
+	// this one for dead, and an auditor the log for cut off.
+	w.tellGap()
+	w.pending = append(w.pending, w.signature(whyStop))
+	wrote := w.writeAll()
 	w.sync(w.cfg.Sync != SyncNone)
+	if wrote {
+		w.works()
+	}
 	left := len(w.pending) + len(w.l.queue)
 	if left > 0 {
 		w.cfg.Log.Error("ALARM: the confirmation log ends without its last records", zap.Int("missing", left))
@@ -147,20 +155,30 @@ func (w *writer) due() {
 // flush writes pending as far as it goes.
 func (w *writer) flush() {
 	w.tellGap()
-	for len(w.rest) > 0 || len(w.pending) > 0 {
-		if err := w.writeSome(); err != nil {
-			w.alarm(err)
-			return
-		}
-		if w.unsigned >= w.cfg.Records && len(w.pending) == 0 {
-			w.checkpoint("records")
-		}
+	some := len(w.rest) > 0 || len(w.pending) > 0
+	if !w.writeAll() {
+		return
+	}
+	if some && w.unsigned >= w.cfg.Records {
+		w.checkpoint("records")
 	}
 	w.sync(w.cfg.Sync == SyncAlways)
 	w.works()
 	if w.size >= w.cfg.MaxBytes {
 		w.rotate()
 	}
+}
+
+// writeAll returns false, and has told why, if the disk does not take all of
+// pending.
+func (w *writer) writeAll() bool {
+	for len(w.rest) > 0 || len(w.pending) > 0 {
+		if err := w.writeSome(); err != nil {
+			w.alarm(err)
+			return false
+		}
+	}
+	return true
 }
 
 // tellGap puts a record of what was lost before the records that follow.
@@ -301,21 +319,24 @@ func (w *writer) sync(should bool) {
 
 // checkpoint asks for one at the end of pending.
 func (w *writer) checkpoint(why string) {
-	// An end in order is told whatever was signed before: without it the next
-	// agent takes this one for dead, and an auditor the log for cut off.
-	if w.unsigned == 0 && len(w.pending) == 0 && why != whyStop {
+	if w.unsigned == 0 && len(w.pending) == 0 {
 		return
 	}
 	w.signedAt = time.Now()
-	if w.cannotSign && why != whyStop {
+	if w.cannotSign {
 		if _, err := w.canSign(); err != nil {
 			return // told already
 		}
 	}
+	w.pending = append(w.pending, w.signature(why))
+	w.flush()
+}
+
+// signature returns a checkpoint, which is signed when it gets its place.
+func (w *writer) signature(why string) Record {
 	r := w.record(KindCheckpoint)
 	r.Checkpoint = &Checkpoint{Why: why}
-	w.pending = append(w.pending, r)
-	w.flush()
+	return r
 }
 
 func (w *writer) canSign() (Signer, error) {
