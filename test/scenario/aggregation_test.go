@@ -47,7 +47,7 @@ func TestAggregation(t *testing.T) {
 	w := newWorld(t, func(c *lab.Config) {
 		c.AgentFlags = append(c.AgentFlags, "--monitor-aggregation-interval=200ms")
 	})
-	w.must(w.reach(w.client)) // its identity is known from here on
+	w.eventually("the client is known", func() error { return w.reach(w.client) })
 	c, err := w.dial(w.client, patience)
 	w.must(err)
 	port := c.LocalAddr().(*net.TCPAddr).Port
@@ -107,7 +107,7 @@ func TestAggregationLevels(t *testing.T) {
 	for _, level := range []string{"none", "low", "maximum"} {
 		t.Run(level, func(t *testing.T) {
 			w := newWorld(t, func(c *lab.Config) { c.AgentFlags = append(c.AgentFlags, "--monitor-aggregation="+level) })
-			w.must(w.reach(w.client))
+			w.eventually("the client is known", func() error { return w.reach(w.client) })
 			c, err := w.dial(w.client, patience)
 			w.must(err)
 			port := c.LocalAddr().(*net.TCPAddr).Port
@@ -148,7 +148,7 @@ func TestAggregationLevels(t *testing.T) {
 // is a record of its own, a number in status, and no other verdict.
 func TestScanHasItsShare(t *testing.T) {
 	w := newWorld(t, func(c *lab.Config) { c.AgentFlags = append(c.AgentFlags, "--events-per-source=20") })
-	w.must(w.reach(w.client))
+	w.eventually("the client is known", func() error { return w.reach(w.client) })
 	before := w.counted(verifier, "drop")
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()

@@ -76,7 +76,7 @@ func TestMetrics(t *testing.T) {
 	w := newWorld(t, func(c *lab.Config) {
 		c.AgentFlags = append(c.AgentFlags, "--metrics-address="+metricsAddress, "--pprof")
 	})
-	w.must(w.reach(w.client))
+	w.eventually("the client is known", func() error { return w.reach(w.client) })
 	var text string
 	at := func(name string, least float64, words ...string) error {
 		if got := sample(text, name, words...); got < least {
