@@ -38,7 +38,7 @@ func runOptions(packet []byte, ctx skBuff) *ebpf.RunOptions {
 
 // runMany runs the packet so often, each of them once. A signal ends the system
 // call before all are through, and the library then begins again with the first:
-// those that were, would count twice (BPF_PROG_RUN in the kernel's documentation).
+// those that were, would count twice (the kernel's selftest signal_pending).
 // So none comes to this thread meanwhile.
 func (g *gate) runMany(program string, packet []byte, ctx skBuff, times uint32) {
 	g.t.Helper()
